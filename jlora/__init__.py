@@ -1,0 +1,46 @@
+"""LoRA for any JAX program: a pure transform of parameter trees. See the README for the first five lines."""
+
+from jlora._interpret import MaterializeError, MaterializeWarning
+from jlora._product import low_rank_product
+from jlora._types import Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
+from jlora.apply import Explanation, explain, lora
+from jlora.attach import attach, detach
+from jlora.config import LoraConfig, Rule
+from jlora.init import init
+from jlora.merge import merge, unmerge
+from jlora.optim import combine, freeze, labels, partition, trainable_mask
+from jlora.targets import Plan, plan
+from jlora.trace import trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Axes",
+    "Explanation",
+    "FullWeight",
+    "LoraConfig",
+    "LoraFactors",
+    "LoraWeight",
+    "MaterializeError",
+    "MaterializeWarning",
+    "Plan",
+    "Rule",
+    "Target",
+    "Use",
+    "WeightUse",
+    "attach",
+    "combine",
+    "detach",
+    "explain",
+    "freeze",
+    "init",
+    "labels",
+    "lora",
+    "low_rank_product",
+    "merge",
+    "partition",
+    "plan",
+    "trace",
+    "trainable_mask",
+    "unmerge",
+]

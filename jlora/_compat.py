@@ -1,0 +1,81 @@
+"""Everything that differs between the supported JAX versions (0.10.2 to 0.12), and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core, source_info_util
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The jaxpr and its constants, for a `Jaxpr`, a `ClosedJaxpr`, or the one class that 0.12 has for both."""
+    return (jaxpr.jaxpr, tuple(jaxpr.consts)) if hasattr(jaxpr, "consts") else (jaxpr, ())
+
+
+def bind(eqn: Any, args: list[Any], **overrides: Any) -> list[Any]:
+    """Bind an equation's primitive to ``args`` unchanged; always a list of results."""
+    params = eqn.primitive.get_bind_params(eqn.params | overrides)
+    subfuns, params = params if isinstance(params, tuple) else ((), params)
+    out = eqn.primitive.bind(*subfuns, *args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def equation_context(eqn: Any) -> Iterator[None]:
+    """The name stack, source line and context manager under which ``eqn`` was traced."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+        yield
+
+
+def source_line(eqn: Any) -> str:
+    """File, line and function of the user's code that made ``eqn``."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def scan_split(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(tuple(consts.vals)), len(tuple(carry.vals))
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The manual mesh axes (inside ``shard_map``) along which ``x`` varies."""
+    return frozenset(getattr(getattr(jax.typeof(x), "mat", None), "varying", ()))
+
+
+def vary_alike(*arrays: Any) -> tuple[Any, ...]:
+    """``arrays`` cast to vary along the union of their manual axes, as a custom_vjp function needs."""
+    union = frozenset().union(*map(varying, arrays))
+    missing = [tuple(sorted(union - varying(x))) for x in arrays]
+    return tuple(lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True))
+
+
+def explicit_spec(x: Any) -> tuple[Any, ...] | None:
+    """The PartitionSpec entries of ``x`` on a mesh with Explicit axes, else None."""
+    sharding = jax.typeof(x).sharding
+    mesh = sharding.mesh
+    if mesh.empty or not any(t == jax.sharding.AxisType.Explicit for t in mesh.axis_types):
+        return None
+    return tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
+
+
+def live_inputs(jaxpr: Any) -> set[Any]:
+    """The input variables that some result or effect of an open jaxpr depends on, or that it returns."""
+    live = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
+    for eqn in reversed(jaxpr.eqns):
+        if not eqn.effects and not any(v in live for v in eqn.outvars):
+            continue
+        used = eqn.invars
+        if eqn.primitive.name in ("jit", "pjit"):
+            inner, _ = open_jaxpr(eqn.params["jaxpr"])
+            inside = live_inputs(inner)
+            used = [v for v, inner_v in zip(eqn.invars, inner.invars, strict=True) if inner_v in inside]
+        live |= {v for v in used if isinstance(v, core.Var)}
+    return live

@@ -1,0 +1,223 @@
+"""Control flow and calls that receive a factored weight are emitted again, through JAX's public functions.
+
+A `Factored` is a pytree, so it passes through ``lax.scan``, ``lax.switch``, ``lax.while_loop``, ``jax.jit``,
+``jax.checkpoint`` and ``jax.shard_map`` as an argument, and inner jaxprs are interpreted by the same session.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jlora import _compat
+from jlora._factored import Factored
+from jlora._named import RANK, Leg
+from jlora._rules import Decline, Rule
+
+
+def jit(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """A nested ``jit`` under its own name, with its shardings; factored results stay factored."""
+    p = eqn.params
+    jaxpr, consts = _compat.open_jaxpr(p["jaxpr"])
+
+    def call(*args: Any) -> list[Any]:
+        return scope.session.run(jaxpr, consts, args)
+
+    call.__name__ = p["name"]
+    options = {"inline": p["inline"], "keep_unused": p["keep_unused"]}
+    if p["compiler_options_kvs"]:
+        options["compiler_options"] = dict(p["compiler_options_kvs"])
+    if any(isinstance(s, jax.sharding.Sharding) for s in p["in_shardings"]):
+        options["in_shardings"] = tuple(_like(v, s) for v, s in zip(args, p["in_shardings"], strict=True))
+    if any(isinstance(s, jax.sharding.Sharding) for s in p["out_shardings"]):
+        shapes = jax.eval_shape(call, *args)
+        options["out_shardings"] = [_like(v, s) for v, s in zip(shapes, p["out_shardings"], strict=True)]
+    return jax.jit(call, **options)(*args)
+
+
+def _like(value: Any, sharding: Any) -> Any:
+    """The sharding for a jit argument: factors follow the weight's, an unspecified one stays so."""
+    if not isinstance(sharding, jax.sharding.Sharding):
+        return None
+    if not isinstance(value, Factored):
+        return sharding
+    if not isinstance(sharding, NamedSharding):
+        return value.with_legs(sharding, lambda leg: Leg(None, leg.dims))
+    spec = _padded(sharding.spec, len(value.shape))
+
+    def named(entries: tuple[Any, ...]) -> NamedSharding:
+        return NamedSharding(sharding.mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)
+
+    return value.with_legs(sharding, lambda leg: Leg(named(_leg_entries(leg, spec)), leg.dims))
+
+
+def _padded(spec: Any, ndim: int) -> tuple[Any, ...]:
+    return tuple(spec) + (None,) * (ndim - len(spec))
+
+
+def _leg_entries(leg: Leg, spec: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A leg's partition entries: those of the dimensions that it follows; the rank is replicated."""
+    return tuple(None if d == RANK else spec[d] for d in leg.dims)
+
+
+def checkpoint(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """``jax.checkpoint`` (``remat``) with its policy."""
+    p = eqn.params
+    jaxpr, consts = _compat.open_jaxpr(p["jaxpr"])
+    run = jax.checkpoint(
+        lambda *args: scope.session.run(jaxpr, consts, args), prevent_cse=p["prevent_cse"], policy=p["policy"]
+    )
+    return run(*args)
+
+
+def cond(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """``lax.cond`` and ``lax.switch``: every branch sees the factored operands."""
+    index, *operands = args
+    if isinstance(index, Factored):
+        raise Decline("an adapted weight is the condition")
+
+    def branch(closed: Any) -> Any:
+        jaxpr, consts = _compat.open_jaxpr(closed)
+        return lambda *xs: _settled(scope, eqn, scope.session.run(jaxpr, consts, xs))
+
+    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], *operands)
+
+
+def while_loop(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """``lax.while_loop``; a weight that the loop carries unchanged is a constant of it."""
+    p = eqn.params
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+    cond_consts, body_consts = args[:n_cond], args[n_cond : n_cond + n_body]
+    (cond_jaxpr, cond_own), (body_jaxpr, body_own) = map(_compat.open_jaxpr, (p["cond_jaxpr"], p["body_jaxpr"]))
+    carry = _Carry(scope, eqn, args[n_cond + n_body :], body_jaxpr.invars[n_body:], body_jaxpr.outvars)
+
+    def going(moving: list[Any]) -> Any:
+        return _settled(scope, eqn, scope.session.run(cond_jaxpr, cond_own, [*cond_consts, *carry.whole(moving)]))[0]
+
+    def body(moving: list[Any]) -> list[Any]:
+        return carry.moving(scope.session.run(body_jaxpr, body_own, [*body_consts, *carry.whole(moving)]))
+
+    return carry.whole(lax.while_loop(going, body, carry.init))
+
+
+def scan(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """``lax.scan``; stacked weights are sliced factored, leg by leg."""
+    p = eqn.params
+    n_consts, n_carry = _compat.scan_split(p)
+    jaxpr, own = _compat.open_jaxpr(p["jaxpr"])
+    consts, xs = args[:n_consts], args[n_consts + n_carry :]
+    carry = _Carry(scope, eqn, args[n_consts : n_consts + n_carry], jaxpr.invars[n_consts:], jaxpr.outvars[:n_carry])
+    sliced = [_leading(x) if isinstance(x, Factored) else x for x in xs]
+
+    def body(moving: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+        values = [_one(x, s) if isinstance(x, Factored) else s for x, s in zip(xs, slices, strict=True)]
+        out = scope.session.run(jaxpr, own, [*consts, *carry.whole(moving), *values])
+        return carry.moving(out[:n_carry]), _settled(scope, eqn, out[n_carry:])
+
+    with scope.session.repeated(p["length"]):
+        final, ys = lax.scan(body, carry.init, sliced, p["length"], reverse=p["reverse"], unroll=p["unroll"])
+    return [*carry.whole(final), *ys]
+
+
+class _Carry:
+    """A loop's carried values: factored weights carried unchanged are held fixed, the rest moves."""
+
+    def __init__(self, scope: Any, eqn: Any, init: list[Any], invars: Any, outvars: Any):
+        self.scope, self.eqn, self.given = scope, eqn, init
+        self.fixed = [
+            isinstance(v, Factored) and before is after for v, before, after in zip(init, invars, outvars, strict=False)
+        ]
+        self.init = self.moving(init)
+
+    def moving(self, values: list[Any]) -> list[Any]:
+        kept = [v for v, fixed in zip(values, self.fixed, strict=True) if not fixed]
+        return _settled(self.scope, self.eqn, kept)
+
+    def whole(self, moving: list[Any]) -> list[Any]:
+        rest = iter(moving)
+        return [v if fixed else next(rest) for v, fixed in zip(self.given, self.fixed, strict=True)]
+
+
+def _leading(weight: Factored) -> dict[str, Any]:
+    """What a scan slices of a stacked weight: the base, and the legs that follow its first dimension."""
+    legs = {n: leg for n in ("a", "b", "gain", "key") if (leg := getattr(weight, n)) is not None}
+    moved = {n: leg.ordered([0, *(d for d in leg.dims if d != 0)]) for n, leg in legs.items() if 0 in leg.dims}
+    return {"base": weight.base, **moved}
+
+
+def _one(weight: Factored, parts: dict[str, Any]) -> Factored:
+    """One slice of a stacked weight, from a slice of each of its `_leading` parts."""
+
+    def sliced(name: str) -> Leg | None:
+        leg = getattr(weight, name)
+        if leg is None:
+            return None
+        dims = tuple(d if d == RANK else d - 1 for d in leg.dims if d != 0)
+        return Leg(parts[name], dims) if name in parts else Leg(leg.array, dims)
+
+    return dataclasses.replace(weight, base=parts["base"], **{n: sliced(n) for n in ("a", "b", "gain", "key")})
+
+
+def shard_map(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """``jax.shard_map``: the specs of the factors are derived from the weight's."""
+    p = eqn.params
+    jaxpr, consts = _compat.open_jaxpr(p["jaxpr"])
+
+    def specs(value: Any, spec: Any) -> Any:
+        if not isinstance(value, Factored):
+            return spec
+        entries = _padded(spec, len(value.shape))
+        return value.with_legs(spec, lambda leg: Leg(PartitionSpec(*_leg_entries(leg, entries)), leg.dims))
+
+    mapped = jax.shard_map(
+        lambda *args: tuple(_settled(scope, eqn, scope.session.run(jaxpr, consts, args))),
+        mesh=p["mesh"],
+        in_specs=tuple(specs(v, s) for v, s in zip(args, p["in_specs"], strict=True)),
+        out_specs=tuple(p["out_specs"]),
+        axis_names=set(p["newly_manual_axes"]),
+        check_vma=p["check_vma"],
+    )
+    return list(mapped(*args))
+
+
+def custom_rule(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """``custom_jvp`` and ``custom_vjp`` keep their rule and get the weight whole, unless told to inline."""
+    if not scope.session.inline_custom_rules:
+        raise Decline("it has its own derivative rule, which is kept (inline_custom_rules=True looks inside)")
+    jaxpr, consts = _compat.open_jaxpr(eqn.params["call_jaxpr"])
+    return scope.session.run(jaxpr, consts, args)
+
+
+def vary(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """``pvary`` and its like, inside ``shard_map``: every part of the weight varies as the base does."""
+    (weight,) = args
+
+    def cast(x: Any) -> Any:
+        axes = tuple(sorted(set(eqn.params["axes"]) - _compat.varying(x)))
+        return lax.pcast(x, axes, to="varying") if axes else x
+
+    return [jax.tree.map(cast, weight)]
+
+
+def _settled(scope: Any, eqn: Any, values: list[Any]) -> list[Any]:
+    """Values that leave control flow: a factored one is materialized."""
+    return [scope.settle(v, eqn, "it leaves control flow, changed or not, as a result") for v in values]
+
+
+CONTROL_FLOW: dict[str, Rule] = {
+    "jit": jit,
+    "pjit": jit,
+    "remat2": checkpoint,
+    "checkpoint": checkpoint,
+    "cond": cond,
+    "while": while_loop,
+    "scan": scan,
+    "shard_map": shard_map,
+    "custom_jvp_call": custom_rule,
+    "custom_vjp_call": custom_rule,
+    "pvary": vary,
+}

@@ -1,0 +1,141 @@
+"""A weight that is kept factored: ``(base + a·b) * gain``, as the interpreter carries it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jlora._named import RANK, Leg, contract
+from jlora._types import Array, Axes, LoraFactors, LoraWeight, Path
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """The value ``(base + sum_r a·b) * gain``, never summed.
+
+    Attributes:
+      base: the frozen part, of the value's shape and dtype.
+      a, b: the low-rank part; both follow the batch dimensions and `RANK`. The scale is in ``b``.
+      gain: None, or DoRA's ``magnitude / norm``, which follows batch and output dimensions.
+      key: None, or the dropout keys, which follow the batch dimensions.
+      rate: dropout rate. Static.
+      path: of the weight, for messages. Static.
+    """
+
+    base: Any
+    a: Leg
+    b: Leg
+    gain: Leg | None = None
+    key: Leg | None = None
+    rate: float = dataclasses.field(default=0.0, metadata={"static": True})
+    path: Path = dataclasses.field(default="", metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    @property
+    def rank(self) -> int:
+        return self.a.array.shape[self.a.dims.index(RANK)]
+
+    def with_legs(self, base: Any, fn: Callable[[Leg], Leg]) -> Factored:
+        """This value with another base and ``fn`` applied to every leg."""
+        optional = {n: None if (leg := getattr(self, n)) is None else fn(leg) for n in ("gain", "key")}
+        return dataclasses.replace(self, base=base, a=fn(self.a), b=fn(self.b), **optional)
+
+    def with_b(self, array: Any) -> Factored:
+        """This value with another array for ``b``."""
+        return dataclasses.replace(self, b=Leg(array, self.b.dims))
+
+    def renamed(self, base: Any, names: Mapping[int, int]) -> Factored:
+        """This value with its dimensions renamed, old to new; see `Leg.renamed`."""
+        return self.with_legs(base, lambda leg: leg.renamed(names))
+
+
+def factored(weight: LoraWeight) -> Factored:
+    """The interpreter's value for an attached weight; scale and strength are folded into ``b``."""
+    f = weight.factors
+    batch, inputs, outputs = f.axes
+    scale = f.scale if weight.strength is None else f.scale * weight.strength
+    b = f.b if isinstance(scale, float) and scale == 1.0 else (f.b * scale).astype(f.b.dtype)
+    key = None
+    if weight.dropout_key is not None and f.dropout > 0:
+        key = Leg(_batch_keys(weight.dropout_key, f.axes.sizes(weight.shape)[0]), batch)
+    value = Factored(
+        base=weight.base,
+        a=Leg(f.a, (*batch, *inputs, RANK)),
+        b=Leg(b, (*batch, RANK, *outputs)),
+        key=key,
+        rate=f.dropout,
+        path=weight.path,
+    )
+    if f.magnitude is None:
+        return value
+    norm = lax.stop_gradient(column_norm(value, f.axes))
+    return dataclasses.replace(value, gain=Leg(f.magnitude / norm, (*batch, *outputs)))
+
+
+def column_norm(value: Factored, axes: Axes) -> Array:
+    """The norm of ``base + a·b`` over the input axes, float32, of shape ``batch + outputs``.
+
+    Expanded as ``|W|² + 2 W·ab + |ab|²`` so that the sum is never formed (DoRA, Liu et al. 2024, eq. 5).
+    """
+    batch, inputs, outputs = axes
+    dims = range(len(value.shape))
+    base, a, b = (x.astype(jnp.float32) for x in (value.base, value.a.array, value.b.array))
+    names, b_names, other = (*batch, *outputs), value.b.dims, "other rank"
+    a_other = [other if d == RANK else d for d in value.a.dims]
+    cross = contract(contract(a, value.a.dims, base, dims, b_names), b_names, b, b_names, names)
+    gram = contract(a, value.a.dims, a, a_other, (*batch, RANK, other))
+    b_other = [other if d == RANK else d for d in b_names]
+    square = contract(contract(gram, (*batch, RANK, other), b, b_names, b_other), b_other, b, b_other, names)
+    kept = sorted(names)
+    own = jnp.sum(jnp.square(base), inputs).transpose([kept.index(d) for d in names])
+    return jnp.sqrt(jnp.maximum(own + 2 * cross + square, jnp.finfo(jnp.float32).tiny))
+
+
+def dense(value: Factored) -> Array:
+    """The value summed: accumulated in float32, rounded once to its dtype. Without dropout."""
+    dims = range(len(value.shape))
+    wide = jnp.promote_types(value.dtype, jnp.float32)
+    names = [d for d in dims if d in value.a.dims or d in value.b.dims]
+    a, b = (leg.array.astype(wide) for leg in (value.a, value.b))
+    delta = Leg(contract(a, value.a.dims, b, value.b.dims, names), tuple(names))
+    total = value.base.astype(wide) + delta.spread(dims, value.shape)
+    if value.gain is not None:
+        total = total * value.gain.spread(dims, value.shape)
+    return total.astype(value.dtype)
+
+
+def check_fit(shape: tuple[int, ...], f: LoraFactors) -> str | None:
+    """What is wrong when factors do not fit a weight of ``shape``; None when they do."""
+    if sorted(sum(f.axes, ())) != list(range(len(shape))):
+        return f"axes {tuple(f.axes)} do not name each axis of shape {shape} once"
+    batch, inputs, outputs = f.axes.sizes(shape)
+    rank = f.a.shape[-1] if f.a.ndim else 0
+    expected = {"a": (*batch, *inputs, rank), "b": (*batch, rank, *outputs), "magnitude": (*batch, *outputs)}
+    wrong = [
+        f"{name} has shape {tuple(leaf.shape)}, expected {expected[name]}"
+        for name in expected
+        if (leaf := getattr(f, name)) is not None and tuple(leaf.shape) != expected[name]
+    ]
+    return f"weight of shape {shape}: {'; '.join(wrong)}" if wrong else None
+
+
+def _batch_keys(key: Array, batch: tuple[int, ...]) -> Array:
+    """A key for each batch slice: scanned layers and experts drop different entries."""
+    if not batch:
+        return key
+    n = int(np.prod(batch))
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n)).reshape(batch)

@@ -1,0 +1,166 @@
+"""The interpreter: evaluate a jaxpr in which some values are factored weights.
+
+Read the operands; if none is factored, bind the equation as it is; else look its rule up; else apply the
+materialize policy. Control flow and calls are in `_control_flow`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from jlora import _compat
+from jlora._control_flow import CONTROL_FLOW
+from jlora._factored import Factored, dense
+from jlora._rearrange import REARRANGEMENTS
+from jlora._rules import PRODUCTS, Decline, Rule
+
+Policy = Literal["warn", "error", "allow", "explain"]
+RULES: dict[str, Rule] = {**REARRANGEMENTS, **PRODUCTS, **CONTROL_FLOW}
+
+
+class MaterializeWarning(UserWarning):
+    """An adapted weight was summed to its full shape, because a primitive has no factored form."""
+
+
+class MaterializeError(TypeError):
+    """The same under ``materialize="error"``."""
+
+
+class Event(NamedTuple):
+    """One consumption of an adapted weight.
+
+    Attributes:
+      path: of the weight; several, joined by commas, when the model joined weights.
+      primitive, source: what consumed it, and where.
+      why: None when it stayed factored, else the reason why it was materialized.
+      flops: floating-point operations that the update adds to the forward pass.
+    """
+
+    path: str
+    primitive: str
+    source: str
+    why: str | None
+    flops: int
+
+
+@dataclasses.dataclass
+class Session:
+    """What is common to one call of a wrapped function: its policy, and what happened.
+
+    Attributes:
+      policy: what to do where a weight must be materialized.
+      inline_custom_rules: whether to look into functions with a derivative rule of their own.
+      repeats: how often the equations under evaluation run: the lengths of the scans around them.
+      events: every consumption so far.
+    """
+
+    policy: Policy
+    inline_custom_rules: bool
+    repeats: int = 1
+    events: list[Event] = dataclasses.field(default_factory=list)
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """The results of an open jaxpr; arguments and results may be `Factored`."""
+        return _Scope(self, jaxpr).run(consts, args)
+
+    @contextlib.contextmanager
+    def repeated(self, times: int) -> Iterator[None]:
+        """Count what happens inside ``times`` over."""
+        self.repeats *= times
+        yield
+        self.repeats //= times
+
+    def note(self, event: Event) -> bool:
+        """Keep an event; whether it is the first of its weight, primitive and source line."""
+        new = all(event[:3] != seen[:3] for seen in self.events)
+        self.events.append(event)
+        return new
+
+
+class _Scope:
+    """One jaxpr under evaluation."""
+
+    def __init__(self, session: Session, jaxpr: Any):
+        self.session = session
+        self.jaxpr = jaxpr
+        self.spread: dict[Any, tuple[Any, tuple[int, ...]]] = {}
+
+    def run(self, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        jaxpr = self.jaxpr
+        env: dict[Any, Any] = {}
+        last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if isinstance(v, core.Var)}
+        kept = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+        env.update(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        for i, eqn in enumerate(jaxpr.eqns):
+            values = [read(atom) for atom in eqn.invars]
+            with _compat.equation_context(eqn):
+                results = self.equation(eqn, values)
+            env.update(zip(eqn.outvars, results, strict=True))
+            for v in eqn.invars:
+                if isinstance(v, core.Var) and last_use[v] == i and v not in kept:
+                    env.pop(v, None)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def equation(self, eqn: Any, values: list[Any]) -> list[Any]:
+        if not any(isinstance(v, Factored) for v in values):
+            results = _compat.bind(eqn, values)
+            if eqn.primitive.name == "broadcast_in_dim":
+                self.spread[eqn.outvars[0]] = (values[0], eqn.params["broadcast_dimensions"])
+            return results
+        why = "it has no factored form"
+        if (rule := RULES.get(eqn.primitive.name)) is not None:
+            try:
+                return rule(self, eqn, list(values))
+            except Decline as reason:
+                why = str(reason)
+        return _compat.bind(eqn, [self.settle(v, eqn, why) for v in values])
+
+    def support(self, atom: Any, value: Any) -> tuple[Any, tuple[int, ...]]:
+        """``value`` without the dimensions along which it is known to be constant, and those that remain."""
+        value = jnp.asarray(value)
+        dims = tuple(range(value.ndim))
+        if not isinstance(atom, core.Literal) and atom in self.spread:
+            value, dims = self.spread[atom]
+            value = jnp.asarray(value)
+        unit = [i for i, size in enumerate(value.shape) if size == 1]
+        kept = tuple(d for i, d in enumerate(dims) if i not in unit)
+        return (lax.squeeze(value, unit) if unit else value), kept
+
+    def factored(self, weight: Factored, eqn: Any, flops: int) -> None:
+        """Note that ``eqn`` consumed ``weight`` in factored form."""
+        source = _compat.source_line(eqn) if self.session.policy == "explain" else ""
+        self.session.note(Event(weight.path, eqn.primitive.name, source, None, int(flops) * self.session.repeats))
+
+    def settle(self, value: Any, eqn: Any, why: str) -> Any:
+        """``value`` as a plain array: a factored weight is materialized, as the policy says."""
+        if not isinstance(value, Factored):
+            return value
+        source = _compat.source_line(eqn)
+        event = Event(
+            value.path, eqn.primitive.name, source, why, 2 * value.rank * value.base.size * self.session.repeats
+        )
+        new = self.session.note(event)
+        text = (
+            f"the adapted weight {value.path!r} of shape {value.shape} is materialized (its update is summed "
+            f"to full size) for the primitive {event.primitive!r} at {source}: {why}. "
+        )
+        if self.session.policy == "error":
+            raise MaterializeError(text + 'Exclude the weight from the targets, or pass materialize="allow".')
+        if self.session.policy == "warn" and new:
+            dropped = " Dropout does not act on it." if value.key is not None else ""
+            hint = 'Results stay exact, at the cost of a full-size sum; pass materialize="allow" to silence this.'
+            warnings.warn(text + hint + dropped, MaterializeWarning, stacklevel=2)
+        return dense(value)

@@ -1,0 +1,346 @@
+"""Rules for primitives that only move, cut, join or scale a weight: the result is factored again."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jlora import _compat
+from jlora._factored import Factored
+from jlora._named import RANK, Leg
+from jlora._rules import Decline, Rule
+
+
+def transpose(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    (weight,) = args
+    (base,) = _compat.bind(eqn, [weight.base])
+    return [weight.renamed(base, {old: new for new, old in enumerate(eqn.params["permutation"])})]
+
+
+def squeeze(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    (weight,) = args
+    (base,) = _compat.bind(eqn, [weight.base])
+    kept = [d for d in range(len(weight.shape)) if d not in eqn.params["dimensions"]]
+    return [weight.renamed(base, {old: new for new, old in enumerate(kept)})]
+
+
+def broadcast_in_dim(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """New dimensions, and spread ones of size 1, are dimensions along which every leg is constant."""
+    weight, *dynamic = args
+    (base,) = _compat.bind(eqn, [weight.base, *dynamic])
+    place = enumerate(eqn.params["broadcast_dimensions"])
+    return [weight.renamed(base, {old: new for old, new in place if weight.shape[old] == base.shape[new]})]
+
+
+def reshape(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """Splits a dimension, or merges neighbours that a leg carries all or none of."""
+    weight, *dynamic = args
+    if dynamic or eqn.params["dimensions"] is not None:
+        raise Decline("a reshape of dynamic size or permuted dimensions")
+    (base,) = _compat.bind(eqn, [weight.base])
+    groups = reshape_groups(weight.shape, base.shape)
+    if groups is None:
+        raise Decline(f"reshape from {weight.shape} to {base.shape} mixes the axes")
+
+    def reshaped(leg: Leg) -> Leg:
+        unit = {d: d for d, size in enumerate(weight.shape) if size != 1}
+        leg = leg.renamed(unit)
+        array, names = leg.array, [("old", d) if d != RANK else RANK for d in leg.dims]
+        for old, new in groups:
+            carried = [d for d in old if ("old", d) in names]
+            if not carried:
+                continue
+            if len(carried) < len(old):
+                raise Decline(f"reshape from {weight.shape} to {base.shape} merges axes of different roles")
+            at = names.index(("old", old[0]))
+            rest = [n for n in names[at:] if n == RANK or n[1] not in old]
+            order = [*names[:at], *(("old", d) for d in old), *rest]
+            order = [n for i, n in enumerate(order) if n not in order[:i]]
+            array = lax.transpose(array, [names.index(n) for n in order]) if order != names else array
+            at = order.index(("old", old[0]))
+            shape = (*array.shape[:at], *(base.shape[d] for d in new), *array.shape[at + len(old) :])
+            array = lax.reshape(array, shape) if shape != array.shape else array
+            names = [*order[:at], *(("new", d) for d in new), *order[at + len(old) :]]
+        return Leg(array, tuple(n if n == RANK else n[1] for n in names))
+
+    return [weight.with_legs(base, reshaped)]
+
+
+def reshape_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
+    """Which old dimensions become which new ones, as the finest groups; dimensions of size 1 are left out."""
+    olds, news = ([d for d, size in enumerate(shape) if size != 1] for shape in (old, new))
+    groups: list[tuple[list[int], list[int]]] = []
+    while olds and news:
+        left, right = [olds.pop(0)], [news.pop(0)]
+        while (have := int(np.prod([old[d] for d in left]))) != (want := int(np.prod([new[d] for d in right]))):
+            source, taken = (olds, left) if have < want else (news, right)
+            if not source:
+                return None
+            taken.append(source.pop(0))
+        groups.append((left, right))
+    return None if olds or news else groups
+
+
+def slices(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    (weight,) = args
+    (base,) = _compat.bind(eqn, [weight.base])
+    p = eqn.params
+    strides = p["strides"] or (1,) * len(weight.shape)
+
+    def cut(leg: Leg) -> Leg:
+        for d in range(len(weight.shape)):
+            if base.shape[d] != weight.shape[d]:
+                window = (p["start_indices"][d], p["limit_indices"][d], strides[d])
+                leg = leg.along(d, lambda x, axis, w=window: lax.slice_in_dim(x, *w, axis=axis))
+        return leg
+
+    return [weight.with_legs(base, cut)]
+
+
+def dynamic_slice(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """``W[i]`` in a loop: every leg is sliced where it follows a sliced dimension."""
+    weight, *starts = args
+    sizes = eqn.params["slice_sizes"]
+    if len(starts) != len(sizes) or isinstance(starts[0], Factored):
+        raise Decline("a dynamic slice of dynamic size")
+    (base,) = _compat.bind(eqn, [weight.base, *starts])
+
+    def cut(leg: Leg) -> Leg:
+        for d, (size, start) in enumerate(zip(sizes, starts, strict=True)):
+            if size != weight.shape[d]:
+                leg = leg.along(d, lambda x, axis, s=start, n=size: lax.dynamic_slice_in_dim(x, s, n, axis))
+        return leg
+
+    return [weight.with_legs(base, cut)]
+
+
+def rev(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    (weight,) = args
+    (base,) = _compat.bind(eqn, [weight.base])
+
+    def turn(leg: Leg) -> Leg:
+        axes = [i for i, d in enumerate(leg.dims) if d in eqn.params["dimensions"]]
+        return Leg(lax.rev(leg.array, axes), leg.dims) if axes else leg
+
+    return [weight.with_legs(base, turn)]
+
+
+def split(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    (weight,) = args
+    axis, sizes = eqn.params["axis"], [int(n) for n in eqn.params["sizes"]]
+    starts = np.cumsum([0, *sizes])
+
+    def piece(i: int, base: Any) -> Factored:
+        window = (int(starts[i]), int(starts[i + 1]))
+        return weight.with_legs(base, lambda leg: leg.along(axis, lambda x, at: lax.slice_in_dim(x, *window, axis=at)))
+
+    return [piece(i, base) for i, base in enumerate(_compat.bind(eqn, [weight.base]))]
+
+
+def pad(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """Padding with any value pads the base with it and the update with zeros."""
+    weight, value = args
+    (base,) = _compat.bind(eqn, [weight.base, value])
+    config = eqn.params["padding_config"]
+    spread = [d for d, widths in enumerate(config) if any(widths)]
+    carried = all(d in weight.a.dims or d in weight.b.dims for d in spread)
+    if not carried or weight.gain is not None or weight.key is not None:
+        raise Decline("padding of DoRA, of active dropout, or along an axis where the update is constant")
+
+    def padded(leg: Leg) -> Leg:
+        widths = [config[d] if d in spread else (0, 0, 0) for d in leg.dims]
+        return Leg(lax.pad(leg.array, jnp.zeros((), leg.array.dtype), widths), leg.dims)
+
+    return [dataclasses.replace(weight, base=base, a=padded(weight.a), b=padded(weight.b))]
+
+
+def concatenate(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """Joined along a batch axis, weights form a longer stack; side by side, their ranks add up."""
+    axis = eqn.params["dimension"]
+    (base,) = _compat.bind(eqn, [v.base if isinstance(v, Factored) else v for v in args])
+    weights = [v for v in args if isinstance(v, Factored)]
+    if len(weights) == len(args) and all(axis in v.a.dims and axis in v.b.dims for v in weights):
+        return [_longer(weights, axis, base)]
+    starts = np.cumsum([0, *(v.shape[axis] for v in args)])
+    blocks = [_block(v, axis, int(at), base) for v, at in zip(args, starts, strict=False) if isinstance(v, Factored)]
+    return [_sum(blocks, base)]
+
+
+def stack(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """Weights stacked along a new axis, which is a batch axis."""
+    axis = eqn.params["axis"]
+    (base,) = _compat.bind(eqn, [v.base if isinstance(v, Factored) else v for v in args])
+    if not all(isinstance(v, Factored) for v in args):
+        raise Decline("adapted and plain weights are stacked together")
+    place = {d: d + (d >= axis) for d in range(base.ndim - 1)}
+
+    def expanded(leg: Leg) -> Leg:
+        leg = leg.renamed(place)
+        return Leg(jnp.expand_dims(leg.array, 0), (axis, *leg.dims))
+
+    return [_longer([v.with_legs(base, expanded) for v in args], axis, base)]
+
+
+def _longer(weights: list[Factored], axis: int, base: Any) -> Factored:
+    """Weights that carry ``axis`` as a batch axis, joined along it; smaller ranks are padded with zeros."""
+    rank = max(v.rank for v in weights)
+
+    def joined(name: str) -> Leg | None:
+        legs = [getattr(v, name) for v in weights]
+        if all(leg is None for leg in legs):
+            return None
+        if any(leg is None or leg.dims != legs[0].dims for leg in legs):
+            raise Decline("the weights are not adapted alike")
+        arrays = [leg.along(RANK, lambda x, at: _grown(x, at, 0, rank)).array for leg in legs]
+        return Leg(jnp.concatenate(arrays, legs[0].dims.index(axis)), legs[0].dims)
+
+    if len({v.rate for v in weights if v.key is not None}) > 1:
+        raise Decline("the weights have different dropout rates")
+    legs = {name: joined(name) for name in ("a", "b", "gain", "key")}
+    return dataclasses.replace(weights[0], base=base, path=_paths(weights), **legs)
+
+
+def _block(weight: Factored, axis: int, start: int, base: Any) -> Factored:
+    """The weight as a block of a larger one along ``axis``: its update is zero outside."""
+    if axis not in weight.a.dims and axis not in weight.b.dims:
+        raise Decline("joined along an axis where the update is constant")
+
+    def placed(leg: Leg) -> Leg:
+        return leg.along(axis, lambda x, at: _grown(x, at, start, base.shape[axis]))
+
+    return dataclasses.replace(weight, base=base, a=placed(weight.a), b=placed(weight.b))
+
+
+def _grown(x: Any, axis: int, start: int, size: int) -> Any:
+    """``x`` with zeros around it, so that it lies at ``start`` on an axis of ``size``."""
+    config = [(0, 0, 0)] * x.ndim
+    config[axis] = (start, size - start - x.shape[axis], 0)
+    return x if x.shape[axis] == size else lax.pad(x, jnp.zeros((), x.dtype), config)
+
+
+def _sum(weights: list[Factored], base: Any) -> Factored:
+    """One value with the sum of the weights' updates: the factors are joined along the rank."""
+    first = weights[0]
+    if len(weights) == 1 and first.gain is None and first.key is None:
+        return dataclasses.replace(first, base=base)
+    if any(v.gain is not None or v.key is not None for v in weights):
+        raise Decline("DoRA or active dropout on weights that are joined")
+    if any(set(v.a.dims) != set(first.a.dims) or set(v.b.dims) != set(first.b.dims) for v in weights):
+        raise Decline("the weights are not adapted alike")
+
+    def joined(name: str) -> Leg:
+        dims = getattr(first, name).dims
+        return Leg(jnp.concatenate([getattr(v, name).ordered(dims) for v in weights], dims.index(RANK)), dims)
+
+    return dataclasses.replace(first, base=base, a=joined("a"), b=joined("b"), path=_paths(weights))
+
+
+def _paths(weights: list[Factored]) -> str:
+    return ", ".join(dict.fromkeys(v.path for v in weights))
+
+
+def convert_element_type(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """A cast of the base. The factors stay as they are: products cast them to the activation's dtype."""
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+        raise Decline(f"a cast to {eqn.params['new_dtype']}")
+    return keep(scope, eqn, args)
+
+
+def keep(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """A primitive that changes no value: it is applied to the base alone."""
+    (weight,) = args
+    (base,) = _compat.bind(eqn, [weight.base])
+    return [dataclasses.replace(weight, base=base)]
+
+
+def stop_gradient(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    (weight,) = args
+    (base,) = _compat.bind(eqn, [weight.base])
+    return [weight.with_legs(base, lambda leg: Leg(lax.stop_gradient(leg.array), leg.dims))]
+
+
+def optimization_barrier(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    return list(lax.optimization_barrier(tuple(args)))
+
+
+def neg(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    (weight,) = args
+    (base,) = _compat.bind(eqn, [weight.base])
+    return [dataclasses.replace(weight, base=base).with_b(-weight.b.array)]
+
+
+def scale(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """``mul`` and ``div`` by a scalar, or by what follows the axes of one factor alone."""
+    at = 0 if isinstance(args[0], Factored) else 1
+    weight, other = args[at], args[1 - at]
+    if isinstance(other, Factored) or (eqn.primitive.name == "div" and at == 1):
+        raise Decline("not linear in one weight")
+    (base,) = _compat.bind(eqn, [weight.base if i == at else other for i in range(2)])
+    if base.shape != weight.shape:
+        raise Decline("the weight is broadcast by the product")
+    factor, dims = scope.support(eqn.invars[1 - at], other)
+    name = next((n for n in ("b", "a") if set(dims) <= set(getattr(weight, n).dims)), None)
+    if name is None:
+        raise Decline("a product with an array that follows inputs and outputs at once")
+    factor = factor if eqn.primitive.name == "mul" else 1 / factor
+    return [dataclasses.replace(weight, base=base, **{name: getattr(weight, name).times(factor, dims)})]
+
+
+def add(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """``add`` and ``sub``: a plain array joins the base; two weights' updates join along the rank."""
+    minus = eqn.primitive.name == "sub"
+    (base,) = _compat.bind(eqn, [v.base if isinstance(v, Factored) else v for v in args])
+    weights = [v for v in args if isinstance(v, Factored)]
+    if any(v.shape != base.shape for v in weights):
+        raise Decline("the weight is broadcast by the sum")
+    if minus and isinstance(args[1], Factored):
+        weights[-1] = weights[-1].with_b(-args[1].b.array)
+    if len(weights) == 1 and weights[0].gain is None:
+        return [dataclasses.replace(weights[0], base=base)]
+    return [_sum(weights, base)]
+
+
+def select_n(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """A choice between weights, or a weight and an array, that is the same for every input and output."""
+    which, *cases = args
+    (base,) = _compat.bind(eqn, [which, *(v.base if isinstance(v, Factored) else v for v in cases)])
+    pick, dims = scope.support(eqn.invars[0], which)
+    weights = [v for v in cases if isinstance(v, Factored)]
+    if not all(set(dims) <= set(v.b.dims) for v in weights):
+        raise Decline("the condition does not follow the axes of one factor")
+
+    def chosen(i: int, weight: Factored) -> Factored:
+        on = Leg(pick == i, tuple(dims)) if pick.dtype != jnp.bool_ else Leg(pick if i else ~pick, tuple(dims))
+        mask = on.array.astype(weight.b.array.dtype)
+        return dataclasses.replace(weight, b=weight.b.times(mask, dims))
+
+    return [_sum([chosen(i, v) for i, v in enumerate(cases) if isinstance(v, Factored)], base)]
+
+
+REARRANGEMENTS: dict[str, Rule] = {
+    "transpose": transpose,
+    "squeeze": squeeze,
+    "broadcast_in_dim": broadcast_in_dim,
+    "reshape": reshape,
+    "slice": slices,
+    "dynamic_slice": dynamic_slice,
+    "rev": rev,
+    "split": split,
+    "pad": pad,
+    "concatenate": concatenate,
+    "stack": stack,
+    "convert_element_type": convert_element_type,
+    "stop_gradient": stop_gradient,
+    "optimization_barrier": optimization_barrier,
+    "neg": neg,
+    "mul": scale,
+    "div": scale,
+    "add": add,
+    "sub": add,
+    "select_n": select_n,
+    **dict.fromkeys(("copy", "copy_p", "name", "sharding_constraint", "reduce_precision"), keep),
+}

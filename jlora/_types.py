@@ -1,0 +1,244 @@
+"""The vocabulary: what an adapter is, what an attached weight is, how a weight is used.
+
+No algorithm lives here. Every other module imports this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn, TypeAlias
+
+import jax
+import numpy as np
+
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+Path: TypeAlias = str
+"""Where a leaf lies: its keys joined by ``/``, such as ``params/block_0/query/kernel``."""
+
+
+class Axes(NamedTuple):
+    """The roles of a weight's axes; together they name each axis once.
+
+    Attributes:
+      batch: axes along which the weight is a stack of independent matrices (scanned layers, experts).
+      inputs: axes that the model contracts with its activations.
+      outputs: axes that appear in the result.
+    """
+
+    batch: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = (0,)
+    outputs: tuple[int, ...] = (1,)
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """``shape`` split into the sizes of the batch, input and output axes."""
+        return tuple(tuple(shape[i] for i in group) for group in self)
+
+    def flipped(self) -> Axes:
+        """The axes of the transposed use, as of an embedding that is also the output projection."""
+        return Axes(self.batch, self.outputs, self.inputs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraFactors:
+    """The trainable low-rank update of one weight, ``delta = scale * a @ b`` (Hu et al. 2021, eq. 3).
+
+    Attributes:
+      a: float array of shape ``batch + inputs + (rank,)``.
+      b: float array of shape ``batch + (rank,) + outputs``.
+      magnitude: None, or DoRA's column norms of shape ``batch + outputs`` (Liu et al. 2024, eq. 5).
+      scale: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA. Static.
+      axes: which axes of the weight the factors' own axes follow. Static, and recorded so that
+        merging never guesses.
+      dropout: rate in [0, 1) on the adapter's input, at work only when `attach` is given a key. Static.
+    """
+
+    a: Array
+    b: Array
+    magnitude: Array | None = None
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+    axes: Axes = dataclasses.field(default=Axes(), metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
+
+
+Adapters: TypeAlias = dict[Path, LoraFactors | Array]
+"""All that is trained, saved and shipped: `LoraFactors`, or whole leaves, keyed by the weight's path."""
+
+_NOT_WRAPPED = (
+    "the weight at {path!r} carries LoRA factors and met a function that does not understand them. "
+    "Wrap the function that takes the parameters: `apply = jlora.lora(model.apply)`, then call "
+    "`apply(jlora.attach(params, adapters), ...)`; or give the plain function `jlora.merge(params, adapters)`."
+)
+
+
+class _Attached:
+    """What attached leaves share: they show the base's shape and dtype, and refuse to be arrays."""
+
+    base: Any
+    path: Path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.base.shape))
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(_NOT_WRAPPED.format(path=self.path))
+
+    __jax_array__ = __array__ = __getitem__ = __len__ = __iter__ = __neg__ = astype = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = _refuse
+    reshape = transpose = swapaxes = T = property(_refuse)  # pyright: ignore[reportAssignmentType]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraWeight(_Attached):
+    """A frozen base weight with its factors, in the place of the weight in the parameter tree.
+
+    Attributes:
+      base: the frozen weight, any float dtype.
+      factors: the trainable update.
+      strength: None, or a scalar array that multiplies the update at run time.
+      dropout_key: None, or a PRNG key; with one, the adapter's input is dropped at ``factors.dropout``.
+      path: where the weight lies. Static.
+    """
+
+    base: Any
+    factors: LoraFactors
+    strength: Array | None = None
+    dropout_key: Array | None = None
+    path: Path = dataclasses.field(default="", metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class FullWeight(_Attached):
+    """A leaf trained whole: ``value`` is used, in the dtype of ``base``, which is kept for `detach`.
+
+    Attributes:
+      base: the original leaf, frozen.
+      value: the trainable leaf of the same shape.
+      path: where the leaf lies. Static.
+    """
+
+    base: Any
+    value: Array
+    path: Path = dataclasses.field(default="", metadata={"static": True})
+
+
+def is_attached(x: Any) -> bool:
+    """Whether ``x`` is a leaf that `attach` put in place."""
+    return isinstance(x, LoraWeight | FullWeight)
+
+
+class Use(NamedTuple):
+    """One place where a weight is consumed.
+
+    Attributes:
+      primitive: the JAX primitive, such as ``dot_general``.
+      axes: the weight's axes in this use, or None when the use has no matrix form.
+      source: file and line of the user's code.
+      note: what happened, when ``axes`` is None.
+    """
+
+    primitive: str
+    axes: Axes | None
+    source: str
+    note: str = ""
+
+
+MATMULS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"})
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightUse:
+    """How a model consumes one weight, as found by `trace`.
+
+    Attributes:
+      shape, dtype: of the weight.
+      uses: every use, in program order; empty when the weight is never read.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    uses: tuple[Use, ...] = ()
+
+    @property
+    def axes(self) -> Axes | None:
+        """The axes of the first use that has a matrix form; None when there is none."""
+        return next((use.axes for use in self.uses if use.axes is not None), None)
+
+    @property
+    def kind(self) -> str:
+        """``matmul``, ``lookup``, ``stopped``, ``unread`` or ``other``: decided by the first matrix use."""
+        for use in self.uses:
+            if use.axes is not None:
+                return "matmul" if use.primitive in MATMULS else "lookup"
+        if not self.uses:
+            return "unread"
+        return "stopped" if all(u.primitive == "stop_gradient" for u in self.uses) else "other"
+
+    @property
+    def flipped(self) -> bool:
+        """Whether a later use contracts the outputs, as a tied output projection does."""
+        axes = self.axes
+        return axes is not None and any(u.axes == axes.flipped() for u in self.uses)
+
+    @property
+    def incompatible(self) -> tuple[Use, ...]:
+        """Uses whose axes fit neither the first use nor its transpose: the materialize policy applies."""
+        axes = self.axes
+        fits = () if axes is None else (axes, axes.flipped())
+        return tuple(u for u in self.uses if u.axes not in fits and u.primitive != "stop_gradient")
+
+
+Uses: TypeAlias = Mapping[Path, WeightUse]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What `init` will make for one weight.
+
+    Attributes:
+      path, shape, dtype: of the weight.
+      axes: the roles of its axes; None for a leaf that is trained whole.
+      rank, scale, dropout, dora: of the factors; rank 0 for a leaf that is trained whole.
+      trainable: number of trainable parameters.
+      used_by: what consumes the weight, for people.
+      lookup: whether the weight is a table whose rows are looked up.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: Axes | None
+    rank: int
+    scale: float
+    dropout: float
+    dora: bool
+    trainable: int
+    used_by: str
+    lookup: bool = False
+
+    def describe(self) -> tuple[str, ...]:
+        """The cells of this target's row in the plan's table."""
+        how = "whole" if self.axes is None else f"r={self.rank} s={self.scale:g}" + (" DoRA" if self.dora else "")
+        return (self.path, "x".join(map(str, self.shape)), how, f"{self.trainable:,}", self.used_by)

@@ -1,0 +1,149 @@
+"""`lora`: the same function, over trees that carry adapters. `explain`: what it does with each weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax.extend import core
+
+from jlora import _compat, _paths
+from jlora._factored import Factored, dense, factored
+from jlora._interpret import Event, Policy, Session
+from jlora._staging import is_array, stage
+from jlora._table import table
+from jlora._types import LoraWeight, PyTree, is_attached
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def lora(fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = False) -> F:
+    """The same function, with the same signature, that also understands attached trees.
+
+    ``fn`` is traced on the plain weights and its jaxpr evaluated with the adapted ones kept factored:
+    ``x @ (W + s·a·b)`` becomes ``x @ W + s·(x @ a) @ b``. The full update is never built, and when the
+    gradient is taken with respect to the adapters, no gradient of ``W`` is either. ``fn`` itself is not
+    touched, and knows nothing of this.
+
+    Composes with ``jit``, ``grad``, ``vmap``, ``jax.checkpoint``, ``scan``, ``cond``, ``while``, ``shard_map``
+    and ``pmap``, outside or inside ``fn``. Put it under ``jax.jit``: like every transform, it traces ``fn``
+    again at each call. Reverse-mode differentiation only (see `low_rank_product`).
+
+    >>> apply = jlora.lora(model.apply)
+    >>> loss = lambda adapters: loss_fn(apply(jlora.attach(params, adapters), batch))
+    >>> grads = jax.grad(loss)(adapters)
+
+    Args:
+      fn: a function of pytrees. Arrays and keys among its arguments are traced, everything else
+        (flags, strings, functions, Python numbers) is static; its result may hold non-arrays too.
+      materialize: what to do where a weight meets a primitive that has no factored form, so that it must
+        be summed: ``"warn"`` once per weight and primitive, ``"error"``, or ``"allow"``.
+      inline_custom_rules: whether to look into ``jax.custom_jvp`` and ``jax.custom_vjp`` functions that take an
+        adapted weight. By default they keep their rule, and get the weight summed.
+
+    Raises:
+      MaterializeError: under ``"error"``, naming path, primitive and source line.
+      ValueError: when ``fn`` never reads an attached weight, as when it closes over its parameters.
+    """
+    if materialize not in ("warn", "error", "allow"):
+        raise ValueError(f'lora: materialize={materialize!r}; expected "warn", "error" or "allow"')
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return _call(Session(materialize, inline_custom_rules), fn, args, kwargs)
+
+    return wrapped  # pyright: ignore[reportReturnType]
+
+
+def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    if not any(map(is_attached, jax.tree.leaves((args, kwargs), is_leaf=is_attached))):
+        return fn(*args, **kwargs)
+    staged = stage(fn, args, kwargs)
+    given = dict(zip(staged.jaxpr.invars, staged.given, strict=True))
+    _check_read(staged.jaxpr, given)
+    values = [
+        factored(leaf) if isinstance(leaf, LoraWeight) else plain
+        for leaf, plain in zip(staged.given, staged.plain, strict=True)
+    ]
+    results = session.run(staged.jaxpr, staged.consts, values)
+
+    def finish(var: Any, result: Any) -> Any:
+        leaf = given.get(var) if isinstance(var, core.Var) else None
+        if is_attached(leaf):
+            return leaf  # a weight that is handed through comes back as it was given, still attached
+        return dense(result) if isinstance(result, Factored) else result
+
+    return staged.rebuild(map(finish, staged.jaxpr.outvars, results))
+
+
+def _check_read(jaxpr: Any, given: dict[Any, Any]) -> None:
+    """Raises a ValueError that names every attached weight which the function never reads."""
+    live = _compat.live_inputs(jaxpr)
+    unread = [leaf.path for var, leaf in given.items() if is_attached(leaf) and var not in live]
+    if unread:
+        raise ValueError(
+            f"lora: the function never reads {len(unread)} attached weight(s), so training them would silently do "
+            f"nothing:{_paths.bullets(map(repr, unread))}\nGot a function that ignores these leaves, often because "
+            "it closes over the parameters. Pass the attached tree where the function takes its parameters, or "
+            "leave these weights out of the targets."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a `lora` function does with each adapted weight; prints as a table.
+
+    Attributes:
+      events: every consumption, in program order.
+    """
+
+    events: tuple[Event, ...]
+
+    @property
+    def materialized(self) -> tuple[Event, ...]:
+        """The consumptions for which the weight is summed to its full shape."""
+        return tuple(e for e in self.events if e.why is not None)
+
+    def __str__(self) -> str:
+        grouped: dict[tuple[str, str, str], list[Event]] = defaultdict(list)
+        for e in self.events:
+            grouped[e.path, e.primitive, e.why or "factored"].append(e)
+        rows = [
+            (
+                path,
+                primitive,
+                how if how == "factored" else f"materialized: {how}",
+                str(len(es)),
+                f"{sum(e.flops for e in es):,}",
+                es[0].source,
+            )
+            for (path, primitive, how), es in grouped.items()
+        ]
+        return table(("weight", "primitive", "how", "uses", "extra FLOPs", "where"), rows, right=(3, 4))
+
+
+def explain(fn: Callable[..., Any], tree: PyTree, *args: Any, **kwargs: Any) -> Explanation:
+    """How ``lora(fn)`` consumes each adapted weight of ``tree``: factored or materialized, why, at what cost.
+
+    Abstract: nothing is computed, and ``tree`` and ``args`` may be of `jax.ShapeDtypeStruct`. The extra FLOPs are
+    those that the updates add to one forward pass; a while loop counts as one iteration.
+
+    >>> print(jlora.explain(model.apply, jlora.attach(params, adapters), batch))
+    """
+    session = Session("explain", inline_custom_rules=False)
+    leaves, treedef = jax.tree.flatten((tree, args, kwargs))
+    traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+
+    def run(*arrays: Any) -> None:
+        full = list(leaves)
+        for i, array in zip(traced, arrays, strict=True):
+            full[i] = array
+        inner_tree, inner_args, inner_kwargs = treedef.unflatten(full)
+        _call(session, fn, (inner_tree, *inner_args), inner_kwargs)
+
+    jax.eval_shape(run, *(leaves[i] for i in traced))
+    return Explanation(tuple(session.events))

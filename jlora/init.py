@@ -1,0 +1,65 @@
+"""`init`: fresh adapters, with which the adapted model equals its base."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _paths
+from jlora._factored import column_norm, factored
+from jlora._types import Adapters, Array, LoraFactors, LoraWeight, PyTree, Target, Uses
+from jlora.attach import path_key
+from jlora.config import LoraConfig
+from jlora.targets import plan
+
+
+def init(key: Array, params: PyTree, config: LoraConfig, uses: Uses | None = None) -> Adapters:
+    """Fresh adapters for ``params``: A random, B zero, so that nothing changes yet.
+
+    A is drawn as torch's ``kaiming_uniform_(a=sqrt(5))``, that is from U(±1/sqrt(fan_in)), and B is 0. For a
+    lookup table it is the other way round, as in PEFT: A = 0, B from N(0, 1). Leaves of ``train_also`` are
+    copies of the params, never aliases. Each weight's key is folded from its path, so that its init does
+    not depend on which others are adapted. Works under `jax.eval_shape` and ``jax.jit(out_shardings=…)``.
+
+    >>> adapters = jlora.init(jax.random.key(0), params, jlora.LoraConfig(rank=8), uses)
+
+    Args:
+      key: a PRNG key.
+      params: the parameters. Only their shapes matter, except for ``train_also`` leaves and DoRA.
+      config: what to adapt.
+      uses: from `trace`; needed by ``targets="all-linear"`` and for weights that are not 2-D.
+
+    Returns:
+      ``{path: LoraFactors | array}``: every array leaf of it is trainable, in ``config.dtype``.
+
+    Raises:
+      ValueError: as `plan`.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    leaves, _ = _paths.named_leaves(params)
+    return {
+        path: jnp.array(leaves[path], dtype=config.dtype, copy=True)
+        if target.axes is None
+        else _factors(path_key(key, path), leaves[path], target, config.dtype)
+        for path, target in plan(params, config, uses).items()
+    }
+
+
+def _factors(key: Array, weight: Array, target: Target, dtype: str) -> LoraFactors:
+    assert target.axes is not None
+    batch, inputs, outputs = target.axes.sizes(target.shape)
+    a_shape, b_shape = (*batch, *inputs, target.rank), (*batch, target.rank, *outputs)
+    if target.lookup:
+        a, b = jnp.zeros(a_shape, dtype), jax.random.normal(key, b_shape, dtype)
+    else:
+        bound = 1 / math.sqrt(math.prod(inputs))
+        a, b = jax.random.uniform(key, a_shape, dtype, -bound, bound), jnp.zeros(b_shape, dtype)
+    factors = LoraFactors(a, b, None, scale=target.scale, axes=target.axes, dropout=target.dropout)
+    if target.dora:
+        norm = column_norm(factored(LoraWeight(weight, factors)), target.axes)
+        factors = dataclasses.replace(factors, magnitude=norm.astype(dtype))
+    return factors

@@ -1,0 +1,203 @@
+"""`plan`: which weights a config adapts, and how; every mistake in the patterns is found here."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from typing import Any
+
+import jax.numpy as jnp
+
+from jlora import _paths
+from jlora._table import table
+from jlora._types import Axes, Path, PyTree, Target, Uses, WeightUse
+from jlora.config import HEADS, LoraConfig
+
+
+class Plan(dict[Path, Target]):
+    """``{path: Target}`` in the tree's order; prints as a readable table.
+
+    Attributes:
+      total: number of parameters in the tree.
+      left_out: ``{path: why}`` for matrices that were excluded or are only looked up, and unread leaves.
+    """
+
+    def __init__(self, targets: dict[Path, Target], total: int, left_out: dict[Path, str]):
+        super().__init__(targets)
+        self.total = total
+        self.left_out = left_out
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable parameters."""
+        return sum(t.trainable for t in self.values())
+
+    def __str__(self) -> str:
+        header = ("weight", "shape", "adapter", "trainable", "used by")
+        lines = [table(header, (t.describe() for t in self.values()), right=(3,))]
+        share = 100 * self.trainable / max(self.total, 1)
+        lines.append(f"trainable: {self.trainable:,} of {self.total:,} ({share:.2f}%)")
+        lines += [f"left out: {path} ({why})" for path, why in self.left_out.items()]
+        return "\n".join(lines)
+
+
+def plan(params: PyTree, config: LoraConfig, uses: Uses | None = None) -> Plan:
+    """What `init` would make: a `Target` for every weight that ``config`` adapts or trains whole.
+
+    Without ``uses`` only 2-D leaves named by explicit targets can be adapted, with axis 0 as their input.
+
+    >>> print(jlora.plan(params, config, uses))
+
+    Args:
+      params: the parameters, or their shapes.
+      config: what to adapt.
+      uses: from `trace`.
+
+    Raises:
+      ValueError: naming every pattern that matches nothing (with the closest paths), every target that is no
+        floating matrix, is never read, or has a shape that only ``uses`` can explain; and a config that
+        leaves nothing to train.
+    """
+    leaves, _ = _paths.named_leaves(params)
+    leaves = {p: x for p, x in leaves.items() if hasattr(x, "shape") and hasattr(x, "dtype")}
+    chooser = _Chooser(leaves, config, uses)
+    targets: dict[Path, Target] = {}
+    for path, leaf in leaves.items():
+        if (target := chooser.choose(path, leaf)) is not None:
+            targets[path] = target
+    chooser.check(targets)
+    return Plan(targets, sum(math.prod(x.shape) for x in leaves.values()), chooser.left_out)
+
+
+class _Chooser:
+    """One pass over the leaves, which keeps what matched and what is wrong."""
+
+    def __init__(self, leaves: dict[Path, Any], config: LoraConfig, uses: Uses | None):
+        self.leaves, self.config, self.uses = leaves, config, uses
+        self.left_out: dict[Path, str] = {}
+        self.wrong: list[str] = []
+        self.refused: dict[Path, str] = {}
+        if config.targets == "all-linear" and uses is None:
+            self.wrong.append(
+                'targets="all-linear" needs uses=jlora.trace(fn, params, batch), which finds the linear weights; '
+                "or name the weights with patterns"
+            )
+        if uses is not None and (unknown := [p for p in leaves if _floating(leaves[p]) and p not in uses]):
+            self.wrong.append(f"uses come from another tree: they lack {unknown[:5]}")
+
+    def choose(self, path: Path, leaf: Any) -> Target | None:
+        if _matches(self.config.train_also, path):
+            if _floating(leaf):
+                return self.whole(path, leaf)
+            self.wrong.append(f"train_also matches {path!r} of dtype {leaf.dtype}; expected a floating leaf")
+            return None
+        use = None if self.uses is None else self.uses.get(path)
+        explicit = self.config.targets != "all-linear"
+        wanted = _matches(self.config.targets, path) if explicit else use is not None and use.kind == "matmul"
+        if not wanted:
+            if not explicit and use is not None and use.kind == "lookup":
+                self.left_out[path] = f"{_verb(use)}; name it in targets to adapt it"
+            elif not explicit and use is not None and use.kind in ("unread", "stopped"):
+                self.left_out[path] = _verb(use)
+            return None
+        if _matches(self.config.exclude, path):
+            self.left_out[path] = "excluded"
+            return None
+        axes = self.axes(path, leaf, use)
+        return None if axes is None else self.adapted(path, leaf, axes, use)
+
+    def axes(self, path: Path, leaf: Any, use: WeightUse | None) -> Axes | None:
+        """The axes of a wanted weight; None when it cannot be adapted, with the reason kept."""
+        shape = f"of shape {tuple(leaf.shape)} and dtype {leaf.dtype}"
+        if not _floating(leaf) or len(leaf.shape) < 2:
+            self.refused[path] = f"{shape} is no floating matrix"
+        elif use is None and len(leaf.shape) > 2:
+            self.refused[path] = (
+                f"{shape} is ambiguous: which axes are inputs? Pass uses=jlora.trace(fn, params, batch)"
+            )
+        elif use is not None and (use.kind in ("unread", "stopped") or use.axes is None):
+            self.refused[path] = f"{shape}: {_verb(use)}"
+        else:
+            return Axes() if use is None else use.axes
+        return None
+
+    def adapted(self, path: Path, leaf: Any, axes: Axes, use: WeightUse | None) -> Target:
+        config = self.config.for_path(path)
+        batch, inputs, outputs = (math.prod(sizes) for sizes in axes.sizes(leaf.shape))
+        if config.rank > min(inputs, outputs):
+            warnings.warn(
+                f"{path!r}: rank {config.rank} is above min(fan_in, fan_out) = {min(inputs, outputs)}: the update "
+                "is no longer low-rank and costs more than the weight itself. Lower it with a Rule.",
+                stacklevel=4,
+            )
+        trainable = batch * (config.rank * (inputs + outputs) + (outputs if config.use_dora else 0))
+        return Target(
+            path, tuple(leaf.shape), leaf.dtype, axes, config.rank, config.scale, config.dropout,
+            config.use_dora, trainable, "" if use is None else _verb(use),
+            lookup=use is not None and use.kind == "lookup",
+        )  # fmt: skip
+
+    def whole(self, path: Path, leaf: Any) -> Target:
+        size = math.prod(leaf.shape)
+        return Target(path, tuple(leaf.shape), leaf.dtype, None, 0, 1.0, 0.0, False, size, "train_also")
+
+    def check(self, targets: dict[Path, Target]) -> None:
+        """Raises one ValueError with everything that is wrong."""
+        config, wrong = self.config, list(self.wrong)
+        for pattern in () if isinstance(config.targets, str) else config.targets:
+            hits = [p for p in self.leaves if re.search(pattern, p)]
+            if not hits:
+                wrong.append(f"target {pattern!r} matches no weight{_paths.nearest(pattern, self.leaves)}")
+            elif not any(p in targets or self.left_out.get(p) == "excluded" for p in hits):
+                wrong += [f"target {pattern!r} matches {p!r}, which {self.refused[p]}" for p in hits]
+            else:
+                matrices = [p for p in hits if p in self.refused and len(self.leaves[p].shape) > 1]
+                self.left_out |= {p: self.refused[p] for p in matrices}
+        ambiguous = [p for p, why in self.refused.items() if "ambiguous" in why]
+        wrong += [f"{p!r} {self.refused[p]}" for p in ambiguous if not any(repr(p) in w for w in wrong)]
+        for name, patterns, pool in (
+            ("train_also", config.train_also, self.leaves),
+            ("exclude", () if config.exclude == HEADS else config.exclude, self.leaves),
+            ("rule", tuple(r.pattern for r in config.rules), [p for p, t in targets.items() if t.axes is not None]),
+        ):
+            wrong += [
+                f"{name} {pattern!r} matches no {'adapted ' if name == 'rule' else ''}weight"
+                f"{_paths.nearest(pattern, pool)}"
+                for pattern in patterns
+                if not any(re.search(pattern, p) for p in pool)
+            ]
+        if not targets and not wrong:
+            wrong.append(
+                f"nothing is left to train among {len(self.leaves)} leaves"
+                + _paths.bullets(f"{p}: {why}" for p, why in self.left_out.items())
+            )
+        if wrong:
+            raise ValueError(
+                f"plan: {len(wrong)} problem(s) with what is to be adapted:{_paths.bullets(wrong)}\n"
+                "Expected patterns that each match a floating matrix of the params; print jlora.trace(...) to see "
+                "every path and how it is used."
+            )
+
+
+def _matches(patterns: Any, path: Path) -> bool:
+    return not isinstance(patterns, str) and any(re.search(p, path) for p in patterns)
+
+
+def _floating(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _verb(use: WeightUse) -> str:
+    """How a weight is consumed, in a word or two for a person."""
+    match use.kind:
+        case "unread":
+            return "never read"
+        case "stopped":
+            return "behind stop_gradient"
+        case "other":
+            return f"consumed by {use.uses[0].primitive}: {use.uses[0].note}"
+    first = next(u for u in use.uses if u.axes is not None)
+    word = "looked up" if use.kind == "lookup" else first.primitive
+    flipped = ", transposed too" if use.flipped else ""
+    return word + flipped + (", materialized for some uses" if use.incompatible else "")

@@ -2,7 +2,7 @@
 
 from jlora._interpret import MaterializeError, MaterializeWarning
 from jlora._product import low_rank_product
-from jlora._types import Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
+from jlora._types import Adapters, Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
 from jlora.apply import Explanation, explain, lora
 from jlora.attach import attach, detach
 from jlora.config import LoraConfig, Rule
@@ -15,6 +15,7 @@ from jlora.trace import trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapters",
     "Axes",
     "Explanation",
     "FullWeight",

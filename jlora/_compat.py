@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 from jax import lax
 from jax.extend import core, source_info_util
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -64,6 +65,14 @@ def explicit_spec(x: Any) -> tuple[Any, ...] | None:
     if mesh.empty or not any(t == jax.sharding.AxisType.Explicit for t in mesh.axis_types):
         return None
     return tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
+
+
+def reshard(x: Any, spec: Iterable[Any]) -> Any:
+    """``x`` with these PartitionSpec entries on a mesh with Explicit axes; ``x`` itself on any other."""
+    entries = tuple(spec)
+    if explicit_spec(x) in (None, entries):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*entries)))
 
 
 def live_inputs(jaxpr: Any) -> set[Any]:

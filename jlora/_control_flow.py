@@ -116,11 +116,11 @@ def scan(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     def body(moving: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
         values = [_one(x, s) if isinstance(x, Factored) else s for x, s in zip(xs, slices, strict=True)]
         out = scope.session.run(jaxpr, own, [*consts, *carry.whole(moving), *values])
-        return carry.moving(out[:n_carry]), _settled(scope, eqn, out[n_carry:])
+        return carry.moving(out[:n_carry]), out[n_carry:]
 
     with scope.session.repeated(p["length"]):
         final, ys = lax.scan(body, carry.init, sliced, p["length"], reverse=p["reverse"], unroll=p["unroll"])
-    return [*carry.whole(final), *ys]
+    return [*carry.whole(final), *map(_restacked, ys)]
 
 
 class _Carry:
@@ -162,6 +162,13 @@ def _one(weight: Factored, parts: dict[str, Any]) -> Factored:
     return dataclasses.replace(weight, base=parts["base"], **{n: sliced(n) for n in ("a", "b", "gain", "key")})
 
 
+def _restacked(value: Any) -> Any:
+    """A result of a scan; where each step hands on its slice of a weight, they are a stacked weight again."""
+    if not isinstance(value, Factored):
+        return value
+    return value.with_legs(value.base, lambda leg: Leg(leg.array, (0, *(d if d == RANK else d + 1 for d in leg.dims))))
+
+
 def shard_map(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """``jax.shard_map``: the specs of the factors are derived from the weight's."""
     p = eqn.params
@@ -173,6 +180,14 @@ def shard_map(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         entries = _padded(spec, len(value.shape))
         return value.with_legs(spec, lambda leg: Leg(PartitionSpec(*_leg_entries(leg, entries)), leg.dims))
 
+    def placed(value: Any, spec: Any) -> Any:
+        if not isinstance(value, Factored):
+            return value
+        entries = _padded(spec, len(value.shape))
+        return value.with_legs(
+            value.base, lambda leg: Leg(_compat.reshard(leg.array, _leg_entries(leg, entries)), leg.dims)
+        )
+
     mapped = jax.shard_map(
         lambda *args: tuple(_settled(scope, eqn, scope.session.run(jaxpr, consts, args))),
         mesh=p["mesh"],
@@ -181,7 +196,7 @@ def shard_map(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         axis_names=set(p["newly_manual_axes"]),
         check_vma=p["check_vma"],
     )
-    return list(mapped(*args))
+    return list(mapped(*map(placed, args, p["in_specs"])))
 
 
 def custom_rule(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
@@ -203,6 +218,20 @@ def vary(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     return [jax.tree.map(cast, weight)]
 
 
+def reshard(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """``jax.sharding.reshard``: the factors follow the weight."""
+    (weight,) = args
+    (base,) = _compat.bind(eqn, [weight.base])
+    to = eqn.params["dst_sharding"]
+    entries = _padded(to.spec, len(weight.shape))
+
+    def moved(leg: Leg) -> Leg:
+        sharding = NamedSharding(to.mesh, PartitionSpec(*_leg_entries(leg, entries)))
+        return Leg(*_compat.bind(eqn, [leg.array], dst_sharding=sharding), leg.dims)
+
+    return [weight.with_legs(base, moved)]
+
+
 def _settled(scope: Any, eqn: Any, values: list[Any]) -> list[Any]:
     """Values that leave control flow: a factored one is materialized."""
     return [scope.settle(v, eqn, "it leaves control flow, changed or not, as a result") for v in values]
@@ -220,4 +249,6 @@ CONTROL_FLOW: dict[str, Rule] = {
     "custom_jvp_call": custom_rule,
     "custom_vjp_call": custom_rule,
     "pvary": vary,
+    "reshard": reshard,
+    "mesh_cast": reshard,
 }

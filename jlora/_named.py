@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jlora import _compat
 from jlora._types import Array
 
 RANK = -1
@@ -41,7 +42,7 @@ class Leg:
         kept = tuple(d if d == RANK else names[d] for i, d in enumerate(self.dims) if i not in gone)
         return Leg(lax.squeeze(self.array, gone) if gone else self.array, kept)
 
-    def ordered(self, dims: Sequence[int]) -> Array:
+    def ordered(self, dims: Sequence[Hashable]) -> Array:
         """The array with its axes in the order of ``dims``, which must be the leg's own, permuted."""
         return transposed(self.array, self.dims, dims)
 
@@ -96,6 +97,7 @@ def contract(
     batch = [n for n in shared if n in out]
     summed = [n for n in shared if n not in out]
     names = batch + [n for n in x_names if n not in shared] + [n for n in y_names if n not in shared]
+    x, y = _alike(x, x_names, y, y_names, batch)
     sharding = None
     if spec is not None:
         sharding = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*(spec[n] for n in names)))
@@ -110,10 +112,17 @@ def contract(
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
         out_sharding=sharding,
     )
-    return transposed(result.astype(dtype), names, out)
+    result = result.astype(dtype)
+    if names != list(out) and result.size < max(x.size, y.size):
+        # XLA folds a transpose back into the product by exchanging its operands, which would undo the choice.
+        result = lax.optimization_barrier(result)
+    return transposed(result, names, out)
 
 
 def _x_goes_left(x: Array, x_names: list[Hashable], y: Array, y_names: list[Hashable], out: Sequence[Hashable]) -> bool:
+    free = [sum(n not in others for n in own) for own, others in ((x_names, y_names), (y_names, x_names))]
+    if x.dtype.itemsize < 4 and min(free) == 1 < max(free):
+        return free[0] > 1  # XLA:CPU (to 0.12) cannot run bf16 x bf16 = f32 the other way round
     sizes = dict(zip(x_names, x.shape, strict=True)) | dict(zip(y_names, y.shape, strict=True))
     if math.prod(sizes[n] for n in out) > max(x.size, y.size):
         leading = next((n for n in out if n not in x_names or n not in y_names), None)
@@ -121,6 +130,14 @@ def _x_goes_left(x: Array, x_names: list[Hashable], y: Array, y_names: list[Hash
     names = x_names if x.size >= y.size else y_names
     summed_last = bool(names) and names[-1] not in out
     return summed_last == (x.size >= y.size)
+
+
+def _alike(x: Array, x_names: list[Hashable], y: Array, y_names: list[Hashable], batch: list[Hashable]):
+    """``x`` and ``y``, on a mesh with Explicit axes, with their batch axes sharded as either of them is."""
+    x_spec, y_spec = (_compat.explicit_spec(v) or (None,) * v.ndim for v in (x, y))
+    x_by, y_by = dict(zip(x_names, x_spec, strict=True)), dict(zip(y_names, y_spec, strict=True))
+    both = {n: x_by[n] or y_by[n] for n in batch}
+    return tuple(_compat.reshard(v, (by | both).values()) for v, by in ((x, x_by), (y, y_by)))
 
 
 def _sum_out(

@@ -69,6 +69,23 @@ def contract_factors(names: Contraction, x: Array, first: Array, second: Array) 
     return _product(names, *_compat.vary_alike(x, first, second))
 
 
+def widen(
+    hidden: Array,
+    hidden_names: Sequence[Hashable],
+    second: Array,
+    second_names: Sequence[Hashable],
+    out: Sequence[Hashable],
+    precision: Any = None,
+) -> Array:
+    """The last product alone, from rank back to full width, as `low_rank_product` does it.
+
+    It is a ``custom_vjp`` of its own, and so no dot to the policies of `jax.checkpoint` that save dots: they keep
+    ``hidden``, which is small, and this is computed from it again.
+    """
+    names = Contraction((), (), tuple(hidden_names), tuple(second_names), tuple(out), precision)
+    return _widened(names, *_compat.vary_alike(hidden, second))
+
+
 def explicit_specs(
     mesh_specs: Sequence[tuple[Names, Sequence[Any] | None]],
 ) -> tuple[tuple[tuple[Hashable, Any], ...], ...] | None:
@@ -86,19 +103,35 @@ def _product(names: Contraction, x: Array, first: Array, second: Array) -> Array
 def _forward(names: Contraction, x: Array, first: Array, second: Array):
     n, p = names, names.precision
     hidden = contract(x, n.x, first.astype(x.dtype), n.first, n.hidden, precision=p, spec=n.spec(2))
-    y = contract(hidden, n.hidden, second.astype(x.dtype), n.second, n.out, precision=p, spec=n.spec(4))
-    return y, (x, first, second, hidden)
+    return _widened(names, hidden, second), (x, first, second, hidden)
 
 
 def _backward(names: Contraction, residuals: tuple[Array, ...], g: Array):
     n, p = names, names.precision
     x, first, second, hidden = residuals
-    g = g.astype(x.dtype)
-    dh = contract(g, n.out, second.astype(x.dtype), n.second, n.hidden, precision=p, spec=n.spec(2))
-    d_second = contract(hidden, n.hidden, g, n.out, n.second, precision=p, dtype=second.dtype, spec=n.spec(3))
+    dh, d_second = _widened_backward(names, (hidden, second), g.astype(x.dtype))
     d_first = contract(dh, n.hidden, x, n.x, n.first, precision=p, dtype=first.dtype, spec=n.spec(1))
     dx = contract(dh, n.hidden, first.astype(x.dtype), n.first, n.x, precision=p, spec=n.spec(0))
     return dx, d_first, d_second
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _widened(names: Contraction, hidden: Array, second: Array) -> Array:
+    n, p = names, names.precision
+    return contract(hidden, n.hidden, second.astype(hidden.dtype), n.second, n.out, precision=p, spec=n.spec(4))
+
+
+def _widened_forward(names: Contraction, hidden: Array, second: Array):
+    return _widened(names, hidden, second), (hidden, second)
+
+
+def _widened_backward(names: Contraction, residuals: tuple[Array, ...], g: Array):
+    n, p = names, names.precision
+    hidden, second = residuals
+    d_hidden = contract(g, n.out, second.astype(g.dtype), n.second, n.hidden, precision=p, spec=n.spec(2))
+    d_second = contract(hidden, n.hidden, g, n.out, n.second, precision=p, dtype=second.dtype, spec=n.spec(3))
+    return d_hidden, d_second
+
+
 _product.defvjp(_forward, _backward)
+_widened.defvjp(_widened_forward, _widened_backward)

@@ -47,25 +47,19 @@ def reshape(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         raise Decline(f"reshape from {weight.shape} to {base.shape} mixes the axes")
 
     def reshaped(leg: Leg) -> Leg:
-        unit = {d: d for d, size in enumerate(weight.shape) if size != 1}
-        leg = leg.renamed(unit)
-        array, names = leg.array, [("old", d) if d != RANK else RANK for d in leg.dims]
-        for old, new in groups:
-            carried = [d for d in old if ("old", d) in names]
-            if not carried:
-                continue
-            if len(carried) < len(old):
-                raise Decline(f"reshape from {weight.shape} to {base.shape} merges axes of different roles")
-            at = names.index(("old", old[0]))
-            rest = [n for n in names[at:] if n == RANK or n[1] not in old]
-            order = [*names[:at], *(("old", d) for d in old), *rest]
-            order = [n for i, n in enumerate(order) if n not in order[:i]]
-            array = lax.transpose(array, [names.index(n) for n in order]) if order != names else array
-            at = order.index(("old", old[0]))
-            shape = (*array.shape[:at], *(base.shape[d] for d in new), *array.shape[at + len(old) :])
-            array = lax.reshape(array, shape) if shape != array.shape else array
-            names = [*order[:at], *(("new", d) for d in new), *order[at + len(old) :]]
-        return Leg(array, tuple(n if n == RANK else n[1] for n in names))
+        leg = leg.renamed({d: d for d, size in enumerate(weight.shape) if size != 1})
+        carried = {old[0]: (old, new) for old, new in groups if any(d in leg.dims for d in old)}
+        if any(d not in leg.dims for old, _ in carried.values() for d in old):
+            raise Decline(f"reshape from {weight.shape} to {base.shape} merges axes of different roles")
+        group_of = {d: old for old, _ in carried.values() for d in old} | {RANK: [RANK]}
+        order = list(dict.fromkeys(d for axis in leg.dims for d in group_of[axis]))
+        array = leg.ordered(order)
+        sizes, dims = [], []
+        for axis, size in zip(order, array.shape, strict=True):
+            new = [axis] if axis == RANK else carried[axis][1] if axis in carried else []
+            dims += new
+            sizes += [size] if axis == RANK else [base.shape[d] for d in new]
+        return Leg(array.reshape(sizes), tuple(dims))
 
     return [weight.with_legs(base, reshaped)]
 

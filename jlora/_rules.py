@@ -17,8 +17,8 @@ from jax import lax
 
 from jlora import _compat
 from jlora._factored import Factored
-from jlora._named import RANK, Leg, contract, transposed
-from jlora._product import Contraction, contract_factors, explicit_specs
+from jlora._named import RANK, Leg, transposed
+from jlora._product import Contraction, contract_factors, explicit_specs, widen
 from jlora._types import Array
 
 Rule = Callable[[Any, Any, list[Any]], list[Any]]
@@ -110,8 +110,8 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     h_names = [*names[:channel], "group", RANK, *names[channel + 1 :]]
     b = weight.b.spread([RANK, out], (rank, weight.shape[out])).reshape(rank, groups, -1)
     y_names = [*names[:channel], "group", out, *names[channel + 1 :]]
-    delta = contract(
-        hidden.reshape(split), h_names, b.astype(x.dtype), [RANK, "group", out], y_names, precision=p["precision"]
+    delta = widen(
+        hidden.reshape(split), h_names, b.astype(x.dtype), [RANK, "group", out], y_names, p["precision"]
     ).reshape(y.shape)
     scope.factored(weight, eqn, 2 * hidden.size * math.prod(shape) // rank + 2 * rank * y.size)
     names[channel] = out
@@ -159,7 +159,7 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     dims = range(base.ndim)
     names = [d for d in dims if d in looked_up.a.dims or d in looked_up.b.dims]
     a, b = (leg.array.astype(base.dtype) for leg in (looked_up.a, looked_up.b))
-    delta = Leg(contract(a, looked_up.a.dims, b, looked_up.b.dims, names), tuple(names)).spread(dims, base.shape)
+    delta = Leg(widen(a, looked_up.a.dims, b, looked_up.b.dims, names), tuple(names)).spread(dims, base.shape)
     scope.factored(weight, eqn, 2 * weight.rank * base.size)
     return [_total(base, delta, looked_up.gain, dims)]
 
@@ -266,7 +266,9 @@ def _drop(weight: Factored, x: Array, names: Sequence[Hashable]) -> Array:
     for _ in shared:
         draw = jax.vmap(draw)
     mask = transposed(draw(keys), order, list(names))
-    return jnp.where(mask, x / (1 - weight.rate), jnp.zeros_like(x)).astype(x.dtype)
+    mask = _compat.reshard(mask, _compat.explicit_spec(x) or ())
+    scaled = x / (1 - weight.rate)
+    return jnp.where(mask, scaled, jnp.zeros_like(scaled)).astype(x.dtype)
 
 
 PRODUCTS: dict[str, Rule] = {

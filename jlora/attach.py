@@ -65,8 +65,8 @@ def attach(
             case None:
                 return leaf
             case LoraFactors() as f:
-                drops = dropout_key is not None and f.dropout > 0
-                return LoraWeight(leaf, f, strengths[path], path_key(dropout_key, path) if drops else None, path)
+                key = None if dropout_key is None or f.dropout == 0 else path_key(dropout_key, path)
+                return LoraWeight(leaf, f, strengths[path], key, path)
             case value:
                 return FullWeight(leaf, value, path)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jlora import _paths
 from jlora._factored import dense, factored
@@ -57,7 +58,7 @@ def unmerge(merged: PyTree, adapters: Adapters) -> PyTree:
 def check_finite(adapters: Adapters, what: str) -> None:
     """Raises a ValueError that names every adapter with NaN or infinity in it. Does nothing while tracing."""
     leaves = jax.tree.leaves(adapters)
-    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+    if any(isinstance(x, Tracer) for x in leaves):
         return
     finite = jax.device_get({path: _all_finite(value) for path, value in adapters.items()})
     if bad := [path for path, ok in finite.items() if not ok]:

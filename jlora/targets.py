@@ -78,6 +78,7 @@ class _Chooser:
         self.left_out: dict[Path, str] = {}
         self.wrong: list[str] = []
         self.refused: dict[Path, str] = {}
+        self.too_high: list[str] = []
         if config.targets == "all-linear" and uses is None:
             self.wrong.append(
                 'targets="all-linear" needs uses=jlora.trace(fn, params, batch), which finds the linear weights; '
@@ -126,11 +127,7 @@ class _Chooser:
         config = self.config.for_path(path)
         batch, inputs, outputs = (math.prod(sizes) for sizes in axes.sizes(leaf.shape))
         if config.rank > min(inputs, outputs):
-            warnings.warn(
-                f"{path!r}: rank {config.rank} is above min(fan_in, fan_out) = {min(inputs, outputs)}: the update "
-                "is no longer low-rank and costs more than the weight itself. Lower it with a Rule.",
-                stacklevel=4,
-            )
+            self.too_high.append(f"{path!r}: rank {config.rank}, min(fan_in, fan_out) = {min(inputs, outputs)}")
         trainable = batch * (config.rank * (inputs + outputs) + (outputs if config.use_dora else 0))
         return Target(
             path, tuple(leaf.shape), leaf.dtype, axes, config.rank, config.scale, config.dropout,
@@ -177,6 +174,12 @@ class _Chooser:
                 f"plan: {len(wrong)} problem(s) with what is to be adapted:{_paths.bullets(wrong)}\n"
                 "Expected patterns that each match a floating matrix of the params; print jlora.trace(...) to see "
                 "every path and how it is used."
+            )
+        if self.too_high:
+            warnings.warn(
+                f"plan: the rank is above what {len(self.too_high)} weight(s) can have:"
+                f"{_paths.bullets(self.too_high)}\nTheir updates are not low-rank, and cost more than the weights themselves. Lower it with a Rule.",
+                stacklevel=4,
             )
 
 

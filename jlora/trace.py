@@ -75,7 +75,7 @@ UNIT: frozenset[int] = frozenset()
 
 _SAME_DIMS = frozenset(
     "convert_element_type copy copy_p name optimization_barrier sharding_constraint reduce_precision pvary "
-    "slice dynamic_slice rev pad neg split".split()
+    "reshard mesh_cast slice dynamic_slice rev pad neg split".split()
 )
 _ELEMENTWISE = frozenset("mul div add sub select_n".split())
 
@@ -111,16 +111,14 @@ class _Walker:
             kept = values[: len(eqn.outvars)] if name == "optimization_barrier" else [values[0]] * len(eqn.outvars)
             return kept if not isinstance(values[0], str) else self.consume(eqn, values)
         if name in _ELEMENTWISE and self.in_weight_space(eqn, values):
-            return [_union(values)]
+            shape = eqn.outvars[0].aval.shape
+            return [_union([_broadcast(v, atom.aval.shape, shape) for atom, v in zip(eqn.invars, values, strict=True)])]
         return self.consume(eqn, values)
 
     def in_weight_space(self, eqn: Any, values: list[Value]) -> bool:
         """Whether an elementwise equation makes a weight of weights, rather than applying one to activations."""
-        shape = eqn.outvars[0].aval.shape
-        return all(
-            np.prod(atom.aval.shape, dtype=int) == 1 if value == DATA else value == CONST or atom.aval.shape == shape
-            for atom, value in zip(eqn.invars, values, strict=True)
-        )
+        pairs = zip(eqn.invars, values, strict=True)
+        return all(np.prod(atom.aval.shape, dtype=int) == 1 for atom, value in pairs if value == DATA)
 
     def consume(self, eqn: Any, values: list[Value], axes: Callable[[int, _Probe], Any] | None = None) -> list[Value]:
         """Notes a use of every weight among ``values``; ``axes(position, probe)`` gives `Axes`, or why not."""
@@ -176,11 +174,11 @@ class _Walker:
             for d, i in zip(kept, numbers.offset_dims, strict=True):
                 dims[i] = UNIT if d in picked else probe.dims[d]
             found = _axes(probe, picked, ())
-            lookup = Use("gather", found, source) if isinstance(found, Axes) and not scalar else None
+            lookup = Use("gather", found, source) if isinstance(found, Axes) and (rows == 1 or not scalar) else None
             return dataclasses.replace(probe, dims=tuple(dims), lookup=lookup)
 
         looked_up = tuple(map(pick, table))
-        return [looked_up] if scalar or rows > 1 else self.consume(eqn, [looked_up])
+        return [looked_up] if rows > 1 else self.consume(eqn, [looked_up])
 
     # Rearrangements: the dimensions move.
 
@@ -192,17 +190,8 @@ class _Walker:
         return [_moved(values[0], lambda dims: [axes for d, axes in enumerate(dims) if d not in gone])]
 
     def on_broadcast_in_dim(self, eqn: Any, values: list[Value]) -> list[Value]:
-        shape = eqn.outvars[0].aval.shape
-        place = {new: old for old, new in enumerate(eqn.params["broadcast_dimensions"])}
-        before = eqn.invars[0].aval.shape
-        return [
-            _moved(
-                values[0],
-                lambda dims: [
-                    dims[place[d]] if d in place and before[place[d]] == size else UNIT for d, size in enumerate(shape)
-                ],
-            )
-        ]
+        before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+        return [_broadcast(values[0], before, after, eqn.params["broadcast_dimensions"])]
 
     def on_reshape(self, eqn: Any, values: list[Value]) -> list[Value]:
         before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
@@ -262,9 +251,11 @@ class _Walker:
         n_consts, n_carry = _compat.scan_split(eqn.params)
         jaxpr, _ = _compat.open_jaxpr(eqn.params["jaxpr"])
         carry = self.carry(eqn, values[n_consts : n_consts + n_carry], jaxpr.invars[n_consts:], jaxpr.outvars)
-        slices = [_moved(v, lambda dims: dims[1:]) for v in values[n_consts + n_carry :]]
-        self.inner(eqn.params["jaxpr"], [*values[:n_consts], *carry, *slices])
-        return [*carry, *([DATA] * (len(eqn.outvars) - n_carry))]
+        stacked = values[n_consts + n_carry :]
+        slices = [_moved(v, lambda dims: dims[1:]) for v in stacked]
+        results = self.inner(eqn.params["jaxpr"], [*values[:n_consts], *carry, *slices])
+        lead = {probe.path: probe.dims[0] for v in stacked if not isinstance(v, str) for probe in v}
+        return [*carry, *(_restacked(v, lead) for v in results[n_carry:])]
 
     def carry(self, eqn: Any, init: list[Value], invars: Any, outvars: Any) -> list[Value]:
         """A loop's carried values: a weight that every iteration hands on is still that weight."""
@@ -294,6 +285,20 @@ def _moved(value: Value, move: Callable[[Sequence[frozenset[int]]], Sequence[fro
     if isinstance(value, str):
         return value
     return tuple(dataclasses.replace(p, dims=tuple(move(p.dims))) for p in value)
+
+
+def _broadcast(value: Value, before: Sequence[int], after: Sequence[int], place: Sequence[int] | None = None) -> Value:
+    """A weight whose dimensions, by default its last ones, lie at ``place``; one spread from size 1 holds no axis."""
+    place = range(len(after) - len(before), len(after)) if place is None else place
+    olds = {new: old for old, new in enumerate(place) if before[old] == after[new]}
+    return _moved(value, lambda dims: [dims[olds[d]] if d in olds else UNIT for d in range(len(after))])
+
+
+def _restacked(value: Value, lead: dict[Path, frozenset[int]]) -> Value:
+    """What a scan hands on at every step: slices of a stacked weight are that stack again."""
+    if isinstance(value, str):
+        return value
+    return tuple(dataclasses.replace(p, dims=(lead.get(p.path, UNIT), *p.dims)) for p in value)
 
 
 def _union(values: Sequence[Value]) -> Value:

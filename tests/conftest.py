@@ -6,6 +6,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Thousands of tiny programs are compiled once and run once: leave LLVM's optimizations out (XLA's own stay).
+_FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST_COMPILE}"
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -15,5 +18,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_threefry_partitionable", True)
 
 # Every example compiles, so there are few of them; derandomized, so that a run says what the last one said.
-hypothesis.settings.register_profile("jlora", max_examples=12, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "jlora",
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=False,
+    report_multiple_bugs=False,
+)
 hypothesis.settings.load_profile("jlora")

@@ -1,0 +1,301 @@
+"""Every error says what was got, what was expected and the way out, and lists all offenders at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+
+PARAMS = {
+    "layer_0": {"query": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}, "norm": {"scale": jnp.ones(4)}},
+    "layer_1": {"query": {"kernel": jnp.ones((4, 2, 3))}},
+    "head": {"kernel": jnp.ones((4, 2))},
+    "ids": jnp.arange(3),
+}
+ONE = jlora.LoraConfig(rank=2, targets=("layer_0/query",))
+
+
+def model(params: Any, x: Any, flag: bool = True) -> Any:
+    heads = jnp.einsum("bi,ihd->bhd", x, params["layer_1"]["query"]["kernel"])
+    y = x @ params["layer_0"]["query"]["kernel"] + params["layer_0"]["query"]["bias"]
+    return (heads, y) if flag else y
+
+
+def adapters() -> jlora.attach.__annotations__.get("adapters", Any):  # type: ignore[valid-type]
+    return jlora.init(jax.random.key(0), PARAMS, ONE)
+
+
+def message(error: type[Exception], call: Callable[[], Any]) -> str:
+    with pytest.raises(error) as caught:
+        call()
+    return str(caught.value)
+
+
+def expect(text: str, *parts: str) -> None:
+    missing = [part for part in parts if part not in text]
+    assert not missing, f"{missing} not in:\n{text}"
+
+
+# ---- the config
+
+
+def test_a_config_lists_every_field_that_is_out_of_range() -> None:
+    text = message(
+        ValueError,
+        lambda: jlora.LoraConfig(
+            rank=0,
+            alpha=-1,
+            dropout=1.0,
+            targets="query",
+            exclude=("(",),
+            dtype="int8",
+            rules=(jlora.Rule("x", rank=-2),),  # type: ignore[arg-type]
+        ),
+    )
+    expect(text, "7 field(s)", "rank=0; expected an integer above 0", "alpha=-1", "dropout=1.0", "rules[0].rank=-2")
+    expect(
+        text, "targets='query'; expected 'all-linear' or a tuple of patterns: ('query',)", "'(' is no regular", "int8"
+    )
+
+
+def test_a_misspelt_field_is_named_with_the_nearest() -> None:
+    text = message(ValueError, lambda: jlora.LoraConfig.from_json('{"rnak": 4, "rules": [{"patern": "x"}]}'))
+    expect(
+        text,
+        "rnak (closest: 'rank')",
+        "rules[0].patern (closest: 'pattern')",
+        "Expected among: rank",
+    )
+
+
+def test_the_policy_is_checked() -> None:
+    expect(message(ValueError, lambda: jlora.lora(model, materialize="quiet")), "'quiet'", '"warn", "error" or "allow"')  # type: ignore[arg-type]
+
+
+# ---- the plan
+
+
+def test_patterns_that_match_nothing_are_listed_with_the_closest_paths() -> None:
+    config = jlora.LoraConfig(
+        targets=("layer_0/query", "qeury"),
+        train_also=("haed",),
+        exclude=("nothing",),
+        rules=(jlora.Rule("kernle", rank=1),),
+    )
+    text = message(ValueError, lambda: jlora.plan(PARAMS, config))
+    expect(
+        text,
+        "4 problem(s)",
+        "target 'qeury' matches no weight (closest: 'layer_0/query/",
+        "train_also 'haed'",
+        "'head/kernel'",
+    )
+    expect(
+        text,
+        "exclude 'nothing' matches no weight",
+        "rule 'kernle' matches no adapted weight (closest: 'layer_0/query/kernel'",
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("bias", "of shape (6,) and dtype float32 is no floating matrix"),
+        ("ids", "of shape (3,) and dtype int32 is no floating matrix"),
+    ],
+)
+def test_a_target_that_is_no_floating_matrix_is_refused(pattern: str, why: str) -> None:
+    expect(
+        message(ValueError, lambda: jlora.plan(PARAMS, jlora.LoraConfig(targets=(pattern,)))),
+        f"target '{pattern}'",
+        why,
+    )
+
+
+def test_a_weight_of_many_axes_needs_uses() -> None:
+    text = message(ValueError, lambda: jlora.plan(PARAMS, jlora.LoraConfig(targets=("query",))))
+    expect(text, "'layer_1/query/kernel'", "(4, 2, 3)", "ambiguous", "uses=jlora.trace(fn, params, batch)")
+
+
+def test_all_linear_needs_uses() -> None:
+    expect(message(ValueError, lambda: jlora.plan(PARAMS, jlora.LoraConfig())), '"all-linear" needs uses=jlora.trace')
+
+
+def test_weights_that_are_never_read_or_stopped_are_refused() -> None:
+    def stopped(params: Any, x: Any) -> Any:
+        return x @ jax.lax.stop_gradient(params["layer_0"]["query"]["kernel"])
+
+    uses = jlora.trace(stopped, PARAMS, jnp.ones((1, 4)))
+    assert uses["layer_0/query/kernel"].kind == "stopped"
+    assert uses["head/kernel"].kind == "unread"
+    config = jlora.LoraConfig(targets=("layer_0/query/kernel", "head"), exclude=())
+    expect(
+        message(ValueError, lambda: jlora.plan(PARAMS, config, uses)),
+        "behind stop_gradient",
+        "'head/kernel'",
+        "never read",
+    )
+
+
+def test_uses_of_another_tree_are_refused() -> None:
+    uses = jlora.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))}, jnp.ones((1, 4)))
+    expect(
+        message(ValueError, lambda: jlora.plan(PARAMS, ONE, uses)),
+        "uses come from another tree",
+        "layer_0/query/kernel",
+    )
+
+
+def test_nothing_to_train_is_an_error_that_says_what_was_left_out() -> None:
+    uses = jlora.trace(lambda p, x: x @ p["head"]["kernel"], PARAMS, jnp.ones((1, 4)))
+    expect(
+        message(ValueError, lambda: jlora.plan(PARAMS, jlora.LoraConfig(), uses)),
+        "nothing is left to train",
+        "head/kernel: excluded",
+    )
+    expect(message(ValueError, lambda: jlora.plan(PARAMS, jlora.LoraConfig(targets=()))), "nothing is left to train")
+
+
+def test_train_also_must_be_floating() -> None:
+    config = dataclasses.replace(ONE, train_also=("ids",))
+    expect(
+        message(ValueError, lambda: jlora.plan(PARAMS, config)),
+        "train_also matches 'ids' of dtype int32; expected a floating leaf",
+    )
+
+
+def test_a_rank_above_the_matrix_is_a_warning() -> None:
+    with pytest.warns(UserWarning, match=re.escape("'layer_0/query/kernel': rank 5, min(fan_in, fan_out) = 4")):
+        jlora.plan(PARAMS, dataclasses.replace(ONE, rank=5))
+
+
+def test_two_leaves_of_one_path_are_refused() -> None:
+    tree = {"a/b": jnp.ones((2, 2)), "a": {"b": jnp.ones((2, 2))}}
+    expect(message(ValueError, lambda: jlora.plan(tree, ONE)), "more than one leaf: ['a/b']")
+
+
+# ---- attach, detach
+
+
+def test_adapters_that_do_not_fit_are_all_named() -> None:
+    good = adapters()["layer_0/query/kernel"]
+    wrong = {
+        "layer_0/query/kernel": dataclasses.replace(good, b=jnp.zeros((2, 7))),
+        "head/kernel": good,
+        "ids": jnp.ones(4),
+    }
+    text = message(ValueError, lambda: jlora.attach(PARAMS, wrong))
+    expect(
+        text,
+        "3 of 3",
+        "b has shape (2, 7), expected (2, 6)",
+        "'head/kernel'",
+        "the trained leaf has shape (4,), expected (3,)",
+    )
+    text = message(KeyError, lambda: jlora.attach(PARAMS, {"layer_0/qeury/kernel": good, "nope": good}))
+    expect(text, "'layer_0/qeury/kernel' (closest: 'layer_0/query/", "'nope'")
+
+
+def test_attaching_twice_is_an_error() -> None:
+    tree = jlora.attach(PARAMS, adapters())
+    expect(message(ValueError, lambda: jlora.attach(tree, adapters())), "something is attached already", "jlora.detach")
+
+
+def test_detach_needs_something_attached() -> None:
+    expect(message(ValueError, lambda: jlora.detach(PARAMS)), "none of the 6 leaves carries an adapter")
+
+
+def test_strengths_are_for_the_paths_of_the_factors() -> None:
+    expect(
+        message(KeyError, lambda: jlora.attach(PARAMS, adapters(), strength={"nope": 1.0})),
+        "layer_0/query/kernel",
+        "nope",
+    )
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: w @ jnp.ones(6),
+        lambda w: jnp.ones(4) @ w,
+        lambda w: jnp.dot(jnp.ones(4), w),
+        lambda w: w.T,
+        lambda w: w[0],
+        lambda w: jnp.asarray(w),
+        lambda w: np.asarray(w),
+        lambda w: w * 2,
+        lambda w: w.astype("bfloat16"),
+        lambda w: jnp.exp(w),
+    ],
+)
+def test_an_attached_weight_refuses_functions_that_are_not_wrapped(use: Any) -> None:
+    weight = jlora.attach(PARAMS, adapters())["layer_0"]["query"]["kernel"]
+    assert (weight.shape, weight.ndim, weight.size, weight.dtype) == ((4, 6), 2, 24, jnp.float32)
+    expect(message(TypeError, lambda: use(weight)), "'layer_0/query/kernel'", "jlora.lora(model.apply)", "jlora.merge")
+
+
+# ---- lora
+
+
+def test_a_weight_that_is_never_read_is_an_error() -> None:
+    tree = jlora.attach(PARAMS, adapters())
+    text = message(ValueError, lambda: jlora.lora(lambda p, x: model(PARAMS, x))(tree, jnp.ones((1, 4))))
+    expect(text, "1 attached weight(s)", "'layer_0/query/kernel'", "closes over the parameters")
+
+
+def test_materializing_is_told_once_per_weight_and_primitive() -> None:
+    tree = jlora.attach(PARAMS, adapters())
+
+    def fn(params: Any) -> Any:
+        w = params["layer_0"]["query"]["kernel"]
+        return [jnp.exp(w) for _ in range(3)], jnp.sin(w)
+
+    with pytest.warns(jlora.MaterializeWarning) as told:
+        jlora.lora(fn)(tree)
+    texts = [str(w.message) for w in told]
+    assert len(texts) == 2, texts
+    expect(texts[0], "'layer_0/query/kernel' of shape (4, 6)", "'exp'", "test_errors.py", 'materialize="allow"')
+    text = message(jlora.MaterializeError, lambda: jlora.lora(fn, materialize="error")(tree))
+    expect(text, "'exp'", "Exclude the weight from the targets")
+    jlora.lora(fn, materialize="allow")(tree)
+
+
+# ---- merge, unmerge
+
+
+def test_nan_is_found_at_merge_and_named() -> None:
+    bad = adapters()
+    factors = bad["layer_0/query/kernel"]
+    bad["layer_0/query/kernel"] = dataclasses.replace(factors, b=factors.b.at[0, 0].set(jnp.nan))
+    bad["head/kernel"] = jnp.full((4, 2), jnp.inf)
+    expect(
+        message(ValueError, lambda: jlora.merge(PARAMS, bad)),
+        "NaN or infinity",
+        "2 of 2",
+        "'layer_0/query/kernel'",
+        "'head/kernel'",
+    )
+    jax.eval_shape(jlora.merge, PARAMS, bad)  # while tracing there is nothing to look at
+
+
+def test_unmerge_refuses_what_it_cannot_undo() -> None:
+    config = dataclasses.replace(ONE, use_dora=True, train_also=("head",))
+    made = jlora.init(jax.random.key(0), PARAMS, config)
+    text = message(ValueError, lambda: jlora.unmerge(jlora.merge(PARAMS, made), made))
+    expect(text, "2 of 2", "'layer_0/query/kernel': DoRA", "'head/kernel': it was trained whole", "jlora.detach")
+
+
+# ---- optax
+
+
+@pytest.mark.parametrize("call", [jlora.labels, jlora.trainable_mask, jlora.partition])
+def test_a_tree_with_nothing_to_train_is_an_error(call: Any) -> None:
+    expect(message(ValueError, lambda: call(PARAMS)), "none of the 6 leaves is trainable", "jlora.attach")

@@ -1,0 +1,141 @@
+"""Law 4: only trainables move, under any optimizer; and what optax is told about a tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jlora
+
+KEY = jax.random.key(0)
+PARAMS = {
+    "in": jax.random.normal(KEY, (5, 7)),
+    "out": jax.random.normal(KEY, (7, 3)),
+    "bias": jnp.zeros(3),
+    "frozen": jnp.ones((3, 3)),
+}
+CONFIG = jlora.LoraConfig(rank=2, targets=("in", "out"), train_also=("bias",), use_dora=True)
+X = jax.random.normal(jax.random.fold_in(KEY, 1), (11, 5))
+
+
+def model(params: Any, x: Any) -> Any:
+    return jnp.tanh(x @ params["in"]) @ params["out"] @ params["frozen"] + params["bias"]
+
+
+APPLY = jlora.lora(model)
+
+
+def loss(tree: Any) -> Any:
+    return jnp.mean(jnp.square(APPLY(tree, X) - 1.0))
+
+
+@pytest.fixture(scope="module")
+def adapters() -> Any:
+    return jlora.init(KEY, PARAMS, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def tree(adapters: Any) -> Any:
+    return jlora.attach(PARAMS, adapters)
+
+
+OPTIMIZERS = {
+    "adamw": optax.adamw(0.1, weight_decay=0.1),
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1)),
+    "lion": optax.lion(0.01, weight_decay=0.5),
+    "adafactor": optax.adafactor(0.1),
+    "schedule-free": optax.contrib.schedule_free_adamw(0.1),
+}
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_only_trainables_move_and_as_if_they_were_alone(name: str, adapters: Any, tree: Any) -> None:
+    """Training a whole tree with freeze(tx), from the gradients of every leaf, moves the adapters exactly as
+    training them alone with tx does; the rest stays bit for bit; the state is as large as for the adapters."""
+    tx, whole = OPTIMIZERS[name], jlora.freeze(OPTIMIZERS[name])
+
+    @jax.jit
+    def both(adapters: Any, tree: Any) -> Any:
+        state, whole_state = tx.init(adapters), whole.init(tree)
+        for _ in range(3):
+            updates, state = tx.update(jax.grad(lambda a: loss(jlora.attach(PARAMS, a)))(adapters), state, adapters)
+            adapters = optax.apply_updates(adapters, updates)
+            updates, whole_state = whole.update(jax.grad(loss)(tree), whole_state, tree)
+            tree = optax.apply_updates(tree, updates)
+        return adapters, tree, state, whole_state
+
+    alone, moved, state, whole_state = both(adapters, tree)
+    params, together = jlora.detach(moved)
+    for path, leaf in PARAMS.items():
+        np.testing.assert_array_equal(params[path], leaf)
+    for a, b, start in zip(*map(jax.tree.leaves, (alone, together, adapters)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert not np.array_equal(a, start)
+    sizes = [sum(x.size for x in jax.tree.leaves(s)) for s in (state, whole_state)]
+    assert sizes[0] == sizes[1]
+
+
+def test_holes_in_the_gradient_are_accepted(tree: Any) -> None:
+    """With gradients of the trainable part alone (None for the rest), freeze gives the same updates."""
+    tx = jlora.freeze(optax.adam(0.1))
+    trainable, frozen = jlora.partition(tree)
+    full = jax.grad(loss)(tree)
+    holes = jax.grad(lambda t: loss(jlora.combine(t, frozen)))(trainable)
+    state = tx.init(tree)
+    for a, b in zip(*(jax.tree.leaves(tx.update(g, state, tree)[0]) for g in (full, holes)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+def test_partition_and_combine_are_inverses(tree: Any) -> None:
+    """combine(*partition(t)) == t, leaf by leaf; each half has None exactly where the other has its leaves."""
+    trainable, frozen = jlora.partition(tree)
+    again = jlora.combine(trainable, frozen)
+    assert jax.tree.structure(again) == jax.tree.structure(tree)
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (again, tree)), strict=True))
+    assert len(jax.tree.leaves(trainable)) == len(jax.tree.leaves(jlora.detach(tree)[1]))
+    assert len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(tree))
+
+
+def test_labels_name_every_leaf(adapters: Any, tree: Any) -> None:
+    """Labels have the tree's structure; frozen exactly where the mask is False; adapters alone have none frozen."""
+    names, mask = jlora.labels(tree), jlora.trainable_mask(tree)
+    assert jax.tree.structure(names) == jax.tree.structure(tree) == jax.tree.structure(mask)
+    assert [n != "frozen" for n in jax.tree.leaves(names)] == jax.tree.leaves(mask)
+    assert sorted(set(jax.tree.leaves(names))) == ["A", "B", "frozen", "full", "magnitude"]
+    assert jax.tree.structure(jlora.labels(adapters)) == jax.tree.structure(adapters)
+    assert sorted(jax.tree.leaves(jlora.labels(adapters))) == ["A", "A", "B", "B", "full", "magnitude", "magnitude"]
+
+
+def test_adam_does_not_see_the_scale_of_the_factors() -> None:
+    """Law 8, Adam invariance: A times p and B times q, with learning rates scaled alike, give the same trajectory."""
+    params = {"in": PARAMS["in"]}
+    start = jlora.init(KEY, params, jlora.LoraConfig(rank=2, targets=("in",)))["in"]
+    assert isinstance(start, jlora.LoraFactors)
+    first = {"in": jlora.LoraFactors(start.a, start.b + 0.1, scale=1.0, axes=start.axes)}
+    p, q = 4.0, 0.5
+
+    def train(adapters: Any, rate_a: float, rate_b: float) -> Any:
+        rates: dict[Any, Any] = {"A": optax.adam(rate_a, eps=0.0), "B": optax.adam(rate_b, eps=0.0)}
+        tx = optax.partition(rates, jlora.labels(adapters))
+
+        def step(carry: Any, _: Any) -> Any:
+            adapters, state = carry
+
+            def error(a: Any) -> Any:
+                return jnp.mean(jnp.square(jlora.lora(lambda p, x: x @ p["in"])(jlora.attach(params, a), X) - 1))
+
+            value, grads = jax.value_and_grad(error)(adapters)
+            updates, state = tx.update(grads, state, adapters)
+            return (optax.apply_updates(adapters, updates), state), value
+
+        return jax.lax.scan(step, (adapters, tx.init(adapters)), length=10)[1]
+
+    f = first["in"]
+    second = {"in": jlora.LoraFactors(f.a * p, f.b * q, scale=1 / (p * q), axes=f.axes)}
+    np.testing.assert_allclose(train(first, 0.02, 0.02), train(second, 0.02 * p, 0.02 * q), rtol=1e-4)

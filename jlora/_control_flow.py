@@ -227,7 +227,8 @@ def reshard(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
     def moved(leg: Leg) -> Leg:
         sharding = NamedSharding(to.mesh, PartitionSpec(*_leg_entries(leg, entries)))
-        return Leg(*_compat.bind(eqn, [leg.array], dst_sharding=sharding), leg.dims)
+        (array,) = _compat.bind(eqn, [leg.array], dst_sharding=sharding)
+        return Leg(array, leg.dims)
 
     return [weight.with_legs(base, moved)]
 

@@ -100,7 +100,7 @@ def _product(names: Contraction, x: Array, first: Array, second: Array) -> Array
     return _forward(names, x, first, second)[0]
 
 
-def _forward(names: Contraction, x: Array, first: Array, second: Array):
+def _forward(names: Contraction, x: Array, first: Array, second: Array) -> tuple[Any, tuple[Array, ...]]:
     n, p = names, names.precision
     hidden = contract(x, n.x, first.astype(x.dtype), n.first, n.hidden, precision=p, spec=n.spec(2))
     return _widened(names, hidden, second), (x, first, second, hidden)

@@ -67,8 +67,8 @@ class LoraFactors:
         return self.a.shape[-1]
 
 
-Adapters: TypeAlias = dict[Path, LoraFactors | Array]
-"""All that is trained, saved and shipped: `LoraFactors`, or whole leaves, keyed by the weight's path."""
+Adapters: TypeAlias = Mapping[Path, LoraFactors | Array]
+"""All that is trained, saved and shipped: `LoraFactors`, or whole leaves, keyed by the weight's path; a flat dict."""
 
 _NOT_WRAPPED = (
     "the weight at {path!r} carries LoRA factors and met a function that does not understand them. "

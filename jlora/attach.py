@@ -73,14 +73,14 @@ def attach(
     return treedef.unflatten([put(path, leaf) for path, leaf in leaves.items()])
 
 
-def detach(tree: PyTree) -> tuple[PyTree, Adapters]:
+def detach(tree: PyTree) -> tuple[PyTree, dict[Path, LoraFactors | Array]]:
     """``(params, adapters)``: the inverse of `attach`. The params are the very leaves that were given to it.
 
     Raises:
       ValueError: when nothing is attached.
     """
     leaves, treedef = _paths.named_leaves(tree)
-    adapters: Adapters = {}
+    adapters: dict[Path, LoraFactors | Array] = {}
     for leaf in leaves.values():
         if isinstance(leaf, LoraWeight | FullWeight):
             adapters[leaf.path] = leaf.factors if isinstance(leaf, LoraWeight) else leaf.value

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from jlora import _paths
 from jlora._factored import column_norm, factored
-from jlora._types import Adapters, Array, LoraFactors, LoraWeight, PyTree, Target, Uses
+from jlora._types import Array, LoraFactors, LoraWeight, Path, PyTree, Target, Uses
 from jlora.attach import path_key
 from jlora.config import LoraConfig
 from jlora.targets import plan
 
 
-def init(key: Array, params: PyTree, config: LoraConfig, uses: Uses | None = None) -> Adapters:
+def init(key: Array, params: PyTree, config: LoraConfig, uses: Uses | None = None) -> dict[Path, LoraFactors | Array]:
     """Fresh adapters for ``params``: A random, B zero, so that nothing changes yet.
 
     A is drawn as torch's ``kaiming_uniform_(a=sqrt(5))``, that is from U(±1/sqrt(fan_in)), and B is 0. For a

@@ -54,10 +54,10 @@ def test_a_config_lists_every_field_that_is_out_of_range() -> None:
             rank=0,
             alpha=-1,
             dropout=1.0,
-            targets="query",
+            targets="query",  # type: ignore[arg-type]
             exclude=("(",),
             dtype="int8",
-            rules=(jlora.Rule("x", rank=-2),),  # type: ignore[arg-type]
+            rules=(jlora.Rule("x", rank=-2),),
         ),
     )
     expect(text, "7 field(s)", "rank=0; expected an integer above 0", "alpha=-1", "dropout=1.0", "rules[0].rank=-2")

@@ -161,7 +161,24 @@ def concatenate(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         return [_longer(weights, axis, base)]
     starts = np.cumsum([0, *(v.shape[axis] for v in args)])
     blocks = [_block(v, axis, int(at), base) for v, at in zip(args, starts, strict=False) if isinstance(v, Factored)]
-    return [_sum(blocks, base)]
+    joined = _sum([dataclasses.replace(v, gain=None) for v in blocks], base)
+    return [dataclasses.replace(joined, gain=_joined_gain(args, axis))]
+
+
+def _joined_gain(args: list[Any], axis: int) -> Leg | None:
+    """DoRA's gain of weights joined along an output axis: their own gains, one after the other."""
+    given = [v.gain for v in args if isinstance(v, Factored) and v.gain is not None]
+    if not given:
+        return None
+    dims = given[0].dims
+    if axis not in dims or any(gain.dims != dims for gain in given):
+        raise Decline("DoRA on weights that are joined along another axis than their outputs")
+
+    def own(v: Any) -> Any:
+        gain = v.gain if isinstance(v, Factored) else None
+        return jnp.ones([v.shape[d] for d in dims], given[0].array.dtype) if gain is None else gain.array
+
+    return Leg(jnp.concatenate([own(v) for v in args], dims.index(axis)), dims)
 
 
 def stack(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:

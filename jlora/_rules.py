@@ -55,11 +55,11 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
     (group,) = numbers.rhs_group_dimensions or (None,)
-    if isinstance(x, Factored) or group is None or wb or len(wc) != 1 or weight.gain is not None:
+    if isinstance(x, Factored) or group is None or wb or len(wc) != 1:
         raise Decline("only the ragged form [rows, inputs] x [groups, inputs, outputs] has a factored form")
     (k,), (n,) = wc, [d for d in range(3) if d not in (*wc, group)]
     first, second = (weight.a, weight.b) if k in weight.a.dims else (weight.b, weight.a)
-    if n in first.dims or k in second.dims:
+    if n in first.dims or k in second.dims or (weight.gain is not None and k in weight.gain.dims):
         raise Decline("the factors do not split into the contracted and the kept axes")
     rank = weight.rank
     groups, inputs, outputs = (weight.shape[d] for d in (group, k, n))
@@ -75,9 +75,13 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
     (y,) = _compat.bind(eqn, [x, weight.base, *rest])
     scope.factored(weight, eqn, 2 * rank * (x.size + y.size))
-    dropped = _drop(weight, x, [group if i == rows else ("x", i) for i in range(x.ndim)])
+    dropped = _drop(weight, x, [("x", i) for i in range(x.ndim)])  # each row meets one group: one mask is enough
     hidden = product(transposed(dropped, (0, 1), (rows, *xc)), a, standard)
-    return [(y + product(hidden, b, standard)).astype(y.dtype)]
+    gain = None
+    if weight.gain is not None:  # that of each row's group
+        table = weight.gain.spread([group, n], (groups, outputs))
+        gain = Leg(jnp.repeat(table, rest[0], axis=0, total_repeat_length=y.shape[0]), (0, 1))
+    return [_total(y, product(hidden, b, standard), gain, (0, 1))]
 
 
 def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:

@@ -37,15 +37,23 @@ def init(key: Array, params: PyTree, config: LoraConfig, uses: Uses | None = Non
 
     Raises:
       ValueError: as `plan`.
+      TypeError: when ``params`` are only shapes, outside of `jax.eval_shape`, where values are needed.
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     leaves, _ = _paths.named_leaves(params)
+    targets = plan(params, config, uses)
+    copied = [path for path, target in targets.items() if target.axes is None or target.dora]
+    if shapes := [path for path in copied if isinstance(leaves[path], jax.ShapeDtypeStruct)]:
+        raise TypeError(
+            f"init: the params are shapes, but these are copied, or measured for DoRA:{_paths.bullets(shapes)}\n"
+            "Expected arrays; to get shapes, call init under jax.eval_shape."
+        )
     return {
         path: jnp.array(leaves[path], dtype=config.dtype, copy=True)
         if target.axes is None
         else _factors(path_key(key, path), leaves[path], target, config.dtype)
-        for path, target in plan(params, config, uses).items()
+        for path, target in targets.items()
     }
 
 

@@ -178,7 +178,8 @@ class _Chooser:
         if self.too_high:
             warnings.warn(
                 f"plan: the rank is above what {len(self.too_high)} weight(s) can have:"
-                f"{_paths.bullets(self.too_high)}\nTheir updates are not low-rank, and cost more than the weights themselves. Lower it with a Rule.",
+                f"{_paths.bullets(self.too_high)}\nTheir updates are not low-rank, and cost more than the weights "
+                "themselves. Lower it with a Rule.",
                 stacklevel=4,
             )
 

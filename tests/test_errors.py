@@ -182,6 +182,14 @@ def test_two_leaves_of_one_path_are_refused() -> None:
     expect(message(ValueError, lambda: jlora.plan(tree, ONE)), "more than one leaf: ['a/b']")
 
 
+def test_shapes_are_no_values_to_copy() -> None:
+    shapes = jax.eval_shape(lambda: PARAMS)
+    assert set(jlora.init(jax.random.key(0), shapes, ONE)) == {"layer_0/query/kernel"}
+    config = dataclasses.replace(ONE, train_also=("head",))
+    text = message(TypeError, lambda: jlora.init(jax.random.key(0), shapes, config))
+    expect(text, "the params are shapes", "head/kernel", "jax.eval_shape")
+
+
 # ---- attach, detach
 
 

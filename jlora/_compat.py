@@ -82,7 +82,7 @@ def live_inputs(jaxpr: Any) -> set[Any]:
         if not eqn.effects and not any(v in live for v in eqn.outvars):
             continue
         used = eqn.invars
-        if eqn.primitive.name in ("jit", "pjit"):
+        if eqn.primitive.name in ("jit", "pjit", "remat2", "checkpoint", "scan", "shard_map"):
             inner, _ = open_jaxpr(eqn.params["jaxpr"])
             inside = live_inputs(inner)
             used = [v for v, inner_v in zip(eqn.invars, inner.invars, strict=True) if inner_v in inside]

@@ -7,6 +7,7 @@ A `Factored` is a pytree, so it passes through ``lax.scan``, ``lax.switch``, ``l
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,21 +48,23 @@ def _like(value: Any, sharding: Any) -> Any:
         return sharding
     if not isinstance(sharding, NamedSharding):
         return value.with_legs(sharding, lambda leg: Leg(None, leg.dims))
-    spec = _padded(sharding.spec, len(value.shape))
 
-    def named(entries: tuple[Any, ...]) -> NamedSharding:
-        return NamedSharding(sharding.mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)
+    def named(_: Any, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
-    return value.with_legs(sharding, lambda leg: Leg(named(_leg_entries(leg, spec)), leg.dims))
-
-
-def _padded(spec: Any, ndim: int) -> tuple[Any, ...]:
-    return tuple(spec) + (None,) * (ndim - len(spec))
+    return _following(value, sharding.spec, sharding, named)
 
 
-def _leg_entries(leg: Leg, spec: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A leg's partition entries: those of the dimensions that it follows; the rank is replicated."""
-    return tuple(None if d == RANK else spec[d] for d in leg.dims)
+def _following(value: Factored, spec: Any, base: Any, fn: Callable[[Any, PartitionSpec], Any]) -> Factored:
+    """``value`` with another base, and ``fn(array, its spec)`` on every leg: a leg's partition entries are those of
+    the dimensions that it follows in the weight's ``spec``; the rank is replicated."""
+    entries = tuple(spec) + (None,) * (len(value.shape) - len(spec))
+
+    def follow(leg: Leg) -> Leg:
+        own = PartitionSpec(*(None if d == RANK else entries[d] for d in leg.dims))
+        return Leg(fn(leg.array, own), leg.dims)
+
+    return value.with_legs(base, follow)
 
 
 def checkpoint(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
@@ -175,18 +178,10 @@ def shard_map(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     jaxpr, consts = _compat.open_jaxpr(p["jaxpr"])
 
     def specs(value: Any, spec: Any) -> Any:
-        if not isinstance(value, Factored):
-            return spec
-        entries = _padded(spec, len(value.shape))
-        return value.with_legs(spec, lambda leg: Leg(PartitionSpec(*_leg_entries(leg, entries)), leg.dims))
+        return _following(value, spec, spec, lambda _, own: own) if isinstance(value, Factored) else spec
 
     def placed(value: Any, spec: Any) -> Any:
-        if not isinstance(value, Factored):
-            return value
-        entries = _padded(spec, len(value.shape))
-        return value.with_legs(
-            value.base, lambda leg: Leg(_compat.reshard(leg.array, _leg_entries(leg, entries)), leg.dims)
-        )
+        return _following(value, spec, value.base, _compat.reshard) if isinstance(value, Factored) else value
 
     mapped = jax.shard_map(
         lambda *args: tuple(_settled(scope, eqn, scope.session.run(jaxpr, consts, args))),
@@ -223,14 +218,24 @@ def reshard(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     (weight,) = args
     (base,) = _compat.bind(eqn, [weight.base])
     to = eqn.params["dst_sharding"]
-    entries = _padded(to.spec, len(weight.shape))
 
-    def moved(leg: Leg) -> Leg:
-        sharding = NamedSharding(to.mesh, PartitionSpec(*_leg_entries(leg, entries)))
-        (array,) = _compat.bind(eqn, [leg.array], dst_sharding=sharding)
-        return Leg(array, leg.dims)
+    def move(array: Any, spec: PartitionSpec) -> Any:
+        return _compat.bind(eqn, [array], dst_sharding=NamedSharding(to.mesh, spec))[0]
 
-    return [weight.with_legs(base, moved)]
+    return [_following(weight, to.spec, base, move)]
+
+
+def all_gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """A weight sharded over devices and gathered where it is used: so are the legs that follow the gathered axis."""
+    (weight,) = args
+    if not eqn.params["tiled"]:
+        raise Decline("it is gathered along a new axis (lax.all_gather with tiled=True has a factored form)")
+    (base,) = _compat.bind(eqn, [weight.base])
+
+    def gather(array: Any, axis: int) -> Any:
+        return _compat.bind(eqn, [array], all_gather_dimension=axis)[0]
+
+    return [weight.with_legs(base, lambda leg: leg.along(eqn.params["all_gather_dimension"], gather))]
 
 
 def _settled(scope: Any, eqn: Any, values: list[Any]) -> list[Any]:
@@ -252,4 +257,5 @@ CONTROL_FLOW: dict[str, Rule] = {
     "pvary": vary,
     "reshard": reshard,
     "mesh_cast": reshard,
+    "all_gather": all_gather,
 }

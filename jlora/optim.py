@@ -29,8 +29,8 @@ def labels(tree: PyTree) -> PyTree:
     flat, treedef = jax.tree.flatten(tree, is_leaf=is_attached)
     if not any(map(is_attached, flat)):
         raise ValueError(
-            f"labels: none of the {len(flat)} leaves is trainable. Expected a tree made by jlora.attach, or the "
-            "adapters that jlora.init made."
+            f"labels: none of the {len(flat)} leaves is trainable. Expected a tree made by jlora.attach, or adapters "
+            'with LoraFactors among them; adapters of whole leaves alone are all "full", and need no labels.'
         )
     return treedef.unflatten([_leaf_labels(leaf) for leaf in flat])
 
@@ -54,8 +54,10 @@ def _leaf_labels(leaf: Any) -> Any:
         case LoraWeight(factors=f):
             frozen = jax.tree.map(lambda _: "frozen", leaf)
             return LoraWeight(frozen.base, _factor_labels(f), frozen.strength, frozen.dropout_key, leaf.path)
-        case FullWeight(path=path):
-            return FullWeight("frozen", "full", path)  # pyright: ignore[reportArgumentType]
+        case FullWeight():  # either part may be a None hole
+            return FullWeight(
+                jax.tree.map(lambda _: "frozen", leaf.base), jax.tree.map(lambda _: "full", leaf.value), leaf.path
+            )
         case _:
             return "frozen"
 
@@ -96,6 +98,8 @@ def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     The rest gets zero updates, whatever its gradient (None holes are accepted), and no optimizer state; weight
     decay and global norms see the trainable leaves alone. Training an attached tree with it, and training the
     adapters alone with ``tx``, give the same numbers.
+
+    Give dropout keys to `attach` inside the loss: a tree to be updated holds no keys.
 
     >>> tx = jlora.freeze(optax.adamw(1e-3))
     >>> state = tx.init(tree)

@@ -217,6 +217,9 @@ class _Walker:
             return self.consume(eqn, values)
         return [_moved(_union(values), lambda dims: [*dims[:at], UNIT, *dims[at:]])]
 
+    def on_all_gather(self, eqn: Any, values: list[Value]) -> list[Value]:
+        return values if eqn.params["tiled"] else self.consume(eqn, values)
+
     def on_stop_gradient(self, eqn: Any, values: list[Value]) -> list[Value]:
         self.consume(eqn, values, lambda *_: "its gradient is stopped")
         (value,) = values
@@ -236,7 +239,13 @@ class _Walker:
 
     def on_cond(self, eqn: Any, values: list[Value]) -> list[Value]:
         results = [self.inner(branch, values[1:]) for branch in eqn.params["branches"]]
-        return [same[0] if all(v == same[0] for v in same) else DATA for same in zip(*results, strict=True)]
+        return [self.one_of(eqn, choices) for choices in zip(*results, strict=True)]
+
+    def one_of(self, eqn: Any, choices: Sequence[Value]) -> Value:
+        """What a branch returns: a weight, or one of several; among activations it is consumed."""
+        if all(v == choices[0] for v in choices):
+            return choices[0]
+        return self.consume(eqn, list(choices))[0] if DATA in choices else _union(choices)
 
     def on_while(self, eqn: Any, values: list[Value]) -> list[Value]:
         p = eqn.params

@@ -90,6 +90,9 @@ def test_holes_in_the_gradient_are_accepted(tree: Any) -> None:
     state = tx.init(tree)
     for a, b in zip(*(jax.tree.leaves(tx.update(g, state, tree)[0]) for g in (full, holes)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7)
+    alone = tx.update(holes, state, trainable)[0]
+    for a, b in zip(*map(jax.tree.leaves, (alone, jlora.partition(tx.update(full, state, tree)[0])[0])), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
 
 
 def test_partition_and_combine_are_inverses(tree: Any) -> None:

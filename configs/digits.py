@@ -1,0 +1,33 @@
+"""Digits: a base learns upright digits, then LoRA adapts it to turned and inverted ones.
+
+    python -m train                                   # this file is the default
+    python -m train configs/digits.py --lora.rank 2   # any field can be overridden
+    python -m train --mode full                       # full fine-tuning, to compare
+    python -m train --mode head                       # the frozen base with a new head
+
+Expected on 599 test images, mean and range over the seeds 0 to 2 (`python -m benchmarks.digits_modes`, CPU):
+
+                           upright                 shifted                 trained
+    base                   0.945 (0.933 to 0.965)  0.109 (0.097 to 0.117)  100 %
+    lora                                           0.948 (0.943 to 0.953)  7.3 %
+    full                                           0.949 (0.947 to 0.953)  100 %
+    head                                           0.764 (0.745 to 0.788)  0.6 %
+
+LoRA keeps 0.999 (0.988 to 1.008) of what full fine-tuning gains over the base. Merged and adapted model predict the
+same on every image. About 30 seconds on 2 busy cores, half of it compiling; less when the base is in the cache.
+"""
+
+from jlora import LoraConfig
+from train.config import DataConfig, Domain, FitConfig, LearningRates, ModelConfig, TrainConfig
+
+config = TrainConfig(
+    name="digits",
+    mode="lora",
+    seed=0,
+    lora=LoraConfig(rank=4, alpha=8),
+    data=DataConfig(upright=Domain(), shifted=Domain(quarter_turns=1, invert=True)),
+    model=ModelConfig(patch=2, width=96, depth=2, heads=4, hidden=192),
+    base=FitConfig(epochs=12, batch_size=64),
+    fit=FitConfig(epochs=20, batch_size=64),
+    learning_rate=LearningRates(base=2e-3, lora=1e-2, full=2e-3, head=1e-2),
+)

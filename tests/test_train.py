@@ -1,0 +1,413 @@
+"""Laws of the training program, on a toy network that trains for two epochs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jlora
+from train import data, model, store
+from train.__main__ import DEFAULT_CONFIG, ROOT, load_config, main, parse
+from train.base import EVERYTHING, identity, publish
+from train.config import ASSETS, ConfigError, DataConfig, Domain, FitConfig, ModelConfig
+from train.evaluate import make_predict
+from train.loop import random_key
+from train.optim import make_optimizer, make_schedule
+from train.run import NEW_HEAD, run
+from train.step import init_state, make_step
+
+MODES = ("lora", "full", "head")
+TINY = (
+    "--model.width 16 --model.depth 1 --model.heads 2 --model.hidden 24 --lora.rank 2 --base.epochs 2 --fit.epochs 2 "
+    "--base.batch-size 32 --fit.batch-size 32 --learning-rate.base 0.01 --learning-rate.full 0.01 "
+    "--learning-rate.lora 0.03 --learning-rate.head 0.03 --eval-every 2 --eval-batch-size 600"
+).split()
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def config(cache_dir):
+    return parse([*TINY, "--cache-dir", str(cache_dir)])
+
+
+@pytest.fixture(scope="session")
+def summaries(cache_dir, tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """The program, run once in each mode; the first run trains the base and the others find it."""
+    found = {}
+    for mode in MODES:
+        run_dir = tmp_path_factory.mktemp(mode)
+        assert main([*TINY, "--cache-dir", str(cache_dir), "--run-dir", str(run_dir), "--mode", mode]) == 0
+        found[mode] = json.loads((run_dir / "summary.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="session")
+def images(cache_dir) -> dict[str, data.Examples]:
+    return data.load(ASSETS / "digits.parquet", cache_dir)
+
+
+@pytest.fixture(scope="session")
+def network(config):
+    """(forward, params) of the toy network, untrained."""
+    init, forward = model.network(config.model)
+    return forward, init(jax.random.key(0))
+
+
+# The run
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_run_directory_holds_all_that_the_run_made(summaries, mode):
+    summary = summaries[mode]
+    run_dir = Path(summary["run_dir"])
+    expected = {"config.json", "metrics.jsonl", "adapters", "adapters.json", "merged", "summary.json"}
+    found = {path.name for path in run_dir.iterdir()}
+    assert found - {"curves.png"} == expected
+
+    config = json.loads((run_dir / "config.json").read_text())
+    assert (config["mode"], config["lora"]["rank"], config["fit"]["epochs"]) == (mode, 2, 2)
+
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["phase"], record["epoch"], record["step"]) for record in records] == [
+        ("base", 1, 37),
+        ("base", 2, 74),
+        ("fit", 1, 37),
+        ("fit", 2, 74),
+    ]
+    assert all(np.isfinite(record["loss"]) for record in records)
+    assert records[-1]["shifted"] == summary["accuracy"]["adapted"]["shifted"]
+
+
+def test_a_plot_is_drawn(summaries):
+    pytest.importorskip("matplotlib")
+    assert (Path(summaries["lora"]["run_dir"]) / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_merging_changes_no_prediction_and_detaching_restores_the_base(summaries, mode):
+    summary = summaries[mode]
+    assert summary["differing_predictions"] == {"merged_vs_adapted": 0, "detached_vs_base": 0}
+    assert summary["accuracy"]["merged"] == summary["accuracy"]["adapted"]
+    assert summary["accuracy"]["detached"] == summary["accuracy"]["base"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_files_are_enough_to_predict_again(summaries, mode, images, network):
+    """base + adapters, as read back from disk, predict what the merged parameters on disk predict."""
+    forward, like = network
+    summary = summaries[mode]
+    run_dir = Path(summary["run_dir"])
+    base = store.load_tree(Path(summary["base"]["path"]) / "params", like)
+    merged = store.load_tree(run_dir / "merged", like)
+
+    config = {"lora": jlora.LoraConfig(rank=2, alpha=8), "full": EVERYTHING, "head": NEW_HEAD}[mode]
+    uses = jlora.trace(forward, like, np.zeros((1, 8, 8), np.float32))
+    expected = jlora.init(jax.random.key(0), base, config, uses)
+    recorded = json.loads((run_dir / "adapters.json").read_text())
+    arrays = store.load_tree(run_dir / "adapters", store.arrays_of(expected))
+    adapters = dict(arrays)
+    for path, fields in recorded.items():
+        axes = jlora.Axes(**{role: tuple(numbers) for role, numbers in fields["axes"].items()})
+        adapters[path] = jlora.LoraFactors(**arrays[path], scale=fields["scale"], axes=axes, dropout=fields["dropout"])
+    assert jax.tree.structure(adapters) == jax.tree.structure(expected)
+
+    test = data.in_domain(images["test"], Domain(quarter_turns=1, invert=True))
+    plain, attached = make_predict(forward, 600), make_predict(jlora.lora(forward), 600)
+    found = attached(jlora.attach(base, adapters), test)
+    np.testing.assert_array_equal(found, plain(merged, test))
+    assert np.mean(found == test["label"]) == summary["accuracy"]["adapted"]["shifted"]
+
+
+def test_training_helps(summaries):
+    """Two epochs are enough to beat guessing: the base upright, whoever trains all layers on the shifted domain."""
+    assert summaries["lora"]["accuracy"]["base"]["upright"] > 0.3
+    for mode in ("lora", "full"):
+        accuracy = summaries[mode]["accuracy"]
+        assert accuracy["adapted"]["shifted"] > accuracy["base"]["shifted"] + 0.1
+
+
+def test_modes_train_what_they_say(summaries):
+    total = summaries["full"]["total"]
+    assert summaries["full"]["trainable"] == total
+    assert summaries["head"]["trainable"] == 16 * 10 + 10
+    assert 0 < summaries["lora"]["trainable"] < total
+
+
+def test_the_base_is_trained_once(summaries):
+    assert [summaries[mode]["base"]["cached"] for mode in MODES] == [False, True, True]
+    assert len({summaries[mode]["base"]["path"] for mode in MODES}) == 1
+    assert len({json.dumps(summaries[mode]["accuracy"]["base"]) for mode in MODES}) == 1
+
+
+def test_a_base_is_known_by_what_determines_it(config):
+    """Training anew only when the base would be another: not for what happens after it."""
+    same = [
+        {"mode": "full"},
+        {"lora": jlora.LoraConfig(rank=1)},
+        {"fit": FitConfig(epochs=9)},
+        {"data": DataConfig(shifted=Domain(2))},
+    ]
+    other = [
+        {"seed": 1},
+        {"model": ModelConfig()},
+        {"base": FitConfig(epochs=9)},
+        {"data": DataConfig(upright=Domain(2))},
+    ]
+    for change in same:
+        assert identity(dataclasses.replace(config, **change)) == identity(config), change
+    for change in other:
+        assert identity(dataclasses.replace(config, **change)) != identity(config), change
+
+
+def test_two_runs_may_publish_the_same_base(tmp_path):
+    for _ in range(2):
+        publish(tmp_path / "bases" / "entry", {"w": jnp.ones(3)}, [], {})
+    assert [path.name for path in (tmp_path / "bases").iterdir()] == ["entry"]
+    assert store.load_tree(tmp_path / "bases" / "entry" / "params", {"w": jnp.zeros(3)})["w"].tolist() == [1, 1, 1]
+
+
+def test_a_run_is_a_pure_function_of_its_configuration(summaries, cache_dir, tmp_path):
+    """The same configuration, base trained anew: the same records but for the time."""
+    run(parse([*TINY, "--cache-dir", str(tmp_path / "cache"), "--run-dir", str(tmp_path / "run")]))
+    first, second = (
+        [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        for directory in (Path(summaries["lora"]["run_dir"]), tmp_path / "run")
+    )
+    assert [record | {"seconds": 0} for record in first] == [record | {"seconds": 0} for record in second]
+
+
+# Data
+
+
+def test_the_order_of_the_data_is_a_pure_function_of_seed_and_epoch():
+    order = data.epoch_order(1198, seed=3, epoch=5)
+    np.testing.assert_array_equal(order, data.epoch_order(1198, seed=3, epoch=5))
+    np.testing.assert_array_equal(np.sort(order), np.arange(1198))
+    assert not np.array_equal(order, data.epoch_order(1198, seed=3, epoch=6))
+    assert not np.array_equal(order, data.epoch_order(1198, seed=4, epoch=5))
+
+
+def test_an_epoch_shows_no_example_twice_and_padding_keeps_the_order():
+    examples = {"image": np.arange(10), "label": np.arange(10)}
+    batches = list(data.training_batches(examples, 3, seed=0, epoch=1))
+    assert [len(batch["image"]) for batch in batches] == [3, 3, 3]
+    assert len(set(np.concatenate([batch["image"] for batch in batches]))) == 9
+    padded = [batch["image"].tolist() for batch in data.padded_batches(examples, 4)]
+    assert padded == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]
+
+
+def test_the_split_is_fixed_and_holds_every_digit(images):
+    assert {name: data.size(examples) for name, examples in images.items()} == {"train": 1198, "test": 599}
+    for examples in images.values():
+        assert examples["image"].dtype == np.float32
+        assert (examples["image"].min(), examples["image"].max()) == (0, 1)
+        assert set(examples["label"]) == set(range(10))
+
+
+def test_domains_turn_and_invert(images):
+    shown = data.in_domain(images["test"], Domain(quarter_turns=1, invert=True))
+    np.testing.assert_allclose(1 - np.rot90(shown["image"], -1, axes=(1, 2)), images["test"]["image"], atol=1e-6)
+    np.testing.assert_array_equal(shown["label"], images["test"]["label"])
+
+
+def test_a_data_file_without_a_column_is_refused(tmp_path, cache_dir):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(ASSETS / "digits.parquet").drop_columns(["split"])
+    parquet.write_table(table, tmp_path / "short.parquet")
+    with pytest.raises(ConfigError, match=r"short\.parquet has columns \['image', 'label'\]; split is missing"):
+        data.load(tmp_path / "short.parquet", cache_dir)
+
+
+def test_patches_are_squares_of_the_image():
+    image = jnp.arange(16.0).reshape(1, 4, 4)
+    assert model.patches(image, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+# The step
+
+
+@contextlib.contextmanager
+def compilations():
+    """The list of what JAX traces and compiles inside the block."""
+    events = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.startswith("/jax/core/compile/"):
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="session")
+def stepped(network, images):
+    """For each mode: the states before and after two steps, and what either step compiled."""
+    forward, base = network
+    schedule = make_schedule(FitConfig(), 1e-2, steps=10)
+    tx = jlora.freeze(make_optimizer(FitConfig(weight_decay=0.1), schedule))
+    key = random_key(0, "dropout")
+    batches = [*data.training_batches(images["train"], 32, seed=0, epoch=1)][:2]
+    uses = jlora.trace(forward, base, batches[0]["image"])
+    configs = {"lora": jlora.LoraConfig(rank=2, dropout=0.1), "full": EVERYTHING, "head": NEW_HEAD}
+    found = {}
+    for mode, config in configs.items():
+        step = jax.jit(make_step(forward, tx, schedule))
+        before = init_state(tx, base, jlora.init(random_key(0, "adapters"), base, config, uses), key)
+        with compilations() as once:
+            first, _ = step(before, base, batches[0], key)
+        with compilations() as again:
+            second, _ = step(first, base, batches[1], key)
+        found[mode] = before, second, (once, again)
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_second_step_compiles_nothing(stepped, mode):
+    _, _, (once, again) = stepped[mode]
+    assert once
+    assert again == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_optimizer_state_is_for_trainables_alone(stepped, mode):
+    """Adam keeps two moments for each trained number, and nothing for the frozen ones; counters are scalars."""
+    before, after, _ = stepped[mode]
+    for state in (before, after):
+        moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+        assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(state.adapters) if leaf.ndim)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_move_every_adapter(stepped, mode):
+    before, after, _ = stepped[mode]
+    assert before.adapters.keys() == after.adapters.keys()
+    for path in before.adapters:
+        moved = jax.tree.map(lambda x, y: bool((x != y).any()), before.adapters[path], after.adapters[path])
+        assert any(jax.tree.leaves(moved)), path
+    assert int(after.step) == 2
+
+
+def test_schedules_rise_to_the_peak_and_fall():
+    rates = {}
+    for name in ("cosine", "linear", "constant"):
+        schedule = make_schedule(FitConfig(schedule=name, warmup=0.1), 1.0, steps=100)
+        rates[name] = [np.asarray(schedule(step)).item() for step in (0, 10, 100)]
+    assert rates == {"cosine": [0, 1, 0], "linear": [0, 1, 0], "constant": [0, 1, 1]}
+    assert make_schedule(FitConfig(warmup=0.0), 1.0, steps=100)(0) == 1
+
+
+def test_clipping_can_be_switched_off():
+    grads = {"w": np.full(3, 100.0, np.float32)}
+    norms = []
+    for clip in (1.0, None):
+        chain = make_optimizer(FitConfig(clip=clip), optax.constant_schedule(1e-3))
+        updates, state = chain.update(grads, chain.init(grads), grads)
+        norms.append(np.asarray(optax.tree.norm(optax.tree.get(state, "mu"))).item())
+    assert norms[0] == pytest.approx(0.1, rel=1e-3)
+    assert norms[1] == pytest.approx(0.1 * 100 * 3**0.5, rel=1e-3)
+
+
+# The configuration
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
+def test_every_config_loads_and_is_valid(path):
+    config = parse([str(path)])
+    assert config.name == path.stem
+    assert load_config(path).__class__ is type(config)
+    assert "python -m train" in path.read_text().split('"""')[1]
+
+
+def test_no_arguments_mean_the_default_config():
+    assert parse([]) == load_config(DEFAULT_CONFIG)
+
+
+def test_overrides_reach_every_part():
+    config = parse(["--lora.rank", "3", "--fit.clip", "None", "--data.shifted.quarter-turns", "2", "--mode", "head"])
+    assert (config.lora.rank, config.fit.clip, config.data.shifted.quarter_turns, config.mode) == (3, None, 2, "head")
+
+
+def test_all_problems_are_told_at_once(tmp_path, capsys):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "file").touch()
+    argv = "--fit.epochs 0 --model.width 97 --learning-rate.lora -1 --data.file nowhere.parquet".split()
+    assert main([*argv, "--run-dir", str(used)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 5 problems in the configuration:",
+        "  fit.epochs: got 0, expected a whole number >= 1; pass --fit.epochs 20",
+        "  learning_rate.lora: got -1.0, expected a number > 0; pass --learning-rate.lora 0.002",
+        f"  data.file: got nowhere.parquet, expected a parquet file; pass --data.file {ASSETS / 'digits.parquet'}",
+        f"  run_dir: got {used}, expected a directory that is empty or does not exist; pass --run-dir runs/mine",
+        "  model.width: got 97, expected a multiple of model.heads = 4; pass --model.width 96",
+    ]
+
+
+def test_a_batch_larger_than_the_data_is_refused_before_training(cache_dir, capsys):
+    assert main(["--fit.batch-size", "2000", "--cache-dir", str(cache_dir)]) == 2
+    assert "fit.batch_size: got 2000, expected at most the 1198 training examples" in capsys.readouterr().err
+
+
+def test_a_target_that_matches_nothing_is_refused_before_training(cache_dir, tmp_path, capsys):
+    argv = [*TINY, "--cache-dir", str(cache_dir), "--run-dir", str(tmp_path / "run"), "--lora.targets", "qeury"]
+    assert main(argv) == 2
+    assert "qeury" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "nearest"), [(["--fit.epoch", "3"], "--fit.epochs"), (["--lora.rnk", "3"], "--lora.rank")]
+)
+def test_a_misspelt_flag_is_told_the_nearest(argv, nearest, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(argv)
+    assert error.value.code == 2
+    assert nearest in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("config = TrainConfig(name='x', lora=LoraConfig(), fit=FitConfig(epoch=3))", "line 3.*did you mean 'epochs'"),
+        ("config = TrainConfig(name='x', lora=LoraConfig(rnk=3))", "line 3.*did you mean 'rank'"),
+        ("config = FitConfig()", r"expected `config = TrainConfig\(\.\.\.\)`, got a FitConfig"),
+        ("other = 1", "got nothing of that name"),
+        ("config = (", "SyntaxError"),
+        ("config = TrainConfig(name='x', lora=None)", "lora: got None, expected a LoraConfig"),
+        ("config = TrainConfig(name='x', lora=LoraConfig(), seed='1')", "seed: got '1', expected a whole number >= 0"),
+    ],
+)
+def test_a_config_file_that_fails_says_where_and_why(tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from jlora import LoraConfig\nfrom train.config import FitConfig, TrainConfig\n{text}\n")
+    with pytest.raises(ConfigError, match=message):
+        parse([str(file)])
+
+
+def test_a_config_file_that_does_not_exist_is_told_what_there_is(capsys):
+    assert main(["configs/digit.py"]) == 2
+    assert capsys.readouterr().err == "error: no config file at configs/digit.py; there are: configs/digits.py\n"
+
+
+def test_help_shows_how_to_call_and_every_field(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    assert "usage: python -m train [CONFIG.py]" in shown
+    assert all(flag in shown for flag in ("--mode {lora,full,head}", "--lora.rank", "--fit.epochs", "--run-dir"))

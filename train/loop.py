@@ -1,0 +1,82 @@
+"""Epochs of steps, with a measurement on the way."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jlora
+from train import data, report
+from train.config import FitConfig
+from train.model import Forward
+from train.optim import make_optimizer, make_schedule
+from train.step import init_state, make_step
+
+Record = dict[str, Any]
+
+
+def random_key(seed: int, purpose: str) -> jax.Array:
+    """The key for one purpose of a run. Purposes do not share randomness, and a new one does not change the others."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+
+
+def fit(
+    forward: Forward,
+    base: Any,
+    adapters: dict[str, Any],
+    examples: data.Examples,
+    config: FitConfig,
+    *,
+    phase: str,
+    learning_rate: float,
+    seed: int,
+    eval_every: int,
+    evaluate: Callable[[Any], dict[str, float]],
+    log: Callable[[Record], None],
+) -> tuple[dict[str, Any], list[Record]]:
+    """Train ``adapters`` on ``examples``; ``base`` stays as it is.
+
+    Args:
+      phase: name of this training, in records and on the progress bar.
+      evaluate: takes an attached tree and returns figures for the record; called every ``eval_every`` epochs and at
+        the end.
+      log: called with the record of each epoch as soon as it ends.
+
+    Returns:
+      The trained adapters, and the records. A record holds phase, epoch, step, seconds, the step's metrics averaged
+      over the epoch, and what ``evaluate`` returned.
+    """
+    steps_per_epoch = data.size(examples) // config.batch_size
+    steps = config.epochs * steps_per_epoch
+    schedule = make_schedule(config, learning_rate, steps)
+    tx = jlora.freeze(make_optimizer(config, schedule))
+    key = random_key(seed, f"{phase} dropout")
+    step = jax.jit(make_step(forward, tx, schedule), donate_argnums=0)
+    # The step reuses the state's memory; the caller's adapters are not ours to give away.
+    state = init_state(tx, base, jax.tree.map(jnp.copy, adapters), key)
+
+    records = []
+    started = time.perf_counter()
+    with report.Progress(phase, steps) as progress:
+        for epoch in range(1, config.epochs + 1):
+            # The metrics stay on the device until the epoch ends, so that no step waits for the one before it.
+            metrics = []
+            for batch in data.training_batches(examples, config.batch_size, seed, epoch):
+                state, measured = step(state, base, batch, key)
+                metrics.append(measured)
+                progress.advance()
+            record = {"phase": phase, "epoch": epoch, "step": epoch * steps_per_epoch}
+            record |= {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+            if epoch % eval_every == 0 or epoch == config.epochs:
+                record |= evaluate(jlora.attach(base, state.adapters))
+            record["seconds"] = round(time.perf_counter() - started, 3)
+            records.append(record)
+            log(record)
+            progress.show(record)
+    return state.adapters, records

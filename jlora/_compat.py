@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 from jax import lax
+from jax.experimental import compute_on as places
 from jax.extend import core, source_info_util
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -36,6 +38,17 @@ def equation_context(eqn: Any) -> Iterator[None]:
 def source_line(eqn: Any) -> str:
     """File, line and function of the user's code that made ``eqn``."""
     return source_info_util.summarize(eqn.source_info)
+
+
+def compute_on(fn: Any, params: dict[str, Any]) -> Any:
+    """``fn`` on the kind of device that the params of a ``compute_on`` equation say; its results are a list."""
+    options = params["compiler_options_json"]
+    return getattr(places, "compute_on2", places.compute_on)(
+        fn,
+        compute_type=params["compute_type"],
+        out_memory_spaces=list(params["out_memory_spaces"]),
+        compiler_options=None if options is None else json.loads(options),
+    )
 
 
 def scan_split(params: dict[str, Any]) -> tuple[int, int]:

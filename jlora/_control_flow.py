@@ -77,6 +77,13 @@ def checkpoint(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     return run(*args)
 
 
+def compute_on(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """What runs on the host, say, does so with its low-rank product."""
+    jaxpr, consts = _compat.open_jaxpr(eqn.params["jaxpr"])
+    run = _compat.compute_on(lambda *args: _settled(scope, eqn, scope.session.run(jaxpr, consts, args)), eqn.params)
+    return run(*args)
+
+
 def cond(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """``lax.cond`` and ``lax.switch``: every branch sees the factored operands."""
     index, *operands = args
@@ -248,6 +255,7 @@ CONTROL_FLOW: dict[str, Rule] = {
     "pjit": jit,
     "remat2": checkpoint,
     "checkpoint": checkpoint,
+    "compute_on": compute_on,
     "cond": cond,
     "while": while_loop,
     "scan": scan,

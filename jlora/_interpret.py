@@ -148,6 +148,9 @@ class _Scope:
         """``value`` as a plain array: a factored weight is materialized, as the policy says."""
         if not isinstance(value, Factored):
             return value
+        if _is_row(value):
+            self.factored(value, eqn, 2 * value.rank * value.base.size)
+            return dense(value)
         source = _compat.source_line(eqn)
         event = Event(
             value.path, eqn.primitive.name, source, why, 2 * value.rank * value.base.size * self.session.repeats
@@ -164,3 +167,9 @@ class _Scope:
             hint = 'Results stay exact, at the cost of a full-size sum; pass materialize="allow" to silence this.'
             warnings.warn(text + hint + dropped, MaterializeWarning, stacklevel=2)
         return dense(value)
+
+
+def _is_row(value: Factored) -> bool:
+    """Whether a single row or column of a weight is left, as of a lookup by one index: a result, and no weight."""
+    pairs = ((value.a, value.b), (value.b, value.a))
+    return any(all(d in other.dims or value.shape[d] == 1 for d in one.dims) for one, other in pairs)

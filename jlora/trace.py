@@ -230,7 +230,7 @@ class _Walker:
     def on_jit(self, eqn: Any, values: list[Value]) -> list[Value]:
         return self.inner(eqn.params["jaxpr"], values)
 
-    on_pjit = on_remat2 = on_checkpoint = on_shard_map = on_jit
+    on_pjit = on_remat2 = on_checkpoint = on_compute_on = on_shard_map = on_jit
 
     def on_custom_jvp_call(self, eqn: Any, values: list[Value]) -> list[Value]:
         return self.inner(eqn.params["call_jaxpr"], values)

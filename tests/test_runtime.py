@@ -1,0 +1,233 @@
+"""What changes from step to step without a new program: strength, dropout, and that nothing is compiled again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from toys import (
+    FULLY_SHARDED,
+    MLP,
+    TOYS,
+    adapters_for,
+    assert_close,
+    identity_adapters,
+    loss_of,
+    mlp,
+)
+
+import jlora
+
+# Compilations.
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Fills its list with an entry for every program that XLA compiles meanwhile."""
+    seen: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("on_a_mesh", [False, True])
+@pytest.mark.parametrize("whole_tree", [False, True], ids=["adapters", "whole_tree"])
+def test_the_second_step_compiles_nothing(whole_tree: bool, on_a_mesh: bool) -> None:
+    """One program for all steps: other batches, strengths and dropout keys, on one device and on a mesh."""
+    params, x = MLP.params, MLP.x
+    adapters = adapters_for(mlp, params, x, dropout=0.5)
+    if on_a_mesh:
+        mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+        params = {k: jax.device_put(w, NamedSharding(mesh, FULLY_SHARDED[k])) for k, w in params.items()}
+        adapters, x = jax.device_put((adapters, x), NamedSharding(mesh, P()))
+    apply, adam = jlora.lora(mlp, materialize="error"), optax.adam(1e-2)
+    tx = jlora.freeze(adam) if whole_tree else adam
+
+    @jax.jit
+    def step(state: Any, params: Any, x: Any, strength: Any, key: Any) -> Any:
+        trained, moments = state
+
+        def loss(trainable: Any) -> Any:
+            if not whole_tree:
+                return loss_of(apply(jlora.attach(params, trainable, strength=strength, dropout_key=key), x))
+            base, adapters = jlora.detach(jlora.combine(trainable, jlora.partition(trained)[1]))
+            return loss_of(apply(jlora.attach(base, adapters, strength=strength, dropout_key=key), x))
+
+        grads = jax.grad(loss)(jlora.partition(trained)[0] if whole_tree else trained)
+        updates, moments = tx.update(grads, moments, trained)
+        return optax.apply_updates(trained, updates), moments
+
+    trained = jlora.attach(params, adapters) if whole_tree else adapters
+    inputs = [(x + i, jnp.float32(i), jax.random.key(i)) for i in range(3)]
+    with compilations() as first:
+        state = jax.block_until_ready(step((trained, tx.init(trained)), params, *inputs[0]))
+    with compilations() as later:
+        for rest in inputs[1:]:
+            state = jax.block_until_ready(step(state, params, *rest))
+    assert first and not later
+
+
+# Strength.
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_strength_scales_the_update(name: str) -> None:
+    """A strength is a factor on B, whether for all weights or for each; with 0 the model is the base, bit for bit."""
+    toy = TOYS[name]
+    adapters = adapters_for(*toy)
+    each = {path: 0.3 + i for i, path in enumerate(adapters)}
+    apply = jax.jit(lambda a, strength: jlora.lora(toy.fn)(jlora.attach(toy.params, a, strength=strength), toy.x))
+
+    def scaled(by: Any) -> Any:
+        return {path: dataclasses.replace(f, b=f.b * by[path]) for path, f in adapters.items()}
+
+    assert_close(apply(adapters, each), apply(scaled(each), None))
+    assert_close(apply(adapters, 0.7), apply(scaled(dict.fromkeys(adapters, 0.7)), None))
+    np.testing.assert_array_equal(apply(adapters, 0.0), jax.jit(toy.fn)(toy.params, toy.x))
+    np.testing.assert_array_equal(apply(adapters, 1.0), apply(adapters, None))
+
+
+def test_strength_has_a_gradient() -> None:
+    """d/ds at s = 1 is the slope along B."""
+    adapters = adapters_for(mlp, MLP.params, MLP.x)
+
+    def loss(strength: Any, adapters: Any) -> Any:
+        return loss_of(jlora.lora(mlp)(jlora.attach(MLP.params, adapters, strength=strength), MLP.x))
+
+    slope, grads = jax.jit(jax.grad(loss, (0, 1)))(1.0, adapters)
+    assert_close(slope, sum(jnp.vdot(grads[path].b, f.b) for path, f in adapters.items()))
+
+
+# Dropout.
+
+RATE = 0.25
+KEY = jax.random.key(7)
+ONES = jnp.ones((64, 32))
+
+
+def masks(fn: Any, *names: str, shape: tuple[int, ...] = (32, 32), key: Any = KEY, x: Any = ONES) -> Any:
+    """What is left of inputs of 1 on their way through adapters that are the identity, on a base of zeros."""
+    params = {name: jnp.zeros(shape) for name in names}
+    tree = jlora.attach(params, identity_adapters(params, dropout=RATE), dropout_key=key)
+    return jlora.lora(fn, materialize="error")(tree, x)
+
+
+def unlike(*kept: Any) -> bool:
+    """Whether these masks are independent of each other, as far as one can see."""
+    flat = [np.asarray(m).ravel() > 0 for m in kept]
+    same = [np.mean(a == b) for i, a in enumerate(flat) for b in flat[:i]]
+    chance = (1 - RATE) ** 2 + RATE**2
+    return all(abs(s - chance) < 5 * np.sqrt(chance / flat[0].size) for s in same)
+
+
+def dense(params: Any, x: Any) -> Any:
+    return x @ params["w"]
+
+
+def test_dropout_has_its_rate() -> None:
+    """The adapter's input is zero at the rate, and scaled by 1 / (1 - rate) where it is not."""
+    kept = np.asarray(masks(dense, "w"))
+    np.testing.assert_allclose(kept[kept > 0], 1 / (1 - RATE), rtol=1e-6)
+    assert abs(np.mean(kept == 0) - RATE) < 4 * np.sqrt(RATE * (1 - RATE) / kept.size)
+
+
+def test_dropout_acts_on_the_adapter_alone_and_with_a_key() -> None:
+    """The base sees every input; without a key nothing is dropped; a rate of 0 needs no key."""
+    params, adapters = MLP.params, adapters_for(mlp, MLP.params, MLP.x, dropout=RATE)
+    apply = jlora.lora(mlp)
+    merged = mlp(jlora.merge(params, adapters), MLP.x)
+    assert_close(apply(jlora.attach(params, adapters), MLP.x), merged)
+    silent = jax.tree.map(jnp.zeros_like, adapters)
+    assert_close(apply(jlora.attach(params, silent, dropout_key=KEY), MLP.x), mlp(params, MLP.x))
+    never = {path: dataclasses.replace(f, dropout=0.0) for path, f in adapters.items()}
+    assert_close(apply(jlora.attach(params, never, dropout_key=KEY), MLP.x), merged)
+
+
+def test_dropout_is_a_function_of_key_and_path() -> None:
+    """The same key drops the same; another key, or another path, does not; what else is adapted does not matter."""
+    both = lambda p, x: (x @ p["u"], x @ p["w"])  # noqa: E731
+    u, w = masks(both, "u", "w")
+    np.testing.assert_array_equal(w, masks(dense, "w"))
+    np.testing.assert_array_equal(w, masks(dense, "w", key=jax.random.key_data(KEY)))
+    np.testing.assert_array_equal(w, jax.jit(lambda key: masks(dense, "w", key=key))(KEY))
+    assert unlike(u, w, masks(dense, "w", key=jax.random.key(8)))
+
+
+def test_dropout_differs_in_every_layer() -> None:
+    """Scanned layers drop different entries, and the same ones whether a loop, a scan or an index reaches them."""
+
+    def by_scan(params: Any, x: Any) -> Any:
+        return lax.scan(lambda h, w: (h, h @ w), x, params["w"])[1]
+
+    def by_map(params: Any, x: Any) -> Any:
+        return lax.map(lambda w: x @ w, params["w"])
+
+    def by_index(params: Any, x: Any) -> Any:
+        return jnp.stack([x @ params["w"][i] for i in range(3)])
+
+    def by_loop(params: Any, x: Any) -> Any:
+        start = jnp.zeros((3, *x.shape))
+        return lax.fori_loop(0, 3, lambda i, ys: ys.at[i].set(x @ params["w"][i]), start)
+
+    layers = masks(by_scan, "w", shape=(3, 32, 32))
+    assert unlike(*layers)
+    for other in (by_map, by_index, by_loop):
+        np.testing.assert_array_equal(layers, masks(other, "w", shape=(3, 32, 32)))
+
+
+def test_dropout_differs_in_every_expert() -> None:
+    """Experts with inputs of their own drop different entries; where all see one input, it is dropped once."""
+    x = jnp.ones((3, 64, 32))
+    own = masks(lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"]), "w", shape=(3, 32, 32), x=x)
+    assert unlike(*own)
+    shared = masks(lambda p, x: jnp.einsum("bi,eio->ebo", x, p["w"]), "w", shape=(3, 32, 32))
+    np.testing.assert_array_equal(shared[0], shared[1])
+
+
+def test_dropout_under_vmap() -> None:
+    """vmap maps one key to one mask: the caller folds the index in, and gets what a loop gets."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(3))
+    mapped = jax.vmap(lambda key: masks(dense, "w", key=key))(keys)
+    np.testing.assert_array_equal(mapped, jnp.stack([masks(dense, "w", key=key) for key in keys]))
+    assert unlike(*mapped)
+
+
+def test_dropout_is_drawn_again_alike() -> None:
+    """A rematerialized block drops in the backward pass what it dropped in the forward pass."""
+    params, adapters = MLP.params, adapters_for(mlp, MLP.params, MLP.x, dropout=RATE)
+
+    def grads(fn: Any) -> Any:
+        apply = jlora.lora(fn, materialize="error")
+        return jax.jit(jax.grad(lambda a: loss_of(apply(jlora.attach(params, a, dropout_key=KEY), MLP.x))))(adapters)
+
+    assert_close(grads(jax.checkpoint(mlp)), grads(mlp))
+
+
+def test_lookups_are_not_dropped() -> None:
+    """A table that is looked up gives whole rows; its use as an output projection drops."""
+    toy = TOYS["tied"]
+    adapters = adapters_for(*toy, dropout=RATE)
+    tree = jlora.attach(toy.params, adapters, dropout_key=KEY)
+    lookup = lambda p, ids: p["table"][ids]  # noqa: E731
+    assert_close(
+        jlora.lora(lookup)(tree | {"bias": toy.params["bias"]}, toy.x), lookup(jlora.merge(toy.params, adapters), toy.x)
+    )
+    exact = toy.fn(jlora.merge(toy.params, adapters), toy.x)
+    assert not np.allclose(jlora.lora(toy.fn)(tree, toy.x), exact)

@@ -43,7 +43,8 @@ def source_line(eqn: Any) -> str:
 def compute_on(fn: Any, params: dict[str, Any]) -> Any:
     """``fn`` on the kind of device that the params of a ``compute_on`` equation say; its results are a list."""
     options = params["compiler_options_json"]
-    return getattr(places, "compute_on2", places.compute_on)(
+    on: Any = getattr(places, "compute_on2", places.compute_on)  # its name before 0.11
+    return on(
         fn,
         compute_type=params["compute_type"],
         out_memory_spaces=list(params["out_memory_spaces"]),

@@ -66,7 +66,7 @@ def low_rank_product(x: Array, a: Array, b: Array, *, inputs: int = 1) -> Array:
 
 def contract_factors(names: Contraction, x: Array, first: Array, second: Array) -> Array:
     """``x`` contracted with ``first``, then with ``second``; see `low_rank_product`."""
-    return _product(names, *_compat.vary_alike(x, first, second))
+    return _jitted(names, *_compat.vary_alike(x, first, second))
 
 
 def widen(
@@ -135,3 +135,5 @@ def _widened_backward(names: Contraction, residuals: tuple[Array, ...], g: Array
 
 _product.defvjp(_forward, _backward)
 _widened.defvjp(_widened_forward, _widened_backward)
+# Under jit, equal layers are traced and differentiated once: a custom_vjp alone is traced anew at every call.
+_jitted = jax.jit(_product, static_argnums=0)

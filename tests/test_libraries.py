@@ -68,7 +68,7 @@ class Run(NamedTuple):
 def loss_of(results: Any) -> Any:
     """A sum in which every entry of every floating result counts differently."""
     floats = [x for x in jax.tree.leaves(results) if eqx.is_inexact_array(x)]
-    return sum(jnp.vdot(jnp.cos(jnp.arange(x.size)), x.ravel().astype(jnp.float32)) for x in floats)
+    return sum(jnp.vdot(np.cos(np.arange(x.size, dtype=np.float32)), x.ravel().astype(jnp.float32)) for x in floats)
 
 
 def compiled(model: Model, fn: Any, put: Any, like: Any) -> Any:

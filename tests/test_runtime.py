@@ -36,7 +36,7 @@ def compilations() -> Iterator[list[str]]:
     """Fills its list with an entry for every program that XLA compiles meanwhile."""
     seen: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             seen.append(event)
 
@@ -53,8 +53,8 @@ def test_the_second_step_compiles_nothing(whole_tree: bool, on_a_mesh: bool) -> 
     """One program for all steps: other batches, strengths and dropout keys, on one device and on a mesh."""
     params, x = MLP.params, MLP.x
     adapters = adapters_for(mlp, params, x, dropout=0.5)
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     if on_a_mesh:
-        mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
         params = {k: jax.device_put(w, NamedSharding(mesh, FULLY_SHARDED[k])) for k, w in params.items()}
         adapters, x = jax.device_put((adapters, x), NamedSharding(mesh, P()))
     apply, adam = jlora.lora(mlp, materialize="error"), optax.adam(1e-2)
@@ -75,9 +75,12 @@ def test_the_second_step_compiles_nothing(whole_tree: bool, on_a_mesh: bool) -> 
         return optax.apply_updates(trained, updates), moments
 
     trained = jlora.attach(params, adapters) if whole_tree else adapters
+    moments = tx.init(trained)
+    if on_a_mesh:  # optax counts steps on one device, until it is told where
+        moments = jax.device_put(moments, NamedSharding(mesh, P()))
     inputs = [(x + i, jnp.float32(i), jax.random.key(i)) for i in range(3)]
     with compilations() as first:
-        state = jax.block_until_ready(step((trained, tx.init(trained)), params, *inputs[0]))
+        state = jax.block_until_ready(step((trained, moments), params, *inputs[0]))
     with compilations() as later:
         for rest in inputs[1:]:
             state = jax.block_until_ready(step(state, params, *rest))
@@ -100,8 +103,9 @@ def test_strength_scales_the_update(name: str) -> None:
 
     assert_close(apply(adapters, each), apply(scaled(each), None))
     assert_close(apply(adapters, 0.7), apply(scaled(dict.fromkeys(adapters, 0.7)), None))
-    np.testing.assert_array_equal(apply(adapters, 0.0), jax.jit(toy.fn)(toy.params, toy.x))
-    np.testing.assert_array_equal(apply(adapters, 1.0), apply(adapters, None))
+    assert_close(apply(adapters, 1.0), apply(adapters, None))
+    silent = jlora.lora(toy.fn)(jlora.attach(toy.params, adapters, strength=0.0), toy.x)
+    np.testing.assert_array_equal(silent, toy.fn(toy.params, toy.x))
 
 
 def test_strength_has_a_gradient() -> None:
@@ -226,8 +230,6 @@ def test_lookups_are_not_dropped() -> None:
     adapters = adapters_for(*toy, dropout=RATE)
     tree = jlora.attach(toy.params, adapters, dropout_key=KEY)
     lookup = lambda p, ids: p["table"][ids]  # noqa: E731
-    assert_close(
-        jlora.lora(lookup)(tree | {"bias": toy.params["bias"]}, toy.x), lookup(jlora.merge(toy.params, adapters), toy.x)
-    )
-    exact = toy.fn(jlora.merge(toy.params, adapters), toy.x)
-    assert not np.allclose(jlora.lora(toy.fn)(tree, toy.x), exact)
+    merged = jlora.merge(toy.params, adapters)
+    assert_close(jlora.lora(lookup)(tree, toy.x), lookup(merged, toy.x))
+    assert not np.allclose(jlora.lora(toy.fn)(tree, toy.x), toy.fn(merged, toy.x))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.core import Tracer
 from jax.experimental import compute_on as places
 from toys import (
     MLP,
@@ -174,7 +175,7 @@ squash.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (2 * g * (1 - jnp.tanh(x)
 
 
 def on_host(params: Any, x: Any) -> Any:
-    on = getattr(places, "compute_on2", places.compute_on)  # its name before jax 0.11
+    on: Any = getattr(places, "compute_on2", places.compute_on)  # its name before jax 0.11
     first = on(lambda w, x: x @ w, compute_type="device_host", out_memory_spaces=jax.memory.Space.Device)
     return jnp.tanh(first(params["w0"], x)) @ params["w1"]
 
@@ -302,7 +303,7 @@ def test_plain_parameters() -> None:
     seen = []
 
     def model(params: Any, x: Any) -> Any:
-        seen.append(isinstance(x, jax.core.Tracer))
+        seen.append(isinstance(x, Tracer))
         return mlp(params, x)
 
     np.testing.assert_array_equal(jlora.lora(model)(MLP.params, MLP.x), mlp(MLP.params, MLP.x))

@@ -87,8 +87,8 @@ def adapters_for(fn: Callable[..., Any], params: Any, *args: Any, seed: int = 20
     """Random adapters for every weight that ``fn`` multiplies or looks up: every update is felt."""
     uses = jlora.trace(fn, params, *args)
     targets = tuple(f"^{path}$" for path, use in uses.items() if use.kind in ("matmul", "lookup"))
-    config = jlora.LoraConfig(**{"rank": RANK, "alpha": 2 * RANK, "targets": targets} | config)
-    shapes = jax.eval_shape(lambda: jlora.init(jax.random.key(0), params, config, uses))
+    chosen = jlora.LoraConfig(**{"rank": RANK, "alpha": 2 * RANK, "targets": targets} | config)
+    shapes = jax.eval_shape(lambda: jlora.init(jax.random.key(0), params, chosen, uses))
     leaves, treedef = jax.tree.flatten(shapes)
     return treedef.unflatten([normal(seed + i, *leaf.shape, scale=0.3) for i, leaf in enumerate(leaves)])
 

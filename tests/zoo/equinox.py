@@ -26,7 +26,7 @@ def _made(make: Any, *args: Any, axes: Any, fn: Any = None, **options: Any) -> M
 def mlp() -> Model:
     """Its activation functions are leaves of the tree."""
     axes = {f"layers/{i}/weight": FLIPPED for i in range(3)}
-    return _made(lambda key: eqx.nn.MLP(5, 3, 7, 2, activation=jax.nn.silu, key=key), normal(4, 5), axes=axes)
+    return _made(lambda key: eqx.nn.MLP(5, 3, 7, 2, activation=jax.nn.relu, key=key), normal(4, 5), axes=axes)
 
 
 class Transformer(eqx.Module):
@@ -41,7 +41,7 @@ class Transformer(eqx.Module):
         self.embed = eqx.nn.Embedding(9, 6, key=keys[0])
         self.attention = eqx.nn.MultiheadAttention(2, 6, key=keys[1])
         self.norm = eqx.nn.LayerNorm(6)
-        self.mlp = eqx.nn.MLP(6, 6, 8, 1, activation=jax.nn.silu, key=keys[2])
+        self.mlp = eqx.nn.MLP(6, 6, 8, 1, activation=jax.nn.relu, key=keys[2])
         self.scale = 0.5
 
     def __call__(self, ids: Any) -> Any:
@@ -69,7 +69,7 @@ class Block(eqx.Module):
         self.linear = eqx.nn.Linear(6, 6, key=key)
 
     def __call__(self, x: Any) -> Any:
-        return x + jnp.tanh(self.linear(self.norm(x)))
+        return x + jax.nn.relu(self.linear(self.norm(x)))
 
 
 def _stacked(make: Any) -> Any:
@@ -119,7 +119,7 @@ def convolutional() -> Model:
             [
                 eqx.nn.Conv2d(3, 4, 3, stride=2, dilation=2, key=key),
                 eqx.nn.GroupNorm(2, 4),
-                eqx.nn.Lambda(jax.nn.silu),
+                eqx.nn.Lambda(jax.nn.relu),
                 eqx.nn.Conv2d(4, 6, 2, groups=2, padding="SAME", key=key),
                 eqx.nn.ConvTranspose2d(6, 3, 2, stride=2, key=key),
             ]
@@ -186,6 +186,6 @@ def shared() -> Model:
 
         def __call__(self, ids: Any) -> Any:
             embed, linear = self.shared()
-            return jax.vmap(linear)(jnp.tanh(jax.vmap(embed)(ids)))
+            return jax.vmap(linear)(jax.nn.relu(jax.vmap(embed)(ids)))
 
     return _made(Net, jnp.array([[1, 2, 8]]), axes={}, tables={"shared/pytree/0/weight": dense()})

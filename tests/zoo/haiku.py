@@ -51,7 +51,7 @@ def transformer() -> Model:
         embed = hk.Embed(9, 6)
         x = embed(ids)
         x = x + hk.MultiHeadAttention(2, 3, w_init=hk.initializers.RandomNormal(), model_size=6)(x, x, x)
-        x = hk.Linear(6, with_bias=False, name="down")(jax.nn.silu(hk.Linear(8, name="up")(hk.RMSNorm(-1)(x))))
+        x = hk.Linear(6, with_bias=False, name="down")(jax.nn.relu(hk.Linear(8, name="up")(hk.RMSNorm(-1)(x))))
         return x @ embed.embeddings.T
 
     axes = {f"multi_head_attention/{name}/w": dense() for name in ("query", "key", "value", "linear")}
@@ -60,7 +60,7 @@ def transformer() -> Model:
 
 
 def _block(x: Any) -> Any:
-    return x + jnp.tanh(hk.Linear(6)(hk.LayerNorm(-1, True, True)(x)))
+    return x + jax.nn.relu(hk.Linear(6)(hk.LayerNorm(-1, True, True)(x)))
 
 
 @model

@@ -28,7 +28,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any, _: Any = None) -> Any:
-        return x + nn.tanh(nn.Dense(6, name="dense")(nn.LayerNorm()(x))), None
+        return x + nn.relu(nn.Dense(6, name="dense")(nn.LayerNorm()(x))), None
 
 
 class Transformer(nn.Module):
@@ -40,7 +40,7 @@ class Transformer(nn.Module):
         x = embed(ids)
         h = nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(nn.LayerNorm()(x))
         h = nn.RMSNorm()(x + nn.Dropout(0.5, deterministic=True)(h))
-        return embed.attend(nn.Dense(6, name="down")(nn.silu(nn.Dense(8, name="up")(h))))
+        return embed.attend(nn.Dense(6, name="down")(nn.relu(nn.Dense(8, name="up")(h))))
 
 
 @model

@@ -53,7 +53,7 @@ class Transformer(nnx.Module):
     def __call__(self, ids: Any) -> Any:
         x = self.embed(ids)
         x = x + self.attention(self.norm(x))
-        return self.embed.attend(x + self.down(nnx.silu(self.gate(x))))
+        return self.embed.attend(x + self.down(nnx.relu(self.gate(x))))
 
 
 @model
@@ -69,7 +69,7 @@ class Block(nnx.Module):
         self.linear = nnx.Linear(6, 6, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
-        return x + nnx.tanh(self.linear(self.norm(x)))
+        return x + nnx.relu(self.linear(self.norm(x)))
 
 
 class Stack(nnx.Module):

@@ -56,7 +56,7 @@ def tied_embedding() -> Model:
     """A table that is looked up, and then, transposed, the output projection."""
 
     def fn(p: Any, ids: Any) -> Any:
-        return jnp.tanh(p["table"][ids] @ p["w"]) @ p["table"].T
+        return jax.nn.relu(p["table"][ids] @ p["w"]) @ p["table"].T
 
     p = weights(table=(9, 5), w=(5, 5))
     return Model(fn, p, (jnp.array([[1, 2, 8], [0, 1, 1]]),), {"w": dense()}, tables={"table": dense()})
@@ -67,7 +67,7 @@ def tied_one_hot() -> Model:
     """The same with the lookup as a matmul."""
 
     def fn(p: Any, ids: Any) -> Any:
-        return jnp.tanh(jax.nn.one_hot(ids, 9) @ p["table"]) @ p["table"].T
+        return jax.nn.relu(jax.nn.one_hot(ids, 9) @ p["table"]) @ p["table"].T
 
     return Model(fn, weights(table=(9, 5)), (jnp.array([1, 2, 8]),), {"table": dense()})
 
@@ -78,7 +78,7 @@ def split_and_joined() -> Model:
 
     def fn(p: Any, x: Any) -> Any:
         q, k, v = jnp.split(p["qkv"], 3, axis=1)
-        h = x @ q + jnp.tanh(x @ k) * (x @ v)
+        h = x @ q + jax.nn.relu(x @ k) * (x @ v)
         return h @ jnp.concatenate([p["up"], p["gate"]], axis=1)
 
     axes = {"qkv": dense(), "up": dense(), "gate": dense()}
@@ -91,7 +91,7 @@ def cut_and_turned() -> Model:
 
     def fn(p: Any, x: Any) -> Any:
         h = jnp.einsum("bi,ihk->bhk", x, p["w"].reshape(5, 2, 3)).reshape(-1, 6)
-        h = jnp.tanh(h @ p["v"].transpose(1, 0, 2).reshape(6, 6))
+        h = jax.nn.relu(h @ p["v"].transpose(1, 0, 2).reshape(6, 6))
         return h[:, :4] @ p["u"][1:5, ::-1] + h @ jnp.roll(p["u"], 2, axis=1)
 
     axes = {"w": dense(), "v": dense(1, (0, 2)), "u": dense()}
@@ -103,7 +103,7 @@ def gradient_inside() -> Model:
     """Forces: the model itself differentiates an energy by its input."""
 
     def fn(p: Any, x: Any) -> Any:
-        return jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["in"]) @ p["out"]))(x)
+        return jax.grad(lambda x: jnp.sum(jax.nn.relu(x @ p["in"]) @ p["out"]))(x)
 
     return Model(fn, weights(**{"in": (5, 7), "out": (7, 3)}), (normal(4, 5),), {"in": dense(), "out": dense()})
 
@@ -124,7 +124,7 @@ def experts_einsum() -> Model:
     """Experts with their own rows each, a gated MLP."""
 
     def fn(p: Any, x: Any) -> Any:
-        h = jax.nn.silu(jnp.einsum("ecd,edf->ecf", x, p["gate"])) * jnp.einsum("ecd,efd->ecf", x, p["up"])
+        h = jax.nn.relu(jnp.einsum("ecd,edf->ecf", x, p["gate"])) * jnp.einsum("ecd,efd->ecf", x, p["up"])
         return jnp.einsum("efd,ecf->ecd", p["down"], h)
 
     axes = {"gate": STACK, "up": dense(2, 1, batch=0), "down": STACK}
@@ -136,7 +136,7 @@ def experts_ragged() -> Model:
     """Experts with as many rows each as the router gave them."""
 
     def fn(p: Any, x: Any, sizes: Any) -> Any:
-        h = jax.nn.silu(lax.ragged_dot(x, p["gate"], sizes)) * lax.ragged_dot(x, p["up"], sizes)
+        h = jax.nn.relu(lax.ragged_dot(x, p["gate"], sizes)) * lax.ragged_dot(x, p["up"], sizes)
         return lax.ragged_dot(h, p["down"], sizes)
 
     p = weights(gate=(3, 5, 4), up=(3, 5, 4), down=(3, 4, 5))
@@ -158,7 +158,7 @@ def ensemble() -> Model:
     """Members under vmap over stacked weights. Where all share one input, they are one wider matrix."""
 
     def fn(p: Any, x: Any) -> Any:
-        h = jax.vmap(lambda w: jnp.tanh(x @ w))(p["in"])
+        h = jax.vmap(lambda w: jax.nn.relu(x @ w))(p["in"])
         return jax.vmap(lambda h, w: h @ w)(h, p["out"])
 
     p = weights(**{"in": (3, 5, 4), "out": (3, 4, 2)})
@@ -166,7 +166,7 @@ def ensemble() -> Model:
 
 
 def _layer(w: Any, b: Any, h: Any) -> Any:
-    return h + jnp.tanh(h @ w + b)
+    return h + jax.nn.relu(h @ w + b)
 
 
 @model
@@ -182,8 +182,8 @@ def scanned_twice() -> Model:
     """A scan that hands its slices on, and another one that runs them backwards, transposed."""
 
     def fn(p: Any, x: Any) -> Any:
-        x, layers = lax.scan(lambda h, w: (jnp.tanh(h @ w), w), x, p["w"])
-        return lax.scan(lambda h, w: (jnp.tanh(h @ w.T), None), x, layers, reverse=True)[0]
+        x, layers = lax.scan(lambda h, w: (jax.nn.relu(h @ w), w), x, p["w"])
+        return lax.scan(lambda h, w: (jax.nn.relu(h @ w.T), None), x, layers, reverse=True)[0]
 
     return Model(fn, weights(w=(3, 6, 6)), (normal(4, 6),), {"w": STACK})
 
@@ -213,8 +213,8 @@ def rematerialized() -> Model:
     """`jax.checkpoint`, plain and with a policy."""
 
     def fn(p: Any, x: Any) -> Any:
-        x = jax.checkpoint(lambda w, h: jnp.tanh(h @ w))(p["in"], x)
-        return jax.checkpoint(lambda w, h: jnp.tanh(h @ w), policy=jax.checkpoint_policies.dots_saveable)(p["out"], x)
+        x = jax.checkpoint(lambda w, h: jax.nn.relu(h @ w))(p["in"], x)
+        return jax.checkpoint(lambda w, h: jax.nn.relu(h @ w), policy=jax.checkpoint_policies.dots_saveable)(p["out"], x)
 
     return Model(fn, weights(**{"in": (5, 7), "out": (7, 3)}), (normal(4, 5),), {"in": dense(), "out": dense()})
 
@@ -224,7 +224,7 @@ def conditional() -> Model:
     """Branches that use different weights, and one that both use."""
 
     def fn(p: Any, x: Any) -> Any:
-        yes, no = (lambda q, h: h @ q["yes"] @ q["both"]), (lambda q, h: jnp.tanh(h @ q["no"]) @ q["both"])
+        yes, no = (lambda q, h: h @ q["yes"] @ q["both"]), (lambda q, h: jax.nn.relu(h @ q["no"]) @ q["both"])
         return lax.cond(x[0, 0] > 0, yes, no, p, x) + lax.cond(x[0, 0] > 0, no, yes, p, x)
 
     axes = {"yes": dense(), "no": dense(), "both": dense()}
@@ -236,7 +236,7 @@ def switched() -> Model:
     """A weight chosen by a `switch`'s branch."""
 
     def fn(p: Any, x: Any, i: Any) -> Any:
-        branches = [lambda h, w=p[name]: jnp.tanh(h @ w) for name in ("a", "b", "c")]
+        branches = [lambda h, w=p[name]: jax.nn.relu(h @ w) for name in ("a", "b", "c")]
         return sum(lax.switch((i + k) % 3, branches, x) * (k + 1) for k in range(3))
 
     axes = {"a": dense(), "b": dense(), "c": dense()}
@@ -248,7 +248,7 @@ def iterated() -> Model:
     """A fixed point by `while_loop`: forward only."""
 
     def fn(p: Any, x: Any, n: Any) -> Any:
-        step = lambda state: (state[0] + 1, jnp.tanh(state[1] @ p["w"] + x))  # noqa: E731
+        step = lambda state: (state[0] + 1, jax.nn.relu(state[1] @ p["w"] + x))  # noqa: E731
         return lax.while_loop(lambda state: state[0] < n, step, (0, jnp.zeros_like(x)))[1]
 
     return Model(fn, weights(w=(5, 5)), (normal(4, 5), jnp.array(3)), {"w": dense()}, differentiable=False)
@@ -277,7 +277,7 @@ def _custom(matmul: Any) -> Model:
     """A matmul whose own rule doubles its gradient, so that a lost rule shows."""
 
     def fn(p: Any, x: Any) -> Any:
-        return matmul(jax.nn.silu(x @ p["in"]), p["out"])
+        return matmul(jax.nn.relu(x @ p["in"]), p["out"])
 
     p, axes = weights(**{"in": (5, 7), "out": (7, 3)}), {"in": dense(), "out": dense()}
     return Model(fn, p, (normal(4, 5),), axes, materialized={"out": "its own derivative rule"})
@@ -298,7 +298,7 @@ def gains() -> Model:
     """Scalars, and gains along the outputs or the inputs of a weight."""
 
     def fn(p: Any, x: Any) -> Any:
-        return jnp.tanh(x @ (0.5 * p["w"] * p["per_output"])) @ (p["v"] * p["per_input"][:, None] / 2)
+        return jax.nn.relu(x @ (0.5 * p["w"] * p["per_output"])) @ (p["v"] * p["per_input"][:, None] / 2)
 
     p = weights(w=(5, 7), per_output=(7,), v=(7, 3), per_input=(7,))
     return Model(fn, p, (normal(4, 5),), {"w": dense(), "v": dense()})

@@ -103,7 +103,7 @@ def gradient_inside() -> Model:
     """Forces: the model itself differentiates an energy by its input."""
 
     def fn(p: Any, x: Any) -> Any:
-        return jax.grad(lambda x: jnp.sum(jax.nn.relu(x @ p["in"]) @ p["out"]))(x)
+        return jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["in"]) @ p["out"]))(x)
 
     return Model(fn, weights(**{"in": (5, 7), "out": (7, 3)}), (normal(4, 5),), {"in": dense(), "out": dense()})
 
@@ -213,8 +213,8 @@ def rematerialized() -> Model:
     """`jax.checkpoint`, plain and with a policy."""
 
     def fn(p: Any, x: Any) -> Any:
-        x = jax.checkpoint(lambda w, h: jax.nn.relu(h @ w))(p["in"], x)
-        return jax.checkpoint(lambda w, h: jax.nn.relu(h @ w), policy=jax.checkpoint_policies.dots_saveable)(p["out"], x)
+        layer, policy = (lambda w, h: jax.nn.relu(h @ w)), jax.checkpoint_policies.dots_saveable
+        return jax.checkpoint(layer, policy=policy)(p["out"], jax.checkpoint(layer)(p["in"], x))
 
     return Model(fn, weights(**{"in": (5, 7), "out": (7, 3)}), (normal(4, 5),), {"in": dense(), "out": dense()})
 

@@ -74,9 +74,26 @@ class Session:
     @contextlib.contextmanager
     def repeated(self, times: int) -> Iterator[None]:
         """Count what happens inside ``times`` over."""
-        self.repeats *= times
-        yield
-        self.repeats //= times
+        outside, self.repeats = self.repeats, self.repeats * times
+        try:
+            yield
+        finally:
+            self.repeats = outside
+
+    def materialize(self, value: Factored, primitive: str, source: str, why: str) -> Any:
+        """The weight summed, after the policy has had its say."""
+        new = self.note(Event(value.path, primitive, source, why, 2 * value.rank * value.base.size * self.repeats))
+        text = (
+            f"the adapted weight {value.path!r} of shape {value.shape} is materialized (its update is summed "
+            f"to full size) for the primitive {primitive!r} at {source}: {why}. "
+        )
+        if self.policy == "error":
+            raise MaterializeError(text + 'Exclude the weight from the targets, or pass materialize="allow".')
+        if self.policy == "warn" and new:
+            dropped = " Dropout does not act on it." if value.key is not None else ""
+            hint = 'Results stay exact, at the cost of a full-size sum; pass materialize="allow" to silence this.'
+            warnings.warn(text + hint + dropped, MaterializeWarning, stacklevel=2)
+        return dense(value)
 
     def note(self, event: Event) -> bool:
         """Keep an event; whether it is the first of its weight, primitive and source line."""
@@ -142,7 +159,7 @@ class _Scope:
     def factored(self, weight: Factored, eqn: Any, flops: int) -> None:
         """Note that ``eqn`` consumed ``weight`` in factored form."""
         source = _compat.source_line(eqn) if self.session.policy == "explain" else ""
-        self.session.note(Event(weight.path, eqn.primitive.name, source, None, int(flops) * self.session.repeats))
+        self.session.note(Event(weight.path, eqn.primitive.name, source, None, flops * self.session.repeats))
 
     def settle(self, value: Any, eqn: Any, why: str) -> Any:
         """``value`` as a plain array: a factored weight is materialized, as the policy says."""
@@ -151,22 +168,7 @@ class _Scope:
         if _is_row(value):
             self.factored(value, eqn, 2 * value.rank * value.base.size)
             return dense(value)
-        source = _compat.source_line(eqn)
-        event = Event(
-            value.path, eqn.primitive.name, source, why, 2 * value.rank * value.base.size * self.session.repeats
-        )
-        new = self.session.note(event)
-        text = (
-            f"the adapted weight {value.path!r} of shape {value.shape} is materialized (its update is summed "
-            f"to full size) for the primitive {event.primitive!r} at {source}: {why}. "
-        )
-        if self.session.policy == "error":
-            raise MaterializeError(text + 'Exclude the weight from the targets, or pass materialize="allow".')
-        if self.session.policy == "warn" and new:
-            dropped = " Dropout does not act on it." if value.key is not None else ""
-            hint = 'Results stay exact, at the cost of a full-size sum; pass materialize="allow" to silence this.'
-            warnings.warn(text + hint + dropped, MaterializeWarning, stacklevel=2)
-        return dense(value)
+        return self.session.materialize(value, eqn.primitive.name, _compat.source_line(eqn), why)
 
 
 def _is_row(value: Factored) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -113,7 +113,7 @@ def contract(
         out_sharding=sharding,
     )
     result = result.astype(dtype)
-    if names != list(out) and result.size < max(x.size, y.size):
+    if names != list(out) and _size(result.shape) < max(_size(x.shape), _size(y.shape)):
         # XLA folds a transpose back into the product by exchanging its operands, which would undo the choice.
         result = lax.optimization_barrier(result)
     return transposed(result, names, out)
@@ -124,12 +124,18 @@ def _x_goes_left(x: Array, x_names: list[Hashable], y: Array, y_names: list[Hash
     if x.dtype.itemsize < 4 and min(free) == 1 < max(free):
         return free[0] > 1  # XLA:CPU (to 0.12) cannot run bf16 x bf16 = f32 the other way round
     sizes = dict(zip(x_names, x.shape, strict=True)) | dict(zip(y_names, y.shape, strict=True))
-    if math.prod(sizes[n] for n in out) > max(x.size, y.size):
+    x_size, y_size = _size(x.shape), _size(y.shape)
+    if _size(sizes[n] for n in out) > max(x_size, y_size):
         leading = next((n for n in out if n not in x_names or n not in y_names), None)
         return leading in x_names or leading is None
-    names = x_names if x.size >= y.size else y_names
+    names = x_names if x_size >= y_size else y_names
     summed_last = bool(names) and names[-1] not in out
-    return summed_last == (x.size >= y.size)
+    return summed_last == (x_size >= y_size)
+
+
+def _size(shape: Iterable[Any]) -> int:
+    """The number of entries; a dimension that is a symbol, as in `jax.export`, counts as a large one."""
+    return math.prod(n if isinstance(n, int) else 1 << 16 for n in shape)
 
 
 def _alike(x: Array, x_names: list[Hashable], y: Array, y_names: list[Hashable], batch: list[Hashable]):

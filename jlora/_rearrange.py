@@ -138,6 +138,8 @@ def split(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 def pad(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """Padding with any value pads the base with it and the update with zeros."""
     weight, value = args
+    if isinstance(value, Factored):
+        raise Decline("an adapted weight is the padding")
     (base,) = _compat.bind(eqn, [weight.base, value])
     config = eqn.params["padding_config"]
     spread = [d for d, widths in enumerate(config) if any(widths)]

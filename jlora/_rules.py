@@ -63,8 +63,9 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         raise Decline("the factors do not split into the contracted and the kept axes")
     rank = weight.rank
     groups, inputs, outputs = (weight.shape[d] for d in (group, k, n))
-    a = Leg(first.array, first.dims).spread([group, k, RANK], (groups, inputs, rank)).astype(x.dtype)
-    b = Leg(second.array, second.dims).spread([group, RANK, n], (groups, rank, outputs)).astype(x.dtype)
+    dropped = _adapter_input(weight, x, [("x", i) for i in range(x.ndim)])  # a row meets one group: one mask is enough
+    a = first.spread([group, k, RANK], (groups, inputs, rank)).astype(dropped.dtype)
+    b = second.spread([group, RANK, n], (groups, rank, outputs)).astype(dropped.dtype)
     rows = numbers.lhs_ragged_dimensions[0]
     standard = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
 
@@ -75,7 +76,6 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
     (y,) = _compat.bind(eqn, [x, weight.base, *rest])
     scope.factored(weight, eqn, 2 * rank * (x.size + y.size))
-    dropped = _drop(weight, x, [("x", i) for i in range(x.ndim)])  # each row meets one group: one mask is enough
     hidden = product(transposed(dropped, (0, 1), (rows, *xc)), a, standard)
     gain = None
     if weight.gain is not None:  # that of each row's group
@@ -99,10 +99,11 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     # The kernel's own layout, with the rank in the place of the output channels, once for each group.
     order = [RANK if d == out else d for d in range(len(weight.shape))]
     shape = [rank if d == RANK else weight.shape[d] for d in order]
-    kernel = weight.a.spread(order, shape).astype(x.dtype)
+    dropped = _adapter_input(weight, x, [("x", i) for i in range(x.ndim)])
+    kernel = weight.a.spread(order, shape).astype(dropped.dtype)
     kernel = jnp.concatenate([kernel] * groups, axis=out)
     hidden = lax.conv_general_dilated(
-        _drop(weight, x, [("x", i) for i in range(x.ndim)]),
+        dropped,
         kernel,
         **{k: p[k] for k in ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")},
         dimension_numbers=p["dimension_numbers"],
@@ -115,7 +116,7 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     b = weight.b.spread([RANK, out], (rank, weight.shape[out])).reshape(rank, groups, -1)
     y_names = [*names[:channel], "group", out, *names[channel + 1 :]]
     delta = widen(
-        hidden.reshape(split), h_names, b.astype(x.dtype), [RANK, "group", out], y_names, p["precision"]
+        hidden.reshape(split), h_names, b.astype(hidden.dtype), [RANK, "group", out], y_names, p["precision"]
     ).reshape(y.shape)
     scope.factored(weight, eqn, 2 * hidden.size * math.prod(shape) // rank + 2 * rank * y.size)
     names[channel] = out
@@ -135,6 +136,9 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if any(sizes[d] != weight.shape[d] or (d in numbers.start_index_map and not clipped) for d in whole):
         raise Decline("only whole slices can be gathered")
 
+    if not clipped and weight.gain is not None and any(d in weight.gain.dims for d in picked):
+        raise Decline("DoRA's gain cannot be looked up out of bounds")
+
     (base,) = _compat.bind(eqn, [weight.base, indices])
     lead = [i for i in range(base.ndim) if i not in numbers.offset_dims]
     kept = [d for d in range(len(sizes)) if d not in numbers.collapsed_slice_dims]
@@ -153,7 +157,9 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         dims = lax.GatherDimensionNumbers(
             tuple(range(len(lead), len(lead) + len(rest))), tuple(range(len(rows))), tuple(range(len(rows)))
         )
-        array = lax.gather(array, index, dims, shape, mode=p["mode"], fill_value=p["fill_value"])
+        # Where an index is out of bounds, the base has the fill value: the update is 0 there.
+        mode = lax.GatherScatterMode.CLIP if jnp.issubdtype(array.dtype, jax.dtypes.extended) else p["mode"]
+        array = lax.gather(array, index, dims, shape, mode=mode, fill_value=0)
         return Leg(array, (*lead, *(d if d == RANK else place[d] for d in rest)))
 
     looked_up = weight.with_legs(base, pick)
@@ -193,7 +199,7 @@ def low_rank(
     early = {d for d in summed if d not in second.dims}
     hidden = [n for n in x_names if n not in early] + [d for d in first.dims if d not in x_names]
     names = [n for n in out if n in hidden or n in second.dims]
-    dropped = _drop(weight, x, x_names)
+    dropped = _adapter_input(weight, x, x_names)
     lone = [i for i, n in enumerate(x_names) if n in early and n not in first.dims]
     if lone:  # a summed dimension along which the update is constant
         dropped, x_names = jnp.sum(dropped, lone), [n for i, n in enumerate(x_names) if i not in lone]
@@ -249,11 +255,13 @@ def _split_gain(weight: Factored, x: Array, x_names: Sequence[Hashable], summed:
         raise Decline("DoRA's gain follows summed and kept dimensions at once")
     own = [n for n in x_names if n in gain.dims]
     spread = lax.broadcast_in_dim(gain.ordered(own), x.shape, [list(x_names).index(n) for n in own])
-    return (x * spread).astype(x.dtype), None
+    return (x * spread).astype(jnp.promote_types(x.dtype, weight.dtype)), None
 
 
-def _drop(weight: Factored, x: Array, names: Sequence[Hashable]) -> Array:
-    """``x`` with entries dropped at the weight's rate, by a mask of its own for each batch slice."""
+def _adapter_input(weight: Factored, x: Array, names: Sequence[Hashable]) -> Array:
+    """``x`` as the low-rank product takes it: wide enough for the weight's dtype too, where the model mixes them
+    (integers, one-hot booleans), and with entries dropped at the weight's rate, by a mask for each batch slice."""
+    x = x.astype(jnp.promote_types(x.dtype, weight.dtype))
     if weight.key is None:
         return x
     shared = [d for d in weight.key.dims if d in names]

@@ -12,7 +12,7 @@ import jax
 from jax.extend import core
 
 from jlora import _compat, _paths
-from jlora._factored import Factored, dense, factored
+from jlora._factored import Factored, factored
 from jlora._interpret import Event, Policy, Session
 from jlora._staging import is_array, stage
 from jlora._table import table
@@ -75,7 +75,10 @@ def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any) -> A
         leaf = given.get(var) if isinstance(var, core.Var) else None
         if is_attached(leaf):
             return leaf  # a weight that is handed through comes back as it was given, still attached
-        return dense(result) if isinstance(result, Factored) else result
+        if isinstance(result, Factored):
+            why = "the function returns it, changed or through a jit or remat, and the caller gets it merged"
+            return session.materialize(result, "return", getattr(fn, "__qualname__", repr(fn)), why)
+        return result
 
     return staged.rebuild(map(finish, staged.jaxpr.outvars, results))
 

@@ -57,6 +57,8 @@ def attach(
     else:
         one = None if strength is None else jnp.asarray(strength, jnp.float32)
         strengths = dict.fromkeys(factors, one)
+    if shapes := {path: s.shape for path, s in strengths.items() if s is not None and s.ndim}:
+        raise ValueError(f"attach: a strength is a scalar, got shapes {shapes}; map over several with jax.vmap")
     if dropout_key is not None and not jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
         dropout_key = jax.random.wrap_key_data(dropout_key)
 

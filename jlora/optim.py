@@ -129,4 +129,5 @@ def _only(keep: bool, x: Any) -> Any:
 
 def _zero(keep: bool, x: Any) -> Any:
     """No update for a frozen leaf; None for a trainable one, and for a PRNG key, which has no zero."""
-    return None if keep or jnp.issubdtype(x.dtype, jax.dtypes.extended) else jnp.zeros_like(x)
+    is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return None if keep or is_key else jnp.zeros_like(x)

@@ -126,6 +126,13 @@ def test_trace_looks_into_shard_map() -> None:
     assert [uses[k].axes for k in ("w0", "w1")] == [jlora.Axes((), (0,), (1,))] * 2
 
 
+def test_partly_manual_shard_map() -> None:
+    """A mesh axis that shard_map leaves to the partitioner stays with it."""
+    model = jax.shard_map(mlp, mesh=grid(), in_specs=(P(), P("data")), out_specs=P("data"), axis_names={"data"})
+    params = placed(MLP.params, grid(), SPLIT)
+    assert_law(model, placed(mlp_adapters(), grid(), P()), params, placed(MLP.x, grid(), P("data")))
+
+
 @check_vma
 def test_data_parallel_inside_shard_map(check_vma: bool) -> None:
     """A step written for one device's rows, adapters replicated: loss and gradient are the single-device ones."""

@@ -222,6 +222,8 @@ def test_detach_needs_something_attached() -> None:
 
 
 def test_strengths_are_for_the_paths_of_the_factors() -> None:
+    text = message(ValueError, lambda: jlora.attach(PARAMS, adapters(), strength=jnp.ones(3)))
+    expect(text, "a strength is a scalar", "(3,)", "jax.vmap")
     expect(
         message(KeyError, lambda: jlora.attach(PARAMS, adapters(), strength={"nope": 1.0})),
         "layer_0/query/kernel",
@@ -274,6 +276,14 @@ def test_materializing_is_told_once_per_weight_and_primitive() -> None:
     text = message(jlora.MaterializeError, lambda: jlora.lora(fn, materialize="error")(tree))
     expect(text, "'exp'", "Exclude the weight from the targets")
     jlora.lora(fn, materialize="allow")(tree)
+
+
+def test_returning_a_changed_weight_is_told_and_an_unchanged_one_stays_attached() -> None:
+    tree = jlora.attach(PARAMS, adapters())
+    with pytest.warns(jlora.MaterializeWarning, match="'return'.*the caller gets it merged"):
+        half, same = jlora.lora(lambda p: (p["layer_0"]["query"]["kernel"] / 2, p["layer_0"]["query"]["kernel"]))(tree)
+    assert half.shape == (4, 6)
+    assert same is tree["layer_0"]["query"]["kernel"]
 
 
 # ---- merge, unmerge

@@ -216,6 +216,35 @@ def test_merging_sums_in_float32_and_rounds_once(method: str) -> None:
     )
 
 
+ODD: dict[str, Callable[[Any, Any], Any]] = {
+    "int8 activations": lambda w, x: jnp.einsum("bi,io->bo", (4 * x).astype("int8"), w),
+    "one-hot booleans": lambda w, x: jnp.einsum("bi,io->bo", jnp.arange(6)[None] == jnp.arange(3)[:, None], w),
+    "wider weights": lambda w, x: jnp.einsum("bi,io->bo", x.astype("bfloat16"), w),
+    "filled lookups": lambda w, x: jnp.take(w, jnp.array([1, 9, -7]), axis=0, mode="fill", fill_value=5.0),
+    "filled columns": lambda w, x: x @ w.at[:, jnp.array([0, 9])].get(mode="fill", fill_value=5.0),
+    "scans of no length": lambda w, x: (x @ w, jax.lax.scan(lambda c, _: (c @ w @ w.T, None), x, length=0)[0]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(ODD))
+def test_odd_uses_are_the_merged_model_too(name: str) -> None:
+    """Law 2 where the model mixes dtypes, reads out of bounds, or loops over nothing."""
+    key = jax.random.key(0)
+    params, x = {"w": jax.random.normal(key, (6, 4))}, jax.random.normal(key, (3, 6))
+    fn = lambda params, x: ODD[name](params["w"], x)  # noqa: E731
+    adapters = randomized(key, jlora.init(key, params, METHODS["lora"]))
+
+    @jax.jit
+    def both(adapters: Any) -> Any:
+        adapted = lambda a: jlora.lora(fn, materialize="error")(jlora.attach(params, a), x)  # noqa: E731
+        merged = lambda a: fn(jlora.merge(params, a), x)  # noqa: E731
+        score = lambda a, f: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(f(a)))  # noqa: E731
+        return [(f(adapters), jax.grad(score)(adapters, f)) for f in (adapted, merged)]
+
+    got, want = both(adapters)
+    close(got, want, "bfloat16" if name == "wider weights" else "float32")
+
+
 def test_low_rank_product_is_the_product_and_has_its_gradient() -> None:
     """(x·a)·b over several input and output axes, with gradients equal to einsum's, and of second order too."""
     keys = jax.random.split(jax.random.key(0), 3)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 from jax.core import Tracer
 from jax.experimental import compute_on as places
 from toys import (
@@ -51,19 +51,16 @@ def hessian_vector(loss: Callable[..., Any]) -> Callable[..., Any]:
     return jax.grad(slope)
 
 
-def over_a_stack(of: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda loss: lambda adapters, *args: jax.vmap(of(loss), (0, None, None))(stack(adapters, 4), *args)
+def over_a_stack(loss: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda adapters, *args: jax.vmap(loss, (0, None, None))(stack(adapters, 4), *args)
 
 
 AROUND: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "grad": jax.grad,
     "value_and_grad": jax.value_and_grad,
     "checkpoint": lambda loss: jax.grad(jax.checkpoint(loss)),
-    "jacobian": jax.jacrev,
     "hessian_vector": hessian_vector,
-    "vmap": over_a_stack(lambda loss: loss),
-    "vmap_of_grad": over_a_stack(jax.value_and_grad),
-    "grad_of_vmap": lambda loss: jax.grad(lambda *args: over_a_stack(lambda loss: loss)(loss)(*args).sum()),
+    "vmap_of_grad": lambda loss: over_a_stack(jax.value_and_grad(loss)),
+    "grad_of_vmap": lambda loss: jax.grad(lambda *args: over_a_stack(loss)(*args).sum()),
     "scan": lambda loss: lambda a, *args: lax.scan(lambda c, a: (c, loss(a, *args)), 0, stack(a, 4))[1],
 }
 
@@ -118,6 +115,17 @@ def test_shapes_alone() -> None:
     assert jax.eval_shape(jlora.lora(mlp), tree, MLP.x) == expected
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (tree, MLP.x))
     assert jax.eval_shape(jlora.lora(mlp), *structs) == expected
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_export_with_a_batch_of_any_size(name: str) -> None:
+    """``jax.export`` with a symbolic number of rows: one program serves all of them."""
+    toy, adapters = TOYS[name], adapters_of(name)
+    apply = jlora.lora(toy.fn, materialize="error")
+    (rows,) = export.symbolic_shape("rows")
+    x = jax.ShapeDtypeStruct((rows, *toy.x.shape[1:]), toy.x.dtype)
+    exported = export.export(jax.jit(lambda x: apply(jlora.attach(toy.params, adapters), x)))(x)
+    assert_close(exported.call(toy.x[:5]), toy.fn(jlora.merge(toy.params, adapters), toy.x[:5]))
 
 
 def test_donated_adapters() -> None:

@@ -179,11 +179,11 @@ def scanned() -> Model:
 
 @model
 def scanned_twice() -> Model:
-    """A scan that hands its slices on, and another one that runs them backwards, transposed."""
+    """A scan that hands its slices on, transposed, and another one that runs them backwards."""
 
     def fn(p: Any, x: Any) -> Any:
-        x, layers = lax.scan(lambda h, w: (jax.nn.relu(h @ w), w), x, p["w"])
-        return lax.scan(lambda h, w: (jax.nn.relu(h @ w.T), None), x, layers, reverse=True)[0]
+        x, layers = lax.scan(lambda h, w: (jax.nn.relu(h @ w), w.T), x, p["w"])
+        return lax.scan(lambda h, w: (jax.nn.relu(h @ w), None), x, layers, reverse=True)[0]
 
     return Model(fn, weights(w=(3, 6, 6)), (normal(4, 6),), {"w": STACK})
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora._named import RANK, Leg, contract
+from jlora._named import RANK, Leg, contract, wide
 from jlora._types import Array, Axes, LoraFactors, LoraWeight, Path
 
 
@@ -108,11 +108,11 @@ def column_norm(value: Factored, axes: Axes) -> Array:
 def dense(value: Factored) -> Array:
     """The value summed: accumulated in float32, rounded once to its dtype. Without dropout."""
     dims = range(len(value.shape))
-    wide = jnp.promote_types(value.dtype, jnp.float32)
+    dtype = wide(value.dtype)
     names = [d for d in dims if d in value.a.dims or d in value.b.dims]
-    a, b = (leg.array.astype(wide) for leg in (value.a, value.b))
+    a, b = (leg.array.astype(dtype) for leg in (value.a, value.b))
     delta = Leg(contract(a, value.a.dims, b, value.b.dims, names), tuple(names))
-    total = value.base.astype(wide) + delta.spread(dims, value.shape)
+    total = value.base.astype(dtype) + delta.spread(dims, value.shape)
     if value.gain is not None:
         total = total * value.gain.spread(dims, value.shape)
     return total.astype(value.dtype)

@@ -58,6 +58,11 @@ class Leg:
         return Leg((self.array * factor).astype(self.array.dtype), self.dims)
 
 
+def wide(dtype: Any) -> Any:
+    """The dtype in which sums of ``dtype`` are accumulated: float32 at least."""
+    return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
+
+
 def transposed(x: Array, names: Sequence[Hashable], order: Sequence[Hashable]) -> Array:
     """``x``, whose axes are ``names``, with its axes in ``order``."""
     return x if list(names) == list(order) else lax.transpose(x, [list(names).index(n) for n in order])
@@ -109,7 +114,7 @@ def contract(
             ([x_names.index(n) for n in batch], [y_names.index(n) for n in batch]),
         ),
         precision=precision,
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        preferred_element_type=wide(x.dtype),
         out_sharding=sharding,
     )
     result = result.astype(dtype)

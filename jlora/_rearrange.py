@@ -11,7 +11,7 @@ from jax import lax
 
 from jlora import _compat
 from jlora._factored import Factored
-from jlora._named import RANK, Leg
+from jlora._named import RANK, Leg, wide
 from jlora._rules import Decline, Rule
 
 
@@ -299,7 +299,7 @@ def scale(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     name = next((n for n in ("b", "a") if set(dims) <= set(getattr(weight, n).dims)), None)
     if name is None:
         raise Decline("a product with an array that follows inputs and outputs at once")
-    factor = factor if eqn.primitive.name == "mul" else 1 / factor
+    factor = factor if eqn.primitive.name == "mul" else 1 / factor.astype(wide(factor.dtype))
     return [dataclasses.replace(weight, base=base, **{name: getattr(weight, name).times(factor, dims)})]
 
 
@@ -355,5 +355,5 @@ REARRANGEMENTS: dict[str, Rule] = {
     "add": add,
     "sub": add,
     "select_n": select_n,
-    **dict.fromkeys(("copy", "copy_p", "name", "sharding_constraint", "reduce_precision"), keep),
+    **dict.fromkeys(("copy", "copy_p", "name", "sharding_constraint"), keep),
 }

@@ -17,7 +17,7 @@ from jax import lax
 
 from jlora import _compat
 from jlora._factored import Factored
-from jlora._named import RANK, Leg, transposed
+from jlora._named import RANK, Leg, transposed, wide
 from jlora._product import Contraction, contract_factors, explicit_specs, widen
 from jlora._types import Array
 
@@ -238,8 +238,7 @@ def _sizes(names: Sequence[Hashable], x_names: Sequence[Hashable], x_shape: Sequ
 
 def _total(y: Array, delta: Array, gain: Leg | None, names: Sequence[Hashable]) -> Array:
     """``(y + delta) * gain`` in the dtype of ``y``, rounded once."""
-    wide = jnp.promote_types(y.dtype, jnp.float32) if jnp.issubdtype(y.dtype, jnp.floating) else y.dtype
-    total = y.astype(wide) + delta.astype(wide)
+    total = y.astype(wide(y.dtype)) + delta.astype(wide(y.dtype))
     if gain is not None:
         own = [n for n in names if n in gain.dims]
         total = total * lax.broadcast_in_dim(gain.ordered(own), y.shape, [list(names).index(n) for n in own])
@@ -261,7 +260,8 @@ def _split_gain(weight: Factored, x: Array, x_names: Sequence[Hashable], summed:
 def _adapter_input(weight: Factored, x: Array, names: Sequence[Hashable]) -> Array:
     """``x`` as the low-rank product takes it: wide enough for the weight's dtype too, where the model mixes them
     (integers, one-hot booleans), and with entries dropped at the weight's rate, by a mask for each batch slice."""
-    x = x.astype(jnp.promote_types(x.dtype, weight.dtype))
+    if x.dtype != weight.dtype:
+        x = x.astype(jnp.promote_types(x.dtype, weight.dtype))
     if weight.key is None:
         return x
     shared = [d for d in weight.key.dims if d in names]

@@ -136,7 +136,7 @@ class LoraConfig:
 
 def _out_of_range(prefix: str, config: LoraConfig | Rule) -> list[str]:
     wrong = []
-    if config.rank is not None and (config.rank <= 0 or int(config.rank) != config.rank):
+    if config.rank is not None and (type(config.rank) is not int or config.rank <= 0):
         wrong.append(f"{prefix}rank={config.rank!r}; expected an integer above 0")
     if config.alpha is not None and not 0 < config.alpha < math.inf:
         wrong.append(f"{prefix}alpha={config.alpha!r}; expected a number above 0")

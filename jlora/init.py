@@ -39,6 +39,8 @@ def init(key: Array, params: PyTree, config: LoraConfig, uses: Uses | None = Non
       ValueError: as `plan`.
       TypeError: when ``params`` are only shapes, outside of `jax.eval_shape`, where values are needed.
     """
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"init: got key={key!r}; expected a PRNG key, such as jax.random.key(0)")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     leaves, _ = _paths.named_leaves(params)
@@ -64,7 +66,7 @@ def _factors(key: Array, weight: Array, target: Target, dtype: str) -> LoraFacto
     if target.lookup:
         a, b = jnp.zeros(a_shape, dtype), jax.random.normal(key, b_shape, dtype)
     else:
-        bound = 1 / math.sqrt(math.prod(inputs))
+        bound = 1 / math.sqrt(max(math.prod(inputs), 1))
         a, b = jax.random.uniform(key, a_shape, dtype, -bound, bound), jnp.zeros(b_shape, dtype)
     factors = LoraFactors(a, b, None, scale=target.scale, axes=target.axes, dropout=target.dropout)
     if target.dora:

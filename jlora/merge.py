@@ -60,7 +60,8 @@ def check_finite(adapters: Adapters, what: str) -> None:
     leaves = jax.tree.leaves(adapters)
     if any(isinstance(x, Tracer) for x in leaves):
         return
-    finite = jax.device_get({path: _all_finite(value) for path, value in adapters.items()})
+    with jax.ensure_compile_time_eval():  # adapters that a jitted function closes over are checked as well
+        finite = jax.device_get({path: _all_finite(value) for path, value in adapters.items()})
     if bad := [path for path, ok in finite.items() if not ok]:
         raise ValueError(
             f"{what}: NaN or infinity in the adapters of {len(bad)} of {len(adapters)} weights:"

@@ -99,7 +99,7 @@ class _Chooser:
         if not wanted:
             if not explicit and use is not None and use.kind == "lookup":
                 self.left_out[path] = f"{_verb(use)}; name it in targets to adapt it"
-            elif not explicit and use is not None and use.kind in ("unread", "stopped"):
+            elif not explicit and use is not None and (use.kind in ("unread", "stopped") or _odd(leaf, use)):
                 self.left_out[path] = _verb(use)
             return None
         if _matches(self.config.exclude, path):
@@ -147,7 +147,9 @@ class _Chooser:
             if not hits:
                 wrong.append(f"target {pattern!r} matches no weight{_paths.nearest(pattern, self.leaves)}")
             elif not any(p in targets or self.left_out.get(p) == "excluded" for p in hits):
-                wrong += [f"target {pattern!r} matches {p!r}, which {self.refused[p]}" for p in hits]
+                wrong += [
+                    f"target {pattern!r} matches {p!r}, which {self.refused.get(p, 'train_also takes')}" for p in hits
+                ]
             else:
                 matrices = [p for p in hits if p in self.refused and len(self.leaves[p].shape) > 1]
                 self.left_out |= {p: self.refused[p] for p in matrices}
@@ -190,6 +192,11 @@ def _matches(patterns: Any, path: Path) -> bool:
 
 def _floating(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _odd(leaf: Any, use: WeightUse) -> bool:
+    """Whether a matrix is consumed by something that is neither a product nor a bias or scale of activations."""
+    return use.kind == "other" and len(leaf.shape) > 1 and use.uses[0].primitive not in ("add", "sub", "mul", "div")
 
 
 def _verb(use: WeightUse) -> str:

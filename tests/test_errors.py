@@ -182,6 +182,21 @@ def test_two_leaves_of_one_path_are_refused() -> None:
     expect(message(ValueError, lambda: jlora.plan(tree, ONE)), "more than one leaf: ['a/b']")
 
 
+def test_ranks_and_keys_are_checked() -> None:
+    wrong: list[Any] = [4.0, True, "8", float("nan")]
+    for rank in wrong:
+        expect(message(ValueError, lambda r=rank: jlora.LoraConfig(rank=r)), f"rank={rank!r}; expected an integer")
+    expect(message(TypeError, lambda: jlora.init(0, PARAMS, ONE)), "key=0", "jax.random.key(0)")  # type: ignore[arg-type]
+
+
+def test_a_matrix_that_is_used_oddly_is_left_out_by_name() -> None:
+    params = {"odd": jnp.ones((6, 4)), "even": jnp.ones((6, 4))}
+    uses = jlora.trace(lambda p, x: (x @ jnp.exp(p["odd"]), x @ p["even"]), params, jnp.ones((2, 6)))
+    found = jlora.plan(params, jlora.LoraConfig(rank=2), uses)
+    assert set(found) == {"even"}
+    assert "consumed by exp" in found.left_out["odd"]
+
+
 def test_shapes_are_no_values_to_copy() -> None:
     shapes = jax.eval_shape(lambda: PARAMS)
     assert set(jlora.init(jax.random.key(0), shapes, ONE)) == {"layer_0/query/kernel"}
@@ -302,6 +317,13 @@ def test_nan_is_found_at_merge_and_named() -> None:
         "'head/kernel'",
     )
     jax.eval_shape(jlora.merge, PARAMS, bad)  # while tracing there is nothing to look at
+
+
+def test_merging_closed_over_adapters_under_jit_is_checked_too() -> None:
+    made = adapters()
+    jax.jit(lambda p: jlora.merge(p, made))(PARAMS)
+    made["head/kernel"] = jnp.full((4, 2), jnp.nan)
+    expect(message(ValueError, lambda: jax.jit(lambda p: jlora.merge(p, made))(PARAMS)), "'head/kernel'")
 
 
 def test_unmerge_refuses_what_it_cannot_undo() -> None:

@@ -196,7 +196,8 @@ def _floating(leaf: Any) -> bool:
 
 def _odd(leaf: Any, use: WeightUse) -> bool:
     """Whether a matrix is consumed by something that is neither a product nor a bias or scale of activations."""
-    return use.kind == "other" and len(leaf.shape) > 1 and use.uses[0].primitive not in ("add", "sub", "mul", "div")
+    matrix = sum(size > 1 for size in leaf.shape) > 1
+    return matrix and use.kind == "other" and use.uses[0].primitive not in ("add", "sub", "mul", "div")
 
 
 def _verb(use: WeightUse) -> str:

@@ -178,7 +178,7 @@ class _Walker:
             return dataclasses.replace(probe, dims=tuple(dims), lookup=lookup)
 
         looked_up = tuple(map(pick, table))
-        return [looked_up] if rows > 1 else self.consume(eqn, [looked_up])
+        return [looked_up] if rows > 1 else self.consume(eqn, [looked_up, index])
 
     # Rearrangements: the dimensions move.
 

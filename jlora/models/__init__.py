@@ -1,0 +1,11 @@
+"""Networks for Hugging Face checkpoints, in Flax Linen: `load` one, adapt it with `jlora.lora`, `save` it back.
+
+A family is a folder with the network (``modeling``) and the names of its tensors (``table``). The networks know
+nothing of LoRA; any other model in JAX is adapted just as well.
+"""
+
+from jlora._tensors import TensorError
+from jlora.models._checkpoint import abstract, build, example_inputs, load, names, save
+from jlora.models._family import ModelError, Task
+
+__all__ = ["ModelError", "Task", "TensorError", "abstract", "build", "example_inputs", "load", "names", "save"]

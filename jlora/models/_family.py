@@ -1,0 +1,150 @@
+"""What a family of networks brings: its configuration, its Flax modules and its name table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, get_args
+
+import flax.linen as nn
+
+from jlora._paths import bullets, nearest
+from jlora.names import Names
+
+Task = Literal["features", "sequence-classification", "causal-lm", "image-classification"]
+"""What the network ends in: its hidden states, or the head for a task."""
+
+ENDINGS: dict[str, Task] = {
+    "ForSequenceClassification": "sequence-classification",
+    "ForImageClassification": "image-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "Model": "features",
+}
+"""How the names of transformers' classes end, as ``architectures`` in a config.json gives them."""
+
+NOT_COMPUTED = frozenset(
+    """_attn_implementation _name_or_path _num_labels architectures attn_implementation auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_act_param id2label
+    keys_to_ignore_at_inference label2id length_penalty max_length max_new_tokens min_length model_type no_repeat_ngram_size
+    num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states output_past output_scores
+    pretraining_tp prefix problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype
+    torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
+)
+"""Attributes of a config.json that do not change what the network computes, in any family."""
+
+FIXED: Mapping[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "is_decoder": (False,),
+    "is_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "tie_encoder_decoder": (False,),
+    "use_return_dict": (True,),
+}
+"""Attributes that would change it, with the values for which they do not, in any family."""
+
+
+class ModelError(ValueError):
+    """A checkpoint or its configuration that cannot be used; the message names what, and the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What determines a network. A family's own fields carry the names that they have in its ``config.json``.
+
+    Attributes:
+      hf: the config.json that it was read from, as JSON text; `to_hf` returns it with the changes made since.
+    """
+
+    hf: str = dataclasses.field(default="{}", kw_only=True, repr=False)
+    num_labels: int = dataclasses.field(default=2, kw_only=True)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of ``config.json``."""
+        mine = dataclasses.asdict(self)
+        original = json.loads(self.hf)
+        return {**original, **{name: mine[name] for name in original if name in mine}}
+
+
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+def read_config(
+    kind: type[Config],
+    hf: Mapping[str, Any],
+    *,
+    ignored: frozenset[str] = frozenset(),
+    fixed: Mapping[str, tuple[Any, ...]] | None = None,
+    derived: Mapping[str, Any] | None = None,
+) -> Config:
+    """A family's configuration from the content of a ``config.json``.
+
+    Args:
+      kind: the family's class; a field that ``hf`` lacks has its default.
+      ignored: further attributes that do not change what the network computes.
+      fixed: further attributes that would, with the values that are accepted.
+      derived: fields that the family worked out itself, from attributes that are then in ``ignored``.
+
+    Raises:
+      ModelError: naming every attribute that is unknown, missing or has a value that the network does not have.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in ("hf", "num_labels")}
+    fixed = {**FIXED, **(fixed or {})}
+    derived = dict(derived or {})
+    wrong = []
+    for name, value in hf.items():
+        if name in fixed:
+            if value not in fixed[name]:
+                wrong.append(f"{name} = {value!r}; this network computes with {' or '.join(map(repr, fixed[name]))}")
+        elif name not in fields and name not in ignored and name not in NOT_COMPUTED:
+            wrong.append(f"{name} = {value!r} is unknown{nearest(name, fields)}")
+    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in derived}
+    wrong += [f"{name} is missing" for name in sorted(required - set(hf))]
+    if wrong:
+        raise ModelError(
+            f"{kind.__name__}: {len(wrong)} attribute(s) of config.json may change what the network computes:"
+            f"{bullets(wrong)}\nExpected only attributes that it knows. If one has no effect, take it out of config.json."
+        )
+    values = {name: hf[name] for name in fields if name in hf} | derived
+    labels = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))
+    return kind(**values, num_labels=labels, hf=json.dumps(dict(hf), sort_keys=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of networks.
+
+    Attributes:
+      config: ``config(hf) -> ModelConfig``, from the content of a config.json.
+      networks: the Flax module for each task; called with ``(config, dtype=..., param_dtype=...)``.
+      names: ``names(config, task)``: where each leaf of that network lies in a checkpoint.
+      prefix: what the names of the bare network have in front of them in a network with a head, such as ``bert.``.
+      architecture: the stem of transformers' class names, such as ``Bert``.
+      heads: a regular expression of paths that a checkpoint may lack, because they belong to a new head.
+      unread: a regular expression of tensors in checkpoints that these networks do not have: other heads, buffers.
+    """
+
+    config: Callable[[Mapping[str, Any]], ModelConfig]
+    networks: Mapping[Task, Callable[..., nn.Module]]
+    names: Callable[[Any, Task], Names]
+    prefix: str
+    architecture: str
+    heads: str
+    unread: str
+
+
+def task_of(hf: Mapping[str, Any]) -> Task:
+    """The task of a checkpoint, from its ``architectures``; a class that is not known is taken for the bare network."""
+    for name in hf.get("architectures") or ():
+        for ending, task in ENDINGS.items():
+            if name.endswith(ending):
+                return task
+    return "features"
+
+
+assert set(ENDINGS.values()) == set(get_args(Task))

@@ -1,0 +1,70 @@
+"""Parts that several families share: activations and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jlora.models._family import ModelError
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_new": partial(nn.gelu, approximate=True),
+    "gelu_fast": partial(nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation that a config.json names.
+
+    Raises:
+      ModelError: if there is none of that name.
+    """
+    if name not in ACTIVATIONS:
+        raise ModelError(f"the activation {name!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dropout: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> jax.Array:
+    """Scaled dot-product attention; each key head serves a group of query heads (Ainslie et al. 2023).
+
+    Args:
+      query: [batch, length, heads, dim].
+      key, value: [batch, keys, key heads, dim], where the key heads divide the heads.
+      mask: None, or booleans that broadcast to [batch, length, keys]: what a query may see.
+      scale: of the scores, usually ``dim ** -0.5``.
+      softcap: None, or the bound c of ``c * tanh(score / c)`` (Gemma 2).
+      dropout: applied to the weights.
+
+    Returns:
+      [batch, length, heads, dim], in the dtype of ``query``; scores and softmax are float32.
+    """
+    batch, length, heads, dim = query.shape
+    grouped = query.reshape(batch, length, key.shape[2], -1, dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if mask is not None:
+        # Not -inf: a row that may see nothing (padding) would be NaN, and poison the gradient.
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(query.dtype))
+    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, dim)

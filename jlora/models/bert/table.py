@@ -1,0 +1,74 @@
+"""Where the parameters of BERT and RoBERTa lie in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jlora.models._family import Family, ModelError, Task, read_config
+from jlora.models.bert.modeling import Bert, BertConfig, BertForSequenceClassification
+from jlora.names import Name, embedding, linear, norm
+
+_MODULES = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_output": "attention.output.dense",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+}
+
+
+def names(config: BertConfig, task: Task) -> dict[str, Name]:
+    """Every leaf of the network for ``task``, and its tensor's name in transformers' class for it."""
+    kind = "roberta" if config.roberta else "bert"
+    bare = task == "features"
+    path, module = ("params", "") if bare else ("params/encoder", f"{kind}.")
+    found: dict[str, Name] = {}
+    for table in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+        found |= embedding(f"{path}/{table}", f"{module}embeddings.{table}")
+    found |= norm(f"{path}/embeddings_norm", f"{module}embeddings.LayerNorm")
+    for i in range(config.num_hidden_layers):
+        here, there = f"{path}/layer_{i}", f"{module}encoder.layer.{i}"
+        for ours, theirs in _MODULES.items():
+            found |= linear(f"{here}/{ours}", f"{there}.{theirs}")
+        found |= norm(f"{here}/attention_norm", f"{there}.attention.output.LayerNorm")
+        found |= norm(f"{here}/output_norm", f"{there}.output.LayerNorm")
+    if bare or not config.roberta:
+        found |= linear(f"{path}/pooler", f"{module}pooler.dense")
+    if not bare and config.roberta:
+        found |= linear("params/classifier/dense", "classifier.dense")
+        found |= linear("params/classifier/out_proj", "classifier.out_proj")
+    elif not bare:
+        found |= linear("params/classifier", "classifier")
+    return found
+
+
+def _read(hf: Mapping[str, Any]) -> BertConfig:
+    roberta = hf["model_type"] == "roberta"
+    if roberta and hf.get("pad_token_id", 1) is None:
+        raise ModelError("pad_token_id = None: RoBERTa counts its positions from it; expected a number, usually 1")
+    defaults = {"pad_token_id": 1} if roberta and "pad_token_id" not in hf else {}
+    return read_config(
+        BertConfig,
+        hf,
+        ignored=frozenset({"tie_word_embeddings"}),
+        fixed={"position_embedding_type": ("absolute",)},
+        derived={"roberta": roberta, **defaults},
+    )
+
+
+def _family(kind: str, architecture: str) -> Family:
+    return Family(
+        config=_read,
+        networks={"features": Bert, "sequence-classification": BertForSequenceClassification},
+        names=names,
+        prefix=f"{kind}.",
+        architecture=architecture,
+        heads=r"^params/(classifier/|(encoder/)?pooler/)",
+        unread=r"^(cls\.|lm_head\.|qa_outputs\.|classifier\.)|(^|\.)embeddings\.(position|token_type)_ids$|^(roberta\.|bert\.)?pooler\.",
+    )
+
+
+BERT = _family("bert", "Bert")
+ROBERTA = _family("roberta", "Roberta")

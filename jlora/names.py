@@ -57,7 +57,7 @@ def conv1d(path: Path, module: str, *, layers: int | None = None) -> dict[Path, 
 
 
 def conv2d(path: Path, module: str, *, bias: bool = True) -> dict[Path, Name]:
-    """``kernel`` [height, width, in, out] and ``bias``, of ``torch.nn.Conv2d``, whose weight is [out, in, height, width]."""
+    """``kernel`` [height, width, in, out] and ``bias``, of ``torch.nn.Conv2d`` with its [out, in, height, width]."""
     return _module(path, module, ("kernel", "conv2d"), bias, None)
 
 

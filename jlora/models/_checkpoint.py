@@ -112,7 +112,7 @@ def names(model: nn.Module) -> Names:
 
 
 def abstract(model: nn.Module) -> PyTree:
-    """The shapes and dtypes of a network's parameters, as ``model.init`` would make them, without computing anything."""
+    """The shapes and dtypes of a network's parameters, as ``model.init`` would make them, from no computation."""
     return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
 
 
@@ -310,7 +310,7 @@ def _resolve(
 def _fetch(tensors: Sequence[Tensor], name: Name, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
     """One leaf on its devices; only the slices that this process's devices hold are read."""
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         ranges = [range(size)[s] for s, size in zip(index, shape, strict=True)]
         out = _aligned_empty(tuple(map(len, ranges)), np.dtype(dtype))
         one = index[1:] if name.stacked else index

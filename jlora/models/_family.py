@@ -27,12 +27,13 @@ ENDINGS: dict[str, Task] = {
 NOT_COMPUTED = frozenset(
     """_attn_implementation _name_or_path _num_labels architectures attn_implementation auto_map bad_words_ids
     begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward decoder_start_token_id
-    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_act_param id2label
-    keys_to_ignore_at_inference label2id length_penalty max_length max_new_tokens min_length model_type no_repeat_ngram_size
-    num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states output_past output_scores
-    pretraining_tp prefix problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing hidden_act_param id2label keys_to_ignore_at_inference label2id length_penalty
+    max_length max_new_tokens min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_past output_scores prefix pretraining_tp
+    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype
     torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
 )
 """Attributes of a config.json that do not change what the network computes, in any family."""
@@ -108,7 +109,8 @@ def read_config(
     if wrong:
         raise ModelError(
             f"{kind.__name__}: {len(wrong)} attribute(s) of config.json may change what the network computes:"
-            f"{bullets(wrong)}\nExpected only attributes that it knows. If one has no effect, take it out of config.json."
+            f"{bullets(wrong)}\nExpected only attributes that it knows. If one has no effect, take it out of the "
+            "config.json."
         )
     values = {name: hf[name] for name in fields if name in hf} | derived
     labels = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))

@@ -180,5 +180,6 @@ def _positions(config: BertConfig, input_ids: jax.Array) -> jax.Array:
     """From 0; RoBERTa counts the tokens that are no padding, from ``pad_token_id + 1``, and gives padding that id."""
     if not config.roberta:
         return jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-    seen = (input_ids != config.pad_token_id).astype(jnp.int32)
-    return jnp.cumsum(seen, axis=1) * seen + config.pad_token_id
+    padding = config.pad_token_id or 0
+    seen = (input_ids != padding).astype(jnp.int32)
+    return jnp.cumsum(seen, axis=1) * seen + padding

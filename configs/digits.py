@@ -18,16 +18,28 @@ same on every image. About 30 seconds on 2 busy cores, half of it compiling; les
 """
 
 from jlora import LoraConfig
-from train.config import DataConfig, Domain, FitConfig, LearningRates, ModelConfig, TrainConfig
+from train.config import (
+    ASSETS,
+    DataConfig,
+    Domain,
+    FitConfig,
+    ImageClassification,
+    LearningRates,
+    PatchTransformer,
+    TrainConfig,
+)
 
 config = TrainConfig(
     name="digits",
-    mode="lora",
-    seed=0,
+    task=ImageClassification(
+        brightest=16, domains={"upright": Domain(), "shifted": Domain(quarter_turns=1, invert=True)}
+    ),
+    model=PatchTransformer(patch=2, width=96, depth=2, heads=4, hidden=192),
+    data=DataConfig(train=f"{ASSETS}/digits.parquet:train", validation=f"{ASSETS}/digits.parquet:test"),
     lora=LoraConfig(rank=4, alpha=8),
-    data=DataConfig(upright=Domain(), shifted=Domain(quarter_turns=1, invert=True)),
-    model=ModelConfig(patch=2, width=96, depth=2, heads=4, hidden=192),
     base=FitConfig(epochs=12, batch_size=64),
     fit=FitConfig(epochs=20, batch_size=64),
     learning_rate=LearningRates(base=2e-3, lora=1e-2, full=2e-3, head=1e-2),
+    eval_every=4,
+    eval_batch_size=200,
 )

@@ -5,9 +5,10 @@ from jlora._product import low_rank_product
 from jlora._types import Adapters, Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
 from jlora.apply import Explanation, explain, lora
 from jlora.attach import attach, detach
+from jlora.checkpoint import load, save
 from jlora.config import LoraConfig, Rule
 from jlora.init import init
-from jlora.merge import merge, unmerge
+from jlora.merge import Rounding, merge, rounding, unmerge
 from jlora.optim import combine, freeze, labels, partition, trainable_mask
 from jlora.targets import Plan, plan
 from jlora.trace import trace
@@ -25,6 +26,7 @@ __all__ = [
     "MaterializeError",
     "MaterializeWarning",
     "Plan",
+    "Rounding",
     "Rule",
     "Target",
     "Use",
@@ -36,11 +38,14 @@ __all__ = [
     "freeze",
     "init",
     "labels",
+    "load",
     "lora",
     "low_rank_product",
     "merge",
     "partition",
     "plan",
+    "save",
+    "rounding",
     "trace",
     "trainable_mask",
     "unmerge",

@@ -1,7 +1,9 @@
-"""Fold adapters into the weights, for the unmodified model, and take them out again."""
+"""Fold adapters into the weights, for the unmodified model, take them out again, and tell what that loses."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -10,7 +12,9 @@ from jax.core import Tracer
 
 from jlora import _paths
 from jlora._factored import dense, factored
-from jlora._types import Adapters, LoraFactors, LoraWeight, Path, PyTree
+from jlora._named import wide
+from jlora._table import table
+from jlora._types import Adapters, Array, LoraFactors, LoraWeight, Path, PyTree
 from jlora.attach import check_adapters
 
 
@@ -55,6 +59,56 @@ def unmerge(merged: PyTree, adapters: Adapters) -> PyTree:
     return _mapped("unmerge", merged, adapters, _unmerged)
 
 
+class Rounding(dict[Path, float]):
+    """``{path: share of the update that merging loses}`` in the order of the adapters; prints as a readable table.
+
+    Attributes:
+      weights: ``{path: (dtype of the base, size of the update relative to the base)}``, norms over the whole leaf.
+    """
+
+    def __init__(self, lost: dict[Path, float], weights: dict[Path, tuple[str, float]]):
+        super().__init__(lost)
+        self.weights = weights
+
+    def __str__(self) -> str:
+        header = ("weight", "dtype", "update / base", "lost by rounding")
+        rows = [(p, self.weights[p][0], f"{self.weights[p][1]:.2g}", f"{100 * lost:.3g}%") for p, lost in self.items()]
+        worst = max(self, key=lambda p: self[p], default=None)
+        last = "nothing is merged" if worst is None else f"most is lost in {worst}: {100 * self[worst]:.3g}%"
+        return f"{table(header, rows, right=(2, 3))}\n{last}"
+
+
+def rounding(params: PyTree, adapters: Adapters) -> Rounding:
+    """What `merge` loses: for each adapted weight, the share of its update that the rounding to its dtype takes.
+
+    This is ``norm(merged - (base + update)) / norm(update)`` in float32, where the merged weight is what `merge`
+    returns. It depends on how large the update is beside the base. Measured on normal weights at rank 8: of an update
+    at 1e-1, 1e-2, 1e-3 and 1e-4 of a bfloat16 base, 1.6%, 16%, 77% and 98% are lost; in float16 0.2%, 2%, 20% and 82%;
+    in float32 0.002% at 1e-3. Where that is too much, serve the adapters beside their base, or merge into a float32
+    copy of it.
+
+    >>> print(jlora.rounding(params, adapters))
+
+    Args:
+      params: the base parameters.
+      adapters: as from `init`; they are merged one by one, so that no second copy of the parameters is made.
+
+    Returns:
+      A share for each path: 0 where the update is 0; infinite where the sum leaves the range of the dtype.
+
+    Raises:
+      KeyError, ValueError: as `merge`.
+    """
+    leaves, _ = _paths.named_leaves(params)
+    _check("rounding", leaves, adapters)
+    norms = {path: jax.device_get(_norms(leaves[path], value)) for path, value in adapters.items()}
+    shares = {path: float(lost / update) if update else 0.0 for path, (lost, update, _) in norms.items()}
+    return Rounding(
+        {path: share if math.isfinite(share) else math.inf for path, share in shares.items()},
+        {p: (str(leaves[p].dtype), float(u / base) if base else math.inf) for p, (_, u, base) in norms.items()},
+    )
+
+
 def check_finite(adapters: Adapters, what: str) -> None:
     """Raises a ValueError that names every adapter with NaN or infinity in it. Does nothing while tracing."""
     leaves = jax.tree.leaves(adapters)
@@ -76,14 +130,18 @@ def _all_finite(value: Any) -> Any:
 
 def _mapped(what: str, params: PyTree, adapters: Adapters, fold: Any) -> PyTree:
     leaves, treedef = _paths.named_leaves(params)
-    _paths.check_paths(adapters, leaves, what)
-    check_adapters(leaves, adapters, what)
-    check_finite(adapters, what)
+    _check(what, leaves, adapters)
 
     def one(path: Path, leaf: Any) -> Any:
         return fold(leaf, adapters[path], path) if path in adapters else leaf
 
     return treedef.unflatten([one(path, leaf) for path, leaf in leaves.items()])
+
+
+def _check(what: str, leaves: dict[Path, Any], adapters: Adapters) -> None:
+    _paths.check_paths(adapters, leaves, what)
+    check_adapters(leaves, adapters, what)
+    check_finite(adapters, what)
 
 
 def _merged(base: Any, value: Any, path: Path) -> Any:
@@ -95,3 +153,26 @@ def _merged(base: Any, value: Any, path: Path) -> Any:
 def _unmerged(merged: Any, f: LoraFactors, path: Path) -> Any:
     value = factored(LoraWeight(merged, f, path=path))
     return dense(value.with_b(-value.b.array))
+
+
+def _norms(base: Any, value: Any) -> tuple[Array, Array, Array]:
+    """The norms of what rounding takes, of the update and of the base."""
+    # Two programs: in one, XLA may leave out a rounding that it is told to undo.
+    return _compare(base, jax.jit(_merged, static_argnums=2)(base, value, ""), value)
+
+
+@jax.jit
+def _compare(base: Any, merged: Any, value: Any) -> tuple[Array, Array, Array]:
+    dtype = wide(base.dtype)
+    base, merged = base.astype(dtype), merged.astype(dtype)
+    update = _update(base, value) if isinstance(value, LoraFactors) else value.astype(dtype) - base
+    return jnp.linalg.norm(merged - base - update), jnp.linalg.norm(update), jnp.linalg.norm(base)
+
+
+def _update(base: Any, f: LoraFactors) -> Array:
+    """What `merge` adds to ``base``, not summed with it: beside the base a small update has few digits."""
+    whole = factored(LoraWeight(base, f))
+    alone = dense(dataclasses.replace(whole, base=jnp.zeros_like(base)))
+    if whole.gain is None:
+        return alone
+    return alone + base * (whole.gain.spread(range(base.ndim), base.shape) - 1)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m train [CONFIG.py] [--field value ...]``."""
+"""The command line: ``python -m train [fit] [CONFIG.py] [--field value ...]``, and commands on what was trained."""
 
 from __future__ import annotations
 
@@ -14,21 +14,37 @@ from pathlib import Path
 import tyro
 
 from train import config as schema
-from train.config import ConfigError, TrainConfig, validate
+from train.checks import validate
+from train.config import ConfigError, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = ROOT / "configs" / "digits.py"
-PROG = "python -m train [CONFIG.py]"
-DESCRIPTION = """Train a base network, freeze it, and adapt it with LoRA.
+COMMANDS = ("predict", "generate", "eval", "export", "inspect")
+PROG = "python -m train [fit] [CONFIG.py]"
+DESCRIPTION = """Adapt a network to a task with LoRA.
 
 CONFIG.py is a file that defines `config = TrainConfig(...)`; without one, it is configs/digits.py.
-Every field of it can be overridden: python -m train configs/digits.py --lora.rank 2 --fit.epochs 5"""
+Every field of it can be overridden: python -m train configs/digits.py --lora.rank 2 --fit.epochs 5
+
+What was trained is used by other commands, each with its own --help:
+  python -m train predict RUN --text "..."     label texts
+  python -m train generate RUN --prompt "..."  continue texts
+  python -m train eval RUN                     measure it again, or on other data
+  python -m train export RUN --to peft         for PyTorch (peft, hf) or JAX (orbax)
+  python -m train inspect CHECKPOINT           what of a checkpoint would be adapted"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code: 0, or 2 when the user's input cannot be run."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        config = parse(sys.argv[1:] if argv is None else argv)
+        if argv and argv[0] in COMMANDS:
+            from train.commands import COMMANDS as functions
+
+            prog = f"python -m train {argv[0]}"
+            tyro.cli(functions[argv[0]], prog=prog, args=argv[1:], config=(tyro.conf.AvoidSubcommands,))
+            return 0
+        config = parse(argv[1:] if argv[:1] == ["fit"] else argv)
         # Only now, so that `--help` and a misspelt flag need not wait for the libraries that train.
         from train.run import run
 
@@ -53,7 +69,14 @@ def parse(argv: list[str]) -> TrainConfig:
     with warnings.catch_warnings():
         # tyro warns of a default of the wrong type; `validate` says the same, and refuses.
         warnings.simplefilter("ignore", UserWarning)
-        config = tyro.cli(TrainConfig, prog=PROG, description=DESCRIPTION, args=argv, default=default)
+        config = tyro.cli(
+            TrainConfig,
+            prog=PROG,
+            description=DESCRIPTION,
+            args=argv,
+            default=default,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     validate(config)
     return config
 

@@ -19,35 +19,35 @@ from typing import Any
 import jax
 
 import jlora
-from train import data, store
-from train.config import TrainConfig
+from train import store
+from train.batches import Examples
+from train.config import ImageClassification, TrainConfig
 from train.loop import Record, fit, random_key
-from train.model import Forward, Init
-
-EVERYTHING = jlora.LoraConfig(targets=(), train_also=(r".",))
+from train.networks import EVERYTHING, Network
+from train.tasks import Task
 
 
 @dataclass(frozen=True)
 class Base:
-    """A trained base.
+    """A base to adapt.
 
     Attributes:
       params: its parameters.
       records: of its training; see `train.loop.fit`.
-      path: where it is cached.
+      path: where it is cached; None for one that was not trained here.
       cached: whether it came from there.
     """
 
     params: Any
     records: list[Record]
-    path: Path
+    path: Path | None
     cached: bool
 
 
 def base(
-    forward: Forward,
-    init: Init,
-    examples: data.Examples,
+    network: Network,
+    task: Task,
+    examples: Examples,
     config: TrainConfig,
     evaluate: Callable[[Any], dict[str, float]],
     log: Callable[[Record], None],
@@ -55,23 +55,23 @@ def base(
     """The base trained on ``examples``, from the cache if it is there.
 
     Args:
-      init: random parameters from a key.
+      config: of the run; its ``base`` says how the base is trained.
       evaluate, log: as in `train.loop.fit`; the records of a cached base are logged like new ones.
     """
+    assert config.base is not None
     made_of = identity(config)
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
-    path = config.cache_dir / "bases" / digest[:16]
+    path = cached_at(config)
     if path.exists():
-        abstract = jax.eval_shape(init, random_key(config.seed, "model"))
-        params = store.load_tree(path / "params", abstract)
+        params = load_params(path, network)
         records = json.loads((path / "records.json").read_text())
         for record in records:
             log(record)
         return Base(params, records, path, cached=True)
 
-    start = jax.jit(init)(random_key(config.seed, "model"))
+    start = jax.jit(network.init)(random_key(config.seed, "model"))
     adapters, records = fit(
-        forward,
+        network.forward,
+        task,
         start,
         jlora.init(random_key(config.seed, "base"), start, EVERYTHING),
         examples,
@@ -88,22 +88,41 @@ def base(
     return Base(params, records, path, cached=False)
 
 
+def load_params(path: Path, network: Network) -> Any:
+    """The parameters of a cached base."""
+    return store.load_tree(path / "params", jax.eval_shape(network.init, jax.random.key(0)))
+
+
+def cached_at(config: TrainConfig) -> Path:
+    """Where the base of a configuration is cached."""
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True, default=str).encode()).hexdigest()
+    return config.cache_dir / "bases" / digest[:16]
+
+
 def identity(config: TrainConfig) -> dict[str, Any]:
     """Everything that determines the base: configuration, data, code and versions."""
     packages = (Path(__file__).parent, Path(jlora.__file__).parent)
     sources = [file.read_bytes() for package in packages for file in sorted(package.rglob("*.py"))]
+    assert isinstance(config.task, ImageClassification)
+    domains = list(config.task.domains.items())[:1]
     return {
-        "model": dataclasses.asdict(config.model),
-        "fit": dataclasses.asdict(config.base),
+        "model": store.to_json(config.model),
+        "task": store.to_json(dataclasses.replace(config.task, domains=dict(domains))),
+        "fit": store.to_json(config.base),
         "learning_rate": config.learning_rate.base,
         "eval_every": config.eval_every,
-        "domain": dataclasses.asdict(config.data.upright),
-        "data": hashlib.sha256(config.data.file.read_bytes()).hexdigest(),
+        "data": [config.data.train, config.data.limit, _content(config.data.train)],
         "seed": config.seed,
         "sources": hashlib.sha256(b"\0".join(sources)).hexdigest(),
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
         "platform": jax.default_backend(),
     }
+
+
+def _content(source: str) -> str | None:
+    """A digest of a local file; None for what lies elsewhere."""
+    file = Path(source.rpartition(":")[0] or source)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def publish(path: Path, params: Any, records: list[Record], made_of: dict[str, Any]) -> None:

@@ -1,25 +1,22 @@
-"""What a run can be told: the schema of the files in ``configs/``, and the check that they are sound.
+"""What a run can be told: the schema of the files in ``configs/``.
 
-A configuration is data: frozen dataclasses without behaviour. `validate` looks at all of it before any model is built,
-and lists every problem at once.
+A configuration is data: frozen dataclasses without behaviour. What is sound is said in `train.checks`.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 from jlora import LoraConfig
 
 Mode = Literal["lora", "full", "head"]
 Schedule = Literal["cosine", "linear", "constant"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-IMAGE_SIDE = 8
 
 
 class ConfigError(ValueError):
@@ -29,6 +26,61 @@ class ConfigError(ValueError):
 def default_cache_dir() -> Path:
     """``~/.cache/jlora``, or its place under ``XDG_CACHE_HOME``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jlora"
+
+
+# Tasks
+
+
+@dataclass(frozen=True)
+class SequenceClassification:
+    """Give a text, or a pair of texts, one of several labels; or a number.
+
+    Attributes:
+      text: the column of the text.
+      pair: the column of the second text of a pair, or None.
+      label: the column of the label: a name, a class number, or with ``regression`` a number.
+      labels: the names of the classes; by default those that the data or its training labels give.
+      regression: whether the label is a number to be predicted (mean squared error).
+      max_length: tokens of a text, at most; longer ones are cut.
+      truncation: the side on which they are cut.
+    """
+
+    text: str = "text"
+    pair: str | None = None
+    label: str = "label"
+    labels: tuple[str, ...] | None = None
+    regression: bool = False
+    max_length: int = 128
+    truncation: Literal["right", "left"] = "right"
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Continue a text: supervised fine-tuning of a language model.
+
+    An example is one of: ``messages`` (a list of ``{"role", "content"}``), of which the assistant's are learnt; a
+    ``prompt`` and its ``completion``, which is learnt; or plain ``text``, learnt whole.
+
+    Attributes:
+      messages, prompt, completion, text: columns; give messages, or prompt and completion, or text.
+      system: what the system message says, or None for none; used with ``chat``.
+      chat: whether prompt and completion are put into the tokenizer's chat template; messages always are.
+      template: a chat template (Jinja) to use instead of the tokenizer's, or None.
+      learn_prompt: learn the prompts and the others' messages too.
+      pack: put several examples into one sequence of ``max_length`` tokens; none sees another.
+      max_length: tokens of a sequence, at most; what is longer is cut on the right.
+    """
+
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    system: str | None = None
+    chat: bool = False
+    template: str | None = None
+    learn_prompt: bool = False
+    pack: bool = False
+    max_length: int = 512
 
 
 @dataclass(frozen=True)
@@ -45,23 +97,55 @@ class Domain:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The images, and the two domains in which they are shown.
+class ImageClassification:
+    """Give an image one of several labels.
 
     Attributes:
-      file: a parquet file with columns image (64 numbers, 0 to 16), label (0 to 9) and split (train or test).
-      upright: the domain on which the base is trained.
-      shifted: the domain to which it is adapted.
+      image: the column of the image: a picture, or its pixels as a flat list.
+      label: the column of the label: a name or a class number.
+      labels: the names of the classes; by default those that the data or its training labels give.
+      side: of the square images in pixels; by default the network's, or that of the first image.
+      brightest: the largest value of a pixel.
+      domains: names of domains in which the test images are shown, and how. The last is the one that is learnt; the
+        first, the one on which a network without a checkpoint is trained from scratch.
     """
 
-    file: Path = ASSETS / "digits.parquet"
-    upright: Domain = Domain()
-    shifted: Domain = Domain(quarter_turns=1, invert=True)
+    image: str = "image"
+    label: str = "label"
+    labels: tuple[str, ...] | None = None
+    side: int | None = None
+    brightest: float = 255.0
+    domains: dict[str, Domain] = field(default_factory=dict)
+
+
+TaskConfig = SequenceClassification | CausalLM | ImageClassification
+
+
+# Networks
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A small patch transformer.
+class Pretrained:
+    """A network of `jlora.models` with the weights of a Hugging Face checkpoint.
+
+    Attributes:
+      path: a folder, or the id of a model on the hub.
+      revision: of a model on the hub.
+      dtype: in which it computes.
+      param_dtype: of its frozen weights; by default as they are stored.
+      dropout: apply the network's own dropout while training, beside the adapters'.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    param_dtype: Dtype | None = None
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
+class PatchTransformer:
+    """A small transformer over the patches of an image, trained from scratch.
 
     Attributes:
       patch: side of the square patches, in pixels.
@@ -79,12 +163,53 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class Mlp:
+    """Linear layers with ReLU between them, on the pixels of an image, trained from scratch.
+
+    Attributes:
+      hidden: the widths of the hidden layers.
+    """
+
+    hidden: tuple[int, ...] = (128,)
+
+
+NetworkConfig = Pretrained | PatchTransformer | Mlp
+
+
+# Data and training
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the examples come from.
+
+    A source is a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder of such files, or a dataset on the hub as
+    ``owner/name`` or ``owner/name/config``. After a colon may stand a split: of the hub's or folder's dataset, or of a
+    file the rows whose column ``split`` says so. Example: ``nyu-mll/glue/sst2:train``.
+
+    Attributes:
+      train: the source of the training examples.
+      validation: the source of the others; by default the split, or the file beside ``train``, named validation, dev,
+        valid, val or test.
+      limit: use so many training examples at most, the first ones.
+      validation_limit: likewise for validation.
+      buckets: lengths to which batches of texts are padded; by default four quarters of the task's ``max_length``.
+    """
+
+    train: str
+    validation: str | None = None
+    limit: int | None = None
+    validation_limit: int | None = None
+    buckets: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class FitConfig:
     """One training, of the base or of the adapters; AdamW.
 
     Attributes:
-      epochs: passes over the training images.
-      batch_size: images in a step; an epoch's last, incomplete batch is dropped.
+      epochs: passes over the training examples.
+      batch_size: examples in a step; an epoch's last, incomplete batch is dropped.
       schedule: how the learning rate falls after the warm-up.
       warmup: share of all steps over which the learning rate rises from 0 to its peak.
       weight_decay: decoupled, and applied to all that is trained.
@@ -104,198 +229,52 @@ class LearningRates:
     """The peak learning rate of every training; low-rank factors take several times that of whole weights.
 
     Attributes:
-      base: of the base, from scratch on upright images.
+      base: of the base, from scratch.
       lora: of adapters.
       full: of full fine-tuning.
       head: of a new head on the frozen base.
     """
 
     base: float = 2e-3
-    lora: float = 1e-2
-    full: float = 2e-3
+    lora: float = 1e-3
+    full: float = 5e-5
     head: float = 1e-2
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a base network on upright digits, freeze it, and adapt it to a shifted domain.
+    """Adapt a network to a task.
 
     Attributes:
       name: of the configuration; run directories are named after it.
-      lora: what is adapted, and how; see `jlora.LoraConfig`.
-      mode: what is trained on the shifted domain: adapters, every weight, or a new head alone.
-      seed: of initialization, order of the data and dropout.
-      data: the images and their two domains.
+      task: what is learnt, and from which columns.
       model: the network.
-      base: the training of the base.
-      fit: the training on the shifted domain.
+      data: the examples.
+      lora: what is adapted, and how; see `jlora.LoraConfig`.
+      mode: what is trained: adapters, every weight, or a new head alone.
+      seed: of initialization, order of the data and dropout.
+      base: the training from scratch of a network that has no checkpoint.
+      fit: the training.
       learning_rate: peak learning rates.
-      eval_every: epochs between two measurements on the test images.
-      eval_batch_size: images predicted at once.
+      eval_every: epochs between two measurements on the validation examples.
+      eval_batch_size: examples predicted at once.
+      keep: the adapters that are kept: the last ones, or the best measured ones.
       run_dir: where the run is written; by default a new directory under runs/.
-      cache_dir: where trained bases are kept.
+      cache_dir: where trained bases and converted data are kept.
     """
 
     name: str
+    task: TaskConfig
+    model: NetworkConfig
+    data: DataConfig
     lora: LoraConfig
     mode: Mode = "lora"
     seed: int = 0
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    base: FitConfig = FitConfig()
+    base: FitConfig | None = None
     fit: FitConfig = FitConfig()
     learning_rate: LearningRates = LearningRates()
-    eval_every: int = 4
-    eval_batch_size: int = 200
+    eval_every: int = 1
+    eval_batch_size: int = 64
+    keep: Literal["last", "best"] = "last"
     run_dir: Path | None = None
     cache_dir: Path = field(default_factory=default_cache_dir)
-
-
-def validate(config: TrainConfig) -> None:
-    """Check every field that can be checked without building anything.
-
-    Raises:
-      ConfigError: with a line for each problem: the field, what was got, what was expected, and what to pass instead.
-    """
-    _refuse(list(_problems(config)))
-
-
-def validate_for(config: TrainConfig, examples: int) -> None:
-    """Check what depends on the number of training examples; raises as `validate` does."""
-    _refuse(
-        [
-            f"{phase}.batch_size: got {size}, expected at most the {examples} training examples; "
-            f"pass {_flag(phase + '.batch_size')} {examples}"
-            for phase, size in (("base", config.base.batch_size), ("fit", config.fit.batch_size))
-            if size > examples
-        ]
-    )
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError("\n  ".join([f"{count} in the configuration:", *problems]))
-
-
-@dataclass(frozen=True)
-class _Expectation:
-    """What a field may hold: a test, the same in words, and a value that passes it."""
-
-    holds: Callable[[Any], bool]
-    words: str
-    example: str
-
-
-def _whole(least: int, example: int) -> _Expectation:
-    def holds(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-    return _Expectation(holds, f"a whole number >= {least}", str(example))
-
-
-def _number(words: str, test: Callable[[float], bool], example: str) -> _Expectation:
-    def holds(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and test(value)
-
-    return _Expectation(holds, words, example)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value.isidentifier()
-
-
-def _is_file(value: Any) -> bool:
-    return isinstance(value, Path) and value.is_file()
-
-
-def _is_new_dir(value: Any) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, Path) and (not value.exists() or value.is_dir() and not any(value.iterdir()))
-
-
-def _one_of(options: tuple[Any, ...]) -> _Expectation:
-    return _Expectation(lambda value: value in options, f"one of {', '.join(map(str, options))}", str(options[0]))
-
-
-_RATE = _number("a number > 0", lambda x: x > 0, "0.002")
-_CLIP = _number("a number > 0, or None", lambda x: x > 0, "1.0")
-_FIT = {
-    "epochs": _whole(1, 20),
-    "batch_size": _whole(1, 64),
-    "schedule": _one_of(get_args(Schedule)),
-    "warmup": _number("a share of the steps, 0 <= warmup < 1", lambda x: 0 <= x < 1, "0.1"),
-    "weight_decay": _number("a number >= 0", lambda x: x >= 0, "0.0001"),
-    "clip": _Expectation(lambda x: x is None or _CLIP.holds(x), _CLIP.words, _CLIP.example),
-}
-_PARTS = {
-    "lora": LoraConfig,
-    "data": DataConfig,
-    "data.upright": Domain,
-    "data.shifted": Domain,
-    "model": ModelConfig,
-    "base": FitConfig,
-    "fit": FitConfig,
-    "learning_rate": LearningRates,
-}
-_EXPECTATIONS = {
-    "name": _Expectation(_is_name, "letters, digits and underscores", "digits"),
-    "mode": _one_of(get_args(Mode)),
-    "seed": _whole(0, 0),
-    "data.upright.quarter_turns": _one_of((0, 1, 2, 3)),
-    "data.upright.invert": _one_of((False, True)),
-    "data.shifted.quarter_turns": _one_of((0, 1, 2, 3)),
-    "data.shifted.invert": _one_of((False, True)),
-    "model.patch": _one_of(tuple(side for side in range(1, IMAGE_SIDE + 1) if IMAGE_SIDE % side == 0)),
-    "model.width": _whole(1, 96),
-    "model.depth": _whole(1, 2),
-    "model.heads": _whole(1, 4),
-    "model.hidden": _whole(1, 192),
-    **{f"{phase}.{name}": expectation for phase in ("base", "fit") for name, expectation in _FIT.items()},
-    **{f"learning_rate.{name}": _RATE for name in ("base", "lora", "full", "head")},
-    "eval_every": _whole(1, 4),
-    "eval_batch_size": _whole(1, 200),
-    "data.file": _Expectation(_is_file, "a parquet file", str(ASSETS / "digits.parquet")),
-    "run_dir": _Expectation(_is_new_dir, "a directory that is empty or does not exist", "runs/mine"),
-    "cache_dir": _Expectation(lambda x: isinstance(x, Path), "a pathlib.Path", "~/.cache/jlora"),
-}
-
-
-def _problems(config: TrainConfig) -> Iterator[str]:
-    misplaced = [
-        f"{path}: got {value!r}, expected a {kind.__name__}; write {path} = {kind.__name__}(...)"
-        for path, kind in _PARTS.items()
-        if not isinstance(value := _get(config, path), kind)
-    ]
-    if misplaced:
-        yield from misplaced
-        return
-
-    bad = set()
-    for path, expectation in _EXPECTATIONS.items():
-        value = _get(config, path)
-        if not expectation.holds(value):
-            bad.add(path)
-            got = str(value) if isinstance(value, Path) else repr(value)
-            yield f"{path}: got {got}, expected {expectation.words}; pass {_flag(path)} {expectation.example}"
-
-    width, heads = config.model.width, config.model.heads
-    if not bad & {"model.width", "model.heads"} and width % heads:
-        nearest = max(1, round(width / heads)) * heads
-        yield (
-            f"model.width: got {width}, expected a multiple of model.heads = {heads}; "
-            f"pass {_flag('model.width')} {nearest}"
-        )
-
-
-def _get(config: TrainConfig, path: str) -> Any:
-    """The field at a dotted ``path``; None below a part that is not there."""
-    value: Any = config
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return value
-
-
-def _flag(path: str) -> str:
-    return "--" + path.replace("_", "-")

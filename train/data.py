@@ -1,86 +1,150 @@
-"""From the parquet file to batches: file → arrays → a domain → batches.
-
-Examples are a dict of arrays whose leading axis counts them, and so is a batch. Which example comes when is a pure
-function of (seed, epoch): a run can be repeated, resumed, or split over processes without any state to carry.
-"""
+"""From a source to a table: what `train.config.DataConfig` names, read by `datasets`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
-import numpy as np
 
-from train.config import IMAGE_SIDE, ConfigError, Domain
+from jlora._paths import nearest
+from train.config import ConfigError, DataConfig
 
-Examples = Mapping[str, np.ndarray]
+READERS = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {}),
+}
+VALIDATION = ("validation", "dev", "valid", "val", "test")
+"""What the examples that are not trained on are called, by preference."""
 
-COLUMNS = ("image", "label", "split")
-DARKEST = 16
+Table = datasets.Dataset
 
 
-def load(file: Path, cache_dir: Path) -> dict[str, Examples]:
-    """Read the training and the test images.
+def load(config: DataConfig, cache_dir: Path) -> dict[str, Table]:
+    """The training and the validation examples.
 
-    Nothing is fetched: `datasets` converts the local file to an Arrow file below ``cache_dir`` and maps that.
+    Local files are converted to Arrow files below ``cache_dir`` and mapped; only datasets of the hub are fetched.
 
     Returns:
-      ``{"train": examples, "test": examples}``, where examples hold ``image``, float32 [n, 8, 8] from 0 (paper) to 1
-      (ink), and ``label``, int32 [n].
+      ``{"train": table, "validation": table}``.
 
     Raises:
-      ConfigError: if the file lacks a column or a split, or its images have another size.
+      ConfigError: if a source is not there, cannot be read, is empty, or if there is no validation data.
+    """
+    train = read(config.train, cache_dir, "data.train")
+    source = config.validation or _beside(config.train)
+    validation = read(source, cache_dir, "data.validation")
+    return {"train": _first(train, config.limit), "validation": _first(validation, config.validation_limit)}
+
+
+def read(source: str, cache_dir: Path, field: str) -> Table:
+    """The examples of one source.
+
+    Args:
+      source: see `train.config.DataConfig`.
+      field: the field of the configuration that it came from, for errors.
+
+    Raises:
+      ConfigError: as `load`.
     """
     datasets.disable_progress_bars()
-    table = datasets.Dataset.from_parquet(str(file), cache_dir=str(cache_dir / "datasets"))
-    missing = sorted(set(COLUMNS) - set(table.column_names))
-    if missing:
-        raise ConfigError(f"data.file: {file} has columns {table.column_names}; {', '.join(missing)} is missing")
-    columns = table.with_format("numpy")[:]
-    images = np.asarray(columns["image"])
-    if images.shape[1:] != (IMAGE_SIDE**2,):
-        raise ConfigError(f"data.file: {file} has images of shape {images.shape[1:]}, expected ({IMAGE_SIDE**2},)")
-    images = (images.reshape(-1, IMAGE_SIDE, IMAGE_SIDE) / DARKEST).astype(np.float32)
-    labels = np.asarray(columns["label"]).astype(np.int32)
-
-    parts = {}
-    for split in ("train", "test"):
-        rows = np.asarray(columns["split"]) == split
-        if not rows.any():
-            raise ConfigError(f"data.file: {file} has no row whose split is {split!r}")
-        parts[split] = {"image": images[rows], "label": labels[rows]}
-    return parts
-
-
-def in_domain(examples: Examples, domain: Domain) -> Examples:
-    """The same examples, shown as ``domain`` shows them."""
-    images = np.rot90(examples["image"], domain.quarter_turns, axes=(1, 2))
-    images = 1 - images if domain.invert else images
-    return {**examples, "image": np.ascontiguousarray(images)}
-
-
-def size(examples: Examples) -> int:
-    """How many examples there are."""
-    return len(next(iter(examples.values())))
+    location, split = _parse(source)
+    path = Path(location)
+    try:
+        if path.is_file():
+            table = _from_file(path, split, cache_dir, field)
+        elif path.is_dir():
+            table = _from_dataset(str(path), None, split, cache_dir, field)
+        elif path.suffix in READERS or location.startswith((".", "/", "~")):
+            siblings = sorted(str(file) for file in path.parent.glob("*") if file.suffix in READERS)
+            raise ConfigError(f"{field}: there is no file at {location}{nearest(location, siblings)}")
+        else:
+            owner, name, *configuration = [*location.split("/"), ""][:3]
+            table = _from_dataset(f"{owner}/{name}".strip("/"), configuration[0] or None if configuration else None,
+                                  split, cache_dir, field)  # fmt: skip
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a reader raises of a malformed file: datasets has no common class for it
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"{field}: {source} cannot be read: {reason[0]} Expected a file ({', '.join(READERS)}), a folder of such, or "
+            "a dataset on the hub as owner/name:split"
+        ) from error
+    if not len(table):
+        raise ConfigError(f"{field}: {source} has no examples")
+    return table
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which ``count`` examples are seen in an epoch: a function of its arguments and nothing else."""
-    return np.random.default_rng((seed, epoch)).permutation(count)
+def column(table: Table, name: str, field: str) -> list[Any]:
+    """A column's values.
+
+    Raises:
+      ConfigError: if there is no such column.
+    """
+    if name not in table.column_names:
+        raise ConfigError(
+            f"{field}: the data has no column {name!r}{nearest(name, table.column_names)}; it has "
+            f"{', '.join(table.column_names)}. Pass --{field.replace('_', '-')} and one of them"
+        )
+    return list(table[name])
 
 
-def training_batches(examples: Examples, batch_size: int, seed: int, epoch: int) -> Iterator[Examples]:
-    """The epoch's batches, all of one size, so that the step is compiled once; the rest of the examples is dropped."""
-    order = epoch_order(size(examples), seed, epoch)
-    for start in range(0, len(order) - batch_size + 1, batch_size):
-        rows = order[start : start + batch_size]
-        yield {name: column[rows] for name, column in examples.items()}
+def _parse(source: str) -> tuple[str, str | None]:
+    """Location and split."""
+    if Path(source).exists():
+        return source, None
+    location, colon, split = source.rpartition(":")
+    return (location, split) if colon and location and "/" not in split else (source, None)
 
 
-def padded_batches(examples: Examples, batch_size: int) -> Iterator[Examples]:
-    """All examples in their own order, in batches of one size; the last repeats the last example to fill up."""
-    count = size(examples)
-    for start in range(0, count, batch_size):
-        rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        yield {name: column[rows] for name, column in examples.items()}
+def _from_file(path: Path, split: str | None, cache_dir: Path, field: str) -> Table:
+    if path.suffix not in READERS:
+        raise ConfigError(f"{field}: {path} ends in {path.suffix!r}; expected one of {', '.join(READERS)}")
+    reader, options = READERS[path.suffix]
+    table = datasets.load_dataset(
+        reader, data_files=[str(path)], split="train", cache_dir=str(cache_dir / "datasets"), **options
+    )
+    assert isinstance(table, Table)
+    if split is None:
+        return table
+    if "split" not in table.column_names:
+        raise ConfigError(f"{field}: {path} has no column `split`, by which :{split} would choose rows")
+    rows = [i for i, value in enumerate(table["split"]) if value == split]
+    if not rows:
+        raise ConfigError(f"{field}: {path} has no row whose split is {split!r}")
+    return table.select(rows)
+
+
+def _from_dataset(name: str, configuration: str | None, split: str | None, cache_dir: Path, field: str) -> Table:
+    found = datasets.load_dataset(name, configuration, cache_dir=str(cache_dir / "datasets"))
+    assert isinstance(found, datasets.DatasetDict)
+    # A source without a split means the training examples, or for validation the first of the usual names.
+    wanted = (split,) if split else ("train",) if field == "data.train" else VALIDATION
+    for name in wanted:
+        if name in found:
+            return found[name]
+    raise ConfigError(f"{field}: there is no split {' or '.join(wanted)}; there are {', '.join(found)}")
+
+
+def _beside(train: str) -> str:
+    """The source of the validation examples that goes with one of training examples."""
+    location, _ = _parse(train)
+    path = Path(location)
+    if not path.is_file():
+        return location
+    for name in VALIDATION:
+        for suffix in (path.suffix, *READERS):
+            if (sibling := path.with_name(name + suffix)).is_file() and sibling != path:
+                return str(sibling)
+    raise ConfigError(
+        f"data.validation: got None, and beside {path} there is no file named {', '.join(VALIDATION[:-1])} or "
+        f"{VALIDATION[-1]}; pass --data.validation FILE"
+    )
+
+
+def _first(table: Table, limit: int | None) -> Table:
+    return table if limit is None else table.select(range(min(limit, len(table))))

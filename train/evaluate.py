@@ -1,79 +1,61 @@
-"""Predictions for all examples, and their accuracy."""
+"""What a model makes of all examples: figures, and predictions to compare."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-import jlora
-from train import data, tasks
-from train.model import Forward
+from train.batches import Batch, Examples, ordered_batches, size
+from train.networks import Forward
+from train.tasks import Measured, Task
 
-Predict = Callable[[Any, data.Examples], np.ndarray]
+Measure = Callable[[Any, Examples], Measured]
 
 
-def make_predict(forward: Forward, batch_size: int) -> Predict:
-    """``predict(params, examples)``: for every example, int32 [n]; compiled once for a tree structure."""
+def make_measure(forward: Forward, task: Task, batch_size: int, buckets: Sequence[int] = ()) -> Measure:
+    """``measure(params, examples)``: what `Task.measure` finds of every example, in the examples' order.
+
+    Compiled once for each structure of ``params`` and each bucket.
+    """
 
     @jax.jit
-    def predict_batch(params: Any, batch: tasks.Batch) -> jax.Array:
-        return tasks.predict(forward(params, tasks.inputs(batch)))
+    def measure_batch(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        return task.measure(forward(params, task.inputs(batch)), batch)
 
-    def predict(params: Any, examples: data.Examples) -> np.ndarray:
-        batches = data.padded_batches(examples, batch_size)
-        return np.concatenate([predict_batch(params, batch) for batch in batches])[: data.size(examples)]
+    def measure(params: Any, examples: Examples) -> Measured:
+        found: dict[str, np.ndarray] = {}
+        for rows, batch in ordered_batches(examples, batch_size, buckets):
+            for name, values in jax.device_get(measure_batch(params, batch)).items():
+                whole = found.setdefault(name, np.empty((size(examples), *values.shape[1:]), values.dtype))
+                whole[rows] = values[: len(rows)]
+        return found
 
-    return predict
-
-
-def accuracy(predictions: np.ndarray, examples: data.Examples) -> float:
-    """The share of right predictions."""
-    return float(np.mean(predictions == examples["label"]))
+    return measure
 
 
 def compare(
-    plain: Predict,
-    attached: Predict,
-    params: Any,
-    adapters: dict[str, Any],
-    merged: Any,
-    test: dict[str, data.Examples],
-) -> dict[str, Any]:
-    """Four models on every domain: base, adapted, merged, and the base again after the adapters are detached.
+    task: Task, models: Mapping[str, tuple[Measure, Any]], test: Mapping[str, Examples]
+) -> tuple[dict[str, dict[str, dict[str, float]]], Callable[[str, str], int]]:
+    """Several models on every set of test examples.
 
     Args:
-      plain, attached: predictions of the bare model, and of the one that understands attached trees.
-      test: examples by domain.
+      models: by name, how each is measured, and its parameters.
+      test: examples by the name of their set.
 
     Returns:
-      ``accuracy``: by model and domain; ``differing_predictions``: over all domains, merged against adapted and
-      detached against base. Both counts are 0 if all is well.
+      The figures by model and set, and a function of two models' names: how many of their predictions differ.
     """
-    tree = jlora.attach(params, adapters)
-    models = {
-        "base": (plain, params),
-        "adapted": (attached, tree),
-        "merged": (plain, merged),
-        "detached": (plain, jlora.detach(tree)[0]),
-    }
     found = {
-        model: {name: predict(weights, examples) for name, examples in test.items()}
-        for model, (predict, weights) in models.items()
+        model: {name: measure(params, examples) for name, examples in test.items()}
+        for model, (measure, params) in models.items()
     }
 
     def differing(first: str, second: str) -> int:
-        return sum(int(np.sum(found[first][name] != found[second][name])) for name in test)
+        pairs = ((task.predictions(found[first][name]), task.predictions(found[second][name])) for name in test)
+        return sum(int(np.sum(one != other)) for one, other in pairs)
 
-    return {
-        "accuracy": {
-            model: {name: accuracy(predictions[name], test[name]) for name in test}
-            for model, predictions in found.items()
-        },
-        "differing_predictions": {
-            "merged_vs_adapted": differing("merged", "adapted"),
-            "detached_vs_base": differing("detached", "base"),
-        },
-    }
+    figures = {model: {name: task.metrics(one) for name, one in sets.items()} for model, sets in found.items()}
+    return figures, differing

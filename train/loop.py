@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from train import data, report
+from train import report
+from train.batches import Examples, size, training_batches
 from train.config import FitConfig
-from train.model import Forward
+from train.networks import Forward
 from train.optim import make_optimizer, make_schedule
 from train.step import init_state, make_step
+from train.tasks import Task
 
 Record = dict[str, Any]
 
@@ -28,9 +30,10 @@ def random_key(seed: int, purpose: str) -> jax.Array:
 
 def fit(
     forward: Forward,
+    task: Task,
     base: Any,
     adapters: dict[str, Any],
-    examples: data.Examples,
+    examples: Examples,
     config: FitConfig,
     *,
     phase: str,
@@ -39,6 +42,8 @@ def fit(
     eval_every: int,
     evaluate: Callable[[Any], dict[str, float]],
     log: Callable[[Record], None],
+    buckets: Sequence[int] = (),
+    on_eval: Callable[[Record, dict[str, Any]], None] = lambda record, adapters: None,
 ) -> tuple[dict[str, Any], list[Record]]:
     """Train ``adapters`` on ``examples``; ``base`` stays as it is.
 
@@ -47,36 +52,42 @@ def fit(
       evaluate: takes an attached tree and returns figures for the record; called every ``eval_every`` epochs and at
         the end.
       log: called with the record of each epoch as soon as it ends.
+      buckets: the lengths to which batches are padded.
+      on_eval: called after each measurement with its record and the adapters that were measured.
 
     Returns:
       The trained adapters, and the records. A record holds phase, epoch, step, seconds, the step's metrics averaged
       over the epoch, and what ``evaluate`` returned.
     """
-    steps_per_epoch = data.size(examples) // config.batch_size
+    steps_per_epoch = size(examples) // config.batch_size
     steps = config.epochs * steps_per_epoch
     schedule = make_schedule(config, learning_rate, steps)
     tx = jlora.freeze(make_optimizer(config, schedule))
     key = random_key(seed, f"{phase} dropout")
-    step = jax.jit(make_step(forward, tx, schedule), donate_argnums=0)
+    step = jax.jit(make_step(forward, task, tx, schedule), donate_argnums=0)
     # The step reuses the state's memory; the caller's adapters are not ours to give away.
     state = init_state(tx, base, jax.tree.map(jnp.copy, adapters), key)
 
     records = []
     started = time.perf_counter()
-    with report.Progress(phase, steps) as progress:
+    with report.Progress(phase, steps, task.primary) as progress:
         for epoch in range(1, config.epochs + 1):
             # The metrics stay on the device until the epoch ends, so that no step waits for the one before it.
             metrics = []
-            for batch in data.training_batches(examples, config.batch_size, seed, epoch):
+            for batch in training_batches(examples, config.batch_size, seed, epoch, buckets):
                 state, measured = step(state, base, batch, key)
                 metrics.append(measured)
                 progress.advance()
-            record = {"phase": phase, "epoch": epoch, "step": epoch * steps_per_epoch}
+            record: Record = {"phase": phase, "epoch": epoch, "step": epoch * steps_per_epoch}
+            metrics = jax.device_get(metrics)
             record |= {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
-            if epoch % eval_every == 0 or epoch == config.epochs:
+            measured_now = epoch % eval_every == 0 or epoch == config.epochs
+            if measured_now:
                 record |= evaluate(jlora.attach(base, state.adapters))
             record["seconds"] = round(time.perf_counter() - started, 3)
             records.append(record)
             log(record)
             progress.show(record)
+            if measured_now:
+                on_eval(record, state.adapters)
     return state.adapters, records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,23 @@ from tqdm import tqdm
 
 from jlora._table import table
 
+QUIET_SECONDS = 20
+"""Where there is no terminal: how long to train without a line."""
+
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a plain line for every epoch that was evaluated.
+    """A progress bar on a terminal; elsewhere a plain line for every epoch that was measured, and in long ones between.
+
+    ``metric`` is the one that is shown.
 
     Use as a context manager: `advance` after every step, `show` after every epoch.
     """
 
-    def __init__(self, phase: str, steps: int):
-        self._phase = phase
+    def __init__(self, phase: str, steps: int, metric: str):
+        self._phase, self._steps, self._step, self._metric = phase, steps, 0, metric
         self._bar = tqdm(total=steps, desc=phase, unit="step", disable=None, dynamic_ncols=True)
         self._plain = bool(self._bar.disable)
+        self._spoke = time.perf_counter()
 
     def __enter__(self) -> Progress:
         return self
@@ -30,37 +37,52 @@ class Progress:
 
     def advance(self) -> None:
         self._bar.update()
+        self._step += 1
+        if self._plain and time.perf_counter() - self._spoke > QUIET_SECONDS:
+            self._say(f"step {self._step} of {self._steps}")
 
     def show(self, record: dict[str, Any]) -> None:
-        """Show the figures of the epoch's record."""
-        known = {"phase", "epoch", "step", "seconds", "learning_rate", "grad_norm", "accuracy"}
-        figures = {name: f"{value:.3f}" for name, value in record.items() if name not in known}
+        """Show the loss of the epoch's record, and the metric on every set on which it was measured."""
+        figures = {"loss": record["loss"]} | {n: v for n, v in record.items() if n.endswith(f"_{self._metric}")}
+        figures = {name: f"{value:.3f}" for name, value in figures.items()}
         if not self._plain:
             self._bar.set_postfix(figures)
         elif len(figures) > 1:
             shown = "  ".join(f"{name} {value}" for name, value in figures.items())
-            print(f"{self._phase}  epoch {record['epoch']:3d}  {shown}  {record['seconds']:.1f} s", flush=True)
+            self._say(f"epoch {record['epoch']:3d}  {shown}  {record['seconds']:.1f} s")
+
+    def _say(self, line: str) -> None:
+        print(f"{self._phase}  {line}", flush=True)
+        self._spoke = time.perf_counter()
 
 
-def accuracy_table(summary: dict[str, Any]) -> str:
-    """A run's models on both domains, and how many predictions tell them apart."""
-    differing, images = summary["differing_predictions"], sum(summary["test_images"].values())
-    differ = f"of {images:,} predictions differ from"
+def comparison_table(summary: dict[str, Any]) -> str:
+    """A run's models on every set of examples, by the metric that counts, and how many predictions tell them apart."""
+    sets, primary = summary["examples"], summary["primary"]
+    differ = f"of {sum(sets.values()):,} predictions differ from"
+    differing = summary["differing_predictions"]
     labels = {
         "base": ("base", ""),
         "adapted": (f"adapted ({summary['mode']})", ""),
-        "merged": ("merged", f"{differing['merged_vs_adapted']} {differ} the adapted model's"),
-        "detached": ("detached", f"{differing['detached_vs_base']} {differ} the base's"),
+        "merged": ("merged", f"{differing.get('merged_vs_adapted')} {differ} the adapted model's"),
+        "detached": ("detached", f"{differing.get('detached_vs_base')} {differ} the base's"),
     }
     rows = [
-        [label, *(f"{value:.4f}" for value in summary["accuracy"][model].values()), note]
-        for model, (label, note) in labels.items()
+        [labels[model][0], *(f"{figures[name][primary]:.4f}" for name in sets), labels[model][1]]
+        for model, figures in summary["metrics"].items()
     ]
-    return table(["test accuracy", *summary["test_images"], ""], rows, right=range(1, 1 + len(summary["test_images"])))
+    if not differing:
+        return table([primary, *sets], [row[:-1] for row in rows], right=range(1, 1 + len(sets)))
+    return table([primary, *sets, ""], rows, right=range(1, 1 + len(sets)))
 
 
-def draw_curves(path: Path, records: Sequence[dict[str, Any]], domains: Sequence[str]) -> bool:
-    """Draw loss and test accuracy over the epochs of all phases, one after the other, as a PNG.
+def figures_line(figures: dict[str, float]) -> str:
+    """All metrics of one set of examples, for a person."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+
+def draw_curves(path: Path, records: Sequence[dict[str, Any]], figures: Sequence[str]) -> bool:
+    """Draw the loss, and ``figures`` of the records, over the epochs of all phases, one after the other, as a PNG.
 
     Returns:
       Whether it was drawn: False without matplotlib (the extra `plots`).
@@ -70,18 +92,22 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]], domains: Sequence
     except ImportError:
         return False
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+    loss, measured = figure.subplots(1, 2)
     epochs = range(1, len(records) + 1)
-    loss.plot(epochs, [record["loss"] for record in records], color="black")
+    loss.plot(epochs, [record["loss"] for record in records], color="black", marker="." if len(records) < 9 else None)
     loss.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    for domain in domains:
-        points = [(epoch, record[domain]) for epoch, record in zip(epochs, records, strict=True) if domain in record]
-        accuracy.plot(*zip(*points, strict=True), marker=".", label=domain)
-    accuracy.set(xlabel="epoch", ylabel="test accuracy", ylim=(0, 1.02))
-    accuracy.legend()
+    for name in figures:
+        points = [(epoch, record[name]) for epoch, record in zip(epochs, records, strict=True) if name in record]
+        measured.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
+    measured.set(xlabel="epoch")
+    if all(name.endswith("accuracy") for name in figures):
+        measured.set(ylim=(0, 1.02))
+    measured.legend()
+    for axes in (loss, measured):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     for epoch, (before, after) in enumerate(zip(records, records[1:], strict=False), start=1):
         if before["phase"] != after["phase"]:
-            for axes in (loss, accuracy):
+            for axes in (loss, measured):
                 axes.axvline(epoch + 0.5, color="gray", linestyle=":")
     figure.savefig(path, dpi=120)
     return True

@@ -1,30 +1,34 @@
-"""The whole story: a base learns upright digits, is frozen, and is adapted to digits that are turned and inverted.
+"""The whole story: a base is frozen, adapters are trained on it, and what they are worth is measured.
 
-What it shows on the way is LoRA's promise. The adapters are small, the merged model predicts what the adapted one
-predicts, and the base is still there once they are detached.
+For a network trained from scratch it also shows LoRA's promise: the merged model predicts what the adapted one predicts,
+and the base is still there once the adapters are detached. A checkpoint is merged by ``python -m train export``, leaf by
+leaf, so that training never holds two copies of it.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
-import flax.traverse_util
 import jax
 
 import jlora
-from train import data, report, store
-from train.base import EVERYTHING, base
-from train.config import ConfigError, TrainConfig, validate, validate_for
-from train.evaluate import accuracy, compare, make_predict
-from train.loop import fit, random_key
-from train.model import HEAD, Forward, Init, network
-
-NEW_HEAD = jlora.LoraConfig(targets=(), train_also=(rf"^{HEAD}/",))
+from jlora._paths import named_leaves
+from train import report, store
+from train.base import Base, base
+from train.batches import Examples, batch_of, lengths, quarters, size
+from train.checks import validate, validate_for
+from train.config import ConfigError, TrainConfig
+from train.data import Table, load
+from train.evaluate import Measure, compare, make_measure
+from train.loop import Record, fit, random_key
+from train.networks import Network, make_network, what_to_train
+from train.tasks import Task, make_task, resolved
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Train, adapt, merge and detach as ``config`` says; print what happens and write the run directory.
+    """Train and measure as ``config`` says; print what happens and write the run directory.
 
     Returns:
       The summary, as written to ``summary.json``.
@@ -35,96 +39,154 @@ def run(config: TrainConfig) -> dict[str, Any]:
     started = time.perf_counter()
     validate(config)
 
-    # The data: the same images in two domains.
-    images = data.load(config.data.file, config.cache_dir)
-    validate_for(config, data.size(images["train"]))
-    domains = {"upright": config.data.upright, "shifted": config.data.shifted}
-    train = {name: data.in_domain(images["train"], domain) for name, domain in domains.items()}
-    test = {name: data.in_domain(images["test"], domain) for name, domain in domains.items()}
-
-    # The model, and what of it will be adapted.
-    init, forward = network(config.model)
-    lora_config, uses, plan = _plan(config, init, forward, train["upright"])
+    # The data, the network, and what of it will be adapted.
+    tables = load(config.data, config.cache_dir)
+    config = resolved(config, tables)
+    network = make_network(config)
+    task = make_task(config, network)
+    train, test = encoded(task, tables)
+    learnt = train[list(train)[-1]]
+    validate_for(config, size(learnt))
+    buckets = bucket_lengths(config, train, test)
+    uses, plan = plan_of(config, network, task.inputs(batch_of(learnt, jax.numpy.arange(1), buckets)))
     run_dir = store.make_run_dir(config)
     print(f"{config.name}, mode {config.mode}, seed {config.seed}\n\n{plan}\n")
 
-    plain = make_predict(forward, config.eval_batch_size)
-    attached = make_predict(jlora.lora(forward), config.eval_batch_size)
+    plain = make_measure(network.forward, task, config.eval_batch_size, buckets)
+    attached = make_measure(jlora.lora(network.forward), task, config.eval_batch_size, buckets)
 
-    def measure(tree: Any, *names: str) -> dict[str, float]:
-        return {name: accuracy(attached(tree, test[name]), test[name]) for name in names}
+    def measure(tree: Any, *sets: str) -> dict[str, float]:
+        found = {name: task.metrics(attached(tree, test[name])) for name in sets}
+        return {f"{name}_{metric}": value for name, figures in found.items() for metric, value in figures.items()}
 
-    def log(record: dict[str, Any]) -> None:
+    def log(record: Record) -> None:
         store.append_jsonl(run_dir / "metrics.jsonl", record)
 
     # The base, which stays as it is from here on.
-    trained = base(forward, init, train["upright"], config, lambda tree: measure(tree, "upright"), log)
-    print(f"base: {'taken from' if trained.cached else 'cached at'} {trained.path}")
+    first = list(train)[0]
+    if config.base is None:
+        start = Base(network.load(random_key(config.seed, "head")), [], None, cached=False)
+    else:
+        start = base(network, task, train[first], config, lambda tree: measure(tree, first), log)
+        print(f"base: {'taken from' if start.cached else 'cached at'} {start.path}")
 
-    # The adapters, trained on the shifted domain.
-    start = jax.jit(lambda key, params: jlora.init(key, params, lora_config, uses))
-    adapters = start(random_key(config.seed, "adapters"), trained.params)
-    if config.mode == "head":
-        adapters = _new_head(adapters, jax.jit(init)(random_key(config.seed, "head")))
-    adapters, records = fit(
-        forward,
-        trained.params,
+    # The adapters.
+    adapters = start_adapters(config, network, start.params, uses)
+    kept = _Kept(config, task, f"{list(test)[-1]}_{task.primary}", adapters)
+    last, records = fit(
+        network.forward,
+        task,
+        start.params,
         adapters,
-        train["shifted"],
+        learnt,
         config.fit,
         phase="fit",
         learning_rate=getattr(config.learning_rate, config.mode),
         seed=config.seed,
         eval_every=config.eval_every,
-        evaluate=lambda tree: measure(tree, *domains),
+        evaluate=lambda tree: measure(tree, *test),
         log=log,
+        buckets=buckets,
+        on_eval=kept.look,
     )
-    merged = jax.jit(jlora.merge)(trained.params, adapters)
+    adapters = kept.adapters if config.keep == "best" else last
+    jlora.save(run_dir / "adapters", adapters)
 
-    # The files, and the figures.
-    store.save_adapters(run_dir, adapters)
-    store.save_tree(run_dir / "merged", merged)
-    drawn = report.draw_curves(run_dir / "curves.png", [*trained.records, *records], list(domains))
+    # The figures.
+    models: dict[str, tuple[Measure, Any]] = {
+        "base": (plain, start.params),
+        "adapted": (attached, jlora.attach(start.params, adapters)),
+    }
+    if not network.pretrained:
+        merged = jax.jit(jlora.merge)(start.params, adapters)
+        store.save_tree(run_dir / "merged", merged)
+        models |= {"merged": (plain, merged), "detached": (plain, jlora.detach(models["adapted"][1])[0])}
+    figures, differing = compare(task, models, test)
+    drawn = report.draw_curves(
+        run_dir / "curves.png", [*start.records, *records], [f"{name}_{task.primary}" for name in test]
+    )
+    pairs = (("merged", "adapted"), ("detached", "base"))
     summary = {
         "name": config.name,
         "mode": config.mode,
         "seed": config.seed,
-        **compare(plain, attached, trained.params, adapters, merged, test),
-        "test_images": {name: data.size(examples) for name, examples in test.items()},
-        "trainable": _count(adapters),
-        "total": _count(trained.params),
-        "base": {"path": str(trained.path), "cached": trained.cached},
+        "primary": task.primary,
+        "metrics": figures,
+        "differing_predictions": {f"{one}_vs_{two}": differing(one, two) for one, two in pairs if one in models},
+        "examples": {name: size(examples) for name, examples in test.items()},
+        "kept_epoch": kept.epoch if config.keep == "best" else config.fit.epochs,
+        "trainable": plan.trainable,
+        "total": plan.total,
+        "base": {"path": str(start.path or network.source), "cached": start.cached},
         "run_dir": str(run_dir),
         "seconds": round(time.perf_counter() - started, 2),
     }
     store.write_json(run_dir / "summary.json", summary)
-    print(f"\n{report.accuracy_table(summary)}\n\nwritten to {run_dir} in {summary['seconds']:.1f} s")
+    print(f"\n{report.comparison_table(summary)}\n")
+    for name in test:
+        print(f"adapted, {name}: {report.figures_line(figures['adapted'][name])}")
+    print(f"\nwritten to {run_dir} in {summary['seconds']:.1f} s")
     if not drawn:
         print("curves.png needs matplotlib: pip install -e '.[plots]'")
     return summary
 
 
-def _plan(
-    config: TrainConfig, init: Init, forward: Forward, examples: data.Examples
-) -> tuple[jlora.LoraConfig, dict[str, jlora.WeightUse], jlora.Plan]:
-    """What the mode trains, how the model uses its weights, and the plan that follows.
+def encoded(task: Task, tables: Mapping[str, Table]) -> tuple[dict[str, Examples], dict[str, Examples]]:
+    """Training and validation examples by the name of their domain; where there is one, it is ``validation``."""
+    train, test = task.encode(tables["train"]), task.encode(tables["validation"])
+    return train, {name or "validation": examples for name, examples in test.items()}
 
-    Shapes are all that this needs: what does not fit the model is refused before anything is trained.
+
+def bucket_lengths(config: TrainConfig, *sets: Mapping[str, Examples]) -> tuple[int, ...]:
+    """The lengths to which batches of texts are padded: those configured, as far as the longest example needs them."""
+    found = [long for examples in sets for one in examples.values() if (long := lengths(one)) is not None]
+    if not found:
+        return ()
+    most = getattr(config.task, "max_length", 0)
+    longest = max(int(long.max()) for long in found)
+    wanted = tuple(sorted(config.data.buckets or quarters(most)))
+    if wanted[-1] < longest:
+        wanted = (*wanted, longest)
+    return tuple(bucket for i, bucket in enumerate(wanted) if i == 0 or wanted[i - 1] < longest)
+
+
+def plan_of(config: TrainConfig, network: Network, inputs: Mapping[str, Any]) -> tuple[Mapping[str, jlora.WeightUse], jlora.Plan]:
+    """How the network uses its weights, and the plan that follows.
+
+    Shapes are all that this needs: what does not fit the model is refused before anything is read or trained.
     """
-    lora_config = {"lora": config.lora, "full": EVERYTHING, "head": NEW_HEAD}[config.mode]
-    params = jax.eval_shape(init, random_key(config.seed, "model"))
-    uses = jlora.trace(forward, params, examples["image"][:1])
+    params = jax.eval_shape(network.init, random_key(config.seed, "model"))
+    uses = jlora.trace(network.forward, params, inputs)
     try:
-        return lora_config, uses, jlora.plan(params, lora_config, uses)
+        return uses, jlora.plan(params, what_to_train(config), uses)
     except ValueError as error:
         raise ConfigError(f"lora: {error}") from error
 
 
-def _new_head(adapters: dict[str, Any], random_params: Any) -> dict[str, Any]:
-    """The same paths with random values instead of the base's: a head that has learnt nothing."""
-    fresh = flax.traverse_util.flatten_dict(random_params, sep="/")
-    return {path: fresh[path] for path in adapters}
+def start_adapters(config: TrainConfig, network: Network, params: Any, uses: Mapping[str, jlora.WeightUse]) -> dict[str, Any]:
+    """Fresh adapters; with the mode ``head``, a head that has learnt nothing."""
+    start = jax.jit(lambda key, params: jlora.init(key, params, what_to_train(config), uses))
+    adapters = start(random_key(config.seed, "adapters"), params)
+    if config.mode != "head":
+        return adapters
+
+    def new(key: jax.Array) -> dict[str, Any]:
+        drawn, _ = named_leaves(network.init(key))
+        return {path: drawn[path].astype(value.dtype) for path, value in adapters.items()}
+
+    return jax.jit(new)(random_key(config.seed, "head"))
 
 
-def _count(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+class _Kept:
+    """The adapters that measured best so far."""
+
+    def __init__(self, config: TrainConfig, task: Task, figure: str, adapters: dict[str, Any]):
+        self._sign = 1 if task.higher_is_better else -1
+        self._wanted, self._figure, self._best = config.keep == "best", figure, -float("inf")
+        self.adapters, self.epoch = adapters, 0
+
+    def look(self, record: Record, adapters: dict[str, Any]) -> None:
+        value = self._sign * record[self._figure]
+        if self._wanted and value > self._best:
+            # A copy: the next step reuses the memory.
+            self._best, self.epoch, self.adapters = value, record["epoch"], jax.tree.map(jax.numpy.copy, adapters)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 
 import jlora
-from train import tasks
-from train.model import Forward
+from train.batches import Batch
+from train.networks import Forward
+from train.tasks import Task
 
 Metrics = dict[str, jax.Array]
 
@@ -41,35 +42,37 @@ def init_state(tx: optax.GradientTransformation, base: Any, adapters: dict[str, 
 
 
 def make_step(
-    forward: Forward, tx: optax.GradientTransformation, schedule: optax.Schedule
-) -> Callable[[TrainState, Any, tasks.Batch, jax.Array], tuple[TrainState, Metrics]]:
+    forward: Forward, task: Task, tx: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """The step that trains the adapters of any model.
 
     Args:
-      forward: the bare model, ``forward(params, inputs) -> logits``.
+      forward: the bare model, ``forward(params, inputs, key) -> outputs``.
+      task: which part of a batch are its inputs, and the loss.
       tx: a transformation over the whole attached tree that leaves frozen leaves alone: `jlora.freeze` of an optimizer.
       schedule: the optimizer's learning rate, for the metrics.
 
     Returns:
       ``step(state, base, batch, key) -> (state, metrics)``, to be jitted; the key is for dropout, one for the whole
-      training. The metrics are scalars: ``loss``, ``accuracy`` (of the batch), ``grad_norm``, ``learning_rate``.
+      training. The metrics are scalars: ``loss`` (mean of the batch), ``grad_norm``, ``learning_rate``.
     """
     apply = jlora.lora(forward)
 
-    def step(state: TrainState, base: Any, batch: tasks.Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        tree = jlora.attach(base, state.adapters, dropout_key=jax.random.fold_in(key, state.step))
+    def step(state: TrainState, base: Any, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        adapters_key, network_key = jax.random.split(jax.random.fold_in(key, state.step))
+        tree = jlora.attach(base, state.adapters, dropout_key=adapters_key)
         trainable, frozen = jlora.partition(tree)
 
-        def loss_fn(trainable: Any) -> tuple[jax.Array, jax.Array]:
-            logits = apply(jlora.combine(trainable, frozen), tasks.inputs(batch))
-            return tasks.loss(logits, batch), logits
+        def loss_fn(trainable: Any) -> jax.Array:
+            outputs = apply(jlora.combine(trainable, frozen), task.inputs(batch), network_key)
+            total, count = task.loss(outputs, batch)
+            return total / jnp.maximum(count, 1)
 
-        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+        loss, grads = jax.value_and_grad(loss_fn)(trainable)
         updates, opt_state = tx.update(grads, state.opt_state, tree)
         _, adapters = jlora.detach(jlora.combine(optax.apply_updates(trainable, updates), frozen))
         metrics = {
             "loss": loss,
-            "accuracy": tasks.accuracy(tasks.predict(logits), batch),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step)),
         }

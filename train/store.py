@@ -1,11 +1,10 @@
 """Files: array trees (orbax), JSON, and the run directory.
 
     runs/digits-lora-seed0-20261122-120000/
-      config.json      the whole configuration, defaults and overrides included
+      config.json      the whole configuration: defaults, overrides, and what was taken from the data
       metrics.jsonl    a line for each epoch of each training
-      adapters/        all that was trained (orbax): factors a and b, or whole leaves, by path
-      adapters.json    what is recorded with the factors: scale, axes, dropout
-      merged/          plain parameters for the unmodified model (orbax)
+      adapters/        all that was trained, as `jlora.save` writes it
+      merged/          of a network trained from scratch: plain parameters for the unmodified model (orbax)
       curves.png       when matplotlib is installed
       summary.json     the figures
 
@@ -18,13 +17,15 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import jax
 import orbax.checkpoint as ocp
 
-from jlora import LoraFactors
+from jlora import LoraConfig
 from train.config import TrainConfig
 
 
@@ -55,31 +56,48 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def save_adapters(run_dir: Path, adapters: dict[str, Any]) -> None:
-    """Write adapters as ``adapters/`` and, beside their arrays, what is recorded with them as ``adapters.json``."""
-    save_tree(run_dir / "adapters", arrays_of(adapters))
-    recorded = {
-        path: {"scale": adapter.scale, "axes": adapter.axes._asdict(), "dropout": adapter.dropout}
-        for path, adapter in adapters.items()
-        if isinstance(adapter, LoraFactors)
-    }
-    write_json(run_dir / "adapters.json", recorded)
-
-
-def arrays_of(adapters: dict[str, Any]) -> dict[str, Any]:
-    """Adapters as they are stored: whole leaves as they are, factors as a dict of the arrays that they have."""
-    return {
-        path: {name: array for name, array in vars(adapter).items() if isinstance(array, jax.Array)}
-        if isinstance(adapter, LoraFactors)
-        else adapter
-        for path, adapter in adapters.items()
-    }
-
-
 def make_run_dir(config: TrainConfig) -> Path:
     """The directory of this run, made anew, with ``config.json`` in it."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run_dir = config.run_dir or Path("runs") / f"{config.name}-{config.mode}-seed{config.seed}-{stamp}"
     run_dir.mkdir(parents=True, exist_ok=config.run_dir is not None)
-    write_json(run_dir / "config.json", dataclasses.asdict(config))
+    write_json(run_dir / "config.json", to_json(config))
     return run_dir
+
+
+def to_json(value: Any) -> Any:
+    """A configuration as JSON can hold it; a dataclass says which one it is under ``kind``."""
+    if isinstance(value, LoraConfig):
+        return json.loads(value.to_json())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {name: to_json(one) for name, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_json(kind: Any, value: Any) -> Any:
+    """The configuration of type ``kind`` that `to_json` wrote as ``value``.
+
+    Raises:
+      KeyError, TypeError, ValueError: if it is none.
+    """
+    if isinstance(kind, UnionType):
+        if value is None:
+            return None
+        options = [one for one in get_args(kind) if one is not type(None)]
+        named = {one.__name__: one for one in options if dataclasses.is_dataclass(one)}
+        return from_json(named[value["kind"]] if named else options[0], value)
+    if kind is LoraConfig:
+        return LoraConfig.from_json(json.dumps(value))
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = get_type_hints(kind)
+        return kind(**{name: from_json(hints[name], one) for name, one in value.items() if name != "kind"})
+    if get_origin(kind) is dict:
+        return {name: from_json(get_args(kind)[1], one) for name, one in value.items()}
+    if get_origin(kind) is tuple:
+        return tuple(from_json(get_args(kind)[0], one) for one in value)
+    return Path(value) if kind is Path else value

@@ -5,7 +5,22 @@ nothing of LoRA; any other model in JAX is adapted just as well.
 """
 
 from jlora._tensors import TensorError
-from jlora.models._checkpoint import abstract, build, example_inputs, load, names, save
+from jlora.models._checkpoint import abstract, build, example_inputs, fetch, load, names, save
+from jlora.models._export import export
 from jlora.models._family import ModelError, Task
+from jlora.models._generate import generate
 
-__all__ = ["ModelError", "Task", "TensorError", "abstract", "build", "example_inputs", "load", "names", "save"]
+__all__ = [
+    "ModelError",
+    "Task",
+    "TensorError",
+    "abstract",
+    "build",
+    "example_inputs",
+    "export",
+    "fetch",
+    "generate",
+    "load",
+    "names",
+    "save",
+]

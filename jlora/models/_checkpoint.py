@@ -6,17 +6,17 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora._paths import bullets, named_leaves, nearest
-from jlora._tensors import Tensor, open_checkpoint, read_json, write_checkpoint, write_json
+from jlora._tensors import Tensor, TensorError, is_finite, open_checkpoint, read_json, write_checkpoint, write_json
 from jlora._types import Array, PyTree
 from jlora._types import Path as LeafPath
 from jlora.models._family import Family, ModelConfig, ModelError, Task, task_of
@@ -138,27 +138,59 @@ def save(folder: str | Path, model: nn.Module, params: PyTree, *, max_shard_byte
     Raises:
       ModelError: if ``params`` are not the parameters of ``model``, naming every leaf, or hold NaN or infinity.
     """
-    folder = Path(folder)
+    leaves, _ = named_leaves(params)
+    check_leaves(leaves, model)
+    return write(Path(folder), model, leaves, leaves.__getitem__, max_shard_bytes)
+
+
+def check_leaves(leaves: Mapping[LeafPath, Any], model: nn.Module) -> None:
+    """Raises a ModelError that names every leaf which is not as ``model`` has it, or holds NaN or infinity."""
+    expected = named_leaves(abstract(model))[0]
+    wrong = [f"{path!r} is missing" for path in expected if path not in leaves]
+    wrong += [f"{path!r} is no parameter of it{nearest(path, expected)}" for path in leaves if path not in expected]
+    wrong += [
+        f"{path!r} has shape {tuple(leaves[path].shape)}, expected {shape.shape}"
+        for path, shape in expected.items()
+        if path in leaves and tuple(leaves[path].shape) != shape.shape
+    ]
+    wrong += [f"{path!r} holds NaN or infinity" for path, leaf in leaves.items() if not jnp.all(jnp.isfinite(leaf))]
+    if wrong:
+        raise ModelError(
+            f"save: these are not the parameters of {type(model).__name__}:{bullets(wrong)}\nExpected plain, finite "
+            "parameters as load returns them; adapters are merged first: jlora.merge(params, adapters)."
+        )
+
+
+def write(
+    folder: Path,
+    model: nn.Module,
+    shapes: Mapping[LeafPath, Any],
+    fetch_leaf: Callable[[LeafPath], Any],
+    max_shard_bytes: int,
+) -> list[Path]:
+    """As `save`, of leaves that are fetched when their turn comes; ``shapes`` has the shape and dtype of each."""
     family, task = family_and_task(model)
     config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
-    leaves, _ = named_leaves(params)
-    table = names(model)
-    _check_leaves(leaves, named_leaves(abstract(model))[0], type(model).__name__)
     folder.mkdir(parents=True, exist_ok=True)
 
-    def tensors():
-        for path, name in table.items():
-            leaf = leaves[path]
-            size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize // len(name.tensors)
-            for i, tensor in enumerate(name.tensors):
-                layer = leaf[i] if name.stacked else leaf
-                yield tensor, lambda layer=layer, name=name: to_torch(np.asarray(layer), name.kind), size
+    def tensor(path: LeafPath, layer: int, name: Name) -> np.ndarray:
+        leaf = fetch_leaf(path)
+        return to_torch(np.asarray(leaf[layer] if name.stacked else leaf), name.kind)
 
+    tensors = (
+        (
+            one,
+            partial(tensor, path, layer, name),
+            math.prod(shapes[path].shape) * np.dtype(shapes[path].dtype).itemsize // len(name.tensors),
+        )
+        for path, name in names(model).items()
+        for layer, one in enumerate(name.tensors)
+    )
     before = {*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")}
-    written = write_checkpoint(folder, tensors(), max_shard_bytes)
+    written = write_checkpoint(folder, tensors, max_shard_bytes)
     for stale in before - set(written):
         stale.unlink()
-    dtype = np.dtype(next(iter(leaves.values())).dtype).name
+    dtype = np.dtype(next(iter(shapes.values())).dtype).name
     write_json(folder / "config.json", {**config.to_hf(), "architectures": [_class(family, task)], "dtype": dtype})
     return [*written, folder / "config.json"]
 
@@ -200,15 +232,24 @@ def family_and_task(model: nn.Module) -> tuple[Family, Task]:
 def _family_of(
     hf: Mapping[str, Any], task: Task | None, labels: int | Sequence[str] | None
 ) -> tuple[Family, ModelConfig, Task]:
-    kind = hf.get("model_type")
+    kind = str(hf.get("model_type"))
     if kind not in FAMILIES:
         raise ModelError(
-            f"model_type = {kind!r} is no network that jlora.models has{nearest(str(kind), FAMILIES)}; expected one of "
+            f"model_type = {kind!r} is no network that jlora.models has{nearest(kind, FAMILIES)}; expected one of "
             f"{', '.join(sorted(FAMILIES))}. jlora.lora adapts any other network in JAX that you have."
         )
     family = FAMILIES[kind]
+    if (quantized := hf.get("quantization_config")) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        raise ModelError(
+            f"quantization_config: the checkpoint is quantized ({method!r}). Expected plain weights: load the "
+            "checkpoint that it was made from."
+        )
+    hf = {name: value for name, value in hf.items() if name != "quantization_config"}
     if labels is not None:
         words = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
+        if not words or len(set(words)) != len(words):
+            raise ModelError(f"labels = {labels!r}; expected how many there are, or their names, each once")
         ids = {
             "id2label": {str(i): word for i, word in enumerate(words)},
             "label2id": {w: i for i, w in enumerate(words)},
@@ -249,7 +290,7 @@ def _start(
     """New values of the leaves ``paths``; those of the others are never computed."""
 
     def start(key: Array) -> dict[LeafPath, Array]:
-        drawn = flax.traverse_util.flatten_dict(_init(model, key), sep="/")
+        drawn, _ = named_leaves(_init(model, key))
         return {path: drawn[path].astype(dtype) for path in paths}
 
     drawn = jax.jit(start)(key)
@@ -309,14 +350,19 @@ def _resolve(
 
 def _fetch(tensors: Sequence[Tensor], name: Name, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
     """One leaf on its devices; only the slices that this process's devices hold are read."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    parts: dict[tuple[range, ...], np.ndarray] = {}
 
     def part(index: Any) -> np.ndarray:
-        ranges = [range(size)[s] for s, size in zip(index, shape, strict=True)]
-        out = _aligned_empty(tuple(map(len, ranges)), np.dtype(dtype))
+        ranges = tuple(range(size)[s] for s, size in zip(index, shape, strict=True))
+        if ranges in parts:  # devices that hold the same part
+            return parts[ranges]
+        out = _aligned_empty(tuple(map(len, ranges)), dtype)
         one = index[1:] if name.stacked else index
         axes = torch_axes(name.kind, len(one))
         for i, layer in enumerate(ranges[0] if name.stacked else (0,)):
             _read_into(out[i] if name.stacked else out, tensors[layer], name, [one[j] for j in np.argsort(axes)])
+        parts[ranges] = out
         return out
 
     whole = tuple(slice(0, size) for size in shape)
@@ -328,14 +374,25 @@ def _fetch(tensors: Sequence[Tensor], name: Name, shape: tuple[int, ...], dtype:
 def _read_into(out: np.ndarray, tensor: Tensor, name: Name, index: Sequence[slice]) -> None:
     """Fill ``out`` with ``tensor[index]`` in our layout, a few rows of PyTorch's at a time."""
     if not tensor.shape:
-        out[...] = tensor.read()
+        _cast_into(out, tensor.read(), tensor)
         return
     target = to_torch(out, name.kind)
     rows = range(tensor.shape[0])[index[0]]
     count = max(1, CHUNK_BYTES // max(1, tensor.dtype.itemsize * math.prod(tensor.shape[1:])))
     for start in range(0, len(rows), count):
         stop = min(start + count, len(rows))
-        target[start:stop] = tensor.read((slice(rows[start], rows[stop - 1] + 1), *index[1:]))
+        part = tensor.read((slice(rows[start], rows[stop - 1] + 1), *index[1:]))
+        _cast_into(target[start:stop], part, tensor)
+
+
+def _cast_into(out: np.ndarray, array: np.ndarray, tensor: Tensor) -> None:
+    with np.errstate(over="ignore"):
+        out[...] = array
+    if out.dtype != array.dtype and not is_finite(out):
+        raise TensorError(
+            f"{tensor.file}: the tensor {tensor.name!r} of dtype {array.dtype} leaves the range of {out.dtype}. Pass a "
+            "param_dtype of a larger range, such as float32 or bfloat16."
+        )
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
@@ -353,18 +410,3 @@ def _placement(shardings: Shardings, shapes: Mapping[LeafPath, Any], treedef: An
         return lambda path: shardings(path, shapes[path].shape)
     given = dict(zip(shapes, treedef.flatten_up_to(shardings), strict=True))
     return given.__getitem__
-
-
-def _check_leaves(leaves: Mapping[LeafPath, Any], expected: Mapping[LeafPath, Any], network: str) -> None:
-    wrong = [f"{path!r} is missing" for path in expected if path not in leaves]
-    wrong += [f"{path!r} is no parameter of it{nearest(path, expected)}" for path in leaves if path not in expected]
-    wrong += [
-        f"{path!r} has shape {tuple(leaves[path].shape)}, expected {shape.shape}"
-        for path, shape in expected.items()
-        if path in leaves and tuple(leaves[path].shape) != shape.shape
-    ]
-    if wrong:
-        raise ModelError(
-            f"save: these are not the parameters of {network}:{bullets(wrong)}\nExpected plain parameters as load "
-            "returns them; adapters are merged first: jlora.merge(params, adapters)."
-        )

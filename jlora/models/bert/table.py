@@ -48,7 +48,7 @@ def _read(hf: Mapping[str, Any]) -> BertConfig:
     roberta = hf["model_type"] == "roberta"
     if roberta and hf.get("pad_token_id", 1) is None:
         raise ModelError("pad_token_id = None: RoBERTa counts its positions from it; expected a number, usually 1")
-    defaults = {"pad_token_id": 1} if roberta and "pad_token_id" not in hf else {}
+    defaults = {n: v for n, v in (("pad_token_id", 1), ("vocab_size", 50265)) if roberta and n not in hf}
     return read_config(
         BertConfig,
         hf,

@@ -1,0 +1,29 @@
+"""Instruction tuning of a Llama-type model: every linear layer, in its own chat template, on conversations.
+
+    python -m train configs/instruct_llama.py --model.path CHECKPOINT --data.train conversations.jsonl
+    python -m train configs/instruct_llama.py --task.messages None --task.prompt question --task.completion answer \
+        --task.chat True --data.train gsm8k.jsonl --data.validation more.jsonl
+    python -m train generate RUN --prompt "What is a low-rank update?"
+    python -m train export RUN --to peft
+
+The data have a column `messages`, lists of `{"role": ..., "content": ...}`; only what the assistant says is learnt. Sequences are
+packed, so that no step computes padding, and none sees another. Any family that `jlora.models` has will do: Llama,
+Mistral, Qwen, Gemma.
+
+Expected: perplexity on held-out answers falls in the first few hundred steps and then stays; a 1B model with these
+settings trains 11,272,192 x 2 parameters on one accelerator with 16 GB in bfloat16. Not run here.
+"""
+
+from jlora import LoraConfig
+from train.config import CausalLM, DataConfig, FitConfig, LearningRates, Pretrained, TrainConfig
+
+config = TrainConfig(
+    name="instruct_llama",
+    task=CausalLM(messages="messages", pack=True, max_length=1024),
+    model=Pretrained("meta-llama/Llama-3.2-1B-Instruct", dtype="bfloat16", param_dtype="bfloat16"),
+    data=DataConfig(train="HuggingFaceH4/no_robots:train", validation="HuggingFaceH4/no_robots:test"),
+    lora=LoraConfig(rank=32, alpha=64, dropout=0.05),
+    fit=FitConfig(epochs=2, batch_size=8, schedule="cosine", warmup=0.03, weight_decay=0.0, clip=1.0),
+    learning_rate=LearningRates(lora=2e-4),
+    eval_batch_size=8,
+)

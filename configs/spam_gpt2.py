@@ -1,0 +1,26 @@
+"""SMS spam with GPT-2: a language model turned into a classifier, every linear layer and the head adapted.
+
+    python -m train configs/spam_gpt2.py
+    python -m train predict RUN --text "You have won a prize! Call now"
+
+Rank 16 on every linear layer and on the new head: the plan says 2,371,616 trainable parameters, 1.9% of 124,441,344. The
+tutorial that this follows splits the fused query-key-value weight in three, each with factors of its own, and so counts
+2,666,528; here, as in Hugging Face's GPT-2, they are one weight with one pair of factors.
+
+Expected: the tutorial reports an accuracy of about 0.97 on its test split, after 5 epochs on a balanced 1,045 messages. Not run
+here: the hub fetches GPT-2 (550 MB) and the data. The data have no validation split: give one with
+--data.validation, or the figures are those of the training examples.
+"""
+
+from jlora import LoraConfig
+from train.config import DataConfig, FitConfig, LearningRates, Pretrained, SequenceClassification, TrainConfig
+
+config = TrainConfig(
+    name="spam_gpt2",
+    task=SequenceClassification(text="sms", labels=("ham", "spam"), max_length=128),
+    model=Pretrained("openai-community/gpt2"),
+    data=DataConfig(train="ucirvine/sms_spam/plain_text:train"),
+    lora=LoraConfig(rank=16, alpha=16, exclude=()),
+    fit=FitConfig(epochs=5, batch_size=8, schedule="constant", warmup=0.0, weight_decay=0.1, clip=None),
+    learning_rate=LearningRates(lora=5e-5),
+)

@@ -1,0 +1,23 @@
+"""SST-2 with MiniLM: is a sentence of a film review positive? A checkpoint of 6 layers, so a CPU is enough.
+
+    python -m train configs/sst2_minilm.py --model.path CHECKPOINT --data.train FOLDER/train.jsonl
+    python -m train predict RUN --text "a gripping story" --text "a waste of two hours"
+    python -m train export RUN --to peft
+
+CHECKPOINT is a folder with MiniLM-L6-H384 in BERT's layout, or its id on the hub (the default); the data are lines
+of `{"sentence": ..., "label": 0 or 1}`, and validation.jsonl lies beside them. Without --data.train, GLUE is fetched from the hub.
+
+"""
+
+from jlora import LoraConfig
+from train.config import DataConfig, FitConfig, LearningRates, Pretrained, SequenceClassification, TrainConfig
+
+config = TrainConfig(
+    name="sst2_minilm",
+    task=SequenceClassification(text="sentence", labels=("negative", "positive"), max_length=64),
+    model=Pretrained("nreimers/MiniLM-L6-H384-uncased", dropout=True),
+    data=DataConfig(train="nyu-mll/glue/sst2:train", limit=16_000),
+    lora=LoraConfig(rank=8, alpha=16, targets=("query", "value"), train_also=("classifier",)),
+    fit=FitConfig(epochs=1, batch_size=32, schedule="linear", warmup=0.1, weight_decay=0.01, clip=1.0),
+    learning_rate=LearningRates(lora=1e-3),
+)

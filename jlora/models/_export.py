@@ -1,0 +1,170 @@
+"""A merged checkpoint that stands alone: weights, config.json, tokenizer and model card."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from jlora._paths import bullets, named_leaves
+from jlora._types import Adapters, LoraFactors, PyTree
+from jlora._types import Path as LeafPath
+from jlora.merge import Rounding, merge, rounding
+from jlora.models._checkpoint import check_leaves, family_and_task, fetch, write
+from jlora.models._family import ModelError, Task
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""The files of a tokenizer, and of what prepares images."""
+
+CLASSES: dict[Task, str] = {
+    "features": "AutoModel",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "image-classification": "AutoModelForImageClassification",
+}
+"""The class of transformers that loads a network for each task."""
+
+
+def export(
+    folder: str | Path,
+    model: nn.Module,
+    params: PyTree,
+    adapters: Adapters,
+    *,
+    tokenizer: Any = None,
+    base_model: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> Rounding:
+    """Write the merged network as a checkpoint that transformers, vLLM and `load` read, with a model card.
+
+    >>> print(models.export("out/merged", model, params, adapters, tokenizer="../shared/models/minilm-l6"))
+
+    The weights are merged one by one as they are written, in float32 with one rounding to the base's dtype.
+
+    Args:
+      folder: made if it is not there; a checkpoint that is there is replaced.
+      model, params: as from `load`.
+      adapters: as from `jlora.init`.
+      tokenizer: None, an object with ``save_pretrained``, or a folder or the id of a model on the hub, whose files of
+        a tokenizer or image processor are copied.
+      base_model: the id of the base on the hub, for the model card.
+      max_shard_bytes: the size above which the tensors are divided into several files with an index.
+
+    Returns:
+      What the rounding lost, as `jlora.rounding` tells it; the model card has it too.
+
+    Raises:
+      KeyError, ValueError: as `jlora.merge`, if an adapter does not fit or holds NaN or infinity; nothing is written.
+      ModelError: if ``params`` are not those of ``model``, hold NaN or infinity, or leave the range of their dtype
+        when merged, naming every leaf; or ``tokenizer`` has no files. Nothing is written.
+    """
+    folder = Path(folder)
+    leaves, _ = named_leaves(params)
+    check_leaves(leaves, model)
+    report = rounding(params, adapters)
+    if beyond := [f"{path!r} of dtype {leaves[path].dtype}" for path, lost in report.items() if math.isinf(lost)]:
+        raise ModelError(
+            f"export: {len(beyond)} merged weights leave the range of their dtype:{bullets(beyond)}\nMerge into "
+            'parameters of a larger range: load(..., param_dtype="float32").'
+        )
+    files = _tokenizer_files(tokenizer)
+
+    @lru_cache(maxsize=1)
+    def merged(path: LeafPath) -> Any:
+        return merge({path: leaves[path]}, {path: adapters[path]})[path] if path in adapters else leaves[path]
+
+    write(folder, model, leaves, merged, max_shard_bytes)
+    for file in files:
+        if file.resolve() != (folder / file.name).resolve():
+            shutil.copyfile(file, folder / file.name)
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(_card(folder.resolve().name, model, leaves, adapters, report, base_model))
+    return report
+
+
+def _tokenizer_files(tokenizer: Any) -> list[Path]:
+    if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
+        return []
+    folder = fetch(tokenizer, files=TOKENIZER_FILES)
+    if not (files := [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]):
+        raise ModelError(
+            f"{folder} has no file of a tokenizer. Expected one of {', '.join(TOKENIZER_FILES)}; or pass an object "
+            "with save_pretrained."
+        )
+    return files
+
+
+def _card(
+    name: str,
+    model: nn.Module,
+    leaves: Mapping[LeafPath, Any],
+    adapters: Adapters,
+    report: Rounding,
+    base_model: str | None,
+) -> str:
+    """The text of README.md; JSON strings are YAML too."""
+    _, task = family_and_task(model)
+    front = [f"base_model: {json.dumps(base_model)}"] if base_model else []
+    front += ["library_name: transformers", "tags:", "- lora", "- jlora"]
+    factors = [value for value in adapters.values() if isinstance(value, LoraFactors)]
+    ranks = ", ".join(map(str, sorted({value.rank for value in factors})))
+    whole = len(adapters) - len(factors)
+    trained = sum(_size(value) for value in adapters.values())
+    total = sum(map(_size, leaves.values()))
+    base = f" of `{base_model}`" if base_model else ""
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"Low-rank adapters, merged by jlora into the weights{base}; it loads like any other checkpoint:",
+            "",
+            "```python",
+            f'model = transformers.{CLASSES[task]}.from_pretrained("{name}")',
+            "```",
+            "",
+            "## What was merged",
+            "",
+            f"- low-rank updates of {len(factors)} weights" + (f", rank {ranks}" if factors else ""),
+            f"- {whole} leaves trained whole",
+            f"- {trained:,} trained parameters, beside {total:,} of the network",
+            "",
+            "## What rounding lost",
+            "",
+            "Each update was added in float32, and the sum rounded once to the dtype of the weight. The last column is "
+            "the share of the update that the rounding took.",
+            "",
+            "```",
+            str(report),
+            "```",
+            "",
+        ]
+    )
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, LoraFactors):
+        return sum(_size(x) for x in (value.a, value.b, value.magnitude) if x is not None)
+    return math.prod(value.shape)

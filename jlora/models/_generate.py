@@ -1,0 +1,202 @@
+"""Text from a language model: the prompt at once, then token by token with a cache, in one compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora._types import Array, PyTree
+from jlora.models._causal import Cache, CausalLM
+from jlora.models._family import ModelError
+
+
+def generate(
+    model: nn.Module,
+    params: PyTree,
+    input_ids: Array,
+    attention_mask: Array | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: Array | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    apply: Callable[..., Any] | None = None,
+) -> Array:
+    """The tokens that follow each prompt, most probable or drawn.
+
+    Compiled once: another call with the same model, ``apply``, shapes and ``max_new_tokens`` compiles nothing, whatever
+    the temperature above 0, ``top_p``, key and end tokens are.
+
+    >>> apply = jlora.lora(model.apply)
+    >>> tokens = generate(model, jlora.attach(params, adapters), prompts, mask, max_new_tokens=32, apply=apply)
+
+    Args:
+      model: a network for the task causal-lm, of `jlora.models.load`.
+      params: its parameters; a tree with adapters attached together with ``apply``.
+      input_ids: int [batch, length], prompts that are padded on the left.
+      attention_mask: [batch, length], 0 or False at the padding; by default there is none.
+      max_new_tokens: how many tokens are made at most.
+      temperature: 0 takes the most probable token; otherwise logits are divided by it, and a token is drawn.
+      top_p: draw among the most probable tokens that together have this probability (Holtzman et al. 2019), or all.
+      key: a PRNG key, for drawing.
+      eos_token_id: the token, or tokens, after which a row has ended; by default none.
+      pad_token_id: what fills a row after its end; by default the (first) end token, or 0.
+      apply: ``model.apply``, or ``jlora.lora(model.apply)`` for attached trees. Make it once: each new one compiles.
+
+    Returns:
+      int32 [batch, max_new_tokens], without the prompts.
+
+    Raises:
+      ModelError: if the model is no language model, or has fewer positions than prompt and new tokens need.
+      ValueError: for prompts that are not padded on the left, an empty one, a setting out of its range, or no key.
+    """
+    if not isinstance(model, CausalLM):
+        raise ModelError(
+            f"generate: {type(model).__name__} has no logits of the next token; expected a network that "
+            'jlora.models.load(..., task="causal-lm") returns'
+        )
+    input_ids = jnp.asarray(input_ids)
+    mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
+    _check(model, input_ids, mask, max_new_tokens, temperature, top_p, key)
+    ends = np.atleast_1d(np.asarray([] if eos_token_id is None else eos_token_id, np.int32))
+    if pad_token_id is None:
+        pad_token_id = int(ends[0]) if ends.size else 0
+    sampling = None
+    if temperature > 0:
+        sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p))
+    return _generate(
+        model,
+        apply or model.apply,
+        max_new_tokens,
+        params,
+        input_ids,
+        mask,
+        sampling,
+        jax.random.key(0) if key is None else key,
+        jnp.asarray(ends),
+        jnp.int32(pad_token_id),
+    )
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn: float32 scalars."""
+
+    temperature: jax.Array
+    top_p: jax.Array
+
+
+class _State(NamedTuple):
+    """Of the loop: tokens [batch, new], how many of them there are, which rows have ended, and the next call's inputs."""
+
+    tokens: jax.Array
+    step: jax.Array
+    ended: jax.Array
+    cache: Cache
+    key: jax.Array
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+    model: CausalLM,
+    apply: Callable[..., Any],
+    new: int,
+    params: PyTree,
+    input_ids: jax.Array,
+    mask: jax.Array,
+    sampling: Sampling | None,
+    key: jax.Array,
+    ends: jax.Array,
+    pad: jax.Array,
+) -> jax.Array:
+    batch, length = input_ids.shape
+
+    def forward(tokens: jax.Array, seen: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        logits, cache = apply(params, tokens, seen, positions, cache=cache, last_only=True)
+        return logits[:, 0], cache
+
+    def append(state: _State, logits: jax.Array, cache: Cache) -> _State:
+        key, draw = jax.random.split(state.key)
+        token = jnp.argmax(logits, axis=-1) if sampling is None else _sample(draw, logits, sampling)
+        token = jnp.where(state.ended, pad, token.astype(jnp.int32))
+        tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
+        ended = state.ended | jnp.isin(token, ends)
+        return _State(tokens, state.step + 1, ended, cache, key)
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.step < new) & ~state.ended.all()
+
+    def advance(state: _State) -> _State:
+        last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
+        positions = prompts + state.step - 1
+        return append(state, *forward(last, jnp.ones_like(last, bool), positions, state.cache))
+
+    # Positions count the tokens that are no padding; what a padding token has for its own does not matter.
+    prompts = mask.sum(axis=1, keepdims=True)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    tokens = jnp.full((batch, new), pad, jnp.int32)
+    cache = model.init_cache(batch, length + new - 1)
+    start = _State(tokens, jnp.int32(0), jnp.zeros(batch, bool), cache, key)
+    first = append(start, *forward(input_ids, mask, positions, cache))
+    return jax.lax.while_loop(unfinished, advance, first).tokens
+
+
+def _sample(key: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """A token [batch] drawn from float32 logits [batch, vocab]: tempered, then cut to the most probable."""
+    logits = logits / sampling.temperature
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    # A token stays when those before it do not reach top_p: the first one always does.
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
+    drawn = jax.random.categorical(key, ranked)
+    return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
+
+
+def _check(
+    model: CausalLM,
+    input_ids: jax.Array,
+    mask: jax.Array,
+    new: int,
+    temperature: float,
+    top_p: float,
+    key: jax.Array | None,
+) -> None:
+    """Raises for what cannot be generated; padding is looked at only where its values are known."""
+    if input_ids.ndim != 2 or not input_ids.shape[1] or mask.shape != input_ids.shape:
+        raise ValueError(
+            f"generate: input_ids has shape {input_ids.shape} and attention_mask {mask.shape}; expected both "
+            "[batch, length] with at least one token"
+        )
+    if new < 1:
+        raise ValueError(f"generate: max_new_tokens = {new}; expected at least 1")
+    if temperature < 0:
+        raise ValueError(f"generate: temperature = {temperature}; expected 0 (the most probable token) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p = {top_p}; expected a probability above 0 and at most 1 (all tokens)")
+    if temperature > 0 and key is None:
+        raise ValueError(f"generate: temperature = {temperature} draws tokens; pass key=jax.random.key(0), or 0 for none")
+    most = model.config.max_length
+    if most is not None and input_ids.shape[1] + new > most:
+        raise ModelError(
+            f"generate: {input_ids.shape[1]} prompt and {new} new tokens; {type(model).__name__} has {most} positions. "
+            f"Expected at most {most} together: truncate the prompts on the left, or lower max_new_tokens"
+        )
+    if isinstance(mask, jax.core.Tracer):
+        return
+    known = np.asarray(mask)
+    if empty := np.flatnonzero(~known.any(axis=1)).tolist():
+        raise ValueError(f"generate: the prompts {empty} are all padding; expected at least one token in each")
+    if wrong := np.flatnonzero((np.diff(known.astype(np.int8), axis=1) < 0).any(axis=1)).tolist():
+        raise ValueError(
+            f"generate: the prompts {wrong} have padding after a token; new tokens must follow the prompt directly. "
+            'Expected padding on the left only: `tokenizer.padding_side = "left"`'
+        )

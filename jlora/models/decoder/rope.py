@@ -1,0 +1,158 @@
+"""Rotary positions (Su et al. 2021), and the ways in which models were stretched beyond their training length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora._paths import bullets
+from jlora.models._family import ModelError
+
+# Which parameters each kind needs, and which it may have.
+_KINDS: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, {"original_max_position_embeddings"}),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {"original_max_position_embeddings"}),
+    "yarn": (
+        set(),
+        {
+            "factor",
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How positions turn queries and keys.
+
+    Attributes:
+      kind: ``default``, ``linear`` (all positions divided by ``factor``), ``dynamic`` (the base grows with the length of the
+        call), ``llama3`` (low frequencies divided) or ``yarn`` (Peng et al. 2023).
+      theta: the base of the wavelengths.
+      factor: by which the length was stretched.
+      trained: the number of positions before that; of ``dynamic``, those up to which nothing changes.
+      low, high: of llama3, wavelengths per ``trained`` between which the division fades in; of yarn, rotations.
+      attention: what cosine and sine are multiplied by, in yarn.
+      truncate: round yarn's bounds to whole dimensions.
+    """
+
+    kind: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    trained: int = 0
+    low: float = 1.0
+    high: float = 1.0
+    attention: float = 1.0
+    truncate: bool = True
+
+
+def read_rope(hf: Mapping[str, Any]) -> Rope:
+    """From a config.json: of ``rope_parameters`` (transformers 5), or of ``rope_theta`` and ``rope_scaling`` (4).
+
+    Raises:
+      ModelError: for another kind, or parameters that it lacks or does not have.
+    """
+    given = {k: v for k, v in (hf.get("rope_scaling") or hf.get("rope_parameters") or {}).items() if v is not None}
+    theta = given.pop("rope_theta", hf.get("rope_theta") or 10000.0)
+    legacy = given.pop("type", "default")
+    kind = given.pop("rope_type", legacy)
+    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError("partial_rotary_factor: this network rotates whole heads; expected 1 or none")
+    if kind not in _KINDS:
+        raise ModelError(
+            f"rotary positions of the kind {kind!r} in {dict(hf.get('rope_scaling') or hf.get('rope_parameters') or {})} "
+            f"are unknown; expected one of {', '.join(_KINDS)}"
+        )
+    required, optional = _KINDS[kind]
+    wrong = [f"{name} is missing" for name in sorted(required - set(given))]
+    wrong += [f"{name} = {value!r} is unknown" for name, value in given.items() if name not in required | optional]
+    if wrong:
+        raise ModelError(
+            f"rotary positions of the kind {kind!r}:{bullets(wrong)}\nExpected {sorted(required | optional)} only."
+        )
+    length = hf.get("max_position_embeddings") or 2048
+    # `dynamic` starts at the length of the configuration, whatever it was before.
+    trained = length if kind == "dynamic" else given.get("original_max_position_embeddings", length)
+    factor = given.get("factor", length / trained)
+    if kind == "llama3":
+        return Rope(kind, theta, factor, trained, given["low_freq_factor"], given["high_freq_factor"])
+    if kind == "yarn":
+        low, high = given.get("beta_slow") or 1.0, given.get("beta_fast") or 32.0
+        return Rope(kind, theta, factor, trained, low, high, _yarn_attention(factor, given), given.get("truncate", True))
+    return Rope(kind, theta, factor if kind != "default" else 1.0, trained)
+
+
+def rotations(rope: Rope, size: int, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 [batch, length, 1, size / 2], of positions int [batch, length]."""
+    if rope.kind == "dynamic":
+        # As in transformers, the longest row of the call decides for all.
+        longest = jnp.maximum(position_ids.max() + 1, rope.trained).astype(jnp.float32)
+        stretch = rope.factor * longest / rope.trained - (rope.factor - 1)
+        exponents = np.arange(0, size, 2, dtype=np.float32) / size
+        frequencies = (rope.theta * stretch ** (size / (size - 2))) ** -exponents
+    else:
+        frequencies = jnp.asarray(_frequencies(rope, size), jnp.float32)
+    angles = position_ids.astype(jnp.float32)[:, :, None, None] * frequencies
+    return jnp.cos(angles) * rope.attention, jnp.sin(angles) * rope.attention
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Queries or keys [batch, length, heads, size] turned by their positions, in float32 inside."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def _frequencies(rope: Rope, size: int) -> np.ndarray:
+    """Radians per position, float64 [size / 2]."""
+    plain = rope.theta ** -(np.arange(0, size, 2) / size)
+    if rope.kind == "default":
+        return plain
+    if rope.kind == "linear":
+        return plain / rope.factor
+    if rope.kind == "llama3":
+        waves = rope.trained * plain / (2 * np.pi)
+        kept = np.clip((waves - rope.low) / (rope.high - rope.low), 0, 1)
+    else:
+        kept = 1 - _yarn_ramp(rope, size)
+    return kept * plain + (1 - kept) * plain / rope.factor
+
+
+def _yarn_ramp(rope: Rope, size: int) -> np.ndarray:
+    """How much of each frequency is interpolated, from 0 (turns ``high`` times in the training length) to 1 (``low``)."""
+
+    def dimension(turns: float) -> float:
+        return size * math.log(rope.trained / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    start, stop = dimension(rope.high), dimension(rope.low)
+    if rope.truncate:
+        start, stop = math.floor(start), math.ceil(stop)
+    start, stop = max(start, 0), min(stop, size - 1)
+    return np.clip((np.arange(size // 2) - start) / ((stop - start) or 0.001), 0, 1)
+
+
+def _yarn_attention(factor: float, given: Mapping[str, Any]) -> float:
+    if (attention := given.get("attention_factor")) is not None:
+        return attention
+
+    def temperature(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return temperature(given["mscale"]) / temperature(given["mscale_all_dim"])
+    return temperature(1.0)

@@ -1,0 +1,203 @@
+"""Where the parameters of Llama, Mistral, Qwen and Gemma lie in a checkpoint, and what sets these apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jlora.models._family import Family, ModelError, Task, read_config
+from jlora.models.decoder.modeling import (
+    Decoder,
+    DecoderConfig,
+    DecoderForCausalLM,
+    DecoderForSequenceClassification,
+)
+from jlora.models.decoder.rope import read_rope
+from jlora.names import Name, embedding, linear, norm
+
+_COMMON = frozenset(
+    {"rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "_attn_implementation_autoset"}
+)
+_SLIDING = frozenset({"sliding_window", "layer_types"})
+_QWEN = _COMMON | _SLIDING | {"use_sliding_window", "max_window_layers"}
+_GEMMA: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False)}
+_TANH = (None, "gelu_pytorch_tanh")
+# Parts that only some families have: another's config.json must not switch them on.
+_ABSENT: dict[str, tuple[Any, ...]] = {
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (None, 1.0),
+    "qk_norm": (False,),
+    "qkv_bias": (False,),
+    "query_pre_attn_scalar": (None,),
+}
+
+
+def names(config: DecoderConfig, task: Task) -> dict[str, Name]:
+    """Every leaf of the network for ``task``, and its tensor's name in transformers' class for it."""
+    bare, layers = task == "features", config.num_hidden_layers
+    path, module = ("params", "") if bare else ("params/model", "model.")
+
+    def stacked(part: str) -> tuple[str, str]:
+        return f"{path}/layers/{part}", f"{module}layers.{{}}.{part.replace('/', '.')}"
+
+    found = embedding(f"{path}/embed_tokens", f"{module}embed_tokens")
+    for part in ("q_proj", "k_proj", "v_proj"):
+        found |= linear(*stacked(f"self_attn/{part}"), bias=config.qkv_bias, layers=layers)
+    found |= linear(*stacked("self_attn/o_proj"), bias=config.output_bias, layers=layers)
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        found |= linear(*stacked(f"mlp/{part}"), bias=config.mlp_bias, layers=layers)
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if config.sandwich_norms else []
+    norms += ["self_attn/q_norm", "self_attn/k_norm"] if config.qk_norm else []
+    for part in norms:
+        found |= norm(*stacked(part), bias=False, layers=layers)
+    found |= norm(f"{path}/norm", f"{module}norm", bias=False)
+    if task == "causal-lm" and not config.tie_word_embeddings:
+        found |= linear("params/lm_head", "lm_head", bias=False)
+    if task == "sequence-classification":
+        found |= linear("params/score", "score", bias=False)
+    return found
+
+
+def _read(
+    hf: Mapping[str, Any],
+    *,
+    ignored: frozenset[str] = _COMMON,
+    fixed: Mapping[str, tuple[Any, ...]] | None = None,
+    own: frozenset[str] = frozenset(),
+    head_dim: int | None = None,
+    key_heads: int | None = None,
+    windows: tuple[int | None, ...] | None = None,
+    **derived: Any,
+) -> DecoderConfig:
+    """The configuration, with what is common to all; ``head_dim`` and ``key_heads`` are the family's
+    defaults, ``own`` the parts that it has of those which others lack."""
+    width, heads, layers = (hf.get(n) for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    head_dim = hf.get("head_dim") or head_dim or (width // heads if width and heads else 0)
+    common = {
+        "head_dim": head_dim,
+        "num_key_value_heads": hf.get("num_key_value_heads") or key_heads or heads,
+        "hidden_act": hf.get("hidden_act") or "silu",
+        "rope": read_rope(hf),
+        "windows": windows or (None,) * (layers or 0),
+        "query_pre_attn_scalar": head_dim,
+        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+    }
+    fixed = {name: values for name, values in _ABSENT.items() if name not in own} | dict(fixed or {})
+    return read_config(DecoderConfig, hf, ignored=ignored, fixed=fixed, derived=common | derived)
+
+
+def _llama(hf: Mapping[str, Any]) -> DecoderConfig:
+    bias = bool(hf.get("attention_bias", False))
+    own = frozenset({"mlp_bias"})
+    return _read(hf, ignored=_COMMON | {"attention_bias"}, own=own, qkv_bias=bias, output_bias=bias)
+
+
+def _mistral(hf: Mapping[str, Any]) -> DecoderConfig:
+    windows = (hf.get("sliding_window", 4096),) * hf.get("num_hidden_layers", 0)
+    return _read(hf, ignored=_COMMON | {"sliding_window"}, key_heads=8, windows=windows)
+
+
+def _qwen2(hf: Mapping[str, Any]) -> DecoderConfig:
+    return _read(hf, ignored=_QWEN, windows=_qwen_windows(hf), qkv_bias=True)
+
+
+def _qwen3(hf: Mapping[str, Any]) -> DecoderConfig:
+    bias = bool(hf.get("attention_bias", False))
+    ignored = _QWEN | {"attention_bias"}
+    windows = _qwen_windows(hf)
+    return _read(hf, ignored=ignored, head_dim=128, windows=windows, qkv_bias=bias, output_bias=bias, qk_norm=True)
+
+
+def _gemma(hf: Mapping[str, Any]) -> DecoderConfig:
+    bias = bool(hf.get("attention_bias", False))
+    # The first files say "gelu", and mean its approximation.
+    stated = hf.get("hidden_act") or "gelu"
+    return _read(
+        hf,
+        ignored=_COMMON | {"attention_bias"},
+        fixed=_GEMMA | {"hidden_activation": _TANH},
+        head_dim=256,
+        hidden_act="gelu_pytorch_tanh" if stated == "gelu" else stated,
+        tie_word_embeddings=hf.get("tie_word_embeddings", True),
+        norm_offset=True,
+        scaled_embedding=True,
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+
+
+def _gemma2(hf: Mapping[str, Any]) -> DecoderConfig:
+    bias = bool(hf.get("attention_bias", False))
+    layers = hf.get("num_hidden_layers", 0)
+    alternating = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    return _read(
+        hf,
+        ignored=_COMMON | _SLIDING | {"attention_bias", "hidden_act", "hidden_activation"},
+        fixed=_GEMMA,
+        own=frozenset({"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"}),
+        head_dim=256,
+        key_heads=4,
+        hidden_act=hf.get("hidden_activation") or "gelu_pytorch_tanh",
+        windows=_windows(hf, alternating, hf.get("sliding_window", 4096)),
+        tie_word_embeddings=hf.get("tie_word_embeddings", True),
+        query_pre_attn_scalar=hf.get("query_pre_attn_scalar", 256),
+        attn_logit_softcapping=hf.get("attn_logit_softcapping", 50.0),
+        final_logit_softcapping=hf.get("final_logit_softcapping", 30.0),
+        norm_offset=True,
+        scaled_embedding=True,
+        sandwich_norms=True,
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+
+
+def _qwen_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
+    layers, first = hf.get("num_hidden_layers", 0), hf.get("max_window_layers", 28)
+    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
+    kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+    return _windows(hf, kinds, window)
+
+
+def _windows(hf: Mapping[str, Any], default: list[str], window: int | None) -> tuple[int | None, ...]:
+    """For each layer its window, by the ``layer_types`` of a config.json.
+
+    Raises:
+      ModelError: if these are not as many as the layers, are of another kind, or slide without a window.
+    """
+    kinds = hf.get("layer_types") or default
+    known = {"full_attention": None, "sliding_attention": window}
+    if odd := sorted(set(kinds) - set(known)):
+        raise ModelError(f"layer_types holds {odd}; expected {' or '.join(known)}")
+    if len(kinds) != len(default):
+        raise ModelError(f"layer_types has {len(kinds)} entries for {len(default)} layers (num_hidden_layers)")
+    if window is None and "sliding_attention" in kinds:
+        raise ModelError("layer_types holds 'sliding_attention', but sliding_window is not set or not used; set it")
+    return tuple(known[kind] for kind in kinds)
+
+
+def _family(config: Any, architecture: str) -> Family:
+    return Family(
+        config=config,
+        networks={
+            "features": Decoder,
+            "causal-lm": DecoderForCausalLM,
+            "sequence-classification": DecoderForSequenceClassification,
+        },
+        names=names,
+        prefix="model.",
+        architecture=architecture,
+        heads=r"^params/(lm_head|score)/",
+        # A tied model's file may hold the embedding once more as its head; old ones hold the frequencies.
+        unread=r"^(lm_head|score)\.|rotary_emb\.inv_freq$",
+    )
+
+
+LLAMA = _family(_llama, "Llama")
+MISTRAL = _family(_mistral, "Mistral")
+QWEN2 = _family(_qwen2, "Qwen2")
+QWEN3 = _family(_qwen3, "Qwen3")
+GEMMA = _family(_gemma, "Gemma")
+GEMMA2 = _family(_gemma2, "Gemma2")

@@ -1,0 +1,54 @@
+"""Where the parameters of GPT-2 lie in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jlora.models._family import Family, Task, read_config
+from jlora.models.gpt2.modeling import GPT2, GPT2Config, GPT2ForCausalLM, GPT2ForSequenceClassification
+from jlora.names import Name, conv1d, embedding, linear, norm
+
+
+def names(config: GPT2Config, task: Task) -> dict[str, Name]:
+    """Every leaf of the network for ``task``, and its tensor's name in transformers' class for it."""
+    bare, layers = task == "features", config.n_layer
+    path, module = ("params", "") if bare else ("params/transformer", "transformer.")
+    found = embedding(f"{path}/wte", f"{module}wte") | embedding(f"{path}/wpe", f"{module}wpe")
+    for part in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"):
+        found |= conv1d(f"{path}/h/{part}", f"{module}h.{{}}.{part.replace('/', '.')}", layers=layers)
+    for part in ("ln_1", "ln_2"):
+        found |= norm(f"{path}/h/{part}", f"{module}h.{{}}.{part}", layers=layers)
+    found |= norm(f"{path}/ln_f", f"{module}ln_f")
+    if task == "causal-lm" and not config.tie_word_embeddings:
+        found |= linear("params/lm_head", "lm_head", bias=False)
+    if task == "sequence-classification":
+        found |= linear("params/score", "score", bias=False)
+    return found
+
+
+def _read(hf: Mapping[str, Any]) -> GPT2Config:
+    return read_config(
+        GPT2Config,
+        hf,
+        ignored=frozenset(
+            """n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout summary_proj_to_labels summary_type
+            summary_use_proj""".split()
+        ),
+    )
+
+
+GPT2_FAMILY = Family(
+    config=_read,
+    networks={
+        "features": GPT2,
+        "causal-lm": GPT2ForCausalLM,
+        "sequence-classification": GPT2ForSequenceClassification,
+    },
+    names=names,
+    prefix="transformer.",
+    architecture="GPT2",
+    heads=r"^params/(lm_head|score)/",
+    # Old checkpoints hold the causal mask as a buffer, and a tied model's head once more.
+    unread=r"^(lm_head|score|multiple_choice_head)\.|(^|\.)attn\.(bias|masked_bias)$",
+)

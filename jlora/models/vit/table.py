@@ -1,0 +1,66 @@
+"""Where the parameters of the Vision Transformer lie in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jlora._paths import bullets
+from jlora.models._family import Family, ModelError, Task, read_config
+from jlora.models.vit.modeling import ViT, ViTConfig, ViTForImageClassification
+from jlora.names import Name, array, conv2d, linear, norm
+
+_MODULES = {
+    "attention_output": "attention.output.dense",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+}
+
+
+def names(config: ViTConfig, task: Task) -> dict[str, Name]:
+    """Every leaf of the network for ``task``, and its tensor's name in a checkpoint of transformers' class for it."""
+    bare = task == "features"
+    path, module = ("params", "") if bare else ("params/encoder", "vit.")
+    found = conv2d(f"{path}/patch_embeddings", f"{module}embeddings.patch_embeddings.projection")
+    for leaf in ("cls_token", "position_embeddings"):
+        found |= array(f"{path}/{leaf}", f"{module}embeddings.{leaf}")
+    for i in range(config.num_hidden_layers):
+        here, there = f"{path}/layer_{i}", f"{module}encoder.layer.{i}"
+        for name in ("query", "key", "value"):
+            found |= linear(f"{here}/{name}", f"{there}.attention.attention.{name}", bias=config.qkv_bias)
+        for ours, theirs in _MODULES.items():
+            found |= linear(f"{here}/{ours}", f"{there}.{theirs}")
+        found |= norm(f"{here}/attention_norm", f"{there}.layernorm_before")
+        found |= norm(f"{here}/output_norm", f"{there}.layernorm_after")
+    found |= norm(f"{path}/final_norm", f"{module}layernorm")
+    return found | (linear(f"{path}/pooler", "pooler.dense") if bare else linear("params/classifier", "classifier"))
+
+
+def _read(hf: Mapping[str, Any]) -> ViTConfig:
+    config = read_config(ViTConfig, hf, ignored=frozenset({"encoder_stride", "tie_word_embeddings"}))
+    wrong = [
+        f"{name} = {size!r}; expected one number of pixels, images and patches are square"
+        for name in ("image_size", "patch_size")
+        if not isinstance(size := getattr(config, name), int)
+    ]
+    if not wrong and config.image_size < config.patch_size:
+        wrong.append(f"patch_size = {config.patch_size}; expected at most image_size = {config.image_size}")
+    if config.hidden_size % config.num_attention_heads:
+        wrong.append(
+            f"num_attention_heads = {config.num_attention_heads}; expected a divisor of hidden_size = "
+            f"{config.hidden_size}"
+        )
+    if wrong:
+        raise ModelError(f"ViTConfig: {len(wrong)} attribute(s) of config.json cannot be used:{bullets(wrong)}")
+    return config
+
+
+VIT = Family(
+    config=_read,
+    networks={"features": ViT, "image-classification": ViTForImageClassification},
+    names=names,
+    prefix="vit.",
+    architecture="ViT",
+    heads=r"^params/(classifier|pooler)/",
+    unread=r"^(classifier|decoder)\.|^(vit\.)?(pooler\.|embeddings\.mask_token$)",
+)

@@ -1,0 +1,337 @@
+"""Adapters as Hugging Face's PEFT stores them, in both directions: PyTorch, vLLM and the hub read and write these.
+
+>>> peft.save("my_adapter", params, adapters, config, names, base_model="FacebookAI/roberta-base")
+>>> adapters, config = peft.load("my_adapter", names, params)
+
+A folder has an ``adapter_config.json`` and an ``adapter_model.safetensors``. The name table (`jlora.names`, or
+`jlora.models.names` of a network from there) says which PyTorch module each leaf is; nothing is ever unpickled.
+Neither torch nor peft is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import re
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import _peft_layout as layout
+from jlora._factored import column_norm, factored
+from jlora._paths import bullets, check_paths, named_leaves, nearest
+from jlora._peft_config import (
+    CONFIG,
+    TASK_HEADS,
+    PeftConfig,
+    PeftError,
+    config_json,
+    exact_alpha,
+    make_config,
+    read_config,
+)
+from jlora._peft_read import PREFIX, TENSORS, module_of, open_adapter, read_tensors, sort_tensors
+from jlora._tensors import write_json, write_tensors
+from jlora._types import Adapters, Array, LoraFactors, LoraWeight, PyTree
+from jlora._types import Path as LeafPath
+from jlora.attach import check_adapters
+from jlora.config import LoraConfig, Rule
+from jlora.merge import check_finite
+from jlora.names import Kind, Names, from_torch, to_torch
+
+__all__ = ["PeftError", "load", "save"]
+
+
+def save(
+    folder: str | Path,
+    params: PyTree,
+    adapters: Adapters,
+    config: LoraConfig,
+    names: Names,
+    *,
+    uniform_rank: bool = False,
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> list[Path]:
+    """Write adapters as PEFT does, for ``peft.PeftModel.from_pretrained(model, folder)``.
+
+    The same adapters give the same bytes, and the factors decide: ranks, scales and dropout are theirs, not those of
+    ``config``. PEFT's ``alpha`` is chosen so that it computes each factor's scale exactly; a scale that no alpha
+    gives is folded into B, rounded once. PEFT knows one dropout rate: the most common one is written.
+
+    Leaves trained whole become ``bias="all"`` or ``"lora_only"`` where they are those biases, and ``modules_to_save``
+    otherwise. PEFT stores whole modules, and the heads of ``task_type``; what of them was not trained is taken from
+    ``params``. So are, beside DoRA, the magnitudes of plain factors: PEFT has DoRA everywhere or nowhere.
+
+    A table that is also the output projection is adapted in both uses here, but by PEFT in the lookup only.
+
+    Args:
+      folder: made if it is not there; an adapter that is there is replaced, once the new one is written out.
+      params: the base parameters.
+      adapters: as from `jlora.init`.
+      config: decides ``use_rslora``, which the factors do not record.
+      names: of the leaves; see `jlora.names`.
+      uniform_rank: scales folded into B, factors padded with zeros to one rank, ``alpha = rank`` and no patterns, for
+        readers such as vLLM that know one rank only.
+      base_model: the id or folder of the base model.
+      task_type: PEFT's, such as ``"SEQ_CLS"``; it decides which class ``AutoPeftModel`` makes.
+
+    Returns:
+      The files that were written.
+
+    Raises:
+      KeyError, ValueError: when an adapter does not fit the params, or holds NaN or infinity; all are named.
+      PeftError: naming every adapter that PEFT has no form for.
+    """
+    leaves, _ = named_leaves(params)
+    check_paths(adapters, leaves, "peft.save")
+    check_adapters(leaves, adapters, "peft.save")
+    check_finite(adapters, "peft.save")
+    _check_writable(adapters, leaves, names, task_type)
+
+    factors = {path: value for path in names if isinstance(value := adapters.get(path), LoraFactors)}
+    use_rslora = config.use_rslora and not uniform_rank
+    layers = _as_layers(factors, leaves, names, use_rslora)
+    if uniform_rank:
+        largest = max(layer.rank for layer in layers.values())
+        layers = {module: layer.folded(1.0).padded(largest) for module, layer in layers.items()}
+    kinds: dict[str, Kind] = {module_of(tensor): name.kind for name in names.values() for tensor in name.tensors}
+
+    at = {tensor: (path, i) for path, name in names.items() for i, tensor in enumerate(name.tensors)}
+    trained = {tensor for tensor, (path, _) in at.items() if path in adapters and path not in factors}
+    bias, saved = _whole_modules(trained, layers, at, TASK_HEADS[task_type] if task_type else ())
+    dropouts = [f.dropout for f in factors.values()]
+    theirs = make_config(
+        {module: layer.rank for module, layer in layers.items()},
+        {module: exact_alpha(layer.scale, layer.rank, use_rslora) or 0 for module, layer in layers.items()},
+        {above for module in kinds for above in _above(module)},
+        lora_dropout=max(dropouts, key=dropouts.count),
+        bias=bias,
+        use_rslora=use_rslora,
+        use_dora=any(layer.magnitude is not None for layer in layers.values()),
+        modules_to_save=saved,
+    )
+    whole = theirs.whole(at, layers)
+    _raise(
+        [f"{tensor!r} was trained whole, but lies in no module that PEFT could store" for tensor in trained - whole]
+        + [f"{m!r} has factors and lies in a module that is trained whole: {saved}" for m in layers if theirs.saves(m)]
+    )
+
+    tensors: dict[str, np.ndarray] = {}
+    for module, layer in layers.items():
+        suffixes = layout.parts(kinds[module])
+        for part, array in layout.to_peft(layer, kinds[module]).items():
+            tensors[f"{PREFIX}{module}.{suffixes[part]}"] = array
+    for tensor in whole:
+        path, i = at[tensor]
+        leaf = np.asarray(adapters[path] if tensor in trained else _value(leaves[path], path))
+        module = module_of(tensor)
+        key = f"{module}.base_layer.bias" if module in layers else tensor
+        tensors[PREFIX + key] = to_torch(leaf[i] if names[path].stacked else leaf, names[path].kind)
+    content = config_json(
+        theirs,
+        fan_in_fan_out=any(kinds[module] == "conv1d" for module in layers),
+        base_model=base_model,
+        task_type=task_type,
+    )
+    return _write(Path(folder), content, tensors)
+
+
+def load(folder: str | Path, names: Names, params: PyTree) -> tuple[dict[LeafPath, LoraFactors | Array], LoraConfig]:
+    """Adapters that PEFT (or `save`) wrote, for our parameters.
+
+    An adapter of the bare network fits one with a head and the other way round, where only the names' first part
+    differs. In a stacked leaf, layers of unequal ranks are padded with zeros and unequal scales are folded into B;
+    layers without an adapter get zeros, which stay zero under training too. Leaves that PEFT trained whole
+    (``modules_to_save``, biases, stored embeddings) come back as arrays.
+
+    Args:
+      folder: with ``adapter_config.json`` and ``adapter_model.safetensors``; from the hub, fetch it first:
+        ``huggingface_hub.snapshot_download(id)``.
+      names: of the leaves; see `jlora.names`.
+      params: the parameters, or their shapes; values are read only of stacked leaves that the adapter trains
+        whole, or with DoRA, in some of their layers.
+
+    Returns:
+      ``(adapters, config)``: the adapters in the dtypes in which they are stored, and a config with which `jlora.init`
+      would make such ones.
+
+    Raises:
+      TensorError: if a file is missing, damaged or pickled.
+      PeftError: if PEFT's config asks for what we lack; if tensors are missing, superfluous, of another shape or rank,
+        or hold NaN or infinity. All are named, and nothing is loaded.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PeftError(
+            f"{str(folder)!r} is no folder. Expected one with {CONFIG} and {TENSORS}; an adapter on the hub is fetched "
+            f"first: `folder = huggingface_hub.snapshot_download({str(folder)!r})`."
+        )
+    theirs = read_config(folder / CONFIG)
+    leaves, _ = named_leaves(params)
+    check_paths(names, leaves, "peft.load")
+    found = sort_tensors(folder, theirs, open_adapter(folder), names, leaves)
+    read = read_tensors(folder, found)
+
+    def layer(module: str, i: int, path: LeafPath) -> layout.Layer:
+        if module not in found.layers:
+            return _no_update(leaves[path], i, theirs.use_dora)
+        arrays = {part: read[tensor.name] for part, tensor in found.layers[module].items()}
+        return layout.from_peft(arrays, names[path].kind, theirs.scale(found.spelling.theirs(module)))
+
+    adapters: dict[LeafPath, LoraFactors | Array] = {}
+    for path, name in names.items():
+        modules = [module_of(tensor) for tensor in name.tensors]
+        if name.kind in layout.NDIM and any(module in found.layers for module in modules):
+            layers = [layer(module, i, path) for i, module in enumerate(modules)]
+            adapters[path] = layout.join(layers, name.kind, name.stacked, theirs.lora_dropout)
+        elif any(tensor in found.whole for tensor in name.tensors):
+            arrays = [
+                from_torch(read[found.whole[tensor].name], name.kind)
+                if tensor in found.whole
+                else np.asarray(leaves[path][i])
+                for i, tensor in enumerate(name.tensors)
+            ]
+            adapters[path] = jnp.asarray(np.stack(arrays) if name.stacked else arrays[0])
+    return adapters, _our_config(adapters, theirs)
+
+
+# ---- of save
+
+
+def _check_writable(adapters: Adapters, leaves: Mapping[LeafPath, Any], names: Names, task_type: str | None) -> None:
+    """Raises a PeftError that names every adapter of which PEFT has no form."""
+    wrong = []
+    for path, value in adapters.items():
+        if (name := names.get(path)) is None:
+            wrong.append(f"{path!r} is not in the name table{nearest(path, names)}")
+        elif isinstance(value, LoraFactors):
+            if name.kind not in layout.NDIM:
+                wrong.append(f"{path!r} is of kind {name.kind!r}; PEFT adapts {', '.join(layout.NDIM)}")
+            elif value.axes != (expected := layout.axes(name.kind, name.stacked)):
+                wrong.append(f"{path!r} has {value.axes}; PEFT adapts {name.kind!r} along {expected}")
+    if not any(isinstance(value, LoraFactors) for value in adapters.values()):
+        wrong.append("there are no low-rank factors; PEFT has no adapter without, save the merged model instead")
+    if task_type is not None and task_type not in TASK_HEADS:
+        wrong.append(
+            f"task_type = {task_type!r}{nearest(task_type, TASK_HEADS)}; expected one of {', '.join(TASK_HEADS)}"
+        )
+    _raise(wrong)
+
+
+def _raise(wrong: Collection[str]) -> None:
+    if wrong:
+        raise PeftError(
+            f"peft.save: {len(wrong)} thing(s) that PEFT has no form for:{bullets(wrong)}\nNothing was written. Any "
+            "adapters can be merged: jlora.merge, then save the model."
+        )
+
+
+def _as_layers(
+    factors: Mapping[LeafPath, LoraFactors], leaves: Mapping[LeafPath, Any], names: Names, use_rslora: bool
+) -> dict[str, layout.Layer]:
+    """The updates by PyTorch's module; scales that no alpha gives are folded, missing magnitudes filled in."""
+    found: dict[str, layout.Layer] = {}
+    dora = any(f.magnitude is not None for f in factors.values())
+    for path, f in factors.items():
+        if dora and f.magnitude is None:
+            norm = column_norm(factored(LoraWeight(_value(leaves[path], path), f)), f.axes)
+            f = dataclasses.replace(f, magnitude=norm.astype(f.b.dtype))
+        for tensor, layer in zip(names[path].tensors, layout.layers_of(f, names[path].stacked), strict=True):
+            if exact_alpha(layer.scale, layer.rank, use_rslora) is None:
+                layer = layer.folded(math.sqrt(layer.rank) if use_rslora else 1.0)
+            found[module_of(tensor)] = layer
+    return found
+
+
+def _whole_modules(
+    trained: set[str], adapted: Collection[str], tensors: Collection[str], heads: Collection[str]
+) -> tuple[str, tuple[str, ...]]:
+    """PEFT's ``bias`` and ``modules_to_save`` that cover the tensors trained whole."""
+    biases = {tensor for tensor in tensors if tensor.endswith(".bias")}
+    bias = "none"
+    if biases and biases <= trained:
+        bias, trained = "all", trained - biases
+    elif any(module_of(tensor) in adapted for tensor in biases & trained):
+        bias, trained = "lora_only", {t for t in trained if t not in biases or module_of(t) not in adapted}
+    modules = {module_of(tensor) for tensor in trained}
+    for module in sorted({above for m in modules for above in _above(m)}, key=len):
+        inside = {module_of(t) for t in tensors if t.startswith(f"{module}.")}
+        is_list = any(t.removeprefix(f"{module}.")[0].isdigit() for t in tensors if t.startswith(f"{module}."))
+        if inside <= modules and not is_list:  # PEFT wraps no ModuleList
+            modules = (modules - inside) | {module}
+    known = {above for tensor in tensors for above in _above(module_of(tensor))}
+    modules |= {head for head in heads if any(module.endswith(head) for module in known)}
+    return bias, tuple(sorted(m for m in modules if not any(m.startswith(f"{other}.") for other in modules)))
+
+
+def _above(module: str) -> list[str]:
+    """A module and those that hold it."""
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _value(leaf: Any, path: LeafPath) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise PeftError(f"peft.save: the value of {path!r} is stored too, and the params are shapes; expected arrays")
+    return leaf
+
+
+def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> list[Path]:
+    """Write both files; until both are whole the folder keeps what it had, and it never holds two that do not match."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as draft:
+        write_tensors(Path(draft) / TENSORS, tensors)
+        write_json(Path(draft) / CONFIG, config)
+        (folder / CONFIG).unlink(missing_ok=True)
+        for name in (TENSORS, CONFIG):
+            os.replace(Path(draft) / name, folder / name)
+    return [folder / CONFIG, folder / TENSORS]
+
+
+# ---- of load
+
+
+def _no_update(leaf: Any, layer: int, dora: bool) -> layout.Layer:
+    """Of a layer that a stacked leaf's adapter leaves out: no rank, and DoRA's magnitude that changes nothing."""
+    *inputs, out = leaf.shape[1:]
+    norm = None
+    if dora:
+        weight = np.asarray(leaf[layer]).astype(np.float32)
+        norm = np.sqrt(np.sum(np.square(weight), axis=tuple(range(len(inputs)))))
+    return layout.Layer(np.zeros((*inputs, 0), np.float32), np.zeros((0, out), np.float32), norm, 1.0)
+
+
+def _our_config(adapters: Adapters, theirs: PeftConfig) -> LoraConfig:
+    """The config that makes such adapters."""
+    made: dict[LeafPath, tuple[int, float]] = {}
+    for path, value in adapters.items():
+        if isinstance(value, LoraFactors):
+            alpha = exact_alpha(value.scale, value.rank, theirs.use_rslora)
+            made[path] = value.rank, float(value.scale * value.rank if alpha is None else alpha)
+    common = list(made.values())
+    rank, alpha = max(common, key=common.count) if common else (theirs.r, float(theirs.lora_alpha))
+    dtype = functools.reduce(jnp.promote_types, (x.dtype for x in jax.tree.leaves(adapters)))
+    return LoraConfig(
+        rank=rank,
+        alpha=alpha,
+        targets=tuple(_exactly(path) for path in made),
+        exclude=(),
+        rules=tuple(Rule(_exactly(p), rank=r, alpha=a) for p, (r, a) in made.items() if (r, a) != (rank, alpha)),
+        train_also=tuple(_exactly(path) for path in adapters if path not in made),
+        dropout=theirs.lora_dropout,
+        use_rslora=theirs.use_rslora,
+        use_dora=theirs.use_dora,
+        dtype=dtype.name,
+    )
+
+
+def _exactly(path: LeafPath) -> str:
+    return f"^{re.escape(path)}$"

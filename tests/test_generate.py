@@ -1,0 +1,170 @@
+"""`jlora.models.generate`: the tokens that transformers makes, the laws of drawing, and one compilation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden.make_decoders import CONFIGS, NEW, batch, network
+from safetensors.numpy import load_file
+
+import jlora
+from jlora import models
+from jlora.models import _generate
+
+GOLDEN = Path(__file__).parent / "golden" / "decoders"
+ROWS = np.asarray([0, 2])  # a full prompt, and one that is padded on the left
+
+
+@functools.cache
+def case(name: str) -> tuple[Any, Any, np.ndarray, np.ndarray, np.ndarray]:
+    """Model, parameters, prompts, their mask, and the tokens that transformers makes."""
+    expected = load_file(GOLDEN / name / "expected.safetensors")
+    ids, mask = expected["input_ids"][ROWS], expected["attention_mask"][ROWS]
+    return *models.load(GOLDEN / name), ids, mask, expected["greedy"]
+
+
+def compiled() -> int:
+    """How many programs `generate` has compiled."""
+    return _generate._generate._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_most_probable_tokens_are_those_of_transformers(name: str) -> None:
+    """With a full prompt and one padded on the left."""
+    model, params, ids, mask, greedy = case(name)
+    tokens = models.generate(model, params, ids, mask, max_new_tokens=NEW)
+    assert tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(tokens, greedy)
+
+
+@pytest.mark.parametrize("name", ["llama2", "gpt2"])
+def test_a_row_ends_at_an_end_token_as_in_transformers(name: str, tmp_path: Path) -> None:
+    """After it there is padding, and nothing more is computed when all rows have ended."""
+    model, params, ids, mask, greedy = case(name)
+    ends = [int(greedy[0, 2]), int(greedy[1, 1])]
+
+    def expect(ends: list[int]) -> np.ndarray:
+        found = np.zeros_like(greedy)
+        for row, tokens in enumerate(greedy):
+            stop = next((i for i, t in enumerate(tokens) if t in ends), NEW - 1)
+            found[row, : stop + 1] = tokens[: stop + 1]
+        return found
+
+    for some in (ends[:1], ends):
+        found = models.generate(model, params, ids, mask, max_new_tokens=NEW, eos_token_id=some, pad_token_id=0)
+        np.testing.assert_array_equal(found, expect(some))
+
+    torch = pytest.importorskip("torch", reason="compares with transformers")
+    theirs = network(name, seed=list(CONFIGS).index(name))
+    theirs.load_state_dict({k: torch.tensor(v) for k, v in _tensors(name).items()}, strict=False)
+    theirs.generation_config.eos_token_id = None
+    out = theirs.generate(
+        torch.tensor(ids),
+        attention_mask=torch.tensor(mask),
+        do_sample=False,
+        max_new_tokens=NEW,
+        eos_token_id=ends,
+        pad_token_id=0,
+    )[:, ids.shape[1] :].numpy()
+    np.testing.assert_array_equal(expect(ends)[:, : out.shape[1]], out)
+
+
+def _tensors(name: str) -> dict[str, np.ndarray]:
+    return load_file(GOLDEN / name / "model.safetensors")
+
+
+def test_an_end_token_fills_the_rest_by_default() -> None:
+    """Without a padding token the first end token pads."""
+    model, params, ids, mask, greedy = case("llama2")
+    end = int(greedy[0, 0])
+    tokens = models.generate(model, params, ids, mask, max_new_tokens=NEW, eos_token_id=end)
+    assert (np.asarray(tokens[0]) == end).all()
+
+
+def test_a_second_call_compiles_nothing() -> None:
+    """Other tokens, temperatures, bounds, keys and end tokens: the same program."""
+    model, params, ids, mask, _ = case("llama2")
+
+    def draw(seed: int, temperature: float, top_p: float, end: int) -> Any:
+        options: Any = {"temperature": temperature, "top_p": top_p, "eos_token_id": end, "pad_token_id": seed}
+        return models.generate(model, params, ids, mask, max_new_tokens=NEW, key=jax.random.key(seed), **options)
+
+    first, before = draw(0, 1.0, 1.0, 2), compiled()
+    assert (np.asarray(first) != np.asarray(draw(1, 1.0, 1.0, 2))).any()
+    np.testing.assert_array_equal(first, draw(0, 1.0, 1.0, 2))
+    draw(3, 0.5, 0.9, 4)
+    assert compiled() == before
+
+
+def test_a_small_bound_or_temperature_is_greedy() -> None:
+    """The most probable token alone stays."""
+    model, params, ids, mask, greedy = case("llama2")
+    for options in ({"temperature": 1.0, "top_p": 1e-6}, {"temperature": 1e-4, "top_p": 1.0}):
+        found = models.generate(model, params, ids, mask, max_new_tokens=NEW, key=jax.random.key(0), **options)
+        np.testing.assert_array_equal(found, greedy)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.75), (2.0, 0.6)])
+def test_tokens_are_drawn_from_the_tempered_and_cut_distribution(temperature: float, top_p: float) -> None:
+    """Temperature first, then the fewest most probable tokens that reach ``top_p``, renormalized."""
+    logits = np.log(np.asarray([0.1, 0.4, 0.05, 0.3, 0.15], np.float32))
+    heat = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    order = np.argsort(-heat)
+    kept = order[: np.searchsorted(np.cumsum(heat[order]), top_p - 1e-6) + 1]
+    expected = np.zeros(5)
+    expected[kept] = heat[kept] / heat[kept].sum()
+
+    sampling = _generate.Sampling(jnp.float32(temperature), jnp.float32(top_p))
+    count = 20_000
+    drawn = _generate._sample(jax.random.key(1), jnp.broadcast_to(logits, (count, 5)), sampling)
+    found = np.bincount(np.asarray(drawn), minlength=5) / count
+    assert (found[expected == 0] == 0).all()
+    np.testing.assert_allclose(found, expected, atol=4 * 0.5 / count**0.5)
+
+
+def test_an_adapted_model_generates_as_the_merged_one() -> None:
+    """With ``apply=jlora.lora(model.apply)``; other adapters compile nothing; without it the error says what is missing."""
+    model, params, ids, mask, greedy = case("llama2")
+    uses = jlora.trace(model.apply, params, ids)
+    fresh = jlora.init(jax.random.key(0), params, jlora.LoraConfig(rank=2, alpha=4), uses)
+    drawn = {p: dataclasses.replace(f, b=jax.random.normal(jax.random.key(1), f.b.shape)) for p, f in fresh.items()}
+    apply = jlora.lora(model.apply, materialize="error")
+    call = functools.partial(models.generate, model, input_ids=ids, attention_mask=mask, max_new_tokens=NEW)
+    np.testing.assert_array_equal(call(params=jlora.attach(params, fresh), apply=apply), greedy)
+    before = compiled()
+    tokens = call(params=jlora.attach(params, drawn), apply=apply)
+    assert compiled() == before
+    np.testing.assert_array_equal(tokens, call(params=jlora.merge(params, drawn)))
+    assert (np.asarray(tokens) != greedy).any()
+    with pytest.raises(TypeError, match="jlora.lora"):
+        call(params=jlora.attach(params, fresh))
+
+
+def test_what_cannot_be_generated() -> None:
+    """Each error says what was expected."""
+    model, params, ids, mask, _ = case("gpt2")
+
+    def refuse(error: type[Exception], match: str, mask: Any = mask, ids: Any = ids, **options: Any) -> None:
+        with pytest.raises(error, match=match):
+            models.generate(model, params, ids, mask, **{"max_new_tokens": 2, **options})
+
+    wrong, right = batch(0)
+    refuse(ValueError, r"prompts \[1\] have padding after a token.*padding_side", mask=right, ids=wrong)
+    refuse(ValueError, r"prompts \[0\] are all padding", mask=np.zeros_like(mask) | (np.arange(2) == 1)[:, None])
+    refuse(ValueError, r"temperature = -1", temperature=-1)
+    refuse(ValueError, r"top_p = 0", top_p=0.0)
+    refuse(ValueError, r"top_p = 1.5", top_p=1.5)
+    refuse(ValueError, r"pass key=", temperature=1.0)
+    refuse(ValueError, r"max_new_tokens = 0", max_new_tokens=0)
+    refuse(ValueError, r"expected both", mask=mask[:1])
+    refuse(models.ModelError, r"12 prompt and 21 new tokens; .* has 32 positions", max_new_tokens=21)
+    bare, _ = models.load(GOLDEN / "gpt2", task="features")
+    with pytest.raises(models.ModelError, match="GPT2 has no logits of the next token"):
+        models.generate(bare, params, ids, max_new_tokens=2)

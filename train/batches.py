@@ -1,0 +1,94 @@
+"""From examples to batches of few shapes, so that each shape is compiled once and nothing later.
+
+Examples are columns by name, and so is a batch. Which example comes when is a pure function of (seed, epoch): a run can
+be repeated, resumed, or split over processes without any state to carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+
+class Ragged(list[np.ndarray]):
+    """A column of arrays [length] whose lengths differ; in a batch they are filled up with ``fill``.
+
+    Attributes:
+      fill: the value behind the end, or before the start where ``left``.
+    """
+
+    def __init__(self, values: Sequence[Sequence[int] | np.ndarray], fill: int, *, left: bool = False):
+        super().__init__(np.asarray(value, np.int32) for value in values)
+        self.fill = fill
+        self.left = left
+
+
+Examples: TypeAlias = Mapping[str, np.ndarray | Ragged]
+Batch: TypeAlias = Mapping[str, np.ndarray]
+
+
+def size(examples: Examples) -> int:
+    """How many examples there are."""
+    return len(next(iter(examples.values())))
+
+
+def lengths(examples: Examples) -> np.ndarray | None:
+    """The length of every example, int [n]; None when no column is ragged."""
+    ragged = next((column for column in examples.values() if isinstance(column, Ragged)), None)
+    return None if ragged is None else np.array([len(value) for value in ragged])
+
+
+def quarters(max_length: int) -> tuple[int, ...]:
+    """The default buckets: four quarters of ``max_length``, rounded up to a multiple of 8 where that is no longer."""
+    return tuple(sorted({min(max_length, -(-max_length * i // 32) * 8) for i in (1, 2, 3, 4)}))
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which ``count`` examples are seen in an epoch: a function of its arguments and nothing else."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def training_batches(
+    examples: Examples, batch_size: int, seed: int, epoch: int, buckets: Sequence[int] = ()
+) -> Iterator[Batch]:
+    """The epoch's batches, each with ``batch_size`` examples; the rest of the examples is dropped.
+
+    Ragged columns are padded to the shortest bucket that holds the batch's longest example.
+    """
+    order = epoch_order(size(examples), seed, epoch)
+    for start in range(0, len(order) - batch_size + 1, batch_size):
+        yield batch_of(examples, order[start : start + batch_size], buckets)
+
+
+def ordered_batches(
+    examples: Examples, batch_size: int, buckets: Sequence[int] = ()
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """All examples, those of one length together, as ``(rows, batch)``.
+
+    Every batch has ``batch_size`` examples, of which the first ``len(rows)`` are the examples of these numbers; the last
+    batch is filled up with its last example.
+    """
+    count, long = size(examples), lengths(examples)
+    order = np.arange(count) if long is None else np.argsort(long, kind="stable")
+    for start in range(0, count, batch_size):
+        rows = order[np.minimum(np.arange(start, start + batch_size), count - 1)]
+        yield order[start : start + batch_size], batch_of(examples, rows, buckets)
+
+
+def batch_of(examples: Examples, rows: np.ndarray, buckets: Sequence[int] = ()) -> Batch:
+    """The examples ``rows`` as one batch, ragged columns as int32 [rows, bucket]."""
+    batch = {}
+    for name, column in examples.items():
+        if not isinstance(column, Ragged):
+            batch[name] = column[rows]
+            continue
+        values = [column[row] for row in rows]
+        longest = max(map(len, values))
+        length = min((bucket for bucket in buckets if bucket >= longest), default=longest)
+        out = np.full((len(rows), length), column.fill, np.int32)
+        for line, value in zip(out, values, strict=True):
+            line[length - len(value) if column.left else 0 :][: len(value)] = value
+        batch[name] = out
+    return batch

@@ -1,0 +1,224 @@
+"""Whether a configuration is sound: everything that can be checked before anything is built, all of it at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from jlora import LoraConfig
+from train.config import (
+    CausalLM,
+    ConfigError,
+    DataConfig,
+    Domain,
+    FitConfig,
+    ImageClassification,
+    LearningRates,
+    Mlp,
+    PatchTransformer,
+    Pretrained,
+    SequenceClassification,
+    TrainConfig,
+)
+
+
+def validate(config: TrainConfig) -> None:
+    """Check every field that can be checked without building anything.
+
+    Raises:
+      ConfigError: with a line for each problem: the field, what was got, what was expected, and what to pass instead.
+    """
+    refuse([*_walk(config, ""), *_across(config)])
+
+
+def validate_for(config: TrainConfig, examples: int) -> None:
+    """Check what depends on the number of training examples; raises as `validate` does."""
+    phases = (("base", config.base), ("fit", config.fit))
+    refuse(
+        [
+            f"{phase}.batch_size: got {fit.batch_size}, expected at most the {examples} training examples; "
+            f"pass {flag(phase + '.batch_size')} {examples}"
+            for phase, fit in phases
+            if fit is not None and fit.batch_size > examples
+        ]
+    )
+
+
+def refuse(problems: list[str]) -> None:
+    """Raises a ConfigError that lists ``problems``, if there are any."""
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError("\n  ".join([f"{count} in the configuration:", *problems]))
+
+
+def flag(path: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + path.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class _Expectation:
+    """What a field may hold: a test, the same in words, and a value that passes it."""
+
+    holds: Callable[[Any], bool]
+    words: str
+    example: str
+
+    def or_none(self) -> _Expectation:
+        return _Expectation(lambda x: x is None or self.holds(x), f"{self.words}, or None", self.example)
+
+
+def _whole(least: int, example: int) -> _Expectation:
+    def holds(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    return _Expectation(holds, f"a whole number >= {least}", str(example))
+
+
+def _number(words: str, test: Callable[[float], bool], example: str) -> _Expectation:
+    def holds(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and test(value)
+
+    return _Expectation(holds, words, example)
+
+
+def _tuple_of(one: _Expectation, words: str, example: str, *, least: int = 1) -> _Expectation:
+    def holds(value: Any) -> bool:
+        return isinstance(value, tuple | list) and len(value) >= least and all(map(one.holds, value))
+
+    return _Expectation(holds, words, example)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier()
+
+
+def _is_new_dir(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, Path) and (not value.exists() or value.is_dir() and not any(value.iterdir()))
+
+
+_RATE = _number("a number > 0", lambda x: x > 0, "0.002")
+_TEXT = _Expectation(lambda x: isinstance(x, str) and bool(x), "a name", "text")
+_LABELS = _tuple_of(_TEXT, "two or more names", "negative positive", least=2).or_none()
+_SOURCE = _Expectation(lambda x: isinstance(x, str) and bool(x), "a file, a folder or a dataset's name", "train.jsonl")
+
+_EXPECTATIONS: Mapping[type, Mapping[str, _Expectation]] = {
+    TrainConfig: {
+        "name": _Expectation(_is_name, "letters, digits and underscores", "digits"),
+        "seed": _whole(0, 0),
+        "eval_every": _whole(1, 1),
+        "eval_batch_size": _whole(1, 64),
+        "run_dir": _Expectation(_is_new_dir, "a directory that is empty or does not exist", "runs/mine"),
+        "cache_dir": _Expectation(lambda x: isinstance(x, Path), "a pathlib.Path", "~/.cache/jlora"),
+    },
+    FitConfig: {
+        "epochs": _whole(1, 20),
+        "batch_size": _whole(1, 64),
+        "warmup": _number("a share of the steps, 0 <= warmup < 1", lambda x: 0 <= x < 1, "0.1"),
+        "weight_decay": _number("a number >= 0", lambda x: x >= 0, "0.0001"),
+        "clip": _RATE.or_none(),
+    },
+    LearningRates: dict.fromkeys(("base", "lora", "full", "head"), _RATE),
+    DataConfig: {
+        "train": _SOURCE,
+        "validation": _SOURCE.or_none(),
+        "limit": _whole(1, 1000).or_none(),
+        "validation_limit": _whole(1, 1000).or_none(),
+        "buckets": _tuple_of(_whole(1, 64), "lengths", "32 64 128").or_none(),
+    },
+    Domain: {"quarter_turns": _whole(0, 1)},
+    SequenceClassification: {
+        "text": _TEXT,
+        "pair": _TEXT.or_none(),
+        "label": _TEXT,
+        "labels": _LABELS,
+        "max_length": _whole(4, 128),
+    },
+    CausalLM: {"max_length": _whole(4, 512)},
+    ImageClassification: {
+        "image": _TEXT,
+        "label": _TEXT,
+        "labels": _LABELS,
+        "side": _whole(1, 28).or_none(),
+        "brightest": _RATE,
+        "domains": _Expectation(lambda x: isinstance(x, dict), "a dict of Domains by their names", "{}"),
+    },
+    Pretrained: {"path": _Expectation(lambda x: isinstance(x, str) and bool(x), "a folder or a model's id", "gpt2")},
+    PatchTransformer: {
+        "patch": _whole(1, 2),
+        "width": _whole(1, 96),
+        "depth": _whole(1, 2),
+        "heads": _whole(1, 4),
+        "hidden": _whole(1, 192),
+    },
+    Mlp: {"hidden": _tuple_of(_whole(1, 128), "widths", "128")},
+}
+
+
+def _walk(part: Any, prefix: str) -> Iterator[str]:
+    """The problems of a dataclass and of those in it, each field against its type and its expectation."""
+    hints = get_type_hints(type(part))
+    expectations = _EXPECTATIONS.get(type(part), {})
+    for field in dataclasses.fields(part):
+        path, value, hint = prefix + field.name, getattr(part, field.name), hints[field.name]
+        kinds = [kind for kind in _options(hint) if dataclasses.is_dataclass(kind)]
+        if expectation := expectations.get(field.name):
+            if not expectation.holds(value):
+                got = str(value) if isinstance(value, Path) else repr(value)
+                yield f"{path}: got {got}, expected {expectation.words}; pass {flag(path)} {expectation.example}"
+        elif get_origin(hint) is Literal and value not in get_args(hint):
+            options = get_args(hint)
+            yield f"{path}: got {value!r}, expected one of {', '.join(map(str, options))}; pass {flag(path)} {options[0]}"
+        elif kinds and not isinstance(value, _options(hint)):
+            names = [getattr(kind, "__name__", "") for kind in kinds]
+            yield f"{path}: got {value!r}, expected a {' or '.join(names)}; write {path} = {names[0]}(...)"
+        if dataclasses.is_dataclass(value) and not isinstance(value, LoraConfig):
+            yield from _walk(value, f"{path}.")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+
+
+def _across(config: TrainConfig) -> Iterator[str]:
+    """Problems between fields, of parts that are what they should be."""
+    task, model = config.task, config.model
+    if isinstance(model, PatchTransformer) and isinstance(model.width, int) and isinstance(model.heads, int):
+        if model.heads > 0 and model.width % model.heads:
+            nearest = max(1, round(model.width / model.heads)) * model.heads
+            yield (
+                f"model.width: got {model.width}, expected a multiple of model.heads = {model.heads}; "
+                f"pass {flag('model.width')} {nearest}"
+            )
+    if isinstance(model, PatchTransformer | Mlp):
+        if isinstance(task, SequenceClassification | CausalLM):
+            yield (
+                f"model: got {type(model).__name__}, which sees images; {type(task).__name__} needs a "
+                "Pretrained(path=...) network"
+            )
+        elif config.base is None:
+            yield (
+                f"base: got None, expected a FitConfig: a {type(model).__name__} has no checkpoint, so it is "
+                "trained from scratch first; write base = FitConfig(...)"
+            )
+    elif isinstance(model, Pretrained) and config.base is not None:
+        yield "base: got a FitConfig, expected None: a Pretrained network is not trained from scratch"
+    if isinstance(task, CausalLM):
+        pair = task.prompt is not None and task.completion is not None
+        ways = [task.messages is not None, pair, task.text is not None]
+        if sum(ways) != 1 or (task.prompt is None) != (task.completion is None):
+            yield (
+                f"task: got messages={task.messages!r}, prompt={task.prompt!r}, completion={task.completion!r}, "
+                f"text={task.text!r}; expected the columns of one way: messages, or prompt and completion, or text"
+            )
+        if config.mode == "head":
+            yield "mode: got 'head', expected 'lora' or 'full': a language model gets no new head; pass --mode lora"
+    if isinstance(task, SequenceClassification) and task.regression and task.labels is not None:
+        yield "task.labels: got names, expected None: a regression has a number for its label"

@@ -1,0 +1,237 @@
+"""What can be done with a finished run or a checkpoint: predict, generate, eval, export, inspect.
+
+The parameters of these functions are the flags of the commands, and their docstrings are the help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from scipy.special import softmax
+
+import jlora
+from jlora import models
+from train import data, report, store
+from train.batches import Ragged, ordered_batches
+from train.config import ConfigError, Pretrained, SequenceClassification
+from train.evaluate import make_measure
+from train.run import bucket_lengths
+from train.runs import Run, open_run
+from train.tasks import Task
+from train.tasks.classify import TextRegression, _Texts
+from train.tasks.language import LanguageModel
+
+RunDir = Annotated[Path, tyro.conf.Positional]
+
+
+def predict(run: RunDir, text: tyro.conf.UseAppendAction[tuple[str, ...]] = (), file: Path | None = None) -> None:
+    """Print each text with the label that the adapted model gives it and the label's probability, separated by tabs.
+
+    Args:
+      run: a run directory.
+      text: a text; give the flag several times for several. A pair of texts is separated by a tab.
+      file: a file of texts instead: .txt with one on each line, or a table with the run's column of texts.
+    """
+    opened = open_run(run)
+    task = opened.task
+    if not isinstance(task, _Texts):
+        raise ConfigError(f"predict: {run} was not trained on texts to be labelled; see `generate` and `eval`")
+    texts, pairs = _texts(opened.config.task, list(text), file, opened.config.cache_dir)
+    if not texts:
+        raise ConfigError('predict: no text; pass --text "..." (several times for several), or --file FILE')
+    examples = task.tokens(texts, pairs)
+    forward = jax.jit(lambda tree, inputs: jlora.lora(opened.network.forward)(tree, inputs))
+    outputs = np.empty((len(texts), max(len(task.labels), 1)), np.float32)
+    for rows, batch in ordered_batches(examples, min(len(texts), 64), bucket_lengths(opened.config, {"": examples})):
+        outputs[rows] = np.asarray(forward(opened.tree, task.inputs(batch)), np.float32)[: len(rows)]
+    for i, (one, scores) in enumerate(zip(texts, outputs, strict=True)):
+        shown = one if pairs is None else f"{one}\t{pairs[i]}"
+        if isinstance(task, TextRegression):
+            print(f"{shown}\t{scores[0]:.4f}")
+        else:
+            print(f"{shown}\t{task.labels[scores.argmax()]}\t{softmax(scores).max():.4f}")
+
+
+def _texts(
+    task: Any, texts: list[str], file: Path | None, cache_dir: Path
+) -> tuple[list[str], list[str] | None]:
+    assert isinstance(task, SequenceClassification)
+    if file is None:
+        if task.pair is None:
+            return texts, None
+        split = [text.split("\t") for text in texts]
+        if wrong := [text for text, parts in zip(texts, split, strict=True) if len(parts) != 2]:
+            raise ConfigError(f"predict: expected pairs of texts separated by a tab, got {wrong}")
+        return [parts[0] for parts in split], [parts[1] for parts in split]
+    table = data.read(str(file), cache_dir, "file")
+    if file.suffix == ".txt" and task.pair is None:
+        return [line for line in data.column(table, "text", "file") if line.strip()], None
+    pairs = None if task.pair is None else [str(value) for value in data.column(table, task.pair, "file")]
+    return [str(value) for value in data.column(table, task.text, "file")], pairs
+
+
+def generate(
+    run: RunDir,
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    file: Path | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Print each prompt's continuation by the adapted language model.
+
+    Args:
+      run: a run directory.
+      prompt: a prompt; give the flag several times for several.
+      file: a text file with one prompt on each line instead.
+      max_new_tokens: the length of a continuation, at most.
+      temperature: 0 takes the likeliest token each time; higher is more random.
+      top_p: sample from the likeliest tokens that together have this probability.
+      seed: of the sampling.
+    """
+    opened = open_run(run)
+    task, model = opened.task, opened.network.model
+    if not isinstance(task, LanguageModel) or model is None:
+        raise ConfigError(f"generate: {run} was not trained as a language model; see `predict`")
+    prompts = list(prompt) if file is None else [line for line in file.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError('generate: no prompt; pass --prompt "..." (several times for several), or --file FILE')
+    tokens = [task.prompt_tokens(one) for one in prompts]
+    tokenizer: Any = task.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    examples = {
+        "input_ids": Ragged(tokens, pad, left=True),
+        "attention_mask": Ragged([[1] * len(one) for one in tokens], 0, left=True),
+    }
+    answers: list[str] = [""] * len(prompts)
+    for rows, batch in ordered_batches(examples, min(len(prompts), 16), _round_up(max(map(len, tokens)))):
+        new = models.generate(
+            model,
+            opened.tree,
+            batch["input_ids"],
+            batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            key=jax.random.key(seed),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad,
+            apply=jlora.lora(model.apply),
+        )
+        for row, line in zip(rows, np.asarray(new), strict=False):
+            answers[row] = tokenizer.decode(line, skip_special_tokens=True)
+    for one, answer in zip(prompts, answers, strict=True):
+        print(f"> {one}\n{answer}\n")
+
+
+def _round_up(length: int) -> tuple[int, ...]:
+    return tuple(range(32, length + 32, 32))
+
+
+def evaluate(run: RunDir, source: str | None = None, limit: int | None = None) -> None:
+    """Print the figures of the adapted model on validation examples.
+
+    Args:
+      run: a run directory.
+      source: other examples than the run's own validation examples: a file, a folder or a dataset's name.
+      limit: use so many, the first ones.
+    """
+    opened = open_run(run)
+    config = opened.config
+    changed = dataclasses.replace(
+        config.data,
+        validation=source or config.data.validation,
+        validation_limit=limit or config.data.validation_limit,
+    )
+    for name, figures in measured(opened, data.load(changed, config.cache_dir)["validation"]).items():
+        print(f"{name}: {report.figures_line(figures)}")
+
+
+def measured(run: Run, table: data.Table) -> dict[str, dict[str, float]]:
+    """The adapted model's figures on a table's examples, by domain."""
+    task: Task = run.task
+    sets = {name or "validation": examples for name, examples in task.encode(table).items()}
+    measure = make_measure(
+        jlora.lora(run.network.forward), task, run.config.eval_batch_size, bucket_lengths(run.config, sets)
+    )
+    return {name: task.metrics(measure(run.tree, examples)) for name, examples in sets.items()}
+
+
+def export(run: RunDir, to: Literal["peft", "hf", "orbax"] = "peft", out: Path | None = None) -> None:
+    """Write what a run learnt for other programs.
+
+    Args:
+      run: a run directory.
+      to: peft: the adapters alone, for PyTorch's peft and for vLLM. hf: the merged model as a Hugging Face checkpoint,
+        with tokenizer and model card. orbax: the merged parameters for the unmodified JAX model.
+      out: where to; by default a folder of that name in the run directory.
+    """
+    opened = open_run(run)
+    folder = out or run / to
+    network, config = opened.network, opened.config
+    if to == "orbax":
+        if folder.exists():
+            raise ConfigError(f"export: {folder} is there already; pass --out with a new folder")
+        store.save_tree(folder, jax.jit(jlora.merge)(opened.params, opened.adapters))
+    elif network.model is None or network.names is None:
+        raise ConfigError(f"export: a {type(config.model).__name__} exists in JAX alone; pass --to orbax")
+    elif to == "peft":
+        from jlora import peft
+
+        peft.save(
+            folder,
+            opened.params,
+            opened.adapters,
+            config.lora,
+            network.names,
+            base_model=network.source,
+            task_type={"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM"}.get(type(config.task).__name__),
+        )
+    else:
+        lost = models.export(
+            folder,
+            network.model,
+            opened.params,
+            opened.adapters,
+            tokenizer=network.tokenizer or network.source,
+            base_model=network.source,
+        )
+        print(lost)
+    print(f"written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+
+
+def inspect(
+    checkpoint: Annotated[str, tyro.conf.Positional],
+    lora: jlora.LoraConfig = jlora.LoraConfig(),  # noqa: B008  (frozen)
+    task: models.Task | None = None,
+    labels: int | None = None,
+    revision: str | None = None,
+) -> None:
+    """Show what of a checkpoint would be adapted, from its config.json alone.
+
+    Args:
+      checkpoint: a folder, or the id of a model on the hub.
+      lora: what would be adapted, and how.
+      task: what the network ends in; by default that of the checkpoint.
+      labels: of a classifier, how many.
+      revision: of a model on the hub.
+    """
+    try:
+        model = models.build(checkpoint, task=task, labels=labels, revision=revision)
+    except (models.ModelError, models.TensorError) as error:
+        raise ConfigError(f"inspect: {error}") from error
+    params = models.abstract(model)
+    try:
+        plan = jlora.plan(params, lora, jlora.trace(model.apply, params, models.example_inputs(model)))
+    except ValueError as error:
+        raise ConfigError(f"lora: {error}") from error
+    print(f"{checkpoint}: {type(model).__name__}\n\n{plan}")
+
+
+COMMANDS = {"predict": predict, "generate": generate, "eval": evaluate, "export": export, "inspect": inspect}

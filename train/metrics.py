@@ -1,0 +1,50 @@
+"""Figures over all validation examples, by scikit-learn and scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import stats
+from scipy.special import log_softmax
+
+
+def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Loss, accuracy, F1 (of class 1 of two, else the mean over classes) and Matthews' correlation.
+
+    Args:
+      logits: float32 [n, classes].
+      labels: int [n].
+    """
+    from sklearn.metrics import f1_score, matthews_corrcoef  # a second to import: only when it is used
+
+    predicted = logits.argmax(axis=-1)
+    average = "binary" if logits.shape[1] == 2 else "macro"
+    losses = -log_softmax(logits.astype(np.float64), axis=-1)[np.arange(len(labels)), labels]
+    return {
+        "loss": float(losses.mean()),
+        "accuracy": float((predicted == labels).mean()),
+        "f1": float(f1_score(labels, predicted, average=average, zero_division=0)),
+        "matthews": float(matthews_corrcoef(labels, predicted)),
+    }
+
+
+def regression(values: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Mean squared error, and Pearson's and Spearman's correlation (0 where one side is constant); [n] each."""
+    constant = np.ptp(values) == 0 or np.ptp(labels) == 0
+    return {
+        "loss": float(((values - labels) ** 2).mean()),
+        "pearson": 0.0 if constant else float(stats.pearsonr(values, labels)[0]),
+        "spearman": 0.0 if constant else float(stats.spearmanr(values, labels)[0]),
+    }
+
+
+def language_model(loss: np.ndarray, tokens: np.ndarray, right: np.ndarray) -> dict[str, float]:
+    """Mean loss of a learnt token in nats, perplexity, and the share of tokens guessed right.
+
+    Args:
+      loss: of each example, summed over its learnt tokens; [n].
+      tokens: how many these are; [n].
+      right: how many of them are the likeliest one; [n].
+    """
+    count = max(int(tokens.sum()), 1)
+    mean = float(loss.astype(np.float64).sum() / count)
+    return {"loss": mean, "perplexity": float(np.exp(min(mean, 700.0))), "token_accuracy": float(right.sum() / count)}

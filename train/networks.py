@@ -1,0 +1,238 @@
+"""The networks, as functions of their parameters. All else knows these functions, and not which library made them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import jlora
+from jlora import models
+from jlora.models import ModelError, TensorError
+from jlora.names import Names
+from train.config import (
+    CausalLM,
+    ConfigError,
+    ImageClassification,
+    Mlp,
+    PatchTransformer,
+    Pretrained,
+    SequenceClassification,
+    TaskConfig,
+    TrainConfig,
+)
+
+Inputs = Mapping[str, jax.Array]
+Forward = Callable[..., jax.Array]
+"""``forward(params, inputs, key=None)``: the outputs; with a key, the network's own dropout is at work."""
+
+HEADS = r"(^|/)(classifier|score|head)/"
+"""The parameters of an output head, in every network here."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and what belongs to it.
+
+    Attributes:
+      forward: see `Forward`; inputs are a dictionary of arrays.
+      init: ``init(key)``: random parameters.
+      load: ``load(key)``: the parameters to start from; a head that the checkpoint lacks is drawn from the key.
+      names: where each parameter lies in a checkpoint; None for networks that no other library has.
+      model: the module of `jlora.models`, or None.
+      tokenizer: of transformers; None for images.
+      channels, mean, std: of the images that it sees.
+      source: the checkpoint, or None.
+    """
+
+    forward: Forward
+    init: Callable[[jax.Array], Any]
+    load: Callable[[jax.Array], Any]
+    names: Names | None = None
+    model: nn.Module | None = None
+    tokenizer: Any = None
+    channels: int = 1
+    mean: Any = 0.0
+    std: Any = 1.0
+    source: str | None = field(default=None)
+
+    @property
+    def pretrained(self) -> bool:
+        return self.model is not None
+
+
+def make_network(config: TrainConfig) -> Network:
+    """The network of a configuration that `train.tasks.resolved` has completed. Its weights are not read yet.
+
+    Raises:
+      ConfigError: if a checkpoint cannot be used.
+    """
+    if isinstance(config.model, Pretrained):
+        try:
+            return _pretrained(config.model, config.task)
+        except (ModelError, TensorError) as error:
+            raise ConfigError(f"model.path: {error}") from error
+    assert isinstance(config.task, ImageClassification) and config.task.side and config.task.labels
+    side, classes = config.task.side, len(config.task.labels)
+    if isinstance(config.model, PatchTransformer) and side % config.model.patch:
+        raise ConfigError(f"model.patch: got {config.model.patch}, expected a divisor of the images' side, {side}")
+    kind = _PatchTransformer if isinstance(config.model, PatchTransformer) else _Mlp
+    module = kind(config.model, classes)
+
+    def init(key: jax.Array) -> Any:
+        return module.init(key, jnp.zeros((1, side, side, 1)))["params"]
+
+    def forward(params: Any, inputs: Inputs, key: jax.Array | None = None) -> Any:
+        return module.apply({"params": params}, inputs["pixel_values"])
+
+    # Shown from -1 to 1.
+    return Network(forward, init, load=init, mean=0.5, std=0.5)
+
+
+# Checkpoints
+
+
+_TASKS = {
+    SequenceClassification: "sequence-classification",
+    CausalLM: "causal-lm",
+    ImageClassification: "image-classification",
+}
+
+
+def _pretrained(config: Pretrained, task: TaskConfig) -> Network:
+    labels = None if isinstance(task, CausalLM) else getattr(task, "labels", None) or 1
+    options: Any = {
+        "task": _TASKS[type(task)],
+        "labels": labels,
+        "dtype": jnp.dtype(config.dtype),
+        "revision": config.revision,
+    }
+    dtype = None if config.param_dtype is None else jnp.dtype(config.param_dtype)
+    model: Any = models.build(config.path, **options, param_dtype=dtype or jnp.float32)
+    image = isinstance(task, ImageClassification)
+    pictures = _preprocessor(config) if image else {}
+    tokenizer = None if image else load_tokenizer(config.path, config.revision)
+    if isinstance(task, SequenceClassification) and tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # as GPT-2's has none; the mask tells padding from text
+
+    def forward(params: Any, inputs: Inputs, key: jax.Array | None = None) -> Any:
+        if key is None or not config.dropout:
+            return model.apply(params, **inputs)
+        return model.apply(params, **inputs, deterministic=False, rngs={"dropout": key})
+
+    def load(key: jax.Array) -> Any:
+        try:
+            return models.load(config.path, **options, param_dtype=dtype, key=None if labels is None else key)[1]
+        except (ModelError, TensorError) as error:
+            raise ConfigError(f"model.path: {error}") from error
+
+    return Network(
+        forward,
+        init=lambda key: {"params": model.init(key, models.example_inputs(model))["params"]},
+        load=load,
+        names=models.names(model),
+        model=model,
+        tokenizer=tokenizer,
+        source=config.path,
+        **pictures,
+    )
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+      ConfigError: if there is none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers says at import that it found no torch, which it does not need
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(path, revision=revision)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"model.path: {path} has no tokenizer that transformers can read ({str(error).splitlines()[0]}). Expected "
+                "the files that its save_pretrained writes, such as tokenizer.json, beside the weights"
+            ) from error
+
+
+def _preprocessor(config: Pretrained) -> dict[str, Any]:
+    """How a checkpoint of images wants its pixels: mean and standard deviation of each channel."""
+    from jlora._tensors import read_json
+
+    file = Path(models.fetch(config.path, config.revision)) / "preprocessor_config.json"
+    found = read_json(file) if file.is_file() else {}
+    return {"channels": 3, "mean": found.get("image_mean", 0.5), "std": found.get("image_std", 0.5)}
+
+
+# Networks of our own, trained from scratch
+
+
+class _Mlp(nn.Module):
+    config: Mlp
+    classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Images, float32 [batch, side, side, channels], to logits, float32 [batch, classes]."""
+        x = images.reshape(images.shape[0], -1)
+        for i, width in enumerate(self.config.hidden):
+            x = nn.relu(nn.Dense(width, name=f"hidden_{i}")(x))
+        return nn.Dense(self.classes, name="head")(x)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention, then an MLP, each added to its input."""
+
+    heads: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[batch, patches, width] to the same."""
+        y = nn.LayerNorm(name="attention_norm")(x)
+        x = x + nn.MultiHeadDotProductAttention(self.heads, name="attention")(y)
+        y = nn.LayerNorm(name="mlp_norm")(x)
+        y = nn.gelu(nn.Dense(self.hidden, name="up")(y))
+        return x + nn.Dense(x.shape[-1], name="down")(y)
+
+
+class _PatchTransformer(nn.Module):
+    """Cut the image into patches, embed each with its position, transform, average, classify."""
+
+    config: PatchTransformer
+    classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Images, float32 [batch, side, side, channels], to logits, float32 [batch, classes]."""
+        config = self.config
+        x = nn.Dense(config.width, name="embed")(patches(images, config.patch))
+        x = x + self.param("positions", nn.initializers.normal(0.2), x.shape[1:])
+        for layer in range(config.depth):
+            x = Block(config.heads, config.hidden, name=f"block_{layer}")(x)
+        x = nn.LayerNorm(name="norm")(x).mean(axis=1)
+        return nn.Dense(self.classes, name="head")(x)
+
+
+def patches(images: jax.Array, side: int) -> jax.Array:
+    """[batch, height, width, channels] to [batch, patches, pixels of a patch], both row by row."""
+    batch, height, width, channels = images.shape
+    grid = images.reshape(batch, height // side, side, width // side, side, channels)
+    return jnp.swapaxes(grid, 2, 3).reshape(batch, -1, side * side * channels)
+
+
+NEW_HEAD = jlora.LoraConfig(targets=(), train_also=(HEADS,))
+EVERYTHING = jlora.LoraConfig(targets=(), train_also=(r".",))
+
+
+def what_to_train(config: TrainConfig) -> jlora.LoraConfig:
+    """What the mode of a configuration trains."""
+    return {"lora": config.lora, "full": EVERYTHING, "head": NEW_HEAD}[config.mode]

@@ -1,0 +1,42 @@
+"""The tasks, one interface (`train.tasks.base.Task`): text and image classification, regression, language modelling."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from train.config import CausalLM, SequenceClassification, TrainConfig
+from train.data import Table, column
+from train.networks import Network
+from train.tasks.base import Measured, Task
+from train.tasks.classify import Images, TextClassification, TextRegression, image_side, label_names
+from train.tasks.language import LanguageModel
+
+__all__ = ["Measured", "Task", "make_task", "resolved"]
+
+
+def resolved(config: TrainConfig, tables: Mapping[str, Table]) -> TrainConfig:
+    """The same configuration with all that its task takes from the data: names of labels, size of images."""
+    task, train = config.task, tables["train"]
+    found: dict[str, Any] = {}
+    if isinstance(task, CausalLM):
+        return config
+    if task.labels is None and not getattr(task, "regression", False):
+        found["labels"] = tuple(label_names(train, task.label))
+    if not isinstance(task, SequenceClassification) and task.side is None:
+        found["side"] = image_side(column(train.select([0]), task.image, "task.image")[0])
+    return dataclasses.replace(config, task=dataclasses.replace(task, **found))
+
+
+def make_task(config: TrainConfig, network: Network) -> Task:
+    """The task of a `resolved` configuration, for the network that it uses."""
+    match config.task:
+        case SequenceClassification(regression=True) as task:
+            return TextRegression(task, (), network.tokenizer)
+        case SequenceClassification(labels=labels) as task:
+            return TextClassification(task, labels or (), network.tokenizer)
+        case CausalLM() as task:
+            return LanguageModel(task, network.tokenizer)
+        case task:
+            return Images(task, task.labels or (), network.channels, network.mean, network.std)

@@ -6,9 +6,9 @@
     python -m train generate RUN --prompt "What is a low-rank update?"
     python -m train export RUN --to peft
 
-The data have a column `messages`, lists of `{"role": ..., "content": ...}`; only what the assistant says is learnt. Sequences are
-packed, so that no step computes padding, and none sees another. Any family that `jlora.models` has will do: Llama,
-Mistral, Qwen, Gemma.
+The data have a column `messages`, lists of `{"role": ..., "content": ...}`; only what the assistant says is learnt.
+Sequences are packed, so that no step computes padding, and none sees another. Any family that `jlora.models` has will
+do: Llama, Mistral, Qwen, Gemma.
 
 Expected: perplexity on held-out answers falls in the first few hundred steps and then stays; a 1B model with these
 settings trains 11,272,192 x 2 parameters on one accelerator with 16 GB in bfloat16. Not run here.

@@ -7,7 +7,8 @@
 A base is trained on upright digits, then factors of rank 16 adapt its hidden layer, and its output layer is
 trained whole: 16 x (784 + 128) + 1,290 = 15,882 trainable parameters, 15.6% of 101,770.
 
-MNIST comes from the hub (60,000 images). The second command runs the same on the small digits of this repository, 8 x 8 pixels.
+MNIST comes from the hub (60,000 images); not run here. The second command runs the same on the small digits of this
+repository, 8 x 8 pixels.
 """
 
 from jlora import LoraConfig

@@ -3,13 +3,12 @@
     python -m train configs/spam_gpt2.py
     python -m train predict RUN --text "You have won a prize! Call now"
 
-Rank 16 on every linear layer and on the new head: the plan says 2,371,616 trainable parameters, 1.9% of 124,441,344. The
-tutorial that this follows splits the fused query-key-value weight in three, each with factors of its own, and so counts
-2,666,528; here, as in Hugging Face's GPT-2, they are one weight with one pair of factors.
+Rank 16 on every linear layer and on the new head: the plan says 2,371,616 trainable parameters, 1.9% of 124,441,344.
+The tutorial that this follows splits the fused query-key-value weight in three, each with factors of its own, and so
+counts 2,666,528; here, as in Hugging Face's GPT-2, they are one weight with one pair of factors.
 
-Expected: the tutorial reports an accuracy of about 0.97 on its test split, after 5 epochs on a balanced 1,045 messages. Not run
-here: the hub fetches GPT-2 (550 MB) and the data. The data have no validation split: give one with
---data.validation, or the figures are those of the training examples.
+Expected: the tutorial reports an accuracy of about 0.97 on its test messages, after training on 1,045
+balanced ones. Not run here: the hub fetches GPT-2 (550 MB) and the 5,574 messages, of which a fifth is held out.
 """
 
 from jlora import LoraConfig
@@ -19,8 +18,8 @@ config = TrainConfig(
     name="spam_gpt2",
     task=SequenceClassification(text="sms", labels=("ham", "spam"), max_length=128),
     model=Pretrained("openai-community/gpt2"),
-    data=DataConfig(train="ucirvine/sms_spam/plain_text:train"),
+    data=DataConfig(train="ucirvine/sms_spam/plain_text:train", holdout=0.2),
     lora=LoraConfig(rank=16, alpha=16, exclude=()),
-    fit=FitConfig(epochs=5, batch_size=8, schedule="constant", warmup=0.0, weight_decay=0.1, clip=None),
-    learning_rate=LearningRates(lora=5e-5),
+    fit=FitConfig(epochs=6, batch_size=8, schedule="constant", warmup=0.0, weight_decay=0.1, clip=None),
+    learning_rate=LearningRates(lora=8e-4),
 )

@@ -4,8 +4,8 @@
     python -m train predict RUN --text "a gripping story" --text "a waste of two hours"
     python -m train export RUN --to peft
 
-CHECKPOINT is a folder with MiniLM-L6-H384 in BERT's layout, or its id on the hub (the default); the data are lines
-of `{"sentence": ..., "label": 0 or 1}`, and validation.jsonl lies beside them. Without --data.train, GLUE is fetched from the hub.
+CHECKPOINT is a folder with MiniLM-L6-H384 in BERT's layout, or its id on the hub (the default); the data are lines of
+`{"sentence": ..., "label": 0 or 1}`, and validation.jsonl lies beside them. Without --data.train, GLUE is fetched.
 
 """
 

@@ -228,7 +228,7 @@ def exact_alpha(scale: float, rank: int, use_rslora: bool) -> float | None:
 
 
 def make_config(
-    ranks: Mapping[str, int], alphas: Mapping[str, float], modules: Collection[str], **fields: Any
+    ranks: Mapping[str, int], alphas: Mapping[str, Any], modules: Collection[str], **fields: Any
 ) -> PeftConfig:
     """The config with which PEFT gives each module its rank and alpha.
 

@@ -100,8 +100,8 @@ def layers_of(f: LoraFactors, stacked: bool) -> list[Layer]:
     a, b, magnitude = (None if x is None else np.asarray(x) for x in (f.a, f.b, f.magnitude))
     assert a is not None and b is not None
     if not stacked:
-        return [Layer(a, b, magnitude, f.scale)]
-    return [Layer(a[i], b[i], None if magnitude is None else magnitude[i], f.scale) for i in range(len(a))]
+        return [Layer(a, b, magnitude, float(f.scale))]
+    return [Layer(a[i], b[i], None if magnitude is None else magnitude[i], float(f.scale)) for i in range(len(a))]
 
 
 def join(layers: Sequence[Layer], kind: Kind, stacked: bool, dropout: float) -> LoraFactors:

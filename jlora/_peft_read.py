@@ -99,6 +99,7 @@ def sort_tensors(
         if key in unknown:
             continue
         if (match := _FACTOR.fullmatch(stems[key])) is None:
+            wrong += [f"{key!r} and {whole[weight].name!r} are one tensor of the model"] if weight in whole else []
             whole[weight] = tensors[key]
             continue
         kind = at[weight][1].kind
@@ -107,7 +108,10 @@ def sort_tensors(
         if part is None:
             wrong.append(f"{key!r}: {at[weight][0]!r} is of kind {kind!r}, which has no {match[2]!r}")
         else:
-            layers.setdefault(module_of(weight), {})[part] = tensors[key]
+            here = layers.setdefault(module_of(weight), {})
+            wrong += [f"{key!r} and {here[part].name!r} are one tensor of the model"] if part in here else []
+            here[part] = tensors[key]
+    wrong += [] if tensors else [f"{TENSORS} holds no tensor at all"]
     found = Found(layers, whole, spelling)
 
     theirs = {t: spelling.theirs(t) for t in at if t.startswith(spelling.put)}
@@ -190,13 +194,8 @@ def _wrong_layers(
                 wrong.append(f"{key!r} has shape {tensor.shape}, expected {expected}: the config gives it rank {rank}")
             elif not jnp.issubdtype(tensor.dtype, jnp.floating):
                 wrong.append(f"{key!r} is {tensor.dtype}, expected floating numbers")
-        tensors = [module_of(t) in found.layers for t in name.tensors]
-        if (
-            config.use_dora
-            and not all(tensors)
-            and weight == name.tensors[tensors.index(True)]
-            and _is_shape(leaves[path])
-        ):
+        here = [t for t in name.tensors if module_of(t) in found.layers]
+        if config.use_dora and here[:1] == [weight] and here != list(name.tensors) and _is_shape(leaves[path]):
             wrong.append(f"{path!r}: only some of its layers have DoRA, for the others give params with values")
     return wrong
 
@@ -224,7 +223,7 @@ def _wrong_whole(
                 wrong.append(f"{tensor.name!r} is not the base's value, and the weight has factors too")
             del found.whole[weight]
         elif their_weight not in owed and not _is_embedding(their_weight, name.kind):
-            wrong.append(f"{key!r} is stored, but neither bias nor modules_to_save names it: PEFT would ignore it")
+            wrong.append(f"{key!r} is stored, but neither bias nor modules_to_save names it")
         elif not all(t in found.whole for t in name.tensors) and _is_shape(leaves[path]):
             wrong.append(f"{path!r}: only some of its layers are stored, for the others give params with values")
     return wrong

@@ -130,7 +130,7 @@ def open_checkpoint(folder: Path, stem: str = "model") -> dict[str, Tensor]:
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise TensorError(f"{index}: expected a `weight_map` from tensor names to file names, got {weight_map!r:.200}")
     wanted = sorted(set(weight_map.values()))
-    if outside := [name for name in wanted if Path(name).name != name or "\\" in name or not name]:
+    if outside := [name for name in wanted if Path(name).name != name or "\\" in name or name in ("", "..")]:
         raise TensorError(
             f"{index} names files outside of its folder: {outside}. Expected plain file names; do not use "
             "this checkpoint."

@@ -80,7 +80,8 @@ def load(
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore(folder / "arrays", {p: _arrays(value) for p, value in target.items()})
     except (OSError, ValueError, KeyError) as error:
-        raise TensorError(f"{folder}: the adapters are not whole ({str(error).splitlines()[0]}). Save them again.") from error
+        reason = str(error).splitlines()[0]
+        raise TensorError(f"{folder}: the adapters are not whole ({reason}). Save them again.") from error
     return {path: _rebuilt(arrays[path], record) for path, record in records.items()}
 
 
@@ -125,6 +126,6 @@ def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) 
     ]
     if wrong:
         raise ValueError(
-            f"{where}: the adapters on disk differ from the expected ones:{bullets(wrong)}\nExpected adapters of the same "
-            "config and model; load without like= to take them as they are."
+            f"{where}: the adapters on disk differ from the expected ones:{bullets(wrong)}\nExpected adapters of the "
+            "same config and model; load without like= to take them as they are."
         )

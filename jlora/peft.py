@@ -6,6 +6,9 @@
 A folder has an ``adapter_config.json`` and an ``adapter_model.safetensors``. The name table (`jlora.names`, or
 `jlora.models.names` of a network from there) says which PyTorch module each leaf is; nothing is ever unpickled.
 Neither torch nor peft is needed.
+
+One thing differs: a table that is also the output projection is one weight here, and what is trained acts in both of
+its uses. PEFT trains a copy for the lookup, and leaves the projection as it was.
 """
 
 from __future__ import annotations
@@ -48,6 +51,8 @@ from jlora.names import Kind, Names, from_torch, to_torch
 
 __all__ = ["PeftError", "load", "save"]
 
+_NO_VALUE = "goes into what PEFT stores beside the adapters, and the params are shapes; expected arrays"
+
 
 def save(
     folder: str | Path,
@@ -70,8 +75,6 @@ def save(
     otherwise. PEFT stores whole modules, and the heads of ``task_type``; what of them was not trained is taken from
     ``params``. So are, beside DoRA, the magnitudes of plain factors: PEFT has DoRA everywhere or nowhere.
 
-    A table that is also the output projection is adapted in both uses here, but by PEFT in the lookup only.
-
     Args:
       folder: made if it is not there; an adapter that is there is replaced, once the new one is written out.
       params: the base parameters.
@@ -91,7 +94,7 @@ def save(
       PeftError: naming every adapter that PEFT has no form for.
     """
     leaves, _ = named_leaves(params)
-    check_paths(adapters, leaves, "peft.save")
+    check_paths({**adapters, **names}, leaves, "peft.save")
     check_adapters(leaves, adapters, "peft.save")
     check_finite(adapters, "peft.save")
     _check_writable(adapters, leaves, names, task_type)
@@ -102,16 +105,16 @@ def save(
     if uniform_rank:
         largest = max(layer.rank for layer in layers.values())
         layers = {module: layer.folded(1.0).padded(largest) for module, layer in layers.items()}
-    kinds: dict[str, Kind] = {module_of(tensor): name.kind for name in names.values() for tensor in name.tensors}
 
     at = {tensor: (path, i) for path, name in names.items() for i, tensor in enumerate(name.tensors)}
+    kinds: dict[str, Kind] = {module_of(t): names[path].kind for t, (path, _) in at.items() if path in factors}
     trained = {tensor for tensor, (path, _) in at.items() if path in adapters and path not in factors}
     bias, saved = _whole_modules(trained, layers, at, TASK_HEADS[task_type] if task_type else ())
     dropouts = [f.dropout for f in factors.values()]
     theirs = make_config(
         {module: layer.rank for module, layer in layers.items()},
-        {module: exact_alpha(layer.scale, layer.rank, use_rslora) or 0 for module, layer in layers.items()},
-        {above for module in kinds for above in _above(module)},
+        {module: exact_alpha(layer.scale, layer.rank, use_rslora) for module, layer in layers.items()},
+        {above for tensor in at for above in _above(module_of(tensor))},
         lora_dropout=max(dropouts, key=dropouts.count),
         bias=bias,
         use_rslora=use_rslora,
@@ -119,9 +122,11 @@ def save(
         modules_to_save=saved,
     )
     whole = theirs.whole(at, layers)
+    lacking = dict.fromkeys(at[tensor][0] for tensor in at if tensor in whole - trained)
     _raise(
-        [f"{tensor!r} was trained whole, but lies in no module that PEFT could store" for tensor in trained - whole]
+        [f"{t!r} was trained whole, but lies in no module that PEFT could store" for t in at if t in trained - whole]
         + [f"{m!r} has factors and lies in a module that is trained whole: {saved}" for m in layers if theirs.saves(m)]
+        + [f"{path!r} {_NO_VALUE}" for path in lacking if isinstance(leaves[path], jax.ShapeDtypeStruct)]
     )
 
     tensors: dict[str, np.ndarray] = {}
@@ -131,7 +136,7 @@ def save(
             tensors[f"{PREFIX}{module}.{suffixes[part]}"] = array
     for tensor in whole:
         path, i = at[tensor]
-        leaf = np.asarray(adapters[path] if tensor in trained else _value(leaves[path], path))
+        leaf = np.asarray(adapters[path] if tensor in trained else leaves[path])
         module = module_of(tensor)
         key = f"{module}.base_layer.bias" if module in layers else tensor
         tensors[PREFIX + key] = to_torch(leaf[i] if names[path].stacked else leaf, names[path].kind)
@@ -209,6 +214,7 @@ def load(folder: str | Path, names: Names, params: PyTree) -> tuple[dict[LeafPat
 def _check_writable(adapters: Adapters, leaves: Mapping[LeafPath, Any], names: Names, task_type: str | None) -> None:
     """Raises a PeftError that names every adapter of which PEFT has no form."""
     wrong = []
+    dora = any(isinstance(value, LoraFactors) and value.magnitude is not None for value in adapters.values())
     for path, value in adapters.items():
         if (name := names.get(path)) is None:
             wrong.append(f"{path!r} is not in the name table{nearest(path, names)}")
@@ -217,6 +223,10 @@ def _check_writable(adapters: Adapters, leaves: Mapping[LeafPath, Any], names: N
                 wrong.append(f"{path!r} is of kind {name.kind!r}; PEFT adapts {', '.join(layout.NDIM)}")
             elif value.axes != (expected := layout.axes(name.kind, name.stacked)):
                 wrong.append(f"{path!r} has {value.axes}; PEFT adapts {name.kind!r} along {expected}")
+            if not math.isfinite(value.scale) or value.rank == 0:
+                wrong.append(f"{path!r} has scale {value.scale} and rank {value.rank}; expected finite, and above 0")
+            if dora and value.magnitude is None and isinstance(leaves[path], jax.ShapeDtypeStruct):
+                wrong.append(f"{path!r} {_NO_VALUE}")
     if not any(isinstance(value, LoraFactors) for value in adapters.values()):
         wrong.append("there are no low-rank factors; PEFT has no adapter without, save the merged model instead")
     if task_type is not None and task_type not in TASK_HEADS:
@@ -242,12 +252,12 @@ def _as_layers(
     dora = any(f.magnitude is not None for f in factors.values())
     for path, f in factors.items():
         if dora and f.magnitude is None:
-            norm = column_norm(factored(LoraWeight(_value(leaves[path], path), f)), f.axes)
+            norm = column_norm(factored(LoraWeight(leaves[path], f)), f.axes)
             f = dataclasses.replace(f, magnitude=norm.astype(f.b.dtype))
         for tensor, layer in zip(names[path].tensors, layout.layers_of(f, names[path].stacked), strict=True):
-            if exact_alpha(layer.scale, layer.rank, use_rslora) is None:
-                layer = layer.folded(math.sqrt(layer.rank) if use_rslora else 1.0)
-            found[module_of(tensor)] = layer
+            writable = exact_alpha(layer.scale, layer.rank, use_rslora) is not None
+            one = layer.rank / math.sqrt(layer.rank) if use_rslora else 1.0  # of alpha = rank
+            found[module_of(tensor)] = layer if writable else layer.folded(one)
     return found
 
 
@@ -276,12 +286,6 @@ def _above(module: str) -> list[str]:
     """A module and those that hold it."""
     parts = module.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _value(leaf: Any, path: LeafPath) -> Any:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        raise PeftError(f"peft.save: the value of {path!r} is stored too, and the params are shapes; expected arrays")
-    return leaf
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> list[Path]:

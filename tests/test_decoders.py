@@ -61,7 +61,7 @@ def test_it_computes_what_transformers_computes(name: str) -> None:
 
 @every_decoder
 def test_a_cache_gives_what_the_whole_gives(name: str) -> None:
-    """A prompt padded on the left and then token by token equals one call, whatever the window."""
+    """Two halves, one row padded on the left, equal one call, whatever the window; token by token, see `generate`."""
     model, params, expected = case(name)
     if name == "llama-dynamic":
         pytest.skip("its frequencies grow with the length, and cached keys keep theirs; as in transformers")
@@ -72,32 +72,27 @@ def test_a_cache_gives_what_the_whole_gives(name: str) -> None:
     def step(ids: Any, mask: Any, cache: Any) -> Any:
         return model.apply(params, ids, mask, cache=cache)
 
-    logits, cache = step(ids[:, :6], mask[:, :6], model.init_cache(2, ids.shape[1] + 1))
-    found = [logits]
-    for i in range(6, ids.shape[1]):
-        logits, cache = step(ids[:, i : i + 1], mask[:, i : i + 1], cache)
-        found.append(logits)
-    assert int(cache.used) == ids.shape[1]
-    assert_close(jnp.concatenate(found, axis=1), expected["logits"][rows], mask)
+    first, cache = step(ids[:, :6], mask[:, :6], model.init_cache(2, 13))
+    second, cache = step(ids[:, 6:], mask[:, 6:], cache)
+    assert int(cache.used) == 12
+    assert_close(jnp.concatenate([first, second], axis=1), expected["logits"][rows], mask)
 
 
 @every_decoder
 def test_a_token_sees_no_later_one_and_no_other_segment(name: str) -> None:
     """Later tokens change no earlier logits; packed sequences give what each gives alone."""
     model, params, expected = case(name)
-    ids, ones = expected["input_ids"][:1], np.ones((1, 12))
-    logits = forward(model, params, ids, ones)[0]
-    changed = np.where(np.arange(12) < 8, ids, 48 - ids)
-    later = forward(model, params, changed, ones)[0]
-    assert_close(later[:, :8], logits[:, :8], tolerance=1e-6)
-    assert np.abs(later[:, 8:] - logits[:, 8:]).max() > 1e-2
+    row = expected["input_ids"][0]
+    changed = np.where(np.arange(12) < 8, row, 48 - row)
+    ones = np.ones_like(expected["attention_mask"])
+    whole, later, rolled = np.asarray(forward(model, params, np.stack([row, changed, np.roll(row, 5)]), ones)[0])
+    assert_close(later[:8], whole[:8], tolerance=1e-6)
+    assert np.abs(later[8:] - whole[8:]).max() > 1e-2
     if name == "llama-dynamic":
         return  # A longer call has other frequencies, so that a pack differs from its parts.
-
-    packed = forward(model, params, ids, ones, None, np.asarray([[3] * 7 + [1] * 5]))[0]
-    assert_close(packed[:, :7], logits[:, :7], tolerance=1e-5)
-    alone = forward(model, params, np.roll(ids, 5, axis=1), ones)[0]
-    assert_close(packed[:, 7:], alone[:, :5], tolerance=1e-5)
+    packed = np.asarray(forward(model, params, row[None], ones[:1], None, np.asarray([[3] * 7 + [1] * 5]))[0])[0]
+    assert_close(packed[:7], whole[:7], tolerance=1e-5)
+    assert_close(packed[7:], rolled[:5], tolerance=1e-5)
 
 
 @every_decoder
@@ -113,13 +108,25 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     assert type(again) is type(theirs)
     ids, mask = batch(100)
-    for part in (slice(None), slice(5, 10)):  # the shorter first row has no padding; some of the others have only that
+    other_length = [slice(5, 10)] if name in ("llama-dynamic", "gemma2", "gpt2") else []
+    for part in [slice(None), *other_length]:
         logits, hidden = states(theirs, ids[:, part], mask[:, part])
         found = forward(model, params, ids[:, part], mask[:, part])
         assert_close(found[0], logits, mask[:, part])
         assert_close(found[1][:-1], hidden[:-1], mask[:, part])
     if name != "llama-dynamic":  # which in transformers has a state
         np.testing.assert_array_equal(states(again, ids, mask)[0], states(theirs, ids, mask)[0])
+
+
+PUBLISHED = json.loads((GOLDEN.parent / "published.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations(name: str) -> None:
+    """The config.json of models on the hub is read, and gives as many parameters as they have."""
+    model = models.build(PUBLISHED[name]["config"])
+    shapes = jax.tree.leaves(models.abstract(model))
+    assert sum(int(np.prod(x.shape)) for x in shapes) == PUBLISHED[name]["parameters"]
 
 
 @pytest.mark.parametrize("name", ["llama2", "gemma2", "gpt2"])
@@ -152,9 +159,7 @@ def test_a_tied_head_may_be_stored_or_not(tmp_path: Path) -> None:
 
     def rewrite(name: str, **changes: Any) -> Path:
         tensors = load_file(GOLDEN / name / "model.safetensors")
-        save_file(
-            {k: v for k, v in (tensors | changes).items() if v is not None}, tmp_path / "model.safetensors"
-        )
+        save_file({k: v for k, v in (tensors | changes).items() if v is not None}, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_text((GOLDEN / name / "config.json").read_text())
         return tmp_path
 
@@ -191,10 +196,7 @@ def test_bfloat16_is_near(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2-sliding", "gpt2"])
 def test_an_adapted_decoder(name: str) -> None:
-    """Every linear layer is found with its layers as a batch axis; fresh adapters change nothing; attached is merged.
-
-    Recomputing the layers (remat) changes no gradient.
-    """
+    """Every linear layer is found, its layers as a batch axis; fresh adapters change nothing; attached is merged."""
     model, params, expected = case(name)
     ids = expected["input_ids"][:1]
     uses = jlora.trace(model.apply, params, ids)
@@ -203,7 +205,7 @@ def test_an_adapted_decoder(name: str) -> None:
     config = jlora.LoraConfig(rank=2, alpha=4)
     assert stacked <= set(jlora.plan(params, config, uses))
 
-    fresh = jlora.init(jax.random.key(0), params, config, uses)
+    fresh: Any = jlora.init(jax.random.key(0), params, config, uses)
     drawn = {
         path: dataclasses.replace(f, b=jax.random.normal(jax.random.key(i), f.b.shape) * 0.1)
         for i, (path, f) in enumerate(fresh.items())
@@ -214,9 +216,18 @@ def test_an_adapted_decoder(name: str) -> None:
     np.testing.assert_array_equal(adapted(params, fresh), plain(params))
     assert_close(adapted(params, drawn), plain(jlora.merge(params, drawn)))
 
+
+def test_recomputing_the_layers_changes_no_gradient() -> None:
+    """``model.clone(remat=True)``, adapted and with dropout."""
+    model, params, expected = case("gpt2")
+    ids, options = expected["input_ids"][:1], {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
+    config = jlora.LoraConfig(rank=2, alpha=4, targets=("c_attn", "c_fc"))
+    adapters = jlora.init(jax.random.key(0), params, config, jlora.trace(model.apply, params, ids))
+
     def gradient(network: Any) -> Any:
         apply = jlora.lora(network.apply, materialize="error")
-        return jax.jit(jax.grad(lambda adapters: jnp.sum(jnp.sin(apply(jlora.attach(params, adapters), ids)))))(drawn)
+        loss = lambda adapters: jnp.sum(jnp.sin(apply(jlora.attach(params, adapters), ids, **options)))  # noqa: E731
+        return jax.jit(jax.grad(loss))(adapters)
 
     jax.tree.map(assert_close, gradient(model.clone(remat=True)), gradient(model))
 
@@ -312,10 +323,12 @@ def test_what_would_compute_otherwise_is_refused_by_name(changes: dict[str, Any]
 
 
 def test_calls_that_cannot_be() -> None:
-    """More tokens than GPT-2 has positions, and packed sequences with a cache."""
+    """More tokens than GPT-2 has positions or a cache has slots, and packed sequences with a cache."""
     model, params, _ = case("gpt2")
+    ids = jnp.zeros((1, 3), jnp.int32)
     with pytest.raises(ValueError, match="33 tokens, but GPT-2 has 32 positions"):
         model.apply(params, jnp.zeros((1, 33), jnp.int32))
     with pytest.raises(ValueError, match="segment_ids together with a cache"):
-        segments = jnp.zeros((1, 3), jnp.int32)
-        model.apply(params, segments, segment_ids=segments, cache=model.init_cache(1, 8))
+        model.apply(params, ids, segment_ids=ids, cache=model.init_cache(1, 8))
+    with pytest.raises(ValueError, match="3 tokens for a cache of 2 slots"):
+        model.apply(params, ids, cache=model.init_cache(1, 2))

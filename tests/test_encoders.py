@@ -90,7 +90,7 @@ def test_what_a_config_leaves_out_is_as_in_transformers(kind: str) -> None:
     assert {f: getattr(ours, f) for f in fields} == {f: getattr(theirs, f) for f in fields}
 
 
-@pytest.mark.parametrize("name", ["bert-classifier", "roberta", "vit-classifier"])
+@pytest.mark.parametrize("name", ["bert-classifier", "vit-classifier"])
 def test_bfloat16_stays_near(name: str) -> None:
     """Computed in bfloat16, from float32 parameters or its own, everything is within a few of its roundings."""
     for param_dtype in (jnp.float32, jnp.bfloat16):
@@ -103,21 +103,22 @@ def test_bfloat16_stays_near(name: str) -> None:
             assert farthest(got, expected, batch) < 0.05 * scale, sort
 
 
-@pytest.mark.parametrize("name", ["bert-classifier", "roberta-classifier", "vit-classifier"])
+@pytest.mark.parametrize("name", ["roberta-classifier", "vit-classifier"])
 def test_dropout_needs_a_key_and_changes_the_output(name: str) -> None:
     hf = json.loads((HERE / name / "config.json").read_text())
     model = models.build({**hf, "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5})
     params = models.load(HERE / name)[1]
-    inputs = models.example_inputs(model)
-    rngs = {"dropout": jax.random.key(0)}
-    sure, dropped = (model.apply(params, inputs, deterministic=d, rngs=rngs) for d in (True, False))
-    assert isinstance(sure, jax.Array) and sure.shape == (1, 3)
-    assert not np.allclose(sure, dropped)  # type: ignore[arg-type]
+    drop = jax.jit(lambda key: model.apply(params, models.example_inputs(model), deterministic=False, rngs=key))
+    first, again, other = (drop({"dropout": jax.random.key(seed)}) for seed in (0, 0, 1))
+    assert first.shape == (1, 3)
+    assert np.array_equal(first, again) and not np.allclose(first, other)
 
 
 def test_images_of_another_size_are_refused() -> None:
     model, params = models.load(HERE / "vit")
-    with pytest.raises(models.ModelError, match=r"\(1, 3, 12, 12\); expected \[batch, height, width, channels\].*12, 3"):
+    with pytest.raises(
+        models.ModelError, match=r"\(1, 3, 12, 12\); expected \[batch, height, width, channels\].*12, 3"
+    ):
         model.apply(params, jnp.zeros((1, 3, 12, 12)))
 
 

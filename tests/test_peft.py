@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora import models, names, peft
-from jlora._peft_config import PeftConfig, read_config
+from jlora._peft_config import PeftConfig, exact_alpha, read_config
 from jlora._tensors import TensorError
 
 TOLERANCE = 1e-4
@@ -148,7 +148,9 @@ def test_the_config_makes_such_adapters(case: str) -> None:
     def describe(x: Any) -> Any:
         return (x.scale, x.axes, x.dropout) if isinstance(x, jlora.LoraFactors) else None
 
-    assert jax.tree.map(jnp.shape, dict(sorted(made.items()))) == jax.tree.map(jnp.shape, dict(sorted(adapters.items())))
+    assert jax.tree.map(jnp.shape, dict(sorted(made.items()))) == jax.tree.map(
+        jnp.shape, dict(sorted(adapters.items()))
+    )
     assert {p: describe(x) for p, x in made.items()} == {p: describe(x) for p, x in adapters.items()}
 
 
@@ -315,7 +317,8 @@ def test_adapters_made_here(case: str, tmp_path: Path) -> None:
     peft.save(tmp_path, b.params, adapters, config, b.names, base_model="x/y", task_type=written.get("task_type"))
     found = json.loads((tmp_path / "adapter_config.json").read_text())
     found["rank_pattern"], found["alpha_pattern"] = (
-        {key.replace("\\", ""): value for key, value in found[table].items()} for table in ("rank_pattern", "alpha_pattern")
+        {key.replace("\\", ""): value for key, value in found[table].items()}
+        for table in ("rank_pattern", "alpha_pattern")
     )
     assert {key: found[key] for key in written} == written and found["base_model_name_or_path"] == "x/y"
     expected = plain(name, jlora.merge(b.params, adapters))
@@ -325,3 +328,355 @@ def test_adapters_made_here(case: str, tmp_path: Path) -> None:
     assert_close(plain(name, jlora.merge(b.params, again)), expected)
     if importlib.util.find_spec("peft"):
         assert_close(peft_logits(tmp_path, name), expected)
+
+
+def test_a_scale_that_no_alpha_gives_is_folded(tmp_path: Path) -> None:
+    """2.5/5 is a half, but no number divided by 5 is the one above: B is scaled then, and the update stays the same."""
+    b = base("toy")
+    config = jlora.LoraConfig(5, alpha=2.5, targets=("dense/kernel", "up/kernel"))
+    adapters = grown("toy", config)
+    odd = next(s for i in range(1, 99) if exact_alpha(s := 0.4 + i * 2**-54, 5, False) is None)
+    adapters["up/kernel"] = dataclasses.replace(adapters["up/kernel"], scale=odd)
+    peft.save(tmp_path, b.params, adapters, config, b.names)
+    again, _ = peft.load(tmp_path, b.names, b.params)
+    assert [f.scale for f in factors(again).values()] == [1.0, 0.5]
+    assert_close(plain("toy", jlora.merge(b.params, again)), plain("toy", jlora.merge(b.params, adapters)))
+
+
+def test_alpha_gives_the_scale_back_exactly() -> None:
+    """Whatever ranks and alphas were, and integers stay integers."""
+    for rank in range(1, 70):
+        for alpha in (1, 7, 16, 32, 0.1, 12.7, 1 / 3):
+            for rslora in (False, True):
+                divisor = rank**0.5 if rslora else rank
+                found = exact_alpha(alpha / divisor, rank, rslora)
+                assert found is not None and found / divisor == alpha / divisor
+                assert type(found) is type(alpha) or type(alpha) is float
+
+
+def test_dtypes_are_kept(tmp_path: Path) -> None:
+    """bfloat16 factors come back as such, and so does the config."""
+    b = base("toy")
+    config = jlora.LoraConfig(2, targets=("dense/kernel", "tokens"), dtype="bfloat16")
+    adapters = grown("toy", config)
+    peft.save(tmp_path, b.params, adapters, config, b.names)
+    again, found = peft.load(tmp_path, b.names, b.params)
+    assert_same(again, {path: adapters[path] for path in again})
+    assert found.dtype == "bfloat16"
+    assert load_file(tmp_path / "adapter_model.safetensors").popitem()[1].dtype == ml_dtypes.bfloat16
+
+
+def test_shapes_are_enough(tmp_path: Path) -> None:
+    """`load` needs no values of the params, except to fill in a stacked leaf."""
+    for case in ("plain", "dora", "llama"):
+        b = base(CASES[case].base)
+        assert_same(peft.load(FOLDER / case, b.names, jax.eval_shape(lambda b=b: b.params))[0], loaded(case)[0])
+    for case, path in (("llama-layers", "model/layers/mlp/down_proj/kernel"), ("toy-whole", "blocks/norm/bias")):
+        b = base(CASES[case].base)
+        text = message(lambda b=b, case=case: peft.load(FOLDER / case, b.names, jax.eval_shape(lambda: b.params)))
+        expect(text, f"{path}': only some of its layers", "give params with values")
+
+
+# ---- the bare network and one with a head
+
+
+def test_an_adapter_of_the_bare_network_fits_one_with_a_head_and_back(tmp_path: Path) -> None:
+    """The first part of the names may be missing, or too much."""
+    bare, params = models.load(FOLDER / "base-roberta", task="features", key=jax.random.key(0))
+    less, _ = peft.load(FOLDER / "patterns", models.names(bare), params)
+    whole, config = loaded("patterns")
+    assert {path.replace("params/", "params/encoder/"): f.scale for path, f in factors(less).items()} == {
+        path: f.scale for path, f in factors(whole).items()
+    }
+    peft.save(tmp_path, params, less, config, models.names(bare))
+    b = base("roberta")
+    assert_same(peft.load(tmp_path, b.names, b.params)[0], whole)
+
+
+def test_stored_embeddings_beside_factors_say_nothing_new(tmp_path: Path) -> None:
+    """What peft stores of a model whose vocabulary may have changed is read when it did not, tied head included."""
+
+    def store(config: dict, tensors: dict) -> None:
+        table = load_file(FOLDER / "base-gpt2" / "model.safetensors")["transformer.wte.weight"]
+        tensors |= {PRE + "transformer.wte.weight": table + 1, PRE + "lm_head.weight": table + 1}
+
+    b = base("gpt2")
+    adapters: dict[str, Any] = peft.load(edited(tmp_path / "1", "gpt2", store), b.names, b.params)[0]
+    np.testing.assert_allclose(
+        adapters["params/transformer/wte/embedding"] - 1,
+        b.params["params"]["transformer"]["wte"]["embedding"],
+        atol=1e-6,
+    )
+
+    def beside(config: dict, tensors: dict) -> None:
+        table = load_file(FOLDER / "base-roberta" / "model.safetensors")[f"{WORDS}.weight"]
+        tensors[f"{PRE}{WORDS}.base_layer.weight"] = table
+
+    b = base("roberta")
+    assert_same(peft.load(edited(tmp_path / "2", "dora", beside), b.names, b.params)[0], loaded("dora")[0])
+
+
+# ---- what cannot be
+
+
+PRE = "base_model.model."
+WORDS = "roberta.embeddings.word_embeddings"
+QUERY = "roberta.encoder.layer.0.attention.self.query"
+A, B = f"{PRE}{QUERY}.lora_A.weight", f"{PRE}{QUERY}.lora_B.weight"
+
+
+def message(call: Callable[[], Any], error: type[Exception] = ValueError) -> str:
+    with pytest.raises(error) as caught:
+        call()
+    return str(caught.value)
+
+
+def expect(text: str, *parts: str) -> None:
+    missing = [part for part in parts if part not in text]
+    assert not missing, f"{missing} not in:\n{text}"
+
+
+def edited(folder: Path, case: str, edit: Callable[[dict, dict], Any]) -> Path:
+    """A copy of a golden adapter after ``edit(config, tensors)``."""
+    shutil.copytree(FOLDER / case, folder)
+    config, tensors = (
+        json.loads((folder / "adapter_config.json").read_text()),
+        load_file(folder / "adapter_model.safetensors"),
+    )
+    edit(config, tensors)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def cut(tensors: dict, key: str, index: Any) -> None:
+    tensors[key] = np.ascontiguousarray(tensors[key][index])
+
+
+def rename(tensors: dict, old: str, new: str) -> None:
+    for key in [k for k in tensors if old in k]:
+        tensors[key.replace(old, new)] = tensors.pop(key)
+
+
+WRONG: dict[str, tuple[Callable[[dict, dict], Any], tuple[str, ...]]] = {
+    "missing": (lambda c, t: (t.pop(A), t.pop(B)), (f"'{A}' of shape (4, 16) is missing", f"'{B}' of shape (16, 4)")),
+    "half": (lambda c, t: t.pop(B), ("1 tensor(s)", f"'{B}' of shape (16, 4) is missing", "nothing was loaded")),
+    "extra": (
+        lambda c, t: t.update({f"{PRE}{QUERY}x.lora_A.weight": t[A], f"{PRE}lm_head.weight": t[B], "q.weight": t[B]}),
+        ("3 tensor(s)", f"{QUERY}x.lora_A.weight': the model has no such tensor (closest:", "lm_head.weight'",
+         "'q.weight': PEFT's names start with 'base_model.model.'"),
+    ),
+    "not targeted": (lambda c, t: c.update(target_modules=["value"]), (f"'{QUERY}' has factors", "would ignore")),
+    "more targeted": (lambda c, t: c.update(target_modules=["query", "value", "key"]), ("4 tensor(s)", "key.lora_A")),
+    "bias": (lambda c, t: t.update({f"{PRE}{QUERY[:-5]}key.bias": t[B][:, 0].copy()}), ("neither bias nor modules",)),
+    "whole missing": (
+        lambda c, t: c.update(bias="all", modules_to_save=["out_proj"]),
+        ("classifier.out_proj.weight' of shape (3, 16) is missing", "key.bias' of shape (16,) is missing"),
+    ),
+    "empty": (lambda c, t: (t.clear(), c.update(target_modules=None)), ("holds no tensor at all",)),
+    "twice": (
+        lambda c, t: t.update({f"{PRE}{QUERY}{x}.bias": t[B][:, 0].copy() for x in ("", ".base_layer")}),
+        (f"{QUERY}.bias' and '{PRE}{QUERY}.base_layer.bias' are one tensor",),
+    ),
+    "rank": (lambda c, t: c.update(r=3), ("8 tensor(s)", "(4, 16), expected (3, 16): the config gives it rank 3")),
+    "shape": (lambda c, t: (cut(t, A, np.s_[:, :9]), cut(t, B, np.s_[1:])), ("(4, 9), expected (4, 16)", "(15, 4)")),
+    "integers": (lambda c, t: t.update({A: np.ones((4, 16), np.int32)}), ("is int32, expected floating numbers",)),
+    "no magnitude": (lambda c, t: c.update(use_dora=True), ("4 tensor(s)", "lora_magnitude_vector' of shape (16,) is")),
+    "magnitude": (
+        lambda c, t: t.update({f"{PRE}{QUERY}.lora_magnitude_vector": np.ones(16, np.float32)}), ("no use_dora",),
+    ),
+    "as embedding": (lambda c, t: rename(t, f"{QUERY}.lora_A.weight", f"{QUERY}.lora_embedding_A"),
+                     ("kind 'linear', which has no 'lora_embedding_A'", f"'{A}' of shape (4, 16) is missing")),
+    "another model": (lambda c, t: rename(t, "roberta.encoder.layer.1", "model.layers.3"),
+                      ("8 tensor(s)", "model.layers.3.attention.self.query.lora_A", "layer.1.attention.self.value")),
+    "nan": (lambda c, t: (t[A].fill(np.nan), t[B].fill(np.inf)), ("2 tensor(s) hold NaN", A, B, "Nothing was loaded")),
+    "method": (lambda c, t: c.update(peft_type="LOHA"), ("peft_type = 'LOHA'; expected 'LORA'", "merge_and_unload")),
+    "features": (
+        lambda c, t: c.update(use_qalora=True, layer_replication=[[0, 2]], lora_bias=True, trainable_token_indices=[1],
+                              alora_invocation_tokens=[3], megatron_config={"a": 1}, target_parameters=["x"], new=1),
+        ("use_qalora = True", "layer_replication", "lora_bias", "trainable_token_indices", "alora_invocation_tokens",
+         "megatron_config", "target_parameters", "new = 1"),
+    ),
+    "init": (lambda c, t: c.update(init_lora_weights="pissa"), ("'pissa', which changed the base weights", "save_")),
+    "values": (
+        lambda c, t: c.update(r=0, lora_alpha="8", lora_dropout=1, bias="some", use_dora="yes", target_modules="(",
+                              modules_to_save="x", layers_to_transform=["1"], rank_pattern={"q": -1},
+                              alpha_pattern={"(": 1}, layers_pattern=3, exclude_modules=7, use_rslora=1),
+        ("13 value(s)", "r = 0; expected an integer above 0", "lora_alpha = '8'", "lora_dropout = 1", "bias = 'some'",
+         "use_dora", "target_modules = '('; expected a list of names or a regular expression", "modules_to_save",
+         "layers_to_transform", "rank_pattern", "alpha_pattern", "layers_pattern", "exclude_modules", "use_rslora"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_everything_wrong_is_named(case: str, tmp_path: Path) -> None:
+    """Whatever does not fit is an error that names each tensor or setting, and nothing is loaded."""
+    edit, parts = WRONG[case]
+    b = base("roberta")
+    folder = edited(tmp_path / "it", "plain", edit)
+    expect(message(lambda: peft.load(folder, b.names, b.params), peft.PeftError), *parts)
+
+
+def test_many_faults_are_counted(tmp_path: Path) -> None:
+    """A wholly different model's adapter is one message that can be read."""
+    b = base("toy")
+    more = {f"{PRE}layers.{i}.lora_A.weight": np.ones((2, 2)) for i in range(50)}
+    folder = edited(tmp_path / "it", "toy", lambda c, t: t.update(more))
+    text = message(lambda: peft.load(folder, b.names, b.params), peft.PeftError)
+    expect(text, "50 tensor(s)", "and 10 more")
+    assert text.count("\n") == 42
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), ("adapter_config.json", "No such file")),
+    "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), ("is no whole safetensors file",)),
+    "pickled": (
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+        ("adapter_model.bin, which is pickled", "PeftModel.from_pretrained", "save_pretrained(new_folder)"),
+    ),
+    "half a config": (lambda f: (f / "adapter_config.json").write_text('{"r": 8,'), ("cannot be read as JSON",)),
+    "a list": (lambda f: (f / "adapter_config.json").write_text("[1]"), ("expected a JSON object, got list",)),
+    "deep": (lambda f: (f / "adapter_config.json").write_text("[" * 99999), ("cannot be read as JSON",)),
+    "truncated": (lambda f: write(f, read(f)[:-9]), ("is no whole safetensors file", "fetch or export it again")),
+    "header only": (lambda f: write(f, read(f)[:50]), ("is no whole safetensors file",)),
+    "absurd header": (lambda f: write(f, struct.pack("<Q", 2**62) + read(f)[8:]), ("is no whole safetensors file",)),
+    "overlapping": (
+        lambda f: write(f, re.sub(rb'"data_offsets":\[0,', b'"data_offsets":[1,', read(f))), ("is no whole safetens",),
+    ),
+    "empty": (lambda f: write(f, b""), ("is no whole safetensors file",)),
+}  # fmt: skip
+
+
+def read(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def write(folder: Path, content: bytes) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files_are_refused(case: str, tmp_path: Path) -> None:
+    damage, parts = DAMAGED[case]
+    folder = edited(tmp_path / "it", "plain", lambda c, t: None)
+    damage(folder)
+    b = base("roberta")
+    expect(message(lambda: peft.load(folder, b.names, b.params), TensorError), *parts, str(folder))
+
+
+def test_an_id_on_the_hub_is_fetched_first() -> None:
+    b = base("toy")
+    text = message(lambda: peft.load("someone/adapter", b.names, b.params), peft.PeftError)
+    expect(text, "'someone/adapter' is no folder", "huggingface_hub.snapshot_download('someone/adapter')")
+
+
+def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
+    """All of it is named, and an adapter that was there stays."""
+    b, (adapters, config) = base("toy"), loaded("toy")
+    kept = save(tmp_path, "toy") / "adapter_model.safetensors"
+    before = kept.read_bytes()
+
+    def failure(adapters: Any, error: type[Exception] = peft.PeftError, **options: Any) -> str:
+        return message(lambda: peft.save(tmp_path, b.params, adapters, config, b.names, **options), error)
+
+    head, dense = adapters["head/kernel"], adapters["blocks/dense/kernel"]
+    flipped = jlora.LoraFactors(head.b.T, head.a.T, axes=head.axes.flipped())
+    bias = jlora.LoraFactors(jnp.zeros((2, 1)), jnp.zeros((2, 1, 8)), axes=jlora.Axes((0,), (), (1,)))
+    text = failure(
+        {
+            "head/kernel": flipped,
+            "blocks/dense/bias": bias,
+            "blocks/dense/kernel": dataclasses.replace(dense, scale=float("nan")),
+        },
+        task_type="SEQ_CLASS",
+    )
+    expect(
+        text, "'head/kernel' has Axes(batch=(), inputs=(1,), outputs=(0,)); PEFT adapts 'linear' along", "4 thing(s)"
+    )
+    expect(
+        text, "'blocks/dense/bias' is of kind 'array'", "scale nan", "'SEQ_CLASS' (closest: 'SEQ_CLS'", "was written"
+    )
+    expect(failure({"head/bias": jnp.zeros(3)}), "no low-rank factors")
+    shapes = jax.eval_shape(lambda: b.params)
+    both = {"head/kernel": head, "up/bias": jnp.zeros(8), "blocks/norm/bias": jnp.zeros((2, 8))}
+    text = message(lambda: peft.save(tmp_path, shapes, both, config, b.names), peft.PeftError)
+    expect(text, "the params are shapes", "'up/kernel'", "'blocks/norm/scale'")
+    broken = dataclasses.replace(head, a=head.a.at[0, 0].set(jnp.nan))
+    expect(
+        failure({"head/kernel": broken, "tokens/embedding": adapters["tokens/embedding"]}, ValueError), "'head/kernel'"
+    )
+    expect(failure({"haed/kernel": head}, KeyError), "haed/kernel", "head/kernel")
+    expect(
+        message(
+            lambda: peft.save(tmp_path, b.params, {"head/kernel": head}, config, {"hed": b.names["head/bias"]}),
+            KeyError,
+        ),
+        "hed",
+    )
+    assert kept.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_head_that_peft_would_train_whole_cannot_have_factors(tmp_path: Path) -> None:
+    b = base("roberta")
+    config = jlora.LoraConfig(2, targets=("classifier/dense/kernel",), exclude=())
+    adapters = grown("roberta", config)
+    text = message(
+        lambda: peft.save(tmp_path / "x", b.params, adapters, config, b.names, task_type="SEQ_CLS"), peft.PeftError
+    )
+    expect(text, "'classifier.dense' has factors and lies in a module that is trained whole: ('classifier',)")
+    assert not (tmp_path / "x").exists()
+
+
+# ---- peft's own matching
+
+
+MATCHING = (
+    {"target_modules": ["query", "output.dense"]},
+    {"target_modules": ["query"], "exclude_modules": ["layer.1.attention.self.query"]},
+    {"target_modules": r".*\.(key|value)", "exclude_modules": r".*0.*"},
+    {"target_modules": ["dense"], "layers_to_transform": [0, 2]},
+    {"target_modules": ["dense", "classifier.dense"], "layers_to_transform": 1},
+    {"target_modules": ["query", "dense"], "layers_to_transform": [1], "layers_pattern": "layer"},
+    {"target_modules": ["query", "dense"], "layers_to_transform": [1], "layers_pattern": ["h", "encoder.layer"]},
+    {"target_modules": ["dense"], "modules_to_save": ["classifier", "output"]},
+    {"target_modules": "dense"},
+    {"target_modules": ["self"]},
+    {
+        "target_modules": ["key"],
+        "rank_pattern": {"key": 2, "layer.1.attention.self.key": 3},
+        "alpha_pattern": {"ey": 5},
+    },
+    {"target_modules": ["key"], "rank_pattern": {"layer.[01].*": 2, "query|value": 3}, "alpha_pattern": {"^key": 5}},
+    {"target_modules": ["key"], "alpha_pattern": {r".*\.1\..*": 5, "self.query": 6}, "use_rslora": True, "r": 3},
+)
+
+
+@needs_peft
+@pytest.mark.parametrize("fields", MATCHING, ids=str)
+def test_modules_are_matched_as_peft_matches_them(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Targets, ranks and alphas of every module are those that peft's own functions give."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    theirs = LoraConfig(**fields)
+    theirs.save_pretrained(str(tmp_path))
+    ranks, alphas = theirs.rank_pattern or {}, theirs.alpha_pattern or {}
+    ours: PeftConfig = read_config(tmp_path / "adapter_config.json")
+    for path, name in base("roberta").names.items():
+        if name.kind == "array":
+            continue
+        module = name.tensors[0].removesuffix(".weight")
+        found = check_target_module_exists(theirs, module)
+        assert ours.targets(module, name.kind) == bool(found), (path, found)
+        rank = ranks.get(get_pattern_key(list(ranks), module), theirs.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), module), theirs.lora_alpha)
+        assert (ours.rank(module), ours.scale(module)) == (rank, alpha / (rank**0.5 if theirs.use_rslora else rank))
+
+
+def test_all_linear_leaves_heads_out(tmp_path: Path) -> None:
+    """A config that says so itself is read as the list that peft makes of it."""
+    b = base("llama")
+    folder = edited(tmp_path / "it", "llama", lambda c, t: c.update(target_modules="all-linear"))
+    assert_same(peft.load(folder, b.names, b.params)[0], loaded("llama")[0])

@@ -16,15 +16,17 @@ import optax
 import pytest
 
 import jlora
-from train import data, model, store
+from train import batches, data, networks, store
 from train.__main__ import DEFAULT_CONFIG, ROOT, load_config, main, parse
-from train.base import EVERYTHING, identity, publish
-from train.config import ASSETS, ConfigError, DataConfig, Domain, FitConfig, ModelConfig
-from train.evaluate import make_predict
+from train.base import identity, publish
+from train.config import ConfigError, DataConfig, Domain, FitConfig, ImageClassification, PatchTransformer, TrainConfig
+from train.evaluate import make_measure
 from train.loop import random_key
+from train.networks import EVERYTHING, NEW_HEAD
 from train.optim import make_optimizer, make_schedule
-from train.run import NEW_HEAD, run
+from train.run import encoded, run
 from train.step import init_state, make_step
+from train.tasks import make_task, resolved
 
 MODES = ("lora", "full", "head")
 TINY = (
@@ -56,15 +58,36 @@ def summaries(cache_dir, tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def images(cache_dir) -> dict[str, data.Examples]:
-    return data.load(ASSETS / "digits.parquet", cache_dir)
+def tables(config):
+    return data.load(config.data, config.cache_dir)
 
 
 @pytest.fixture(scope="session")
-def network(config):
+def task(config, tables):
+    config = resolved(config, tables)
+    return make_task(config, networks.make_network(config))
+
+
+@pytest.fixture(scope="session")
+def images(task, tables) -> dict[str, dict[str, batches.Examples]]:
+    """Training and test images, in both domains."""
+    train, test = encoded(task, tables)
+    return {"train": train, "test": test}
+
+
+@pytest.fixture(scope="session")
+def network(config, tables):
     """(forward, params) of the toy network, untrained."""
-    init, forward = model.network(config.model)
-    return forward, init(jax.random.key(0))
+    made = networks.make_network(resolved(config, tables))
+    return made.forward, made.init(jax.random.key(0))
+
+
+def accuracy(summary: dict[str, Any], model: str, domain: str) -> float:
+    return summary["metrics"][model][domain]["accuracy"]
+
+
+def in_domains(config: TrainConfig, **domains: Domain):
+    return dataclasses.replace(config.task, domains=domains)
 
 
 # The run
@@ -74,12 +97,13 @@ def network(config):
 def test_the_run_directory_holds_all_that_the_run_made(summaries, mode):
     summary = summaries[mode]
     run_dir = Path(summary["run_dir"])
-    expected = {"config.json", "metrics.jsonl", "adapters", "adapters.json", "merged", "summary.json"}
+    expected = {"config.json", "metrics.jsonl", "adapters", "merged", "summary.json"}
     found = {path.name for path in run_dir.iterdir()}
     assert found - {"curves.png"} == expected
 
     config = json.loads((run_dir / "config.json").read_text())
     assert (config["mode"], config["lora"]["rank"], config["fit"]["epochs"]) == (mode, 2, 2)
+    assert store.to_json(store.from_json(TrainConfig, config)) == config
 
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [(record["phase"], record["epoch"], record["step"]) for record in records] == [
@@ -89,7 +113,7 @@ def test_the_run_directory_holds_all_that_the_run_made(summaries, mode):
         ("fit", 2, 74),
     ]
     assert all(np.isfinite(record["loss"]) for record in records)
-    assert records[-1]["shifted"] == summary["accuracy"]["adapted"]["shifted"]
+    assert records[-1]["shifted_accuracy"] == accuracy(summary, "adapted", "shifted")
 
 
 def test_a_plot_is_drawn(summaries):
@@ -101,12 +125,13 @@ def test_a_plot_is_drawn(summaries):
 def test_merging_changes_no_prediction_and_detaching_restores_the_base(summaries, mode):
     summary = summaries[mode]
     assert summary["differing_predictions"] == {"merged_vs_adapted": 0, "detached_vs_base": 0}
-    assert summary["accuracy"]["merged"] == summary["accuracy"]["adapted"]
-    assert summary["accuracy"]["detached"] == summary["accuracy"]["base"]
+    for one, other in (("merged", "adapted"), ("detached", "base")):
+        for domain in ("upright", "shifted"):
+            assert accuracy(summary, one, domain) == accuracy(summary, other, domain)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_files_are_enough_to_predict_again(summaries, mode, images, network):
+def test_the_files_are_enough_to_predict_again(summaries, mode, task, images, network):
     """base + adapters, as read back from disk, predict what the merged parameters on disk predict."""
     forward, like = network
     summary = summaries[mode]
@@ -115,29 +140,21 @@ def test_the_files_are_enough_to_predict_again(summaries, mode, images, network)
     merged = store.load_tree(run_dir / "merged", like)
 
     config = {"lora": jlora.LoraConfig(rank=2, alpha=8), "full": EVERYTHING, "head": NEW_HEAD}[mode]
-    uses = jlora.trace(forward, like, np.zeros((1, 8, 8), np.float32))
-    expected = jlora.init(jax.random.key(0), base, config, uses)
-    recorded = json.loads((run_dir / "adapters.json").read_text())
-    arrays = store.load_tree(run_dir / "adapters", store.arrays_of(expected))
-    adapters = dict(arrays)
-    for path, fields in recorded.items():
-        axes = jlora.Axes(**{role: tuple(numbers) for role, numbers in fields["axes"].items()})
-        adapters[path] = jlora.LoraFactors(**arrays[path], scale=fields["scale"], axes=axes, dropout=fields["dropout"])
-    assert jax.tree.structure(adapters) == jax.tree.structure(expected)
+    uses = jlora.trace(forward, like, {"pixel_values": np.zeros((1, 8, 8, 1), np.float32)})
+    adapters = jlora.load(run_dir / "adapters", like=jlora.init(jax.random.key(0), base, config, uses))
 
-    test = data.in_domain(images["test"], Domain(quarter_turns=1, invert=True))
-    plain, attached = make_predict(forward, 600), make_predict(jlora.lora(forward), 600)
-    found = attached(jlora.attach(base, adapters), test)
-    np.testing.assert_array_equal(found, plain(merged, test))
-    assert np.mean(found == test["label"]) == summary["accuracy"]["adapted"]["shifted"]
+    test = images["test"]["shifted"]
+    plain, attached = make_measure(forward, task, 600), make_measure(jlora.lora(forward), task, 600)
+    found = task.predictions(attached(jlora.attach(base, adapters), test))
+    np.testing.assert_array_equal(found, task.predictions(plain(merged, test)))
+    assert np.mean(found == test["label"]) == accuracy(summary, "adapted", "shifted")
 
 
 def test_training_helps(summaries):
     """Two epochs are enough to beat guessing: the base upright, whoever trains all layers on the shifted domain."""
-    assert summaries["lora"]["accuracy"]["base"]["upright"] > 0.3
+    assert accuracy(summaries["lora"], "base", "upright") > 0.3
     for mode in ("lora", "full"):
-        accuracy = summaries[mode]["accuracy"]
-        assert accuracy["adapted"]["shifted"] > accuracy["base"]["shifted"] + 0.1
+        assert accuracy(summaries[mode], "adapted", "shifted") > accuracy(summaries[mode], "base", "shifted") + 0.1
 
 
 def test_modes_train_what_they_say(summaries):
@@ -150,7 +167,7 @@ def test_modes_train_what_they_say(summaries):
 def test_the_base_is_trained_once(summaries):
     assert [summaries[mode]["base"]["cached"] for mode in MODES] == [False, True, True]
     assert len({summaries[mode]["base"]["path"] for mode in MODES}) == 1
-    assert len({json.dumps(summaries[mode]["accuracy"]["base"]) for mode in MODES}) == 1
+    assert len({json.dumps(summaries[mode]["metrics"]["base"]) for mode in MODES}) == 1
 
 
 def test_a_base_is_known_by_what_determines_it(config):
@@ -159,13 +176,14 @@ def test_a_base_is_known_by_what_determines_it(config):
         {"mode": "full"},
         {"lora": jlora.LoraConfig(rank=1)},
         {"fit": FitConfig(epochs=9)},
-        {"data": DataConfig(shifted=Domain(2))},
+        {"task": in_domains(config, upright=Domain(), shifted=Domain(2))},
     ]
     other = [
         {"seed": 1},
-        {"model": ModelConfig()},
+        {"model": PatchTransformer()},
         {"base": FitConfig(epochs=9)},
-        {"data": DataConfig(upright=Domain(2))},
+        {"task": in_domains(config, upright=Domain(2), shifted=Domain())},
+        {"data": DataConfig(train=config.data.train, limit=99)},
     ]
     for change in same:
         assert identity(dataclasses.replace(config, **change)) == identity(config), change
@@ -194,47 +212,40 @@ def test_a_run_is_a_pure_function_of_its_configuration(summaries, cache_dir, tmp
 
 
 def test_the_order_of_the_data_is_a_pure_function_of_seed_and_epoch():
-    order = data.epoch_order(1198, seed=3, epoch=5)
-    np.testing.assert_array_equal(order, data.epoch_order(1198, seed=3, epoch=5))
+    order = batches.epoch_order(1198, seed=3, epoch=5)
+    np.testing.assert_array_equal(order, batches.epoch_order(1198, seed=3, epoch=5))
     np.testing.assert_array_equal(np.sort(order), np.arange(1198))
-    assert not np.array_equal(order, data.epoch_order(1198, seed=3, epoch=6))
-    assert not np.array_equal(order, data.epoch_order(1198, seed=4, epoch=5))
+    assert not np.array_equal(order, batches.epoch_order(1198, seed=3, epoch=6))
+    assert not np.array_equal(order, batches.epoch_order(1198, seed=4, epoch=5))
 
 
 def test_an_epoch_shows_no_example_twice_and_padding_keeps_the_order():
     examples = {"image": np.arange(10), "label": np.arange(10)}
-    batches = list(data.training_batches(examples, 3, seed=0, epoch=1))
-    assert [len(batch["image"]) for batch in batches] == [3, 3, 3]
-    assert len(set(np.concatenate([batch["image"] for batch in batches]))) == 9
-    padded = [batch["image"].tolist() for batch in data.padded_batches(examples, 4)]
-    assert padded == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]
+    found = list(batches.training_batches(examples, 3, seed=0, epoch=1))
+    assert [len(batch["image"]) for batch in found] == [3, 3, 3]
+    assert len(set(np.concatenate([batch["image"] for batch in found]))) == 9
+    ordered = [(rows.tolist(), batch["image"].tolist()) for rows, batch in batches.ordered_batches(examples, 4)]
+    assert ordered == [([0, 1, 2, 3], [0, 1, 2, 3]), ([4, 5, 6, 7], [4, 5, 6, 7]), ([8, 9], [8, 9, 9, 9])]
 
 
 def test_the_split_is_fixed_and_holds_every_digit(images):
-    assert {name: data.size(examples) for name, examples in images.items()} == {"train": 1198, "test": 599}
-    for examples in images.values():
-        assert examples["image"].dtype == np.float32
-        assert (examples["image"].min(), examples["image"].max()) == (0, 1)
-        assert set(examples["label"]) == set(range(10))
+    assert {name: batches.size(sets["upright"]) for name, sets in images.items()} == {"train": 1198, "test": 599}
+    for sets in images.values():
+        for examples in sets.values():
+            assert (examples["image"].dtype, examples["image"].shape[1:]) == (np.float32, (8, 8, 1))
+            assert (examples["image"].min(), examples["image"].max()) == (-1, 1)
+            assert set(examples["label"]) == set(range(10))
 
 
 def test_domains_turn_and_invert(images):
-    shown = data.in_domain(images["test"], Domain(quarter_turns=1, invert=True))
-    np.testing.assert_allclose(1 - np.rot90(shown["image"], -1, axes=(1, 2)), images["test"]["image"], atol=1e-6)
-    np.testing.assert_array_equal(shown["label"], images["test"]["label"])
-
-
-def test_a_data_file_without_a_column_is_refused(tmp_path, cache_dir):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = parquet.read_table(ASSETS / "digits.parquet").drop_columns(["split"])
-    parquet.write_table(table, tmp_path / "short.parquet")
-    with pytest.raises(ConfigError, match=r"short\.parquet has columns \['image', 'label'\]; split is missing"):
-        data.load(tmp_path / "short.parquet", cache_dir)
+    plain, shown = images["test"]["upright"], images["test"]["shifted"]
+    np.testing.assert_allclose(-np.rot90(shown["image"], -1, axes=(1, 2)), plain["image"], atol=1e-6)
+    np.testing.assert_array_equal(shown["label"], plain["label"])
 
 
 def test_patches_are_squares_of_the_image():
-    image = jnp.arange(16.0).reshape(1, 4, 4)
-    assert model.patches(image, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    image = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    assert networks.patches(image, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
 # The step
@@ -255,24 +266,24 @@ def compilations():
 
 
 @pytest.fixture(scope="session")
-def stepped(network, images):
+def stepped(network, task, images):
     """For each mode: the states before and after two steps, and what either step compiled."""
     forward, base = network
     schedule = make_schedule(FitConfig(), 1e-2, steps=10)
     tx = jlora.freeze(make_optimizer(FitConfig(weight_decay=0.1), schedule))
     key = random_key(0, "dropout")
-    batches = [*data.training_batches(images["train"], 32, seed=0, epoch=1)][:2]
-    uses = jlora.trace(forward, base, batches[0]["image"])
+    first, second = [*batches.training_batches(images["train"]["shifted"], 32, seed=0, epoch=1)][:2]
+    uses = jlora.trace(forward, base, task.inputs(first))
     configs = {"lora": jlora.LoraConfig(rank=2, dropout=0.1), "full": EVERYTHING, "head": NEW_HEAD}
     found = {}
     for mode, config in configs.items():
-        step = jax.jit(make_step(forward, tx, schedule))
+        step = jax.jit(make_step(forward, task, tx, schedule))
         before = init_state(tx, base, jlora.init(random_key(0, "adapters"), base, config, uses), key)
         with compilations() as once:
-            first, _ = step(before, base, batches[0], key)
+            between, _ = step(before, base, first, key)
         with compilations() as again:
-            second, _ = step(first, base, batches[1], key)
-        found[mode] = before, second, (once, again)
+            after, _ = step(between, base, second, key)
+        found[mode] = before, after, (once, again)
     return found
 
 
@@ -338,21 +349,22 @@ def test_no_arguments_mean_the_default_config():
 
 
 def test_overrides_reach_every_part():
-    config = parse(["--lora.rank", "3", "--fit.clip", "None", "--data.shifted.quarter-turns", "2", "--mode", "head"])
-    assert (config.lora.rank, config.fit.clip, config.data.shifted.quarter_turns, config.mode) == (3, None, 2, "head")
+    config = parse(["fit", "--lora.rank", "3", "--fit.clip", "None", "--task.side", "8", "--mode", "head"])
+    assert isinstance(config.task, ImageClassification)
+    assert (config.lora.rank, config.fit.clip, config.task.side, config.mode) == (3, None, 8, "head")
 
 
 def test_all_problems_are_told_at_once(tmp_path, capsys):
     used = tmp_path / "used"
     used.mkdir()
     (used / "file").touch()
-    argv = "--fit.epochs 0 --model.width 97 --learning-rate.lora -1 --data.file nowhere.parquet".split()
+    argv = "--fit.epochs 0 --model.width 97 --learning-rate.lora -1 --data.limit 0".split()
     assert main([*argv, "--run-dir", str(used)]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: 5 problems in the configuration:",
+        "  data.limit: got 0, expected a whole number >= 1, or None; pass --data.limit 1000",
         "  fit.epochs: got 0, expected a whole number >= 1; pass --fit.epochs 20",
         "  learning_rate.lora: got -1.0, expected a number > 0; pass --learning-rate.lora 0.002",
-        f"  data.file: got nowhere.parquet, expected a parquet file; pass --data.file {ASSETS / 'digits.parquet'}",
         f"  run_dir: got {used}, expected a directory that is empty or does not exist; pass --run-dir runs/mine",
         "  model.width: got 97, expected a multiple of model.heads = 4; pass --model.width 96",
     ]
@@ -383,25 +395,30 @@ def test_a_misspelt_flag_is_told_the_nearest(argv, nearest, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("config = TrainConfig(name='x', lora=LoraConfig(), fit=FitConfig(epoch=3))", "line 3.*did you mean 'epochs'"),
+        ("config = TrainConfig(name='x', fit=FitConfig(epoch=3))", "line 3.*did you mean 'epochs'"),
         ("config = TrainConfig(name='x', lora=LoraConfig(rnk=3))", "line 3.*did you mean 'rank'"),
         ("config = FitConfig()", r"expected `config = TrainConfig\(\.\.\.\)`, got a FitConfig"),
         ("other = 1", "got nothing of that name"),
         ("config = (", "SyntaxError"),
-        ("config = TrainConfig(name='x', lora=None)", "lora: got None, expected a LoraConfig"),
-        ("config = TrainConfig(name='x', lora=LoraConfig(), seed='1')", "seed: got '1', expected a whole number >= 0"),
+        ("config = TrainConfig(name='x', lora=None, **rest)", "lora: got None, expected a LoraConfig"),
+        (
+            "config = TrainConfig(name='x', lora=LoraConfig(), seed='1', **rest)",
+            "seed: got '1', expected a whole number >= 0",
+        ),
     ],
 )
 def test_a_config_file_that_fails_says_where_and_why(tmp_path, text, message):
     file = tmp_path / "mine.py"
-    file.write_text(f"from jlora import LoraConfig\nfrom train.config import FitConfig, TrainConfig\n{text}\n")
+    rest = "rest = dict(task=SequenceClassification(), model=Pretrained('x'), data=DataConfig('y'))"
+    file.write_text(f"from jlora import LoraConfig\nfrom train.config import *; {rest}\n{text}\n")
     with pytest.raises(ConfigError, match=message):
         parse([str(file)])
 
 
 def test_a_config_file_that_does_not_exist_is_told_what_there_is(capsys):
     assert main(["configs/digit.py"]) == 2
-    assert capsys.readouterr().err == "error: no config file at configs/digit.py; there are: configs/digits.py\n"
+    names = ", ".join(sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")))
+    assert capsys.readouterr().err == f"error: no config file at configs/digit.py; there are: {names}\n"
 
 
 def test_help_shows_how_to_call_and_every_field(capsys):
@@ -409,5 +426,5 @@ def test_help_shows_how_to_call_and_every_field(capsys):
         main(["--help"])
     assert done.value.code == 0
     shown = capsys.readouterr().out
-    assert "usage: python -m train [CONFIG.py]" in shown
+    assert "usage: python -m train [fit] [CONFIG.py]" in shown
     assert all(flag in shown for flag in ("--mode {lora,full,head}", "--lora.rank", "--fit.epochs", "--run-dir"))

@@ -67,8 +67,8 @@ def ordered_batches(
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """All examples, those of one length together, as ``(rows, batch)``.
 
-    Every batch has ``batch_size`` examples, of which the first ``len(rows)`` are the examples of these numbers; the last
-    batch is filled up with its last example.
+    Every batch has ``batch_size`` examples, of which the first ``len(rows)`` are the examples of these numbers; the
+    last batch is filled up with its last example.
     """
     count, long = size(examples), lengths(examples)
     order = np.arange(count) if long is None else np.argsort(long, kind="stable")

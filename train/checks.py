@@ -131,6 +131,7 @@ _EXPECTATIONS: Mapping[type, Mapping[str, _Expectation]] = {
         "validation": _SOURCE.or_none(),
         "limit": _whole(1, 1000).or_none(),
         "validation_limit": _whole(1, 1000).or_none(),
+        "holdout": _number("a share, 0 <= holdout < 1", lambda x: 0 <= x < 1, "0.1"),
         "buckets": _tuple_of(_whole(1, 64), "lengths", "32 64 128").or_none(),
     },
     Domain: {"quarter_turns": _whole(0, 1)},
@@ -175,7 +176,8 @@ def _walk(part: Any, prefix: str) -> Iterator[str]:
                 yield f"{path}: got {got}, expected {expectation.words}; pass {flag(path)} {expectation.example}"
         elif get_origin(hint) is Literal and value not in get_args(hint):
             options = get_args(hint)
-            yield f"{path}: got {value!r}, expected one of {', '.join(map(str, options))}; pass {flag(path)} {options[0]}"
+            words = ", ".join(map(str, options))
+            yield f"{path}: got {value!r}, expected one of {words}; pass {flag(path)} {options[0]}"
         elif kinds and not isinstance(value, _options(hint)):
             names = [getattr(kind, "__name__", "") for kind in kinds]
             yield f"{path}: got {value!r}, expected a {' or '.join(names)}; write {path} = {names[0]}(...)"

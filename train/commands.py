@@ -18,7 +18,7 @@ import jlora
 from jlora import models
 from train import data, report, store
 from train.batches import Ragged, ordered_batches
-from train.config import ConfigError, Pretrained, SequenceClassification
+from train.config import ConfigError, SequenceClassification
 from train.evaluate import make_measure
 from train.run import bucket_lengths
 from train.runs import Run, open_run
@@ -57,9 +57,7 @@ def predict(run: RunDir, text: tyro.conf.UseAppendAction[tuple[str, ...]] = (), 
             print(f"{shown}\t{task.labels[scores.argmax()]}\t{softmax(scores).max():.4f}")
 
 
-def _texts(
-    task: Any, texts: list[str], file: Path | None, cache_dir: Path
-) -> tuple[list[str], list[str] | None]:
+def _texts(task: Any, texts: list[str], file: Path | None, cache_dir: Path) -> tuple[list[str], list[str] | None]:
     assert isinstance(task, SequenceClassification)
     if file is None:
         if task.pair is None:

@@ -193,6 +193,7 @@ class DataConfig:
         valid, val or test.
       limit: use so many training examples at most, the first ones.
       validation_limit: likewise for validation.
+      holdout: the share of the training examples that is set apart where there are no validation examples.
       buckets: lengths to which batches of texts are padded; by default four quarters of the task's ``max_length``.
     """
 
@@ -200,6 +201,7 @@ class DataConfig:
     validation: str | None = None
     limit: int | None = None
     validation_limit: int | None = None
+    holdout: float = 0.0
     buckets: tuple[int, ...] | None = None
 
 

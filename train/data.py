@@ -36,8 +36,13 @@ def load(config: DataConfig, cache_dir: Path) -> dict[str, Table]:
       ConfigError: if a source is not there, cannot be read, is empty, or if there is no validation data.
     """
     train = read(config.train, cache_dir, "data.train")
-    source = config.validation or _beside(config.train)
-    validation = read(source, cache_dir, "data.validation")
+    if config.validation is None and config.holdout:
+        # The same examples whatever the run's seed, so that runs can be compared.
+        parts = train.train_test_split(config.holdout, seed=0)
+        train, validation = parts["train"], parts["test"]
+    else:
+        source = config.validation or _beside(config.train)
+        validation = read(source, cache_dir, "data.validation")
     return {"train": _first(train, config.limit), "validation": _first(validation, config.validation_limit)}
 
 
@@ -71,8 +76,8 @@ def read(source: str, cache_dir: Path, field: str) -> Table:
     except Exception as error:  # whatever a reader raises of a malformed file: datasets has no common class for it
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"{field}: {source} cannot be read: {reason[0]} Expected a file ({', '.join(READERS)}), a folder of such, or "
-            "a dataset on the hub as owner/name:split"
+            f"{field}: {source} cannot be read: {reason[0]} Expected a file ({', '.join(READERS)}), a folder of such, "
+            "or a dataset on the hub as owner/name:split"
         ) from error
     if not len(table):
         raise ConfigError(f"{field}: {source} has no examples")
@@ -127,7 +132,7 @@ def _from_dataset(name: str, configuration: str | None, split: str | None, cache
     for name in wanted:
         if name in found:
             return found[name]
-    raise ConfigError(f"{field}: there is no split {' or '.join(wanted)}; there are {', '.join(found)}")
+    raise ConfigError(f"{field}: there is no split {' or '.join(wanted)}; there are {', '.join(map(str, found))}")
 
 
 def _beside(train: str) -> str:
@@ -142,7 +147,8 @@ def _beside(train: str) -> str:
                 return str(sibling)
     raise ConfigError(
         f"data.validation: got None, and beside {path} there is no file named {', '.join(VALIDATION[:-1])} or "
-        f"{VALIDATION[-1]}; pass --data.validation FILE"
+        f"{VALIDATION[-1]}; pass --data.validation FILE, or --data.holdout 0.1 "
+        "to set a tenth of the training examples apart"
     )
 
 

@@ -22,7 +22,7 @@ def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {
         "loss": float(losses.mean()),
         "accuracy": float((predicted == labels).mean()),
-        "f1": float(f1_score(labels, predicted, average=average, zero_division=0)),
+        "f1": float(f1_score(labels, predicted, average=average, zero_division=0)),  # pyright: ignore[reportArgumentType]
         "matthews": float(matthews_corrcoef(labels, predicted)),
     }
 
@@ -32,8 +32,8 @@ def regression(values: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     constant = np.ptp(values) == 0 or np.ptp(labels) == 0
     return {
         "loss": float(((values - labels) ** 2).mean()),
-        "pearson": 0.0 if constant else float(stats.pearsonr(values, labels)[0]),
-        "spearman": 0.0 if constant else float(stats.spearmanr(values, labels)[0]),
+        "pearson": 0.0 if constant else float(np.asarray(stats.pearsonr(values, labels))[0]),
+        "spearman": 0.0 if constant else float(np.asarray(stats.spearmanr(values, labels))[0]),
     }
 
 

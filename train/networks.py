@@ -82,8 +82,8 @@ def make_network(config: TrainConfig) -> Network:
     side, classes = config.task.side, len(config.task.labels)
     if isinstance(config.model, PatchTransformer) and side % config.model.patch:
         raise ConfigError(f"model.patch: got {config.model.patch}, expected a divisor of the images' side, {side}")
-    kind = _PatchTransformer if isinstance(config.model, PatchTransformer) else _Mlp
-    module = kind(config.model, classes)
+    own = config.model
+    module = _PatchTransformer(own, classes) if isinstance(own, PatchTransformer) else _Mlp(own, classes)
 
     def init(key: jax.Array) -> Any:
         return module.init(key, jnp.zeros((1, side, side, 1)))["params"]
@@ -117,7 +117,7 @@ def _pretrained(config: Pretrained, task: TaskConfig) -> Network:
     model: Any = models.build(config.path, **options, param_dtype=dtype or jnp.float32)
     image = isinstance(task, ImageClassification)
     pictures = _preprocessor(config) if image else {}
-    tokenizer = None if image else load_tokenizer(config.path, config.revision)
+    tokenizer: Any = None if image else load_tokenizer(config.path, config.revision)
     if isinstance(task, SequenceClassification) and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # as GPT-2's has none; the mask tells padding from text
 
@@ -158,8 +158,8 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
             return AutoTokenizer.from_pretrained(path, revision=revision)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
-                f"model.path: {path} has no tokenizer that transformers can read ({str(error).splitlines()[0]}). Expected "
-                "the files that its save_pretrained writes, such as tokenizer.json, beside the weights"
+                f"model.path: {path} has no tokenizer that transformers can read ({str(error).splitlines()[0]}). "
+                "Expected the files that its save_pretrained writes, such as tokenizer.json, beside the weights"
             ) from error
 
 

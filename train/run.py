@@ -1,8 +1,8 @@
 """The whole story: a base is frozen, adapters are trained on it, and what they are worth is measured.
 
-For a network trained from scratch it also shows LoRA's promise: the merged model predicts what the adapted one predicts,
-and the base is still there once the adapters are detached. A checkpoint is merged by ``python -m train export``, leaf by
-leaf, so that training never holds two copies of it.
+For a network trained from scratch it also shows LoRA's promise: the merged model predicts what the adapted one
+predicts, and the base is still there once the adapters are detached. A checkpoint is merged by ``python -m train
+export``, leaf by leaf, so that training never holds two copies of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 import jlora
 from jlora._paths import named_leaves
@@ -48,7 +49,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     learnt = train[list(train)[-1]]
     validate_for(config, size(learnt))
     buckets = bucket_lengths(config, train, test)
-    uses, plan = plan_of(config, network, task.inputs(batch_of(learnt, jax.numpy.arange(1), buckets)))
+    uses, plan = plan_of(config, network, task.inputs(batch_of(learnt, np.arange(1), buckets)))
     run_dir = store.make_run_dir(config)
     print(f"{config.name}, mode {config.mode}, seed {config.seed}\n\n{plan}\n")
 
@@ -150,7 +151,9 @@ def bucket_lengths(config: TrainConfig, *sets: Mapping[str, Examples]) -> tuple[
     return tuple(bucket for i, bucket in enumerate(wanted) if i == 0 or wanted[i - 1] < longest)
 
 
-def plan_of(config: TrainConfig, network: Network, inputs: Mapping[str, Any]) -> tuple[Mapping[str, jlora.WeightUse], jlora.Plan]:
+def plan_of(
+    config: TrainConfig, network: Network, inputs: Mapping[str, Any]
+) -> tuple[Mapping[str, jlora.WeightUse], jlora.Plan]:
     """How the network uses its weights, and the plan that follows.
 
     Shapes are all that this needs: what does not fit the model is refused before anything is read or trained.
@@ -163,7 +166,9 @@ def plan_of(config: TrainConfig, network: Network, inputs: Mapping[str, Any]) ->
         raise ConfigError(f"lora: {error}") from error
 
 
-def start_adapters(config: TrainConfig, network: Network, params: Any, uses: Mapping[str, jlora.WeightUse]) -> dict[str, Any]:
+def start_adapters(
+    config: TrainConfig, network: Network, params: Any, uses: Mapping[str, jlora.WeightUse]
+) -> dict[str, Any]:
     """Fresh adapters; with the mode ``head``, a head that has learnt nothing."""
     start = jax.jit(lambda key, params: jlora.init(key, params, what_to_train(config), uses))
     adapters = start(random_key(config.seed, "adapters"), params)

@@ -88,8 +88,8 @@ def from_json(kind: Any, value: Any) -> Any:
     if isinstance(kind, UnionType):
         if value is None:
             return None
-        options = [one for one in get_args(kind) if one is not type(None)]
-        named = {one.__name__: one for one in options if dataclasses.is_dataclass(one)}
+        options: list[Any] = [one for one in get_args(kind) if one is not type(None)]
+        named: dict[str, Any] = {getattr(one, "__name__", ""): one for one in options if dataclasses.is_dataclass(one)}
         return from_json(named[value["kind"]] if named else options[0], value)
     if kind is LoraConfig:
         return LoraConfig.from_json(json.dumps(value))

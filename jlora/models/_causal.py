@@ -64,11 +64,13 @@ class Sight(NamedTuple):
       mask: bool [batch or 1, length, slots].
       distance: int32 [length, slots], how many tokens back a slot is; for sliding windows.
       used: int32 scalar, the slot of the first token of this call.
+      seen: that of the next cache; None without one.
     """
 
     mask: jax.Array
     distance: jax.Array
     used: jax.Array
+    seen: jax.Array | None
 
 
 class LayerInput(NamedTuple):
@@ -82,14 +84,14 @@ class LayerInput(NamedTuple):
 
     keys: jax.Array | None
     values: jax.Array | None
-    window: jax.Array | None = None
-    scale: jax.Array | None = None
+    window: jax.Array | None
+    scale: jax.Array | None
 
 
 def sight(
-    shape: tuple[int, int], attention_mask: jax.Array | None, segment_ids: jax.Array | None, cache: Cache | None
-) -> tuple[Sight, jax.Array | None]:
-    """What the tokens of a call see, and ``seen`` of the next cache: earlier tokens of their segment, no padding.
+    shape: tuple[int, ...], attention_mask: jax.Array | None, segment_ids: jax.Array | None, cache: Cache | None
+) -> Sight:
+    """What the tokens of a call see: themselves and earlier tokens of their segment, no padding.
 
     Args:
       shape: (batch, length) of the tokens.
@@ -98,34 +100,49 @@ def sight(
       cache: that of the tokens before.
 
     Raises:
-      ValueError: for segments together with a cache.
+      ValueError: for segments together with a cache, or a cache that has fewer slots than there are tokens.
     """
-    batch, length = shape
+    length = shape[1]
     real = None if attention_mask is None else attention_mask.astype(bool)
     if cache is None:
         slots, used, seen = length, jnp.int32(0), None
-    elif segment_ids is None:
+    elif segment_ids is not None:
+        raise ValueError("segment_ids together with a cache; packed sequences are for training: give one of the two")
+    elif cache.seen.shape[1] < length:
+        raise ValueError(f"{length} tokens for a cache of {cache.seen.shape[1]} slots; make it with init_cache for all")
+    else:
         slots, used = cache.seen.shape[1], cache.used
         new = jnp.ones(shape, bool) if real is None else real
         real = seen = jax.lax.dynamic_update_slice_in_dim(cache.seen, new, used, axis=1)
-    else:
-        raise ValueError("segment_ids together with a cache; packed sequences are for training: give one of the two")
     distance = used + jnp.arange(length)[:, None] - jnp.arange(slots)
     mask = (distance >= 0)[None]
     if real is not None:
         mask = mask & real[:, None, :]
     if segment_ids is not None:
         mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return Sight(mask, distance, used), seen
+    return Sight(mask, distance, used, seen)
 
 
-def default_positions(shape: tuple[int, int], segment_ids: jax.Array | None, cache: Cache | None) -> jax.Array:
-    """int [batch or 1, length]: from 0, or where the cache ends; anew in each segment. As in transformers, padding counts."""
+def default_positions(shape: tuple[int, ...], segment_ids: jax.Array | None, cache: Cache | None) -> jax.Array:
+    """int [1 or batch, length], from 0 or where the cache ends; anew in each segment. Padding counts."""
     index = jnp.arange(shape[1])[None]
     if segment_ids is not None:
         starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
         return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
     return index if cache is None else index + cache.used
+
+
+def layer_inputs(cache: Cache | None, *, window: jax.Array | None = None, scale: jax.Array | None = None) -> LayerInput:
+    """What the layers get of the cache, and their own numbers."""
+    return LayerInput(None, None, window, scale) if cache is None else LayerInput(*cache[:2], window, scale)
+
+
+def next_cache(cache: Cache | None, slots: Any, scope: Sight) -> Cache | None:
+    """The cache after a call whose layers returned ``slots``, (keys, values)."""
+    if cache is None or scope.seen is None:
+        return None
+    keys, values = slots
+    return Cache(keys, values, scope.seen, scope.used + scope.mask.shape[1])
 
 
 def remember(layer: LayerInput, key: jax.Array, value: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -145,7 +162,7 @@ def layered(layer: type[nn.Module], length: int, *, remat: bool) -> Any:
         layer,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
+        in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
         length=length,
     )
 
@@ -205,7 +222,7 @@ class CausalLM(nn.Module):
         return logits if cache is None else (logits, following)
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
-        """An empty cache for ``length`` tokens, in the dtype in which the network computes."""
+        """An empty cache for ``length`` tokens in all, prompt included; by default in the dtype of the computation."""
         layers, heads, size = self.config.cache_shape
         empty = jnp.zeros((layers, batch, length, heads, size), dtype or self.dtype)
         return Cache(empty, empty, jnp.zeros((batch, length), bool), jnp.int32(0))

@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from jlora._types import Array, PyTree
 from jlora.models._causal import Cache, CausalLM
@@ -19,8 +21,8 @@ from jlora.models._family import ModelError
 def generate(
     model: nn.Module,
     params: PyTree,
-    input_ids: Array,
-    attention_mask: Array | None = None,
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None = None,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -94,7 +96,7 @@ class Sampling(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Of the loop: tokens [batch, new], how many of them there are, which rows have ended, and the next call's inputs."""
+    """Of the loop: tokens [batch, new], how many there are, which rows have ended, and what the next call needs."""
 
     tokens: jax.Array
     step: jax.Array
@@ -183,14 +185,16 @@ def _check(
     if not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p = {top_p}; expected a probability above 0 and at most 1 (all tokens)")
     if temperature > 0 and key is None:
-        raise ValueError(f"generate: temperature = {temperature} draws tokens; pass key=jax.random.key(0), or 0 for none")
+        raise ValueError(
+            f"generate: temperature = {temperature} draws tokens; pass key=jax.random.key(0), or 0 for none"
+        )
     most = model.config.max_length
     if most is not None and input_ids.shape[1] + new > most:
         raise ModelError(
             f"generate: {input_ids.shape[1]} prompt and {new} new tokens; {type(model).__name__} has {most} positions. "
             f"Expected at most {most} together: truncate the prompts on the left, or lower max_new_tokens"
         )
-    if isinstance(mask, jax.core.Tracer):
+    if isinstance(mask, Tracer):
         return
     known = np.asarray(mask)
     if empty := np.flatnonzero(~known.any(axis=1)).tolist():

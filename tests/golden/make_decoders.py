@@ -31,7 +31,14 @@ _LLAMA: dict[str, Any] = {
 }
 _LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 _YARN = {"factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4, "beta_slow": 1}
-_GPT2: dict[str, Any] = {"vocab_size": 48, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "pad_token_id": 0}
+_GPT2: dict[str, Any] = {
+    "vocab_size": 48,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 32,
+    "pad_token_id": 0,
+}
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -151,7 +158,10 @@ def main() -> None:
         ids, mask = batch(seed)
         logits, hidden = states(model, ids, mask)
         expected = {"logits": logits, "hidden": hidden, "greedy": greedy(model, ids, mask)}
-        save_file({"input_ids": ids, "attention_mask": mask, **expected}, HERE / name / "expected.safetensors")
+        tensors = {"input_ids": ids, "attention_mask": mask, **expected}
+        # safetensors writes the memory of a view as it lies, not as it is seen.
+        contiguous = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+        save_file(contiguous, HERE / name / "expected.safetensors")
 
 
 if __name__ == "__main__":

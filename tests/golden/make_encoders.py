@@ -46,9 +46,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-classifier": ("BertForSequenceClassification", {**_BERT, "num_labels": 3, "type_vocab_size": 3}),
     "bert-regressor": (
         "BertForSequenceClassification",
-        {**_BERT, "num_labels": 1, "hidden_act": "gelu_new", "pad_token_id": 3, "type_vocab_size": 1},
+        {**_BERT, "num_labels": 1, "hidden_act": "gelu_new", "pad_token_id": 3, "layer_norm_eps": 1e-2},
     ),
-    "bert-relu": ("BertModel", {**_BERT, "num_hidden_layers": 1, "hidden_act": "relu", "layer_norm_eps": 1e-2}),
     "roberta": ("RobertaModel", {**_BERT, "type_vocab_size": 1}),
     "roberta-classifier": (
         "RobertaForSequenceClassification",
@@ -58,13 +57,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "RobertaForSequenceClassification",
         {**_BERT, "num_labels": 1, "pad_token_id": 0, "hidden_act": "quick_gelu"},
     ),
-    "vit": ("ViTModel", {**_IMAGES, "pooler_output_size": 6, "hidden_act": "gelu_pytorch_tanh"}),
+    "vit": ("ViTModel", {**_IMAGES, "pooler_output_size": 6, "pooler_act": "relu", "hidden_act": "relu"}),
     "vit-classifier": ("ViTForImageClassification", {**_IMAGES, "num_labels": 3, "qkv_bias": False}),
     "vit-regressor": (
         "ViTForImageClassification",
         {**_IMAGES, "num_labels": 1, "num_channels": 1, "patch_size": 5, "hidden_act": "gelu_fast"},
     ),
-    "vit-relu": ("ViTModel", {**_IMAGES, "num_hidden_layers": 1, "pooler_act": "relu", "layer_norm_eps": 1e-2}),
 }
 """The class of transformers and its configuration."""
 
@@ -97,7 +95,7 @@ def batches(name: str, seed: int) -> dict[str, dict[str, np.ndarray]]:
     padded = {"input_ids": np.where(mask, ids, padding), "attention_mask": mask}
     types = rng.integers(0, hf.get("type_vocab_size", 2), mask.shape)
     given = {"token_type_ids": types, "position_ids": rng.integers(0, 20, mask.shape)}
-    return {"no mask": {"input_ids": ids[:, :7]}, "padded": padded, "all given": {**padded, **given}}
+    return {"no mask": {"input_ids": rng.integers(6, 40, (2, 7))}, "padded": padded, "all given": {**padded, **given}}
 
 
 def compute(model: Any, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -116,7 +116,8 @@ def torch_base(base: str) -> Any:
     small = {"vocab_size": 32, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 2}
     common = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, **small}
     if base == "roberta":
-        config = hf.RobertaConfig(**common, max_position_embeddings=20, pad_token_id=1, num_labels=3)
+        config = hf.RobertaConfig(**common, max_position_embeddings=20, pad_token_id=1)
+        config.num_labels = 3
         model = hf.RobertaForSequenceClassification(config)
     elif base == "gpt2":
         model = hf.GPT2LMHeadModel(hf.GPT2Config(**small, n_positions=16, n_embd=16, n_layer=2, n_head=2))
@@ -141,6 +142,9 @@ def _toy() -> Any:
             super().__init__()
             self.norm, self.dense = nn.LayerNorm(8), nn.Linear(8, 8)
 
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.dense(self.norm(x)).tanh()
+
     class Toy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -152,7 +156,7 @@ def _toy() -> Any:
             words, pictures = self.tokens(ids).mean(1), self.conv(images).relu().mean((2, 3))
             x = self.up(torch.cat([words, pictures], 1)).tanh()
             for block in self.blocks:
-                x = x + block.dense(block.norm(x)).tanh()
+                x = block(x)
             return self.head(x)
 
     return Toy()

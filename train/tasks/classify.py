@@ -107,7 +107,7 @@ class Images(Classification):
         self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
     def encode(self, table: Table) -> dict[str, Examples]:
-        """``image``, float32 [n, side, side, channels], from 0 to 1 before it is normalized, in every domain; ``label``."""
+        """``image`` in every domain, float32 [n, side, side, channels], normalized; and ``label``."""
         config = self.config
         assert config.side is not None
         raw = column(table, config.image, "task.image")
@@ -137,7 +137,9 @@ def image_side(image: Any) -> int:
         return max(image.size)
     side = round(len(image) ** 0.5)
     if side * side != len(image):
-        raise ConfigError(f"task.image: an image has {len(image)} pixels; expected a picture, or a square number of them")
+        raise ConfigError(
+            f"task.image: an image has {len(image)} pixels; expected a picture, or a square number of them"
+        )
     return side
 
 

@@ -58,7 +58,9 @@ class LanguageModel:
                 f"{config.max_length}; pass a larger --task.max-length, or check the columns"
             )
         if dropped := len(sequences) - len(kept):
-            print(f"left out {dropped} of {len(sequences)} examples: no token to learn within {config.max_length} tokens")
+            print(
+                f"left out {dropped} of {len(sequences)} examples: no token to learn within {config.max_length} tokens"
+            )
         if config.pack:
             return {"": _columns(list(_packed(kept, config.max_length)), self._pad)}
         return {"": _columns([(sequence, None) for sequence in kept], self._pad)}
@@ -109,8 +111,8 @@ class LanguageModel:
             upto = self._template(messages[: i + 1])
             if upto[: len(before)] != before or whole[: len(upto)] != upto:
                 raise ConfigError(
-                    "task: the chat template changes earlier messages when later ones follow, so it cannot be told which "
-                    f"tokens are the assistant's in {messages!r:.300}. Pass a --task.template that appends, or "
+                    "task: the chat template changes earlier messages when later ones follow, so it cannot be told "
+                    f"which tokens are the assistant's in {messages!r:.300}. Pass a --task.template that appends, or "
                     "--task.learn-prompt"
                 )
             learnt[len(before) : len(upto)] = [1] * (len(upto) - len(before))
@@ -144,7 +146,7 @@ class LanguageModel:
         return losses.sum(), learnt.sum().astype(jnp.float32)
 
     def measure(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """Of each example: loss and number of learnt tokens, how many are guessed right, and a checksum of the guesses."""
+        """Of each example: the loss, how many tokens are learnt and guessed right, a checksum of the guesses."""
         losses, learnt = _token_losses(outputs, batch)
         guesses = outputs[:, :-1].argmax(axis=-1)
         right = (guesses == batch["input_ids"][:, 1:]) * learnt

@@ -17,8 +17,10 @@ from jlora.models._causal import (
     SequenceClassifier,
     Sight,
     default_positions,
+    layer_inputs,
     layered,
     linear_init,
+    next_cache,
     remember,
     sight,
     unembed,
@@ -71,7 +73,7 @@ class DecoderConfig(CausalConfig):
 
 
 class Decoder(nn.Module):
-    """The decoder. The states after each layer are sown as ``intermediates/layers/hidden`` [layers, batch, length, width].
+    """The decoder. Each layer's states are sown, as ``intermediates/layers/hidden`` [layers, batch, length, width].
 
     ``model.clone(remat=True)`` recomputes each layer in the backward pass instead of keeping its activations.
     """
@@ -117,14 +119,12 @@ class Decoder(nn.Module):
         if position_ids is None:
             position_ids = default_positions(shape, segment_ids, cache)
         turns = rotations(config.rope, config.head_dim, position_ids)
-        scope, seen = sight(shape, attention_mask, segment_ids, cache)
+        scope = sight(shape, attention_mask, segment_ids, cache)
         window = None
         if any(w is not None for w in config.windows):
             window = jnp.asarray([jnp.iinfo(jnp.int32).max if w is None else w for w in config.windows], jnp.int32)
-        keys, values = (None, None) if cache is None else (cache.keys, cache.values)
-        x, slots = self.layers(x, LayerInput(keys, values, window), (scope, turns), deterministic)
-        following = None if cache is None or seen is None else Cache(*slots, seen, cache.used + shape[1])
-        return self.norm(x), following
+        x, slots = self.layers(x, layer_inputs(cache, window=window), (scope, turns), deterministic)
+        return self.norm(x), next_cache(cache, slots, scope)
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Logits by the tied embedding, float32 [batch, length, vocab_size]."""
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and an MLP, each on the normalized input and added to it; with sandwich norms, normalized again before."""
+    """Attention and an MLP, each on the normalized input and added to it (with sandwich norms, normalized again)."""
 
     config: DecoderConfig
     dtype: Any
@@ -142,13 +142,14 @@ class Layer(nn.Module):
     def __call__(self, x: jax.Array, layer: LayerInput, shared: Any, deterministic: bool) -> tuple[jax.Array, Any]:
         """[batch, length, hidden_size] to the same, and the layer's slots of the next cache."""
         config, made = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        scope, turns = shared
 
         def norm(name: str, x: jax.Array) -> jax.Array:
             return RMSNorm(config.rms_norm_eps, config.norm_offset, name=name, **made)(x)
 
         attention = Attention(config, name="self_attn", **made)
         mlp = MLP(config, name="mlp", **made)
-        y, slots = attention(norm("input_layernorm", x), layer, *shared, deterministic)
+        y, slots = attention(norm("input_layernorm", x), layer, scope, turns, deterministic)
         if config.sandwich_norms:
             x = x + norm("post_attention_layernorm", y)
             y = norm("post_feedforward_layernorm", mlp(norm("pre_feedforward_layernorm", x)))

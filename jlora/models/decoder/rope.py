@@ -41,8 +41,8 @@ class Rope:
     """How positions turn queries and keys.
 
     Attributes:
-      kind: ``default``, ``linear`` (all positions divided by ``factor``), ``dynamic`` (the base grows with the length of the
-        call), ``llama3`` (low frequencies divided) or ``yarn`` (Peng et al. 2023).
+      kind: ``default``, ``linear`` (all positions divided by ``factor``), ``dynamic`` (the base grows with the length
+        of the call), ``llama3`` (low frequencies divided) or ``yarn`` (Peng et al. 2023).
       theta: the base of the wavelengths.
       factor: by which the length was stretched.
       trained: the number of positions before that; of ``dynamic``, those up to which nothing changes.
@@ -67,7 +67,8 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
     Raises:
       ModelError: for another kind, or parameters that it lacks or does not have.
     """
-    given = {k: v for k, v in (hf.get("rope_scaling") or hf.get("rope_parameters") or {}).items() if v is not None}
+    stated = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    given = {name: value for name, value in stated.items() if value is not None}
     theta = given.pop("rope_theta", hf.get("rope_theta") or 10000.0)
     legacy = given.pop("type", "default")
     kind = given.pop("rope_type", legacy)
@@ -75,8 +76,7 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
         raise ModelError("partial_rotary_factor: this network rotates whole heads; expected 1 or none")
     if kind not in _KINDS:
         raise ModelError(
-            f"rotary positions of the kind {kind!r} in {dict(hf.get('rope_scaling') or hf.get('rope_parameters') or {})} "
-            f"are unknown; expected one of {', '.join(_KINDS)}"
+            f"rotary positions of the kind {kind!r} in {stated} are unknown; expected one of {', '.join(_KINDS)}"
         )
     required, optional = _KINDS[kind]
     wrong = [f"{name} is missing" for name in sorted(required - set(given))]
@@ -93,7 +93,9 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
         return Rope(kind, theta, factor, trained, given["low_freq_factor"], given["high_freq_factor"])
     if kind == "yarn":
         low, high = given.get("beta_slow") or 1.0, given.get("beta_fast") or 32.0
-        return Rope(kind, theta, factor, trained, low, high, _yarn_attention(factor, given), given.get("truncate", True))
+        return Rope(
+            kind, theta, factor, trained, low, high, _yarn_attention(factor, given), given.get("truncate", True)
+        )
     return Rope(kind, theta, factor if kind != "default" else 1.0, trained)
 
 
@@ -134,7 +136,7 @@ def _frequencies(rope: Rope, size: int) -> np.ndarray:
 
 
 def _yarn_ramp(rope: Rope, size: int) -> np.ndarray:
-    """How much of each frequency is interpolated, from 0 (turns ``high`` times in the training length) to 1 (``low``)."""
+    """How far each frequency is divided: 0 if it turns ``high`` times in the training length, 1 if ``low`` times."""
 
     def dimension(turns: float) -> float:
         return size * math.log(rope.trained / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))

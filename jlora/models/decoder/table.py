@@ -101,7 +101,7 @@ def _mistral(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _qwen2(hf: Mapping[str, Any]) -> DecoderConfig:
-    return _read(hf, ignored=_QWEN, windows=_qwen_windows(hf), qkv_bias=True)
+    return _read(hf, ignored=_QWEN, fixed={"use_mrope": (False,)}, windows=_qwen_windows(hf), qkv_bias=True)
 
 
 def _qwen3(hf: Mapping[str, Any]) -> DecoderConfig:

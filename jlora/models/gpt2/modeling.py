@@ -17,8 +17,10 @@ from jlora.models._causal import (
     SequenceClassifier,
     Sight,
     default_positions,
+    layer_inputs,
     layered,
     linear_init,
+    next_cache,
     remember,
     sight,
     unembed,
@@ -53,7 +55,7 @@ class GPT2Config(CausalConfig):
 
 
 class GPT2(nn.Module):
-    """The decoder. The states after each layer are sown as ``intermediates/h/hidden`` [layers, batch, length, n_embd].
+    """The decoder. Each layer's states are sown, as ``intermediates/h/hidden`` [layers, batch, length, n_embd].
 
     ``model.clone(remat=True)`` recomputes each layer in the backward pass instead of keeping its activations.
     """
@@ -105,14 +107,12 @@ class GPT2(nn.Module):
                 )
             position_ids = default_positions(shape, segment_ids, cache)
         x = self.drop(self.wte(input_ids) + self.wpe(position_ids), deterministic=deterministic)
-        scope, seen = sight(shape, attention_mask, segment_ids, cache)
+        scope = sight(shape, attention_mask, segment_ids, cache)
         scale = None
         if config.scale_attn_by_inverse_layer_idx:
             scale = 1 / jnp.arange(1, config.n_layer + 1, dtype=jnp.float32)
-        keys, values = (None, None) if cache is None else (cache.keys, cache.values)
-        x, slots = self.h(x, LayerInput(keys, values, scale=scale), scope, deterministic)
-        following = None if cache is None or seen is None else Cache(*slots, seen, cache.used + shape[1])
-        return self.ln_f(x), following
+        x, slots = self.h(x, layer_inputs(cache, scale=scale), scope, deterministic)
+        return self.ln_f(x), next_cache(cache, slots, scope)
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Logits by the tied embedding, float32 [batch, length, vocab_size]."""
@@ -155,9 +155,7 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, layer: LayerInput, scope: Sight, deterministic: bool) -> tuple[jax.Array, Any]:
         config, made = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         fused = _dense(config, 3 * config.n_embd, "c_attn", **made)(x)
-        query, key, value = (
-            part.reshape(*x.shape[:2], config.n_head, -1) for part in jnp.split(fused, 3, axis=-1)
-        )
+        query, key, value = (part.reshape(*x.shape[:2], config.n_head, -1) for part in jnp.split(fused, 3, axis=-1))
         key, value = remember(layer, key, value, scope.used)
         if layer.scale is not None:
             query = query * layer.scale.astype(query.dtype)

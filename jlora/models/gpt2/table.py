@@ -32,8 +32,8 @@ def _read(hf: Mapping[str, Any]) -> GPT2Config:
         GPT2Config,
         hf,
         ignored=frozenset(
-            """n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout summary_proj_to_labels summary_type
-            summary_use_proj""".split()
+            """n_ctx reorder_and_upcast_attn summary_activation summary_first_dropout summary_proj_to_labels
+            summary_type summary_use_proj""".split()
         ),
     )
 

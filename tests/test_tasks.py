@@ -1,0 +1,489 @@
+"""Laws of the program on texts: tiny checkpoints, trained, predicted with, measured again and exported."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+
+import jlora
+from jlora import models
+from tests import tiny
+from train import batches, data, metrics, store
+from train.__main__ import main, parse
+from train.batches import Ragged
+from train.config import CausalLM, ConfigError, DataConfig, SequenceClassification, TrainConfig
+from train.networks import load_tokenizer
+from train.run import bucket_lengths
+from train.runs import open_run
+from train.tasks.classify import TextClassification, TextRegression
+from train.tasks.language import LanguageModel
+
+BASE = "--fit.batch-size 8 --eval-batch-size 8 --fit.epochs 2 --lora.rank 2 --lora.alpha 4 --learning-rate.lora 0.02"
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory) -> Path:
+    """Checkpoints and data: an encoder, a decoder with a chat template, sentences and sums."""
+    folder = tmp_path_factory.mktemp("tasks")
+    tiny.write_checkpoint(folder / "encoder", tiny.ENCODER, task="features")
+    tiny.write_checkpoint(folder / "decoder", tiny.DECODER, task="causal-lm", chat=True)
+    tiny.write_jsonl(folder / "data" / "train.jsonl", tiny.sentences(64))
+    tiny.write_jsonl(folder / "data" / "validation.jsonl", tiny.sentences(20, start=100))
+    sums = [{"question": f"{i} + {j} =", "answer": str(i + j)} for i in range(5) for j in range(4)]
+    talks = [
+        {
+            "messages": [
+                {"role": "user", "content": row["question"]},
+                {"role": "assistant", "content": row["answer"]},
+                {"role": "user", "content": "the film"},
+                {"role": "assistant", "content": "a lovely film"},
+            ]
+        }
+        for row in sums
+    ]
+    tiny.write_jsonl(folder / "sums" / "train.jsonl", [row | talk for row, talk in zip(sums, talks, strict=True)])
+    tiny.write_jsonl(
+        folder / "sums" / "test.jsonl", [row | talk for row, talk in zip(sums[:7], talks[:7], strict=True)]
+    )
+    return folder
+
+
+def program(*argv: str) -> tuple[int, str]:
+    """Exit code and what was printed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        code = main(list(argv))
+    return code, out.getvalue()
+
+
+def text_flags(work: Path) -> list[str]:
+    return [
+        "configs/sst2_minilm.py", "--model.path", str(work / "encoder"), "--data.train", str(work / "data/train.jsonl"),
+        "--cache-dir", str(work / "cache"), "--data.limit", "None", "--task.max-length", "16", *BASE.split(),
+    ]  # fmt: skip
+
+
+def language_flags(work: Path) -> list[str]:
+    return [
+        "configs/instruct_llama.py", "--model.path", str(work / "decoder"), "--data.train",
+        str(work / "sums/train.jsonl"), "--data.validation", "None", "--cache-dir", str(work / "cache"),
+        "--model.dtype", "float32", "--model.param-dtype", "float32", "--task.max-length", "48", *BASE.split(),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def text_run(work) -> tuple[Path, str]:
+    folder = work / "text-run"
+    code, printed = program(*text_flags(work), "--run-dir", str(folder), "--fit.epochs", "8", "--keep", "best")
+    assert code == 0, printed
+    return folder, printed
+
+
+@pytest.fixture(scope="session")
+def language_run(work) -> tuple[Path, str]:
+    folder = work / "language-run"
+    unpacked = "--no-task.pack --task.messages None --task.prompt question --task.completion answer --task.chat".split()
+    code, printed = program(*language_flags(work), "--run-dir", str(folder), *unpacked, "--fit.epochs", "12")
+    assert code == 0, printed
+    return folder, printed
+
+
+# A run on texts
+
+
+def test_a_text_classifier_is_learnt_and_its_run_directory_is_whole(text_run):
+    folder, printed = text_run
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["metrics"]["adapted"]["validation"]["accuracy"] > 0.8
+    assert set(summary["metrics"]["adapted"]["validation"]) == {"loss", "accuracy", "f1", "matthews"}
+    assert {path.name for path in folder.iterdir()} - {"curves.png"} == {
+        "config.json", "metrics.jsonl", "adapters", "summary.json",
+    }  # fmt: skip
+    assert f"trainable: {summary['trainable']:,} of {summary['total']:,}" in printed
+    kept = json.loads((folder / "metrics.jsonl").read_text().splitlines()[summary["kept_epoch"] - 1])
+    assert kept["validation_accuracy"] == summary["metrics"]["adapted"]["validation"]["accuracy"]
+
+
+def test_predict_labels_texts_as_the_run_measured_them(text_run, tmp_path):
+    """From flags or from a file, in any order: the accuracy of the labels is the run's."""
+    folder, _ = text_run
+    rows = tiny.sentences(20, start=100)
+    code, printed = program("predict", str(folder), *(flag for row in rows for flag in ("--text", row["sentence"])))
+    assert code == 0, printed
+    found = [line.split("\t") for line in printed.splitlines()]
+    assert [text for text, *_ in found] == [row["sentence"] for row in rows]
+    assert all(0.5 <= float(probability) <= 1 for *_, probability in found)
+    names = ("negative", "positive")
+    right = np.mean([label == names[row["label"]] for (_, label, _), row in zip(found, rows, strict=True)])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert right == summary["metrics"]["adapted"]["validation"]["accuracy"]
+
+    (tmp_path / "texts.txt").write_text("\n".join(row["sentence"] for row in reversed(rows)) + "\n")
+    _, again = program("predict", str(folder), "--file", str(tmp_path / "texts.txt"))
+    for one, other in zip(found, reversed([line.split("\t") for line in again.splitlines()]), strict=True):
+        assert one[:2] == other[:2]
+        assert float(one[2]) == pytest.approx(float(other[2]), abs=2e-4)
+
+
+def test_eval_measures_what_the_run_measured(text_run, work):
+    folder, _ = text_run
+    summary = json.loads((folder / "summary.json").read_text())
+    found = {name: f"{value:.4f}" for name, value in summary["metrics"]["adapted"]["validation"].items()}
+    code, printed = program("eval", str(folder))
+    assert (code, printed) == (0, "validation: " + "  ".join(f"{name} {value}" for name, value in found.items()) + "\n")
+    code, printed = program("eval", str(folder), "--source", str(work / "data/train.jsonl"), "--limit", "16")
+    assert code == 0 and printed.startswith("validation: loss ")
+
+
+def test_exports_are_the_adapted_model(text_run, work):
+    """Adapters for peft, a merged checkpoint and merged parameters: each gives the adapted model's logits."""
+    folder, _ = text_run
+    run = open_run(folder)
+    inputs = {"input_ids": np.array([[2, 5, 13, 3], [2, 8, 3, 0]]), "attention_mask": np.array([[1] * 4, [1, 1, 1, 0]])}
+    expected = jlora.lora(run.network.forward)(run.tree, inputs)
+    for to in ("peft", "hf", "orbax"):
+        code, printed = program("export", str(folder), "--to", to)
+        assert code == 0, printed
+        assert f"written to {folder / to}" in printed
+
+    from jlora import peft
+
+    assert run.network.names is not None
+    adapters, _ = peft.load(folder / "peft", run.network.names, run.params)
+    tree = jlora.attach(run.params, adapters)
+    np.testing.assert_allclose(jlora.lora(run.network.forward)(tree, inputs), expected, atol=1e-5)
+
+    model: Any
+    model, params = models.load(folder / "hf")
+    np.testing.assert_allclose(model.apply(params, **inputs), expected, atol=1e-5)
+    assert (
+        load_tokenizer(str(folder / "hf"))("a great film")["input_ids"]
+        == run.network.tokenizer("a great film")["input_ids"]
+    )
+    assert json.loads((folder / "hf/config.json").read_text())["id2label"] == {"0": "negative", "1": "positive"}
+    assert "jlora" in (folder / "hf/README.md").read_text()
+
+    merged = store.load_tree(folder / "orbax", run.params)
+    np.testing.assert_allclose(run.network.forward(merged, inputs), expected, atol=1e-5)
+
+
+def test_after_warm_up_nothing_is_compiled(work, tmp_path):
+    """Sentences of many lengths make few shapes: the second epoch meets none that the first did not."""
+    config = dataclasses.replace(
+        parse([*text_flags(work), "--run-dir", str(tmp_path)]), data=DataConfig(str(work / "data/train.jsonl"))
+    )
+    tokenizer = load_tokenizer(str(work / "encoder"))
+    assert isinstance(config.task, SequenceClassification)
+    task = TextClassification(config.task, ("negative", "positive"), tokenizer)
+    examples = task.encode(data.load(config.data, config.cache_dir)["train"])[""]
+    buckets = bucket_lengths(config, {"": examples})
+    assert buckets == (8, 16)
+    shapes = {
+        batch["input_ids"].shape
+        for epoch in range(1, 6)
+        for batch in batches.training_batches(examples, 8, 0, epoch, buckets)
+    }
+    assert shapes == {(8, 8), (8, 16)} or shapes == {(8, 16)}
+
+    events: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.startswith("/jax/core/compile/backend"):
+            events.append(event)
+
+    from train.run import run
+
+    counts = {}
+    for epochs in (2, 4):
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        jax.clear_caches()
+        fit = dataclasses.replace(config.fit, epochs=epochs)
+        run(dataclasses.replace(config, fit=fit, run_dir=tmp_path / str(epochs)))
+        jax.monitoring.unregister_event_duration_listener(listen)
+        counts[epochs], events = len(events), []
+    assert counts[2] == counts[4]
+
+
+# Text classification
+
+
+def rows_of(**columns: Any) -> data.Table:
+    return data.Table.from_dict(columns)
+
+
+def test_pairs_and_truncation_reach_the_tokenizer(work):
+    tokenizer = load_tokenizer(str(work / "encoder"))
+    task = TextClassification(SequenceClassification(text="one", pair="two", max_length=8), ("0", "1"), tokenizer)
+    examples = task.encode(rows_of(one=["a film"], two=["the plot"], label=[1]))[""]
+    words = [tiny.VOCABULARY[i] for i in examples["input_ids"][0]]
+    assert words == ["[CLS]", "a", "film", "[SEP]", "the", "plot", "[SEP]"]
+    assert examples["token_type_ids"][0].tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+    left = SequenceClassification(text="one", max_length=4, truncation="left")
+    examples = TextClassification(left, ("0", "1"), tokenizer).encode(rows_of(one=["a b c film plot"], label=[0]))[""]
+    assert [tiny.VOCABULARY[i] for i in examples["input_ids"][0]] == ["[CLS]", "film", "plot", "[SEP]"]
+
+
+def test_labels_may_be_names_or_numbers(work):
+    tokenizer = load_tokenizer(str(work / "encoder"))
+    task = TextClassification(SequenceClassification(text="t"), ("bad", "good"), tokenizer)
+    assert list(task.encode(rows_of(t=["a", "b"], label=["good", "bad"]))[""]["label"]) == [1, 0]
+    assert list(task.encode(rows_of(t=["a", "b"], label=[1, 0]))[""]["label"]) == [1, 0]
+    with pytest.raises(ConfigError, match="'goood'.*closest: 'good'.*expected one of bad, good"):
+        task.encode(rows_of(t=["a"], label=["goood"]))
+    with pytest.raises(ConfigError, match="holds '2', which is no class"):
+        task.encode(rows_of(t=["a"], label=[2]))
+    named = TextClassification(SequenceClassification(text="t"), ("3", "7"), tokenizer)
+    assert list(named.encode(rows_of(t=["a", "b"], label=[7, 3]))[""]["label"]) == [1, 0]
+
+
+def test_a_regression_learns_a_number(work, tmp_path):
+    flags = [*text_flags(work), "--task.regression", "--task.label", "score", "--task.labels", "None"]
+    code, printed = program(*flags, "--run-dir", str(tmp_path), "--fit.epochs", "6")
+    assert code == 0, printed
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["primary"] == "pearson"
+    assert summary["metrics"]["adapted"]["validation"]["pearson"] > 0.8
+    code, printed = program("predict", str(tmp_path), "--text", "a great film", "--text", "a dull film")
+    high, low = (float(line.split("\t")[1]) for line in printed.splitlines())
+    assert high > low
+    assert isinstance(open_run(tmp_path).task, TextRegression)
+
+
+def test_metrics_agree_with_their_definitions():
+    logits = np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]], np.float32))
+    labels = np.array([0, 1, 1, 0])  # right, right, wrong, wrong
+    found = metrics.classification(logits, labels)
+    assert found["accuracy"] == 0.5 and found["f1"] == 0.5 and found["matthews"] == pytest.approx(0)
+    assert found["loss"] == pytest.approx(-np.log([0.9, 0.8, 0.4, 0.3]).mean(), rel=1e-5)
+    line = np.arange(5.0, dtype=np.float32)
+    assert metrics.regression(2 * line + 1, line)["pearson"] == pytest.approx(1)
+    assert metrics.regression(line**3, line)["spearman"] == pytest.approx(1)
+    assert metrics.regression(np.zeros(5, np.float32), line)["pearson"] == 0
+    found = metrics.language_model(np.array([2.0, 4.0]), np.array([1, 2]), np.array([1, 1]))
+    assert found == {"loss": 2.0, "perplexity": pytest.approx(np.exp(2)), "token_accuracy": pytest.approx(2 / 3)}
+
+
+# Batches
+
+
+def test_batches_pad_to_the_shortest_bucket_that_holds_them():
+    examples = {"x": Ragged([[1], [2, 2], [3, 3, 3], [4] * 4], fill=9), "y": np.arange(4)}
+    batch = batches.batch_of(examples, np.array([0, 1]), (2, 4))
+    assert batch["x"].tolist() == [[1, 9], [2, 2]] and batch["y"].tolist() == [0, 1]
+    assert batches.batch_of(examples, np.array([2]), (2, 4))["x"].tolist() == [[3, 3, 3, 9]]
+    left = {"x": Ragged([[1], [2, 2, 2]], fill=0, left=True)}
+    assert batches.batch_of(left, np.array([0, 1]))["x"].tolist() == [[0, 0, 1], [2, 2, 2]]
+    assert batches.quarters(64) == (16, 32, 48, 64) and batches.quarters(10) == (8, 10)
+
+
+def test_ordered_batches_hold_every_example_once_in_few_shapes():
+    rng = np.random.default_rng(0)
+    examples = {"x": Ragged([[i] * n for i, n in enumerate(rng.integers(1, 17, 21))], fill=-1), "i": np.arange(21)}
+    seen, shapes = [], set()
+    for rows, batch in batches.ordered_batches(examples, 4, (4, 8, 16)):
+        assert batch["i"][: len(rows)].tolist() == rows.tolist()
+        assert batch["x"][: len(rows), 0].tolist() == rows.tolist()
+        seen += rows.tolist()
+        shapes.add(batch["x"].shape)
+    assert sorted(seen) == list(range(21))
+    assert shapes <= {(4, 4), (4, 8), (4, 16)}
+
+
+# Language models
+
+
+def language_model(work: Path, **config: Any) -> LanguageModel:
+    return LanguageModel(CausalLM(**config), load_tokenizer(str(work / "decoder")))
+
+
+def learnt_words(examples: batches.Examples, row: int = 0) -> list[str]:
+    pairs = zip(examples["input_ids"][row], examples["learnt"][row], strict=True)
+    return [tiny.VOCABULARY[token] for token, learnt in pairs if learnt]
+
+
+def test_only_the_completion_is_learnt(work):
+    task = language_model(work, prompt="q", completion="a")
+    examples = task.encode(rows_of(q=["1 + 1 ="], a=["2"]))[""]
+    assert [tiny.VOCABULARY[i] for i in examples["input_ids"][0]] == ["[CLS]", "1", "+", "1", "=", "2", "[SEP]"]
+    assert learnt_words(examples) == ["2", "[SEP]"]
+    whole = language_model(work, prompt="q", completion="a", learn_prompt=True)
+    assert len(learnt_words(whole.encode(rows_of(q=["1 + 1 ="], a=["2"]))[""])) == 7
+
+
+def test_only_what_the_assistant_says_is_learnt(work):
+    talk = [
+        {"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "the film"}, {"role": "assistant", "content": "lovely"},
+    ]  # fmt: skip
+    task = language_model(work, messages="m", system="a story")
+    examples = task.encode(rows_of(m=[talk]))[""]
+    assert learnt_words(examples) == ["2", "<end>", "lovely", "<end>"]
+    assert tiny.VOCABULARY[examples["input_ids"][0][0]] == "[UNK]"  # <system>, which the tokenizer does not know
+    changing = "{% for m in messages %}{{ loop.length }} {{ m['content'] }} {% endfor %}"
+    with pytest.raises(ConfigError, match="template changes earlier messages"):
+        language_model(work, messages="m", template=changing).encode(rows_of(m=[talk]))
+    bare = load_tokenizer(str(work / "encoder"))
+    with pytest.raises(ConfigError, match="has no chat template"):
+        LanguageModel(CausalLM(messages="m"), bare)
+
+
+def test_packed_examples_have_the_loss_that_they_have_alone(work):
+    """One row of several segments, or a row for each: the same summed loss over as many learnt tokens."""
+    model: Any
+    model, params = models.load(work / "decoder")
+    table = rows_of(q=["1 + 1 =", "the film", "2 + 3 ="], a=["2", "a lovely film", "5"])
+    found = {}
+    for pack in (False, True):
+        task = language_model(work, prompt="q", completion="a", pack=pack, max_length=32)
+        examples = task.encode(table)[""]
+        batch = batches.batch_of(examples, np.arange(batches.size(examples)))
+        total, count = task.loss(model.apply(params, **task.inputs(batch)), batch)
+        found[pack] = len(batch["input_ids"]), float(total), int(count)
+    assert (found[False][0], found[True][0]) == (3, 1)
+    assert found[False][2] == found[True][2] == 8
+    assert found[False][1] == pytest.approx(found[True][1], rel=1e-5)
+
+
+def test_examples_without_a_token_to_learn_are_left_out_and_said(work, capsys):
+    task = language_model(work, prompt="q", completion="a", max_length=4)
+    examples = task.encode(rows_of(q=["1 + 1 =", "1"], a=["2", "3"]))[""]
+    assert batches.size(examples) == 1
+    assert "left out 1 of 2 examples: no token to learn within 4 tokens" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="none of the 1 examples has a token to learn"):
+        task.encode(rows_of(q=["1 + 1 ="], a=["2"]))
+
+
+def test_a_language_model_learns_and_continues(language_run):
+    folder, printed = language_run
+    figures = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert figures["adapted"]["validation"]["loss"] < 0.7 * figures["base"]["validation"]["loss"]
+    assert "perplexity" in printed
+    code, printed = program("generate", str(folder), "--prompt", "1 + 1 =", "--prompt", "2 +", "--max-new-tokens", "3")
+    assert code == 0, printed
+    assert printed.count("> ") == 2
+    code, printed = program("predict", str(folder), "--text", "x")
+    assert code == 2 and "was not trained on texts to be labelled" in printed
+
+
+def test_conversations_are_packed_and_trained_on(work, tmp_path):
+    code, printed = program(*language_flags(work), "--run-dir", str(tmp_path), "--fit.batch-size", "2")
+    assert code == 0, printed
+    assert "token_accuracy" in printed
+
+
+# Sources
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    rows = [{"text": "a, film", "label": 1}, {"text": "the plot", "label": 0}]
+    tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data.Table.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
+        with (tmp_path / f"rows{suffix}").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+    for suffix in (".jsonl", ".json", ".parquet", ".csv", ".tsv"):
+        table = data.read(str(tmp_path / f"rows{suffix}"), tmp_path / "cache", "data.train")
+        assert table.to_list() == rows, suffix
+
+
+def test_a_folder_has_splits_and_a_file_has_siblings(tmp_path):
+    for name, count in (("train", 6), ("validation", 4)):
+        tiny.write_jsonl(tmp_path / "set" / f"{name}.jsonl", tiny.sentences(count))
+    for source in (tmp_path / "set", tmp_path / "set" / "train.jsonl"):
+        tables = data.load(DataConfig(str(source), limit=5), tmp_path / "cache")
+        assert {name: len(table) for name, table in tables.items()} == {"train": 5, "validation": 4}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{0}/nothing.jsonl", "there is no file at .*nothing.jsonl.*closest: .*rows.jsonl"),
+        ("{0}/rows.exe", "ends in '.exe'; expected one of .jsonl"),
+        ("{0}/broken.jsonl", "broken.jsonl cannot be read"),
+        ("{0}/empty.jsonl", "cannot be read|has no examples"),
+        ("{0}/rows.jsonl:test", "has no column `split`"),
+        ("nobody/nothing:train", "nobody/nothing:train cannot be read"),
+        ("{0}/rows.jsonl", "data.validation: got None, and beside .*rows.jsonl there is no file named"),
+    ],
+)
+def test_a_source_that_cannot_be_used_says_why(tmp_path, source, message):
+    tiny.write_jsonl(tmp_path / "rows.jsonl", [{"text": "a", "label": 1}])
+    (tmp_path / "rows.exe").write_text("x")
+    (tmp_path / "broken.jsonl").write_text('{"text": ')
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=message):
+        data.load(DataConfig(source.format(tmp_path)), tmp_path / "cache")
+
+
+def test_a_missing_column_is_told_the_nearest(work, tmp_path):
+    code, printed = program(*text_flags(work), "--task.text", "sentense", "--run-dir", str(tmp_path))
+    assert code == 2
+    assert "task.text: the data has no column 'sentense' (closest: 'sentence')" in printed
+    assert "Pass --task.text" in printed
+
+
+# Commands and configurations
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["predict", "{0}/nowhere", "--text", "a"], "is no run directory.*text-run"),
+        (["predict", "{0}/text-run"], "no text; pass --text"),
+        (["generate", "{0}/text-run", "--prompt", "a"], "was not trained as a language model; see `predict`"),
+        (["inspect", "{0}/data"], "config.json"),
+        (["inspect", "{0}/encoder", "--lora.targets", "qeury"], "qeury.*closest"),
+    ],
+)
+def test_commands_refuse_what_they_cannot_do(text_run, work, argv, message):
+    code, printed = program(*(part.format(work) for part in argv))
+    assert code == 2
+    import re
+
+    assert re.search(message, printed, re.DOTALL), printed
+
+
+def test_inspect_shows_the_plan_without_reading_a_weight(work, tmp_path):
+    (tmp_path / "config.json").write_text((work / "decoder" / "config.json").read_text())
+    code, printed = program("inspect", str(tmp_path), "--lora.rank", "2")
+    assert code == 0, printed
+    assert "q_proj/kernel" in printed and "trainable:" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "trainable"),
+    [
+        (
+            "sst2_roberta",
+            {
+                "model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1,
+                "pad_token_id": 1, "layer_norm_eps": 1e-5,
+            },
+            665_858,
+        ),
+        ("spam_gpt2", {"model_type": "gpt2", "vocab_size": 50257, "n_ctx": 1024}, 2_371_616),
+    ],
+)  # fmt: skip
+def test_configs_train_exactly_what_they_say(name, config, trainable):
+    """From shapes alone: the published configurations of roberta-base and of GPT-2."""
+    wanted: TrainConfig = parse([f"configs/{name}.py"])
+    model = models.build(config, task="sequence-classification", labels=2)
+    params = models.abstract(model)
+    uses = jlora.trace(model.apply, params, models.example_inputs(model))
+    plan = jlora.plan(params, wanted.lora, uses)
+    assert plan.trainable == trainable
+    assert f"{trainable:,} trainable" in Path(f"configs/{name}.py").read_text().replace("\n", " ")

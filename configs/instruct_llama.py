@@ -2,7 +2,7 @@
 
     python -m train configs/instruct_llama.py --model.path CHECKPOINT --data.train conversations.jsonl
     python -m train configs/instruct_llama.py --task.messages None --task.prompt question --task.completion answer \
-        --task.chat True --data.train gsm8k.jsonl --data.validation more.jsonl
+        --task.chat --data.train gsm8k.jsonl --data.holdout 0.05
     python -m train generate RUN --prompt "What is a low-rank update?"
     python -m train export RUN --to peft
 

@@ -15,7 +15,7 @@ from train.config import DataConfig, FitConfig, LearningRates, Pretrained, Seque
 config = TrainConfig(
     name="sst2_minilm",
     task=SequenceClassification(text="sentence", labels=("negative", "positive"), max_length=64),
-    model=Pretrained("nreimers/MiniLM-L6-H384-uncased", dropout=True),
+    model=Pretrained("nreimers/MiniLM-L6-H384-uncased"),
     data=DataConfig(train="nyu-mll/glue/sst2:train", limit=16_000),
     lora=LoraConfig(rank=8, alpha=16, targets=("query", "value"), train_also=("classifier",)),
     fit=FitConfig(epochs=1, batch_size=32, schedule="linear", warmup=0.1, weight_decay=0.01, clip=1.0),

@@ -84,8 +84,9 @@ def write_checkpoint(folder: Path, config: dict[str, Any], *, chat: bool = False
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"][:: 1 if config["model_type"] == "bert" else 2]
     template = {"chat_template": CHAT} if chat else {}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, **names, **template}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, "model_input_names": inputs, **names, **template}
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
     return folder
 

@@ -108,6 +108,7 @@ def generate(
         "attention_mask": Ragged([[1] * len(one) for one in tokens], 0, left=True),
     }
     answers: list[str] = [""] * len(prompts)
+    apply = jlora.lora(model.apply)
     for rows, batch in ordered_batches(examples, min(len(prompts), 16), _round_up(max(map(len, tokens)))):
         new = models.generate(
             model,
@@ -120,7 +121,7 @@ def generate(
             key=jax.random.key(seed),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad,
-            apply=jlora.lora(model.apply),
+            apply=apply,
         )
         for row, line in zip(rows, np.asarray(new), strict=False):
             answers[row] = tokenizer.decode(line, skip_special_tokens=True)

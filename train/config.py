@@ -191,8 +191,8 @@ class DataConfig:
       train: the source of the training examples.
       validation: the source of the others; by default the split, or the file beside ``train``, named validation, dev,
         valid, val or test.
-      limit: use so many training examples at most, the first ones.
-      validation_limit: likewise for validation.
+      limit: use so many training examples at most, chosen at random but always the same.
+      validation_limit: use so many of the others at most, the first ones.
       holdout: the share of the training examples that is set apart where there are no validation examples.
       buckets: lengths to which batches of texts are padded; by default four quarters of the task's ``max_length``.
     """

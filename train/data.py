@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from jlora._paths import nearest
 from train.config import ConfigError, DataConfig
@@ -43,7 +44,12 @@ def load(config: DataConfig, cache_dir: Path) -> dict[str, Table]:
     else:
         source = config.validation or _beside(config.train)
         validation = read(source, cache_dir, "data.validation")
-    return {"train": _first(train, config.limit), "validation": _first(validation, config.validation_limit)}
+    if config.limit is not None and config.limit < len(train):
+        # Files are often in some order. The choice does not depend on the run's seed, so that runs can be compared.
+        train = train.select(np.random.default_rng(0).permutation(len(train))[: config.limit])
+    if config.validation_limit is not None:
+        validation = validation.select(range(min(config.validation_limit, len(validation))))
+    return {"train": train, "validation": validation}
 
 
 def read(source: str, cache_dir: Path, field: str) -> Table:
@@ -150,7 +156,3 @@ def _beside(train: str) -> str:
         f"{VALIDATION[-1]}; pass --data.validation FILE, or --data.holdout 0.1 "
         "to set a tenth of the training examples apart"
     )
-
-
-def _first(table: Table, limit: int | None) -> Table:
-    return table if limit is None else table.select(range(min(limit, len(table))))

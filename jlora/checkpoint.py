@@ -1,8 +1,8 @@
 """`save` and `load`: adapters on disk, as arrays (orbax) with what is recorded beside them.
 
-    folder/
-      arrays/         the factors a, b and magnitude, or whole leaves, by path
-      adapters.json   shapes and dtypes; of factors also scale, axes and dropout
+folder/
+  arrays/         the factors a, b and magnitude, or whole leaves, by path
+  adapters.json   shapes and dtypes; of factors also scale, axes and dropout
 """
 
 from __future__ import annotations

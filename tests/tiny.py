@@ -60,6 +60,7 @@ DECODER = {
     "num_key_value_heads": 1,
     "intermediate_size": 24,
     "max_position_embeddings": 128,
+    "initializer_range": 0.3,
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
     "rope_theta": 10000.0,
@@ -86,7 +87,13 @@ def write_checkpoint(folder: Path, config: dict[str, Any], *, chat: bool = False
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
     inputs = ["input_ids", "token_type_ids", "attention_mask"][:: 1 if config["model_type"] == "bert" else 2]
     template = {"chat_template": CHAT} if chat else {}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, "model_input_names": inputs, **names, **template}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 64,
+        "model_input_names": inputs,
+        **names,
+        **template,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
     return folder
 

@@ -37,19 +37,29 @@ What was trained is used by other commands, each with its own --help:
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code: 0, or 2 when the user's input cannot be run."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return command(argv[0], argv[1:])
     try:
-        if argv and argv[0] in COMMANDS:
-            from train.commands import COMMANDS as functions
-
-            prog = f"python -m train {argv[0]}"
-            tyro.cli(functions[argv[0]], prog=prog, args=argv[1:], config=(tyro.conf.AvoidSubcommands,))
-            return 0
-        config = parse(argv[1:] if argv[:1] == ["fit"] else argv)
+        config = parse(argv)
         # Only now, so that `--help` and a misspelt flag need not wait for the libraries that train.
         from train.run import run
 
         run(config)
     except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def command(name: str, argv: list[str]) -> int:
+    """Run one of the commands on what was trained and return its exit code, as `main`."""
+    from train import commands
+
+    try:
+        tyro.cli(
+            commands.COMMANDS[name], prog=f"python -m train {name}", args=argv, config=(tyro.conf.AvoidSubcommands,)
+        )
+    except commands.USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -62,7 +72,7 @@ def parse(argv: list[str]) -> TrainConfig:
       ConfigError: if the file or the configuration in it cannot be used.
       SystemExit: from tyro, for ``--help`` and for flags that do not exist or do not parse.
     """
-    path = DEFAULT_CONFIG
+    path, argv = DEFAULT_CONFIG, argv[1:] if argv[:1] == ["fit"] else argv
     if argv and not argv[0].startswith("-"):
         path, argv = Path(argv[0]), argv[1:]
     default = load_config(path)

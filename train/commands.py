@@ -15,7 +15,7 @@ import tyro
 from scipy.special import softmax
 
 import jlora
-from jlora import models
+from jlora import models, peft
 from train import data, report, store
 from train.batches import Ragged, ordered_batches
 from train.config import ConfigError, SequenceClassification
@@ -181,8 +181,6 @@ def export(run: RunDir, to: Literal["peft", "hf", "orbax"] = "peft", out: Path |
     elif network.model is None or network.names is None:
         raise ConfigError(f"export: a {type(config.model).__name__} exists in JAX alone; pass --to orbax")
     elif to == "peft":
-        from jlora import peft
-
         peft.save(
             folder,
             opened.params,
@@ -221,10 +219,7 @@ def inspect(
       labels: of a classifier, how many.
       revision: of a model on the hub.
     """
-    try:
-        model = models.build(checkpoint, task=task, labels=labels, revision=revision)
-    except (models.ModelError, models.TensorError) as error:
-        raise ConfigError(f"inspect: {error}") from error
+    model = models.build(checkpoint, task=task, labels=labels, revision=revision)
     params = models.abstract(model)
     try:
         plan = jlora.plan(params, lora, jlora.trace(model.apply, params, models.example_inputs(model)))
@@ -232,5 +227,8 @@ def inspect(
         raise ConfigError(f"lora: {error}") from error
     print(f"{checkpoint}: {type(model).__name__}\n\n{plan}")
 
+
+USER_ERRORS = (ConfigError, models.ModelError, models.TensorError, peft.PeftError)
+"""What these raise when they cannot do what was asked."""
 
 COMMANDS = {"predict": predict, "generate": generate, "eval": evaluate, "export": export, "inspect": inspect}

@@ -23,7 +23,7 @@ from train.evaluate import make_measure
 from train.run import bucket_lengths
 from train.runs import Run, open_run
 from train.tasks import Task
-from train.tasks.classify import TextRegression, _Texts
+from train.tasks.classify import TextRegression, Texts
 from train.tasks.language import LanguageModel
 
 RunDir = Annotated[Path, tyro.conf.Positional]
@@ -39,7 +39,7 @@ def predict(run: RunDir, text: tyro.conf.UseAppendAction[tuple[str, ...]] = (), 
     """
     opened = open_run(run)
     task = opened.task
-    if not isinstance(task, _Texts):
+    if not isinstance(task, Texts):
         raise ConfigError(f"predict: {run} was not trained on texts to be labelled; see `generate` and `eval`")
     texts, pairs = _texts(opened.config.task, list(text), file, opened.config.cache_dir)
     if not texts:

@@ -5,10 +5,11 @@ nothing of LoRA; any other model in JAX is adapted just as well.
 """
 
 from jlora._tensors import TensorError
-from jlora.models._checkpoint import abstract, build, example_inputs, fetch, load, names, save
+from jlora.models._checkpoint import load, save
 from jlora.models._export import export
 from jlora.models._family import ModelError, Task
 from jlora.models._generate import generate
+from jlora.models._network import abstract, build, example_inputs, fetch, names
 
 __all__ = [
     "ModelError",

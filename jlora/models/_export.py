@@ -16,8 +16,9 @@ from jlora._paths import bullets, named_leaves
 from jlora._types import Adapters, LoraFactors, PyTree
 from jlora._types import Path as LeafPath
 from jlora.merge import Rounding, merge, rounding
-from jlora.models._checkpoint import check_leaves, family_and_task, fetch, write
+from jlora.models._checkpoint import check_leaves, write
 from jlora.models._family import ModelError, Task
+from jlora.models._network import family_and_task, fetch
 
 TOKENIZER_FILES = (
     "added_tokens.json",

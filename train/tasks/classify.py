@@ -62,7 +62,7 @@ class Regression:
         return measured["outputs"].round(3)
 
 
-class _Texts:
+class Texts:
     """Texts, or pairs of them, as tokens."""
 
     def __init__(self, config: SequenceClassification, labels: Sequence[str], tokenizer: Any):
@@ -91,11 +91,11 @@ class _Texts:
         return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 
 
-class TextClassification(_Texts, Classification):
+class TextClassification(Texts, Classification):
     """One of several classes for a text."""
 
 
-class TextRegression(_Texts, Regression):
+class TextRegression(Texts, Regression):
     """A number for a text."""
 
 

@@ -1,0 +1,147 @@
+"""From a configuration to a network; where its files, its names and its shapes are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jlora._paths import nearest
+from jlora._tensors import read_json
+from jlora._types import Array, PyTree
+from jlora.models._family import Family, ModelConfig, ModelError, Task, task_of
+from jlora.models._registry import FAMILIES
+from jlora.names import Names
+
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+EXAMPLE = (1, 8)
+
+
+def build(
+    config: str | Path | Mapping[str, Any],
+    *,
+    task: Task | None = None,
+    labels: int | Sequence[str] | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    revision: str | None = None,
+) -> nn.Module:
+    """The network alone, from a folder, the id of a model on the hub, or the content of a config.json.
+
+    The arguments are those of `load`. Its parameters' shapes are `abstract`'s; ``model.init`` draws new ones.
+    """
+    hf = config if isinstance(config, Mapping) else read_json(fetch(config, revision, FILES[:1]) / "config.json")
+    return network_of(*family_of(hf, task, labels), dtype, param_dtype)
+
+
+def names(model: nn.Module) -> Names:
+    """Where each leaf of a network of `jlora.models` lies in a checkpoint; see `jlora.names`."""
+    family, task = family_and_task(model)
+    return family.names(model.config, task)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def abstract(model: nn.Module) -> PyTree:
+    """The shapes and dtypes of a network's parameters, as ``model.init`` would make them, from no computation."""
+    return jax.eval_shape(lambda: draw(model, jax.random.key(0)))
+
+
+def example_inputs(model: nn.Module, shape: tuple[int, int] = EXAMPLE) -> Array:
+    """The smallest input of a network, of zeros: tokens of ``shape`` [batch, length], or as many images."""
+    config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    if hasattr(config, "image_size"):
+        return jnp.zeros((shape[0], config.image_size, config.image_size, config.num_channels))
+    return jnp.zeros(shape, jnp.int32)
+
+
+def fetch(path: str | Path, revision: str | None = None, files: Sequence[str] = FILES) -> Path:
+    """The folder of a checkpoint: ``path`` itself, or where the files of that id on the hub were put.
+
+    Raises:
+      ModelError: if it is neither.
+    """
+    if (folder := Path(path)).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=list(files)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ModelError(
+            f"{str(path)!r} is no folder here, and as a model on the hub it could not be had: "
+            f"{str(error).splitlines()[0]} Expected a folder with config.json and model.safetensors, or an id such as "
+            "`FacebookAI/roberta-base`; without a network, fetch it elsewhere and give its folder."
+        ) from error
+
+
+def family_and_task(model: nn.Module) -> tuple[Family, Task]:
+    """The family of a network of `jlora.models`, and what it ends in.
+
+    Raises:
+      ModelError: if it is of none.
+    """
+    model_type = json.loads(getattr(getattr(model, "config", None), "hf", "{}")).get("model_type")
+    if model_type not in FAMILIES:
+        raise ModelError(f"{type(model).__name__} is no network of jlora.models; expected one that load or build made")
+    family = FAMILIES[model_type]
+    return family, next(task for task, network in family.networks.items() if type(model) is network)
+
+
+def family_of(
+    hf: Mapping[str, Any], task: Task | None, labels: int | Sequence[str] | None
+) -> tuple[Family, ModelConfig, Task]:
+    kind = str(hf.get("model_type"))
+    if kind not in FAMILIES:
+        raise ModelError(
+            f"model_type = {kind!r} is no network that jlora.models has{nearest(kind, FAMILIES)}; expected one of "
+            f"{', '.join(sorted(FAMILIES))}. jlora.lora adapts any other network in JAX that you have."
+        )
+    family = FAMILIES[kind]
+    if (quantized := hf.get("quantization_config")) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        raise ModelError(
+            f"quantization_config: the checkpoint is quantized ({method!r}). Expected plain weights: load the "
+            "checkpoint that it was made from."
+        )
+    hf = {name: value for name, value in hf.items() if name != "quantization_config"}
+    if labels is not None:
+        words = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
+        if not words or len(set(words)) != len(words):
+            raise ModelError(f"labels = {labels!r}; expected how many there are, or their names, each once")
+        ids = {
+            "id2label": {str(i): word for i, word in enumerate(words)},
+            "label2id": {w: i for i, w in enumerate(words)},
+        }
+        hf = {**{n: v for n, v in hf.items() if n != "num_labels"}, **ids}
+    task = task or task_of(hf)
+    if task not in family.networks:
+        raise ModelError(
+            f"{kind} has no network for the task {task!r}; expected one of {', '.join(family.networks)}: pass task=..."
+        )
+    return family, family.config(hf), task
+
+
+def network_of(family: Family, config: ModelConfig, task: Task, dtype: Any, param_dtype: Any) -> nn.Module:
+    return family.networks[task](config, dtype=dtype, param_dtype=param_dtype)
+
+
+def class_of(family: Family, task: Task) -> str:
+    """The class of transformers that a config.json names."""
+    if task == "causal-lm" and family.architecture == "GPT2":
+        return "GPT2LMHeadModel"
+    endings = {
+        "features": "Model",
+        "sequence-classification": "ForSequenceClassification",
+        "causal-lm": "ForCausalLM",
+        "image-classification": "ForImageClassification",
+    }
+    return family.architecture + endings[task]
+
+
+def draw(model: nn.Module, key: Array) -> PyTree:
+    return {"params": model.init(key, example_inputs(model))["params"]}

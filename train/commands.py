@@ -181,6 +181,7 @@ def export(run: RunDir, to: Literal["peft", "hf", "orbax"] = "peft", out: Path |
     elif network.model is None or network.names is None:
         raise ConfigError(f"export: a {type(config.model).__name__} exists in JAX alone; pass --to orbax")
     elif to == "peft":
+        _check_ties(opened)
         peft.save(
             folder,
             opened.params,
@@ -201,6 +202,18 @@ def export(run: RunDir, to: Literal["peft", "hf", "orbax"] = "peft", out: Path |
         )
         print(lost)
     print(f"written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+
+
+def _check_ties(run: Run) -> None:
+    """Refuse what peft would compute otherwise: its factors of a tied embedding act on the lookup alone."""
+    model = run.network.model
+    assert model is not None
+    uses = jlora.trace(model.apply, run.params, models.example_inputs(model))
+    if tied := [path for path in run.adapters if uses[path].flipped]:
+        raise ConfigError(
+            f"export: {', '.join(tied)} is looked up and is the output projection too. Here the adapter acts in both "
+            "places, in peft in the first alone; pass --to hf to write the merged model"
+        )
 
 
 def inspect(

@@ -95,6 +95,11 @@ def family_and_task(model: nn.Module) -> tuple[Family, Task]:
 def family_of(
     hf: Mapping[str, Any], task: Task | None, labels: int | Sequence[str] | None
 ) -> tuple[Family, ModelConfig, Task]:
+    """What the content of a config.json describes; ``task`` and ``labels`` override what it says.
+
+    Raises:
+      ModelError: if it is no network that there is here, or has no such task or labels.
+    """
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES:
         raise ModelError(
@@ -127,6 +132,7 @@ def family_of(
 
 
 def network_of(family: Family, config: ModelConfig, task: Task, dtype: Any, param_dtype: Any) -> nn.Module:
+    """The network of a family for a task."""
     return family.networks[task](config, dtype=dtype, param_dtype=param_dtype)
 
 
@@ -144,4 +150,5 @@ def class_of(family: Family, task: Task) -> str:
 
 
 def draw(model: nn.Module, key: Array) -> PyTree:
+    """New parameters of a network."""
     return {"params": model.init(key, example_inputs(model))["params"]}

@@ -27,10 +27,10 @@ def main(flags: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="digits_modes_") as runs:
         for seed in SEEDS:
             found = {mode: _run(flags, seed, mode, Path(runs)) for mode in MODES}
-            base = found["full"]["accuracy"]["base"]["shifted"]
-            gain = found["full"]["accuracy"]["adapted"]["shifted"] - base
+            base = _shifted(found["full"], "base")
+            gain = _shifted(found["full"], "adapted") - base
             for mode, summary in found.items():
-                shifted = summary["accuracy"]["adapted"]["shifted"]
+                shifted = _shifted(summary, "adapted")
                 ratio = (shifted - base) / gain
                 ratios += [ratio] if mode == "lora" else []
                 rows.append(
@@ -50,6 +50,10 @@ def main(flags: list[str]) -> None:
     print(
         f"\nLoRA keeps {mean(ratios):.3f} of full fine-tuning's gain ({min(ratios):.3f} to {max(ratios):.3f} by seed)"
     )
+
+
+def _shifted(summary: dict[str, Any], model: str) -> float:
+    return summary["metrics"][model]["shifted"]["accuracy"]
 
 
 def _run(flags: list[str], seed: int, mode: str, runs: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Laws of `jlora.save` and `jlora.load`: what is read is what was written, bit for bit, or an error says what is not."""
+"""Laws of `jlora.save` and `jlora.load`: what is read is what was written, bit for bit, or an error says why."""
 
 from __future__ import annotations
 

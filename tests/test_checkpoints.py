@@ -2,89 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import struct
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import jlora
 from jlora import models
 from jlora._paths import named_leaves
-from jlora._tensors import Tensor, is_finite
-
-ROOT = Path(__file__).parents[1]
-BERT: dict[str, Any] = {
-    "model_type": "bert",
-    "architectures": ["BertForSequenceClassification"],
-    "vocab_size": 24,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 8,
-}
-VIT = {
-    "model_type": "vit",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "image_size": 8,
-    "patch_size": 4,
-}
-
-
-@functools.cache
-def network(dtype: str = "float32") -> tuple[Any, Any]:
-    """A classifier and its parameters, all different."""
-    model = models.build(BERT)
-    leaves, treedef = named_leaves(models.abstract(model))
-    rng = np.random.default_rng(0)
-    return model, treedef.unflatten([jnp.asarray(rng.normal(size=x.shape), dtype) for x in leaves.values()])
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    models.save(tmp_path, *network())
-    return tmp_path
-
-
-def message(error: type[Exception], call: Callable[[], Any]) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    return str(caught.value)
-
-
-def expect(text: str, *parts: str) -> None:
-    missing = [part for part in parts if part not in text]
-    assert not missing, f"{missing} not in:\n{text}"
-
-
-def same(x: Any, y: Any) -> bool:
-    """Whether two trees are equal bit for bit, dtypes included."""
-    pairs = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes(), x, y)
-    return jax.tree.all(pairs)
-
-
-def change(folder: Path, fn: Callable[[dict[str, np.ndarray]], Any], file: str = "model.safetensors") -> None:
-    """The checkpoint with ``fn`` applied to its tensors, in place or returned."""
-    tensors = load_file(folder / file)
-    tensors = fn(tensors) or tensors
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / file)
-
+from jlora._tensors import Tensor
+from tests.small_checkpoints import BERT, ROOT, change, expect, message, network, same
 
 # ---- there and back
 
@@ -318,193 +253,6 @@ def test_labels_are_written_into_the_config(saved: Path) -> None:
     assert same(named[1], params)
     for wrong in (0, [], ["a", "a"]):
         expect(message(models.ModelError, lambda w=wrong: models.load(saved, labels=w)), f"labels = {wrong!r}")
-
-
-# ---- configurations that are refused
-
-
-@pytest.mark.parametrize(
-    ("change", "parts"),
-    [
-        (
-            {"hiden_size": 3, "rotary": True},
-            ("2 attribute", "hiden_size = 3 is unknown (closest: 'hidden_size'", "rotary"),
-        ),
-        ({"position_embedding_type": "relative_key"}, ("position_embedding_type = 'relative_key'", "'absolute'")),
-        (
-            {"is_decoder": True, "add_cross_attention": True},
-            ("2 attribute", "is_decoder = True", "add_cross_attention"),
-        ),
-        ({"model_type": "brt"}, ("'brt' is no network", "closest: 'bert'", "expected one of")),
-        ({"model_type": ["bert"]}, ("is no network", "expected one of")),
-        ({"model_type": None}, ("None", "expected one of")),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("quantized ('gptq')", "that it was made from")),
-        ({"quantization_config": "int8"}, ("quantized ('int8')",)),
-        ({"hidden_act": "swiglu"}, ("the activation 'swiglu' is unknown", "gelu_new")),
-    ],
-)
-def test_a_configuration_that_the_network_is_not_is_refused_by_name(
-    change: dict[str, Any], parts: tuple[str, ...], saved: Path
-) -> None:
-    (saved / "config.json").write_text(json.dumps({**BERT, **change}))
-    expect(message(models.ModelError, lambda: models.load(saved)), *parts)
-
-
-def test_a_quantization_that_is_none_is_none(saved: Path) -> None:
-    (saved / "config.json").write_text(json.dumps({**BERT, "quantization_config": None}))
-    assert same(models.load(saved)[1], network()[1])
-
-
-def test_a_task_that_the_family_lacks_is_refused(saved: Path) -> None:
-    text = message(models.ModelError, lambda: models.load(saved, task="causal-lm"))
-    expect(text, "bert has no network for the task 'causal-lm'", "features, sequence-classification", "pass task=")
-    text = message(models.ModelError, lambda: models.build({**VIT, "architectures": ["ViTForCausalLM"]}))
-    expect(text, "vit has no network for the task 'causal-lm'", "features, image-classification")
-
-
-def test_a_network_of_nobodys_has_no_names() -> None:
-    import flax.linen as nn
-
-    expect(message(models.ModelError, lambda: models.names(nn.Dense(3))), "Dense is no network of jlora.models")
-
-
-# ---- files that are refused
-
-
-def test_every_tensor_that_does_not_fit_is_listed(saved: Path) -> None:
-    def damage(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        del tensors["bert.pooler.dense.bias"], tensors["bert.encoder.layer.1.output.dense.weight"]
-        tensors["bert.embeddings.LayerNorm.weight"] = np.ones(3, np.float32)
-        tensors["bert.encoder.layer.2.output.dense.bias"] = np.ones(16, np.float32)
-        return tensors
-
-    change(saved, damage)
-    text = message(models.ModelError, lambda: models.load(saved))
-    expect(text, "4 tensor(s)", "'bert.pooler.dense.bias' of shape (16,) is missing; pass key=", "(16, 32) is missing")
-    expect(text, "'bert.embeddings.LayerNorm.weight' has shape (3,), expected (16,)", "'bert.encoder.layer.2.output")
-    text = message(models.ModelError, lambda: models.load(saved, key=jax.random.key(0)))
-    expect(text, "3 tensor(s)")
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_tensor_with_nan_is_named(dtype: Any, value: float, saved: Path) -> None:
-    def damage(tensors: dict[str, np.ndarray]) -> None:
-        array = tensors["bert.pooler.dense.weight"] = tensors["bert.pooler.dense.weight"].astype(dtype)
-        array[3, 5] = value
-
-    change(saved, damage)
-    text = message(models.TensorError, lambda: models.load(saved))
-    expect(text, "model.safetensors: the tensor 'bert.pooler.dense.weight' holds NaN or infinity", "damaged")
-
-
-def test_finite_is_told_exactly_and_fast() -> None:
-    """The largest, smallest and negative numbers are finite; and sixteen bits cost no more than their reading."""
-    for dtype in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64):
-        info = ml_dtypes.finfo(dtype)
-        array = np.array([0, -0.0, info.max, info.min, info.tiny, -info.smallest_subnormal], dtype)
-        assert is_finite(array) and is_finite(array[::2]) and is_finite(array[:0]) and is_finite(array[0])
-        for bad in (np.nan, -np.nan, np.inf, -np.inf):
-            assert not is_finite(np.append(array, np.array(bad, dtype)))
-            assert not is_finite(np.array(bad, dtype))
-    large = np.ones((2000, 2000), ml_dtypes.bfloat16)
-    start = time.perf_counter()
-    assert is_finite(large.T)
-    assert time.perf_counter() - start < 0.5
-
-
-def test_a_missing_or_broken_config_is_named(saved: Path) -> None:
-    for content, part in (
-        ("{", "cannot be read as JSON"),
-        ("[1]", "expected a JSON object, got list"),
-        ("[" * 10**5, "JSON"),
-    ):
-        (saved / "config.json").write_text(content)
-        expect(message(models.TensorError, lambda: models.load(saved)), str(saved / "config.json"), part)
-    (saved / "config.json").write_bytes(b"\xff\xfe\x00")
-    expect(message(models.TensorError, lambda: models.load(saved)), "cannot be read as JSON")
-    (saved / "config.json").unlink()
-    expect(message(models.TensorError, lambda: models.load(saved)), str(saved / "config.json"), "No such file")
-
-
-def test_pickled_weights_are_refused_with_the_way_out(saved: Path) -> None:
-    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
-    text = message(models.TensorError, lambda: models.load(saved))
-    expect(text, "pytorch_model.bin", "pickled", "could run any code", "save_pretrained")
-    (saved / "pytorch_model.bin").unlink()
-    expect(message(models.TensorError, lambda: models.load(saved)), "neither model.safetensors nor", "['config.json']")
-
-
-@pytest.mark.parametrize(
-    ("weight_map", "parts"),
-    [
-        ({"x": "../model.safetensors"}, ("outside of its folder", "../model.safetensors", "do not use")),
-        ({"x": "/etc/passwd"}, ("outside of its folder", "/etc/passwd")),
-        ({"x": "..\\model.safetensors"}, ("outside of its folder",)),
-        ({"x": ""}, ("outside of its folder",)),
-        ({"x": ".."}, ("outside of its folder",)),
-        ({"x": "a\0b"}, ("names files that are not there",)),
-        ({"x": "gone.safetensors"}, ("names files that are not there: ['gone.safetensors']", "Fetch")),
-        ({"x": "one.safetensors"}, ("do not agree", "'x' is not in one.safetensors")),
-        ([["x", "one.safetensors"]], ("expected a `weight_map`",)),
-        ({"x": 3}, ("expected a `weight_map`",)),
-        (None, ("expected a `weight_map`", "None")),
-    ],
-)
-def test_an_index_that_lies_is_refused(weight_map: Any, parts: tuple[str, ...], saved: Path) -> None:
-    (saved / "model.safetensors").rename(saved / "one.safetensors")
-    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    text = message(models.TensorError, lambda: models.load(saved))
-    expect(text, "model.safetensors.index.json", *parts)
-
-
-def header(tensors: Any, data: bytes = b"") -> bytes:
-    text = json.dumps(tensors).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\0" * 7,
-        b"garbage, and no tensors at all",
-        struct.pack("<Q", 2**60) + b"{}",
-        struct.pack("<Q", 2**64 - 1),
-        header({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, b"\0" * 15),
-        header({"x": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 16]}}, b"\0" * 16),
-        header({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 2**50]}}, b"\0" * 16),
-        header({"x": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}}, b"\0" * 16),
-        header({"x": {"dtype": "F77", "shape": [4], "data_offsets": [0, 16]}}, b"\0" * 16),
-        header(["x"]),
-        b"PK\x03\x04" + b"\0" * 100,
-    ],
-)
-def test_a_file_that_is_no_safetensors_is_refused(content: bytes, saved: Path) -> None:
-    (saved / "model.safetensors").write_bytes(content)
-    text = message(models.TensorError, lambda: models.load(saved))
-    expect(text, str(saved / "model.safetensors"), "no whole safetensors file", "fetch or export")
-
-
-def test_a_truncated_checkpoint_is_refused(saved: Path) -> None:
-    content = (saved / "model.safetensors").read_bytes()
-    for size in (len(content) - 1, len(content) // 2, 100):
-        (saved / "model.safetensors").write_bytes(content[:size])
-        expect(message(models.TensorError, lambda: models.load(saved)), "no whole safetensors file")
-
-
-def test_quantized_tensors_are_refused_by_name(saved: Path) -> None:
-    content = header({"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}, b"\0" * 4)
-    (saved / "model.safetensors").write_bytes(content)
-    expect(message(models.TensorError, lambda: models.load(saved)), "w: F8_E4M3", "quantized checkpoints are not read")
-
-
-@pytest.mark.parametrize("path", ["nobody/no-such-model", "no-such-model", "./no/such/folder", "/no/such/folder"])
-def test_what_is_no_folder_and_not_on_the_hub_is_told_quickly(path: str) -> None:
-    start = time.perf_counter()
-    text = message(models.ModelError, lambda: models.load(path))
-    expect(text, f"'{path}' is no folder here", "config.json and model.safetensors", "without a network")
-    assert time.perf_counter() - start < 20
 
 
 # ---- export

@@ -11,12 +11,10 @@ import functools
 import importlib.util
 import json
 import re
-import shutil
-import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,107 +22,30 @@ import ml_dtypes
 import numpy as np
 import pytest
 from golden.make_peft import CASES, FOLDER, inputs, torch_base, torch_logits, write_case
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import jlora
-from jlora import models, names, peft
+from jlora import models, peft
 from jlora._peft_config import PeftConfig, exact_alpha, read_config
-from jlora._tensors import TensorError
-
-TOLERANCE = 1e-4
-EXPECTED = load_file(FOLDER / "expected.safetensors")
-every_case = pytest.mark.parametrize("case", CASES)
-needs_peft = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft")),
-    reason="needs torch, transformers and peft",
+from tests.peft_cases import (
+    EXPECTED,
+    PRE,
+    WORDS,
+    adapted,
+    assert_close,
+    assert_same,
+    base,
+    edited,
+    every_case,
+    expect,
+    factors,
+    grown,
+    loaded,
+    message,
+    needs_peft,
+    plain,
+    save,
 )
-
-
-class Base(NamedTuple):
-    apply: Callable[..., Any]
-    params: Any
-    names: names.Names
-
-
-def toy(params: Any, ids: Any, images: Any) -> Any:
-    """`golden.make_peft._toy`, its blocks stacked and scanned."""
-    words = params["tokens"]["embedding"][ids].mean(1)
-    pictures = jax.lax.conv_general_dilated(
-        images, params["conv"]["kernel"], (1, 1), "VALID", dimension_numbers=("NCHW", "HWIO", "NCHW")
-    )
-    pictures = jax.nn.relu(pictures + params["conv"]["bias"][:, None, None]).mean((2, 3))
-    x = jnp.tanh(jnp.concatenate([words, pictures], 1) @ params["up"]["kernel"] + params["up"]["bias"])
-
-    def block(x: Any, p: Any) -> Any:
-        centred = x - x.mean(-1, keepdims=True)
-        y = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
-        y = y * p["norm"]["scale"] + p["norm"]["bias"]
-        return x + jnp.tanh(y @ p["dense"]["kernel"] + p["dense"]["bias"]), None
-
-    x, _ = jax.lax.scan(block, x, params["blocks"])
-    return x @ params["head"]["kernel"] + params["head"]["bias"]
-
-
-TOY_NAMES = {
-    **names.embedding("tokens", "tokens"),
-    **names.conv2d("conv", "conv"),
-    **names.conv1d("up", "up"),
-    **names.norm("blocks/norm", "blocks.{}.norm", layers=2),
-    **names.linear("blocks/dense", "blocks.{}.dense", layers=2),
-    **names.linear("head", "head"),
-}
-
-
-@functools.cache
-def base(name: str) -> Base:
-    """The base of some cases, on our side."""
-    if name != "toy":
-        model, params = models.load(FOLDER / f"base-{name}")
-        return Base(model.apply, params, models.names(model))
-    tensors = load_file(FOLDER / "base-toy" / "model.safetensors")
-    params: dict[str, Any] = {}
-    for path, n in TOY_NAMES.items():
-        *above, last = path.split("/")
-        node = functools.reduce(lambda d, k: d.setdefault(k, {}), above, params)
-        arrays = [names.from_torch(tensors[t], n.kind) for t in n.tensors]
-        node[last] = jnp.asarray(np.stack(arrays) if n.stacked else arrays[0])
-    return Base(toy, params, TOY_NAMES)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def plain(name: str, params: Any) -> Any:
-    return base(name).apply(params, **inputs(name))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def adapted(name: str, params: Any, adapters: Any) -> Any:
-    return jlora.lora(base(name).apply)(jlora.attach(params, adapters), **inputs(name))
-
-
-@functools.cache
-def loaded(case: str) -> tuple[dict[str, Any], jlora.LoraConfig]:
-    b = base(CASES[case].base)
-    return peft.load(FOLDER / case, b.names, b.params)
-
-
-def assert_same(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-    """Equal adapters, static fields and all, bit for bit."""
-    assert list(a) == list(b) and jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
-
-
-def assert_close(got: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
-    np.testing.assert_allclose(np.asarray(got), np.asarray(expected), rtol=tolerance, atol=tolerance)
-
-
-def save(folder: Path, case: str, **options: Any) -> Path:
-    """What we write of a golden case."""
-    b = base(CASES[case].base)
-    peft.save(folder, b.params, *loaded(case), b.names, task_type=CASES[case].config.get("task_type"), **options)
-    return folder
-
 
 # ---- what peft wrote
 
@@ -255,19 +176,6 @@ def test_one_rank_for_all(case: str, tmp_path: Path) -> None:
     assert_close(plain(name, jlora.merge(b.params, again)), EXPECTED[case])
     if importlib.util.find_spec("peft") and case in ("patterns", "llama", "toy-dora"):
         assert_close(peft_logits(tmp_path, name), EXPECTED[case])
-
-
-def factors(adapters: Mapping[str, Any]) -> dict[str, jlora.LoraFactors]:
-    return {path: f for path, f in adapters.items() if isinstance(f, jlora.LoraFactors)}
-
-
-def grown(name: str, config: jlora.LoraConfig) -> dict[str, Any]:
-    """Adapters as if trained: every array is random."""
-    b = base(name)
-    uses = jlora.trace(b.apply, b.params, **inputs(name))
-    leaves, treedef = jax.tree.flatten(jlora.init(jax.random.key(0), b.params, config, uses))
-    rng = np.random.default_rng(0)
-    return treedef.unflatten([x + jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype) for x in leaves])
 
 
 LAYER = "encoder/layer_1/"
@@ -414,218 +322,6 @@ def test_stored_embeddings_beside_factors_say_nothing_new(tmp_path: Path) -> Non
 
     b = base("roberta")
     assert_same(peft.load(edited(tmp_path / "2", "dora", beside), b.names, b.params)[0], loaded("dora")[0])
-
-
-# ---- what cannot be
-
-
-PRE = "base_model.model."
-WORDS = "roberta.embeddings.word_embeddings"
-QUERY = "roberta.encoder.layer.0.attention.self.query"
-A, B = f"{PRE}{QUERY}.lora_A.weight", f"{PRE}{QUERY}.lora_B.weight"
-
-
-def message(call: Callable[[], Any], error: type[Exception] = ValueError) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    return str(caught.value)
-
-
-def expect(text: str, *parts: str) -> None:
-    missing = [part for part in parts if part not in text]
-    assert not missing, f"{missing} not in:\n{text}"
-
-
-def edited(folder: Path, case: str, edit: Callable[[dict, dict], Any]) -> Path:
-    """A copy of a golden adapter after ``edit(config, tensors)``."""
-    shutil.copytree(FOLDER / case, folder)
-    config, tensors = (
-        json.loads((folder / "adapter_config.json").read_text()),
-        load_file(folder / "adapter_model.safetensors"),
-    )
-    edit(config, tensors)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
-
-
-def cut(tensors: dict, key: str, index: Any) -> None:
-    tensors[key] = np.ascontiguousarray(tensors[key][index])
-
-
-def rename(tensors: dict, old: str, new: str) -> None:
-    for key in [k for k in tensors if old in k]:
-        tensors[key.replace(old, new)] = tensors.pop(key)
-
-
-WRONG: dict[str, tuple[Callable[[dict, dict], Any], tuple[str, ...]]] = {
-    "missing": (lambda c, t: (t.pop(A), t.pop(B)), (f"'{A}' of shape (4, 16) is missing", f"'{B}' of shape (16, 4)")),
-    "half": (lambda c, t: t.pop(B), ("1 tensor(s)", f"'{B}' of shape (16, 4) is missing", "nothing was loaded")),
-    "extra": (
-        lambda c, t: t.update({f"{PRE}{QUERY}x.lora_A.weight": t[A], f"{PRE}lm_head.weight": t[B], "q.weight": t[B]}),
-        ("3 tensor(s)", f"{QUERY}x.lora_A.weight': the model has no such tensor (closest:", "lm_head.weight'",
-         "'q.weight': PEFT's names start with 'base_model.model.'"),
-    ),
-    "not targeted": (lambda c, t: c.update(target_modules=["value"]), (f"'{QUERY}' has factors", "would ignore")),
-    "more targeted": (lambda c, t: c.update(target_modules=["query", "value", "key"]), ("4 tensor(s)", "key.lora_A")),
-    "bias": (lambda c, t: t.update({f"{PRE}{QUERY[:-5]}key.bias": t[B][:, 0].copy()}), ("neither bias nor modules",)),
-    "whole missing": (
-        lambda c, t: c.update(bias="all", modules_to_save=["out_proj"]),
-        ("classifier.out_proj.weight' of shape (3, 16) is missing", "key.bias' of shape (16,) is missing"),
-    ),
-    "empty": (lambda c, t: (t.clear(), c.update(target_modules=None)), ("holds no tensor at all",)),
-    "twice": (
-        lambda c, t: t.update({f"{PRE}{QUERY}{x}.bias": t[B][:, 0].copy() for x in ("", ".base_layer")}),
-        (f"{QUERY}.bias' and '{PRE}{QUERY}.base_layer.bias' are one tensor",),
-    ),
-    "rank": (lambda c, t: c.update(r=3), ("8 tensor(s)", "(4, 16), expected (3, 16): the config gives it rank 3")),
-    "shape": (lambda c, t: (cut(t, A, np.s_[:, :9]), cut(t, B, np.s_[1:])), ("(4, 9), expected (4, 16)", "(15, 4)")),
-    "integers": (lambda c, t: t.update({A: np.ones((4, 16), np.int32)}), ("is int32, expected floating numbers",)),
-    "no magnitude": (lambda c, t: c.update(use_dora=True), ("4 tensor(s)", "lora_magnitude_vector' of shape (16,) is")),
-    "magnitude": (
-        lambda c, t: t.update({f"{PRE}{QUERY}.lora_magnitude_vector": np.ones(16, np.float32)}), ("no use_dora",),
-    ),
-    "as embedding": (lambda c, t: rename(t, f"{QUERY}.lora_A.weight", f"{QUERY}.lora_embedding_A"),
-                     ("kind 'linear', which has no 'lora_embedding_A'", f"'{A}' of shape (4, 16) is missing")),
-    "another model": (lambda c, t: rename(t, "roberta.encoder.layer.1", "model.layers.3"),
-                      ("8 tensor(s)", "model.layers.3.attention.self.query.lora_A", "layer.1.attention.self.value")),
-    "nan": (lambda c, t: (t[A].fill(np.nan), t[B].fill(np.inf)), ("2 tensor(s) hold NaN", A, B, "Nothing was loaded")),
-    "method": (lambda c, t: c.update(peft_type="LOHA"), ("peft_type = 'LOHA'; expected 'LORA'", "merge_and_unload")),
-    "features": (
-        lambda c, t: c.update(use_qalora=True, layer_replication=[[0, 2]], lora_bias=True, trainable_token_indices=[1],
-                              alora_invocation_tokens=[3], megatron_config={"a": 1}, target_parameters=["x"], new=1),
-        ("use_qalora = True", "layer_replication", "lora_bias", "trainable_token_indices", "alora_invocation_tokens",
-         "megatron_config", "target_parameters", "new = 1"),
-    ),
-    "init": (lambda c, t: c.update(init_lora_weights="pissa"), ("'pissa', which changed the base weights", "save_")),
-    "values": (
-        lambda c, t: c.update(r=0, lora_alpha="8", lora_dropout=1, bias="some", use_dora="yes", target_modules="(",
-                              modules_to_save="x", layers_to_transform=["1"], rank_pattern={"q": -1},
-                              alpha_pattern={"(": 1}, layers_pattern=3, exclude_modules=7, use_rslora=1),
-        ("13 value(s)", "r = 0; expected an integer above 0", "lora_alpha = '8'", "lora_dropout = 1", "bias = 'some'",
-         "use_dora", "target_modules = '('; expected a list of names or a regular expression", "modules_to_save",
-         "layers_to_transform", "rank_pattern", "alpha_pattern", "layers_pattern", "exclude_modules", "use_rslora"),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_everything_wrong_is_named(case: str, tmp_path: Path) -> None:
-    """Whatever does not fit is an error that names each tensor or setting, and nothing is loaded."""
-    edit, parts = WRONG[case]
-    b = base("roberta")
-    folder = edited(tmp_path / "it", "plain", edit)
-    expect(message(lambda: peft.load(folder, b.names, b.params), peft.PeftError), *parts)
-
-
-def test_many_faults_are_counted(tmp_path: Path) -> None:
-    """A wholly different model's adapter is one message that can be read."""
-    b = base("toy")
-    more = {f"{PRE}layers.{i}.lora_A.weight": np.ones((2, 2)) for i in range(50)}
-    folder = edited(tmp_path / "it", "toy", lambda c, t: t.update(more))
-    text = message(lambda: peft.load(folder, b.names, b.params), peft.PeftError)
-    expect(text, "50 tensor(s)", "and 10 more")
-    assert text.count("\n") == 42
-
-
-DAMAGED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), ("adapter_config.json", "No such file")),
-    "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), ("is no whole safetensors file",)),
-    "pickled": (
-        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
-        ("adapter_model.bin, which is pickled", "PeftModel.from_pretrained", "save_pretrained(new_folder)"),
-    ),
-    "half a config": (lambda f: (f / "adapter_config.json").write_text('{"r": 8,'), ("cannot be read as JSON",)),
-    "a list": (lambda f: (f / "adapter_config.json").write_text("[1]"), ("expected a JSON object, got list",)),
-    "deep": (lambda f: (f / "adapter_config.json").write_text("[" * 99999), ("cannot be read as JSON",)),
-    "truncated": (lambda f: write(f, read(f)[:-9]), ("is no whole safetensors file", "fetch or export it again")),
-    "header only": (lambda f: write(f, read(f)[:50]), ("is no whole safetensors file",)),
-    "absurd header": (lambda f: write(f, struct.pack("<Q", 2**62) + read(f)[8:]), ("is no whole safetensors file",)),
-    "overlapping": (
-        lambda f: write(f, re.sub(rb'"data_offsets":\[0,', b'"data_offsets":[1,', read(f))), ("is no whole safetens",),
-    ),
-    "empty": (lambda f: write(f, b""), ("is no whole safetensors file",)),
-}  # fmt: skip
-
-
-def read(folder: Path) -> bytes:
-    return (folder / "adapter_model.safetensors").read_bytes()
-
-
-def write(folder: Path, content: bytes) -> None:
-    (folder / "adapter_model.safetensors").write_bytes(content)
-
-
-@pytest.mark.parametrize("case", DAMAGED)
-def test_damaged_files_are_refused(case: str, tmp_path: Path) -> None:
-    damage, parts = DAMAGED[case]
-    folder = edited(tmp_path / "it", "plain", lambda c, t: None)
-    damage(folder)
-    b = base("roberta")
-    expect(message(lambda: peft.load(folder, b.names, b.params), TensorError), *parts, str(folder))
-
-
-def test_an_id_on_the_hub_is_fetched_first() -> None:
-    b = base("toy")
-    text = message(lambda: peft.load("someone/adapter", b.names, b.params), peft.PeftError)
-    expect(text, "'someone/adapter' is no folder", "huggingface_hub.snapshot_download('someone/adapter')")
-
-
-def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
-    """All of it is named, and an adapter that was there stays."""
-    b, (adapters, config) = base("toy"), loaded("toy")
-    kept = save(tmp_path, "toy") / "adapter_model.safetensors"
-    before = kept.read_bytes()
-
-    def failure(adapters: Any, error: type[Exception] = peft.PeftError, **options: Any) -> str:
-        return message(lambda: peft.save(tmp_path, b.params, adapters, config, b.names, **options), error)
-
-    head, dense = adapters["head/kernel"], adapters["blocks/dense/kernel"]
-    flipped = jlora.LoraFactors(head.b.T, head.a.T, axes=head.axes.flipped())
-    bias = jlora.LoraFactors(jnp.zeros((2, 1)), jnp.zeros((2, 1, 8)), axes=jlora.Axes((0,), (), (1,)))
-    text = failure(
-        {
-            "head/kernel": flipped,
-            "blocks/dense/bias": bias,
-            "blocks/dense/kernel": dataclasses.replace(dense, scale=float("nan")),
-        },
-        task_type="SEQ_CLASS",
-    )
-    expect(
-        text, "'head/kernel' has Axes(batch=(), inputs=(1,), outputs=(0,)); PEFT adapts 'linear' along", "4 thing(s)"
-    )
-    expect(
-        text, "'blocks/dense/bias' is of kind 'array'", "scale nan", "'SEQ_CLASS' (closest: 'SEQ_CLS'", "was written"
-    )
-    expect(failure({"head/bias": jnp.zeros(3)}), "no low-rank factors")
-    shapes = jax.eval_shape(lambda: b.params)
-    both = {"head/kernel": head, "up/bias": jnp.zeros(8), "blocks/norm/bias": jnp.zeros((2, 8))}
-    text = message(lambda: peft.save(tmp_path, shapes, both, config, b.names), peft.PeftError)
-    expect(text, "the params are shapes", "'up/kernel'", "'blocks/norm/scale'")
-    broken = dataclasses.replace(head, a=head.a.at[0, 0].set(jnp.nan))
-    expect(
-        failure({"head/kernel": broken, "tokens/embedding": adapters["tokens/embedding"]}, ValueError), "'head/kernel'"
-    )
-    expect(failure({"haed/kernel": head}, KeyError), "haed/kernel", "head/kernel")
-    expect(
-        message(
-            lambda: peft.save(tmp_path, b.params, {"head/kernel": head}, config, {"hed": b.names["head/bias"]}),
-            KeyError,
-        ),
-        "hed",
-    )
-    assert kept.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_head_that_peft_would_train_whole_cannot_have_factors(tmp_path: Path) -> None:
-    b = base("roberta")
-    config = jlora.LoraConfig(2, targets=("classifier/dense/kernel",), exclude=())
-    adapters = grown("roberta", config)
-    text = message(
-        lambda: peft.save(tmp_path / "x", b.params, adapters, config, b.names, task_type="SEQ_CLS"), peft.PeftError
-    )
-    expect(text, "'classifier.dense' has factors and lies in a module that is trained whole: ('classifier',)")
-    assert not (tmp_path / "x").exists()
 
 
 # ---- peft's own matching

@@ -22,6 +22,7 @@ import json
 import os
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
+import transformers
 
 import jlora
 from benchmarks._measure import Bar, interleave, ratio, table
@@ -56,6 +58,9 @@ def main() -> None:
     parser.add_argument("--only", choices=("accuracy", "time"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     flags = [str(ROOT / "configs" / "sst2_minilm.py"), "--model.path", str(args.checkpoint)]
     flags += ["--data.train", str(args.data / "train.jsonl"), "--data.validation", str(args.data / "validation.jsonl")]
 

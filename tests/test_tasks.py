@@ -493,4 +493,5 @@ def test_configs_train_exactly_what_they_say(name, config, trainable):
         warnings.filterwarnings("ignore", message="plan: the rank is above what 1 weight")
         plan = jlora.plan(params, wanted.lora, uses)
     assert plan.trainable == trainable
+    assert f"of {plan.total:,}" in Path(f"configs/{name}.py").read_text()
     assert f"{trainable:,} trainable" in Path(f"configs/{name}.py").read_text().replace("\n", " ")

@@ -73,9 +73,7 @@ class PeftConfig:
 
     def saves(self, name: str) -> bool:
         """Whether a module or tensor lies in a module that is trained whole."""
-        parts = name.split(".")
-        above = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
-        return any(module.endswith(saved) for module in above for saved in self.modules_to_save)
+        return is_saved(name, self.modules_to_save)
 
     def targets(self, module: str, kind: Kind) -> bool:
         """Whether a module gets low-rank factors."""
@@ -103,6 +101,13 @@ class PeftConfig:
             for tensor in tensors
             if self.saves(tensor) or (biases and tensor.endswith(".bias") and biases(tensor.removesuffix(".bias")))
         }
+
+
+def is_saved(name: str, modules_to_save: Collection[str]) -> bool:
+    """Whether a module or tensor lies in a module that ``modules_to_save`` names, as PEFT matches it."""
+    parts = name.split(".")
+    above = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+    return any(module.endswith(saved) for module in above for saved in modules_to_save)
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -211,6 +216,9 @@ def read_config(file: Path) -> PeftConfig:
         if name in values and not isinstance(values[name], list):
             values[name] = [values[name]]
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    # PEFT trains a task's heads whole, also when modules_to_save does not list them; names of no module do nothing.
+    heads = TASK_HEADS.get(str(given.get("task_type")), ())
+    values["modules_to_save"] = tuple(dict.fromkeys((*values.get("modules_to_save", ()), *heads)))
     return PeftConfig(**values)
 
 

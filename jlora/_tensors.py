@@ -153,7 +153,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         if (size := file.stat().st_size) > MAX_INDEX_BYTES:
             raise TensorError(f"{file} has {size:,} bytes; expected at most {MAX_INDEX_BYTES:,}")
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise TensorError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

@@ -1,15 +1,15 @@
 """`save` and `load`: adapters on disk, as arrays (orbax) with what is recorded beside them.
 
 folder/
-  arrays/         the factors a, b and magnitude, or whole leaves, by path
-  adapters.json   shapes and dtypes; of factors also scale, axes and dropout
+  arrays/         the factors a, b and magnitude, or whole leaves, by number
+  adapters.json   by path: that number, shapes and dtypes; of factors also scale, axes and dropout
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from jlora._types import Adapters, Array, Axes, LoraFactors
 from jlora._types import Path as LeafPath
 
 PARTS = ("a", "b", "magnitude")
+CONTENT = {"arrays", "adapters.json"}
 
 
 def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
@@ -32,21 +33,23 @@ def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
     Args:
       folder: made with its parents; adapters that are there are replaced.
       adapters: as from `jlora.init`, in any sharding.
+
+    Raises:
+      ValueError: if there are no adapters, or arrays without entries, naming each. Nothing is written.
+      TensorError: if ``folder`` is a file or holds anything but adapters. Nothing is written.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()
+    _check_savable(folder, adapters)
+    keys = {path: f"{i:04}" for i, path in enumerate(adapters)}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    draft.mkdir()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(draft / "arrays", {path: _arrays(value) for path, value in adapters.items()})
-        write_json(draft / "adapters.json", {path: _record(value) for path, value in adapters.items()})
-        if folder.exists():
-            old = draft.with_name(draft.name + "-old")
-            os.replace(folder, old)
-            os.replace(draft, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(draft, folder)
+            checkpointer.save(draft / "arrays", {keys[path]: _arrays(value) for path, value in adapters.items()})
+        records = {path: {"key": keys[path], **_record(value)} for path, value in adapters.items()}
+        write_json(draft / "adapters.json", records)
+        _replace(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -65,10 +68,10 @@ def load(
       TensorError: if there are none, or they are not whole.
       ValueError: if they differ from ``like``, naming every path with what was got and expected.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()
     if not (folder / "adapters.json").is_file():
         raise TensorError(f"{folder} holds no adapters: adapters.json is missing. Expected a folder of jlora.save.")
-    records = read_json(folder / "adapters.json")
+    records = _read_records(folder / "adapters.json")
     expected = {path: _shapes(record) for path, record in records.items()}
     if like is not None:
         _compare(records, {path: _record(value) for path, value in like.items()}, str(folder))
@@ -78,11 +81,104 @@ def load(
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), expected, dict(shardings))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(folder / "arrays", {p: _arrays(value) for p, value in target.items()})
+            wanted = {records[path]["key"]: _arrays(value) for path, value in target.items()}
+            arrays = checkpointer.restore(folder / "arrays", wanted)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise TensorError(f"{folder}: the adapters are not whole ({reason}). Save them again.") from error
-    return {path: _rebuilt(arrays[path], record) for path, record in records.items()}
+    return {path: _rebuilt(arrays[record["key"]], record) for path, record in records.items()}
+
+
+def _check_savable(folder: Path, adapters: Adapters) -> None:
+    if not adapters:
+        raise ValueError(
+            "save: there are no adapters, got {}; expected those of jlora.init. Choose targets that match a weight."
+        )
+    empty = [
+        f"{path!r} of shape {tuple(leaf.shape)}"
+        for path, value in adapters.items()
+        for leaf in jax.tree.leaves(value)
+        if 0 in leaf.shape
+    ]
+    if empty:
+        raise ValueError(
+            f"save: {len(empty)} arrays have no entries:{bullets(empty)}\nExpected at least one in each: leave these "
+            "adapters out, or give them a rank above 0."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise TensorError(f"save: {folder} is a file; expected a folder of jlora.save, or one to be made")
+    if folder.is_dir() and (foreign := sorted({entry.name for entry in folder.iterdir()} - CONTENT)):
+        raise TensorError(
+            f"save: {folder} is replaced whole, and holds what is not of jlora.save:{bullets(foreign)}\nExpected "
+            f"{' and '.join(sorted(CONTENT))} alone, or nothing: save into a new folder."
+        )
+
+
+def _replace(draft: Path, folder: Path) -> None:
+    """``draft`` becomes ``folder``; when that fails, the old one is there again."""
+    if not folder.exists():
+        os.replace(draft, folder)
+        return
+    old = draft.with_name(draft.name + "-old")
+    os.replace(folder, old)
+    try:
+        os.replace(draft, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old)
+
+
+def _read_records(file: Path) -> dict[str, Any]:
+    """The records of adapters.json.
+
+    Raises:
+      TensorError: naming every one that `save` cannot have written.
+    """
+    records = read_json(file)
+    wrong = [f"{path!r}: {fault}" for path, record in records.items() if (fault := _fault(record))]
+    wrong = wrong or (["there is no adapter"] if not records else [])
+    if not wrong and len({record["key"] for record in records.values()}) < len(records):
+        wrong = ["two adapters have the same key"]
+    if wrong:
+        raise TensorError(f"{file} is damaged:{bullets(wrong)}\nExpected the file as jlora.save wrote it; save again.")
+    return records
+
+
+def _fault(record: Any) -> str | None:
+    """What is wrong with one record of adapters.json."""
+    if not isinstance(record, dict):
+        return f"got {record!r:.80}, expected an object"
+    factors = "a" in record or "b" in record
+    arrays = [p for p in PARTS if p != "magnitude" or p in record] if factors else []
+    fields = {"key", *arrays, "scale", "axes", "dropout"} if factors else {"key", "shape", "dtype"}
+    if set(record) != fields:
+        return f"got {sorted(record)}, expected {sorted(fields)}"
+    if not isinstance(record["key"], str):
+        return f"key is {record['key']!r:.80}, expected a string"
+    for entry in [record[part] for part in arrays] or [{name: record[name] for name in ("shape", "dtype")}]:
+        if not isinstance(entry, dict) or not _is_sizes(entry.get("shape")) or not _is_dtype(entry.get("dtype")):
+            return f"got {entry!r:.80}, expected a shape and a dtype"
+    if not factors:
+        return None
+    for name in ("scale", "dropout"):
+        if type(record[name]) not in (int, float):
+            return f"{name} is {record[name]!r:.80}, expected a number"
+    axes = record["axes"]
+    if not isinstance(axes, dict) or set(axes) != set(Axes._fields) or not all(map(_is_sizes, axes.values())):
+        return f"axes is {axes!r:.80}, expected numbers for {', '.join(Axes._fields)}"
+    return None
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _is_dtype(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(np.dtype(value))
+    except TypeError:
+        return False
 
 
 def _arrays(value: LoraFactors | Array) -> Any:
@@ -121,7 +217,7 @@ def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) 
         f"{path!r}: {name} is {found[path].get(name)}, expected {expected[path].get(name)}"
         for path in expected
         if path in found
-        for name in sorted({*expected[path], *found[path]})
+        for name in sorted({*expected[path], *found[path]} - {"key"})
         if found[path].get(name) != expected[path].get(name)
     ]
     if wrong:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jlora import _paths
-from jlora._factored import dense, factored
+from jlora._factored import Factored, dense, factored
 from jlora._named import wide
 from jlora._table import table
 from jlora._types import Adapters, Array, LoraFactors, LoraWeight, Path, PyTree
@@ -146,13 +146,19 @@ def _check(what: str, leaves: dict[Path, Any], adapters: Adapters) -> None:
 
 def _merged(base: Any, value: Any, path: Path) -> Any:
     if isinstance(value, LoraFactors):
-        return dense(factored(LoraWeight(base, value, path=path)))
+        return dense(_factored(base, value, path))
     return value.astype(base.dtype)
 
 
 def _unmerged(merged: Any, f: LoraFactors, path: Path) -> Any:
-    value = factored(LoraWeight(merged, f, path=path))
+    value = _factored(merged, f, path)
     return dense(value.with_b(-value.b.array))
+
+
+def _factored(base: Any, f: LoraFactors, path: Path = "") -> Factored:
+    """The weight with its factors in float32 at least: the scale that goes into ``b`` is not rounded to its dtype."""
+    wider = jax.tree.map(lambda x: x.astype(wide(jnp.promote_types(x.dtype, base.dtype))), f)
+    return factored(LoraWeight(base, wider, path=path))
 
 
 def _norms(base: Any, value: Any) -> tuple[Array, Array, Array]:
@@ -171,7 +177,7 @@ def _compare(base: Any, merged: Any, value: Any) -> tuple[Array, Array, Array]:
 
 def _update(base: Any, f: LoraFactors) -> Array:
     """What `merge` adds to ``base``, not summed with it: beside the base a small update has few digits."""
-    whole = factored(LoraWeight(base, f))
+    whole = _factored(base, f)
     alone = dense(dataclasses.replace(whole, base=jnp.zeros_like(base)))
     if whole.gain is None:
         return alone

@@ -7,6 +7,9 @@ A folder has an ``adapter_config.json`` and an ``adapter_model.safetensors``. Th
 `jlora.models.names` of a network from there) says which PyTorch module each leaf is; nothing is ever unpickled.
 Neither torch nor peft is needed.
 
+PEFT goes by the names of live modules. Those of ViT in transformers 5 are not those of its checkpoints: give
+``jlora.models.names(model, modules=True)``, which is right for every network there.
+
 One thing differs: a table that is also the output projection is one weight here, and what is trained acts in both of
 its uses. PEFT trains a copy for the lookup, and leaves the projection as it was.
 """
@@ -37,6 +40,7 @@ from jlora._peft_config import (
     PeftError,
     config_json,
     exact_alpha,
+    is_saved,
     make_config,
     read_config,
 )
@@ -46,7 +50,7 @@ from jlora._types import Adapters, Array, LoraFactors, LoraWeight, PyTree
 from jlora._types import Path as LeafPath
 from jlora.attach import check_adapters
 from jlora.config import LoraConfig, Rule
-from jlora.merge import check_finite
+from jlora.merge import check_finite, merge
 from jlora.names import Kind, Names, from_torch, to_torch
 
 __all__ = ["PeftError", "load", "save"]
@@ -73,7 +77,9 @@ def save(
 
     Leaves trained whole become ``bias="all"`` or ``"lora_only"`` where they are those biases, and ``modules_to_save``
     otherwise. PEFT stores whole modules, and the heads of ``task_type``; what of them was not trained is taken from
-    ``params``. So are, beside DoRA, the magnitudes of plain factors: PEFT has DoRA everywhere or nowhere.
+    ``params``. So are, beside DoRA, the magnitudes of plain factors: PEFT has DoRA everywhere or nowhere. Factors in
+    such a head are folded into its weight, summed in float32 and rounded once to the base's dtype, because PEFT would
+    ignore them; `load` returns the weight.
 
     Args:
       folder: made if it is not there; an adapter that is there is replaced, once the new one is written out.
@@ -97,6 +103,8 @@ def save(
     check_paths({**adapters, **names}, leaves, "peft.save")
     check_adapters(leaves, adapters, "peft.save")
     check_finite(adapters, "peft.save")
+    heads = TASK_HEADS.get(task_type or "", ())
+    adapters = _with_whole_heads(adapters, leaves, names, heads)
     _check_writable(adapters, leaves, names, task_type)
 
     factors = {path: value for path in names if isinstance(value := adapters.get(path), LoraFactors)}
@@ -109,7 +117,7 @@ def save(
     at = {tensor: (path, i) for path, name in names.items() for i, tensor in enumerate(name.tensors)}
     kinds: dict[str, Kind] = {module_of(t): names[path].kind for t, (path, _) in at.items() if path in factors}
     trained = {tensor for tensor, (path, _) in at.items() if path in adapters and path not in factors}
-    bias, saved = _whole_modules(trained, layers, at, TASK_HEADS[task_type] if task_type else ())
+    bias, saved = _whole_modules(trained, layers, at, heads)
     dropouts = [f.dropout for f in factors.values()]
     theirs = make_config(
         {module: layer.rank for module, layer in layers.items()},
@@ -209,6 +217,20 @@ def load(folder: str | Path, names: Names, params: PyTree) -> tuple[dict[LeafPat
 
 
 # ---- of save
+
+
+def _with_whole_heads(
+    adapters: Adapters, leaves: Mapping[LeafPath, Any], names: Names, heads: Collection[str]
+) -> Adapters:
+    """The adapters with those factors folded into their weights that lie in a head which PEFT trains whole."""
+    inside = {
+        path
+        for path, value in adapters.items()
+        if isinstance(value, LoraFactors) and path in names and is_saved(names[path].tensors[0], heads)
+    }
+    _raise([f"{path!r} {_NO_VALUE}" for path in sorted(inside) if isinstance(leaves[path], jax.ShapeDtypeStruct)])
+    merged = merge({p: leaves[p] for p in inside}, {p: adapters[p] for p in inside})
+    return {path: merged.get(path, value) for path, value in adapters.items()}
 
 
 def _check_writable(adapters: Adapters, leaves: Mapping[LeafPath, Any], names: Names, task_type: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -95,4 +96,77 @@ def test_a_folder_without_whole_adapters_is_refused(tmp_path: Path) -> None:
         if file.is_file() and file.name in ("manifest.ocdbt", "_METADATA"):
             os.remove(file)
     with pytest.raises(TensorError, match="the adapters are not whole"):
+        jlora.load(tmp_path / "adapters")
+
+
+def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path: Path) -> None:
+    """Foreign files are named, and nothing is written; a symbolic link stays one, and the folder is not private."""
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(TensorError, match=r"not of jlora\.save:\n  - notes\.txt\n.*new folder"):
+        jlora.save(tmp_path, made())
+    with pytest.raises(TensorError, match="is a file"):
+        jlora.save(tmp_path / "notes.txt", made())
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    jlora.save(tmp_path / "link", made())
+    assert (tmp_path / "link").is_symlink()
+    assert_equal(jlora.load(tmp_path / "real"), made())
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "real").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_failed_replacement_leaves_the_old_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jlora.save(tmp_path / "adapters", made())
+    replace = os.replace
+
+    def failing(source: Any, target: Any) -> None:
+        if Path(target).name == "adapters" and not str(source).endswith("-old"):
+            raise OSError("no space")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no space"):
+        jlora.save(tmp_path / "adapters", {"head/bias": made()["head/bias"]})
+    assert_equal(jlora.load(tmp_path / "adapters"), made())
+    assert [file.name for file in tmp_path.iterdir()] == ["adapters"]
+
+
+def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there are no adapters.*jlora.init"):
+        jlora.save(tmp_path / "new" / "adapters", {})
+    empty = {"w": jlora.LoraFactors(jnp.ones((8, 0)), jnp.ones((0, 4))), "bias": jnp.ones(0)}
+    with pytest.raises(ValueError, match=r"3 arrays have no entries:\n.*'w' of shape \(8, 0\)(.|\n)*'bias'(.|\n)*rank"):
+        jlora.save(tmp_path / "new" / "adapters", {**made(), **empty})
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_with_dots_do_not_collide(tmp_path: Path) -> None:
+    adapters = {"a": made()["a"], "a.a": made()["head/bias"], "a.b": made()["head/bias"] + 1}
+    jlora.save(tmp_path / "adapters", adapters)
+    assert_equal(jlora.load(tmp_path / "adapters", like=adapters), adapters)
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (lambda r: r.clear(), "there is no adapter"),
+        (lambda r: r.update(a=3), "'a': got 3, expected an object"),
+        (lambda r: r["a"].pop("scale"), r"'a': got \['a', 'axes', 'b', 'dropout', 'key'\], expected"),
+        (lambda r: r["a"].pop("b"), "'a': got"),
+        (lambda r: r["a"].update(scale="x"), "'a': scale is 'x', expected a number"),
+        (lambda r: r["a"].update(axes={"batch": []}), "'a': axes is"),
+        (lambda r: r["a"]["a"].update(dtype="int33"), "'a': got .*int33.*expected a shape and a dtype"),
+        (lambda r: r["head/bias"].update(shape=[1.5]), "'head/bias': got"),
+        (lambda r: r["head/bias"].update(key=0), "'head/bias': key is 0"),
+        (lambda r: r["a"].update(key=r["a/b"]["key"]), "the same key"),
+    ],
+)
+def test_damaged_records_are_named(damage: Any, part: str, tmp_path: Path) -> None:
+    jlora.save(tmp_path / "adapters", made())
+    file = tmp_path / "adapters" / "adapters.json"
+    records = json.loads(file.read_text())
+    damage(records)
+    file.write_text(json.dumps(records))
+    with pytest.raises(TensorError, match=rf"adapters\.json is damaged:\n.*{part}"):
         jlora.load(tmp_path / "adapters")

@@ -98,3 +98,24 @@ def test_it_refuses_what_merge_refuses() -> None:
         jlora.rounding(params, {**adapters, "norm": jnp.full(6, jnp.nan)})
     with pytest.raises(KeyError, match="rounding: no leaf.*nrom.*closest: 'norm'"):
         jlora.rounding(params, {"nrom": adapters["norm"]})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("factors", ["bfloat16", "float16"])
+def test_narrow_factors_and_a_scale_round_once(dtype: str, factors: str) -> None:
+    """Merged is the float64 sum rounded once, whatever dtype the factors have; `unmerge` and `rounding` agree."""
+    keys = jax.random.split(jax.random.key(2), 3)
+    base = jax.random.normal(keys[0], (64, 32)).astype(dtype)
+    a, b = (jax.random.normal(k, s).astype(factors) for k, s in zip(keys[1:], ((64, 4), (4, 32)), strict=True))
+    params, adapters = {"w": base}, {"w": LoraFactors(a, b, scale=2.12)}
+    merged = jlora.merge(params, adapters)["w"]
+    assert merged.dtype == base.dtype
+    update = 2.12 * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    exact = np.asarray(base, np.float64) + update
+    ulp = 2e-6 if dtype == "float32" else float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(merged, np.float64), exact, rtol=ulp, atol=ulp)
+    share = np.linalg.norm(np.asarray(merged, np.float64) - exact) / np.linalg.norm(update)
+    assert jlora.rounding(params, adapters)["w"] == pytest.approx(share, rel=0.01 if dtype != "float32" else 10)
+    back = np.asarray(jlora.unmerge({"w": merged}, adapters)["w"], np.float64)
+    expected = np.asarray(merged, np.float64) - update
+    np.testing.assert_allclose(back, expected, rtol=ulp, atol=ulp)

@@ -145,8 +145,8 @@ def test_eval_measures_what_the_run_measured(text_run, work):
     found = {name: f"{value:.4f}" for name, value in summary["metrics"]["adapted"]["validation"].items()}
     code, printed = program("eval", str(folder))
     assert (code, printed) == (0, "validation: " + "  ".join(f"{name} {value}" for name, value in found.items()) + "\n")
-    code, printed = program("eval", str(folder), "--source", str(work / "data/train.jsonl"), "--limit", "16")
-    assert code == 0 and printed.startswith("validation: loss ")
+    code, printed = program("eval", str(folder), "--source", str(work / "data/validation.jsonl"), "--limit", "20")
+    assert (code, printed) == (0, "validation: " + "  ".join(f"{name} {value}" for name, value in found.items()) + "\n")
 
 
 def test_exports_are_the_adapted_model(text_run, work):
@@ -162,8 +162,8 @@ def test_exports_are_the_adapted_model(text_run, work):
 
     from jlora import peft
 
-    assert run.network.names is not None
-    adapters, _ = peft.load(folder / "peft", run.network.names, run.params)
+    assert run.network.model is not None
+    adapters, _ = peft.load(folder / "peft", models.names(run.network.model), run.params)
     tree = jlora.attach(run.params, adapters)
     np.testing.assert_allclose(jlora.lora(run.network.forward)(tree, inputs), expected, atol=1e-5)
 
@@ -245,6 +245,8 @@ def test_labels_may_be_names_or_numbers(work):
     assert list(task.encode(rows_of(t=["a", "b"], label=[1, 0]))[""]["label"]) == [1, 0]
     with pytest.raises(ConfigError, match="'goood'.*closest: 'good'.*expected one of bad, good"):
         task.encode(rows_of(t=["a"], label=["goood"]))
+    assert list(task.encode(rows_of(t=["a", "b"], label=[1.0, 0.0]))[""]["label"]) == [1, 0]
+    assert list(task.encode(rows_of(t=["a", "b"], label=["1", "0"]))[""]["label"]) == [1, 0]
     with pytest.raises(ConfigError, match="holds '2', which is no class"):
         task.encode(rows_of(t=["a"], label=[2]))
     named = TextClassification(SequenceClassification(text="t"), ("3", "7"), tokenizer)
@@ -388,6 +390,31 @@ def test_conversations_are_packed_and_trained_on(work, tmp_path):
     assert "token_accuracy" in printed
 
 
+# Images
+
+
+def test_a_vision_transformer_of_a_checkpoint_is_adapted(work, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    vit = models.build({"model_type": "vit", "image_size": 8, "patch_size": 4, **sizes}, task="features")
+    params = {"params": vit.init(jax.random.key(0), models.example_inputs(vit))["params"]}
+    models.save(tmp_path / "vit", vit, params)
+    (tmp_path / "mine.py").write_text(
+        "from jlora import LoraConfig\nfrom train.config import *\n"
+        f"config = TrainConfig('mine', ImageClassification(brightest=16), Pretrained({str(tmp_path / 'vit')!r}),"
+        " DataConfig(f'{ASSETS}/digits.parquet:train', f'{ASSETS}/digits.parquet:test', limit=64, validation_limit=32),"
+        " LoraConfig(2, train_also=('classifier',)), fit=FitConfig(1, 32))\n"
+    )
+    run_dir = tmp_path / "run"
+    code, printed = program(str(tmp_path / "mine.py"), "--run-dir", str(run_dir), "--cache-dir", str(work / "cache"))
+    assert code == 0, printed
+    summary = json.loads((run_dir / "summary.json").read_text())
+    found = program("eval", str(run_dir))[1]
+    assert f"accuracy {summary['metrics']['adapted']['validation']['accuracy']:.4f}" in found
+    for to in ("hf", "peft"):
+        code, printed = program("export", str(run_dir), "--to", to)
+        assert code == 0, printed
+
+
 # Sources
 
 
@@ -420,7 +447,7 @@ def test_a_folder_has_splits_and_a_file_has_siblings(tmp_path):
         ("{0}/nothing.jsonl", "there is no file at .*nothing.jsonl.*closest: .*rows.jsonl"),
         ("{0}/rows.exe", "ends in '.exe'; expected one of .jsonl"),
         ("{0}/broken.jsonl", "broken.jsonl cannot be read"),
-        ("{0}/empty.jsonl", "cannot be read|has no examples"),
+        ("{0}/empty.jsonl", "empty.jsonl is empty"),
         ("{0}/rows.jsonl:test", "has no column `split`"),
         ("nobody/nothing:train", "nobody/nothing:train cannot be read"),
         ("{0}/rows.jsonl", "data.validation: got None, and beside .*rows.jsonl there is no file named"),
@@ -439,7 +466,63 @@ def test_a_missing_column_is_told_the_nearest(work, tmp_path):
     code, printed = program(*text_flags(work), "--task.text", "sentense", "--run-dir", str(tmp_path))
     assert code == 2
     assert "task.text: the data has no column 'sentense' (closest: 'sentence'" in printed
-    assert "Pass --task.text" in printed
+    assert "pass --task.text" in printed
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows", "message"),
+    [
+        ("--task.max-length 99", {}, "task.max_length: got 99, expected at most 64.*pass --task.max-length 64"),
+        ("--task.label lable", {}, "the data has no column 'lable' .closest: 'label'.*pass --task.label"),
+        ("", {"sentence": None}, "task.text: 12 of 12 values of the column 'sentence' are missing"),
+        ("", {"label": None}, "task.label: 12 of 12 values of the column 'label' are missing"),
+        ("", {"label": "2"}, "holds '2', which is no class; expected one of negative, positive, or its number"),
+        ("--data.holdout 0.001", {}, "0.001 of 20 training examples are 0; expected at least one"),
+        ("--learning-rate.lora 1e30", {}, "fit: the loss is (nan|inf) in step . of epoch .; the training diverged"),
+        ("--lora.train-also", {}, "pass key=.*A new head has to be trained: --lora.train-also classifier"),
+    ],
+)
+def test_what_would_train_on_nonsense_is_refused(work, tmp_path, flags, rows, message):
+    file = tiny.write_jsonl(tmp_path / "train.jsonl", [row | rows for row in tiny.sentences(20)])
+    argv = [*text_flags(work), "--data.train", str(file), "--data.holdout", "0.4", *flags.split()]
+    code, printed = program(*argv, "--run-dir", str(tmp_path / "run"))
+    assert code == 2
+    assert re.search(message, printed, re.DOTALL), printed
+
+
+def test_a_tokenizer_of_other_weights_is_refused(work, tmp_path):
+    tiny.write_checkpoint(tmp_path, {**tiny.ENCODER, "vocab_size": 6}, task="features")
+    code, printed = program(*text_flags(work), "--model.path", str(tmp_path), "--run-dir", str(tmp_path / "run"))
+    assert code == 2
+    assert re.search(r"makes the token \d+ \('\w+'\), and the network of .* knows 6 tokens", printed)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    code, printed = program(*text_flags(work), "--model.path", str(tmp_path), "--run-dir", str(tmp_path / "run"))
+    assert code == 2 and "has no tokenizer that transformers can read" in printed
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "row 0 holds .*; expected a list of one or more"),
+        ([{"from": "human", "value": "a"}], "row 0 holds .*'from'.*expected a list"),
+        ([{"role": "user", "content": None}], "row 0 holds"),
+    ],
+)
+def test_messages_that_are_none_are_refused(work, messages, message):
+    task = language_model(work, messages="m")
+    with pytest.raises(ConfigError, match=message):
+        task.encode(rows_of(m=[messages]))
+
+
+def test_a_template_that_fails_is_told(work):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for template in ("{% for", "{{ raise_exception('no system here') }}"):
+        with pytest.raises(ConfigError, match="the chat template cannot show"):
+            language_model(work, messages="m", template=template).encode(rows_of(m=[talk]))
 
 
 # Commands and configurations
@@ -451,7 +534,12 @@ def test_a_missing_column_is_told_the_nearest(work, tmp_path):
         (["predict", "{0}/nowhere", "--text", "a"], "is no run directory.*text-run"),
         (["predict", "{0}/text-run"], "no text; pass --text"),
         (["generate", "{0}/text-run", "--prompt", "a"], "was not trained as a language model; see `predict`"),
-        (["inspect", "{0}/data"], "config.json"),
+        (["predict", "{0}/text-run", "--text", "a", "--file", "b.txt"], "got --text and --file"),
+        (["predict", "{0}/encoder", "--text", "a"], "its config.json is of something else, such as a checkpoint"),
+        (["predcit", "{0}/text-run"], "there is no command 'predcit'; did you mean 'predict'?"),
+        (["eval", "{0}/text-run", "--limit", "0"], "got --limit 0"),
+        (["export", "{0}/text-run", "--out", "{0}/data/train.jsonl"], "File exists|is a file"),
+        (["inspect", "{0}/data"], "has no config.json"),
         (["inspect", "{0}/encoder", "--lora.targets", "qeury"], "qeury.*closest"),
     ],
 )

@@ -140,7 +140,7 @@ def test_the_files_are_enough_to_predict_again(summaries, mode, task, images, ne
     merged = store.load_tree(run_dir / "merged", like)
 
     config = {"lora": jlora.LoraConfig(rank=2, alpha=8), "full": EVERYTHING, "head": NEW_HEAD}[mode]
-    uses = jlora.trace(forward, like, {"pixel_values": np.zeros((1, 8, 8, 1), np.float32)})
+    uses = jlora.trace(forward, like, {"images": np.zeros((1, 8, 8, 1), np.float32)})
     adapters = jlora.load(run_dir / "adapters", like=jlora.init(jax.random.key(0), base, config, uses))
 
     test = images["test"]["shifted"]

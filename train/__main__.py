@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tyro
 
+from jlora.models import ModelError, TensorError
 from train import config as schema
 from train.checks import validate
 from train.config import ConfigError, TrainConfig
@@ -25,6 +26,7 @@ DESCRIPTION = """Adapt a network to a task with LoRA.
 
 CONFIG.py is a file that defines `config = TrainConfig(...)`; without one, it is configs/digits.py.
 Every field of it can be overridden: python -m train configs/digits.py --lora.rank 2 --fit.epochs 5
+A switch is turned off by `no-` before its name: --task.no-pack
 
 What was trained is used by other commands, each with its own --help:
   python -m train predict RUN --text "..."     label texts
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         from train.run import run
 
         run(config)
-    except ConfigError as error:
+    except (ConfigError, ModelError, TensorError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -59,7 +61,7 @@ def command(name: str, argv: list[str]) -> int:
         tyro.cli(
             commands.COMMANDS[name], prog=f"python -m train {name}", args=argv, config=(tyro.conf.AvoidSubcommands,)
         )
-    except commands.USER_ERRORS as error:
+    except (*commands.USER_ERRORS, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -87,6 +89,7 @@ def parse(argv: list[str]) -> TrainConfig:
             default=default,
             config=(tyro.conf.AvoidSubcommands,),
         )
+    config = dataclasses.replace(config, cache_dir=Path(config.cache_dir).expanduser())
     validate(config)
     return config
 
@@ -98,6 +101,8 @@ def load_config(path: Path) -> TrainConfig:
       ConfigError: if there is no such file, if running it fails, or if it defines no `TrainConfig` of that name.
     """
     if not path.is_file():
+        if (close := difflib.get_close_matches(str(path), COMMANDS, n=1)) and not path.suffix:
+            raise ConfigError(f"there is no command {str(path)!r}; did you mean {close[0]!r}?")
         known = ", ".join(sorted(str(file.relative_to(ROOT)) for file in (ROOT / "configs").glob("*.py")))
         raise ConfigError(f"no config file at {path}; there are: {known}")
     try:

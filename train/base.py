@@ -111,7 +111,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
         "fit": store.to_json(config.base),
         "learning_rate": config.learning_rate.base,
         "eval_every": config.eval_every,
-        "data": [config.data.train, config.data.limit, _content(config.data.train)],
+        "data": [store.to_json(config.data), _content(config.data.train)],
         "seed": config.seed,
         "sources": hashlib.sha256(b"\0".join(sources)).hexdigest(),
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
@@ -120,9 +120,10 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def _content(source: str) -> str | None:
-    """A digest of a local file; None for what lies elsewhere."""
-    file = Path(source.rpartition(":")[0] or source)
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    """A digest of a local file, or of a folder's files; None for what lies elsewhere."""
+    path = Path(source if Path(source).exists() else source.rpartition(":")[0] or source)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest() if files else None
 
 
 def publish(path: Path, params: Any, records: list[Record], made_of: dict[str, Any]) -> None:

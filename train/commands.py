@@ -5,7 +5,6 @@ The parameters of these functions are the flags of the commands, and their docst
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,14 +17,16 @@ import jlora
 from jlora import models, peft
 from train import data, report, store
 from train.batches import Ragged, ordered_batches
-from train.config import ConfigError, SequenceClassification
+from train.config import ConfigError, Pretrained, SequenceClassification
 from train.evaluate import make_measure
+from train.networks import check_tokens, read_settings
 from train.run import bucket_lengths
 from train.runs import Run, open_run
 from train.tasks import Task
 from train.tasks.classify import TextRegression, Texts
 from train.tasks.language import LanguageModel
 
+_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 RunDir = Annotated[Path, tyro.conf.Positional]
 
 
@@ -37,6 +38,8 @@ def predict(run: RunDir, text: tyro.conf.UseAppendAction[tuple[str, ...]] = (), 
       text: a text; give the flag several times for several. A pair of texts is separated by a tab.
       file: a file of texts instead: .txt with one on each line, or a table with the run's column of texts.
     """
+    if text and file is not None:
+        raise ConfigError("predict: got --text and --file; expected one of them")
     opened = open_run(run)
     task = opened.task
     if not isinstance(task, Texts):
@@ -45,12 +48,14 @@ def predict(run: RunDir, text: tyro.conf.UseAppendAction[tuple[str, ...]] = (), 
     if not texts:
         raise ConfigError('predict: no text; pass --text "..." (several times for several), or --file FILE')
     examples = task.tokens(texts, pairs)
+    check_tokens(opened.network, {"": examples})
     forward = jax.jit(lambda tree, inputs: jlora.lora(opened.network.forward)(tree, inputs))
     outputs = np.empty((len(texts), max(len(task.labels), 1)), np.float32)
     for rows, batch in ordered_batches(examples, min(len(texts), 64), bucket_lengths(opened.config, {"": examples})):
         outputs[rows] = np.asarray(forward(opened.tree, task.inputs(batch)), np.float32)[: len(rows)]
     for i, (one, scores) in enumerate(zip(texts, outputs, strict=True)):
-        shown = one if pairs is None else f"{one}\t{pairs[i]}"
+        # One line for each text, whatever is in it.
+        shown = "\t".join(part.translate(_ESCAPES) for part in ([one] if pairs is None else [one, pairs[i]]))
         if isinstance(task, TextRegression):
             print(f"{shown}\t{scores[0]:.4f}")
         else:
@@ -97,19 +102,24 @@ def generate(
     task, model = opened.task, opened.network.model
     if not isinstance(task, LanguageModel) or model is None:
         raise ConfigError(f"generate: {run} was not trained as a language model; see `predict`")
-    prompts = list(prompt) if file is None else [line for line in file.read_text().splitlines() if line.strip()]
+    if prompt and file is not None:
+        raise ConfigError("generate: got --prompt and --file; expected one of them")
+    prompts = list(prompt) if file is None else file.read_text().splitlines()
+    prompts = [line for line in prompts if line.strip()]
     if not prompts:
         raise ConfigError('generate: no prompt; pass --prompt "..." (several times for several), or --file FILE')
     tokens = [task.prompt_tokens(one) for one in prompts]
-    tokenizer: Any = task.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     examples = {
-        "input_ids": Ragged(tokens, pad, left=True),
+        "input_ids": Ragged(tokens, task.pad, left=True),
         "attention_mask": Ragged([[1] * len(one) for one in tokens], 0, left=True),
     }
     answers: list[str] = [""] * len(prompts)
+    check_tokens(opened.network, {"": examples})
     apply = jlora.lora(model.apply)
-    for rows, batch in ordered_batches(examples, min(len(prompts), 16), _round_up(max(map(len, tokens)))):
+    key = jax.random.key(seed)
+    for i, (rows, batch) in enumerate(
+        ordered_batches(examples, min(len(prompts), 16), _round_up(max(map(len, tokens))))
+    ):
         new = models.generate(
             model,
             opened.tree,
@@ -118,15 +128,23 @@ def generate(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            key=jax.random.key(seed),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad,
+            key=jax.random.fold_in(key, i),
+            eos_token_id=_ends(opened),
+            pad_token_id=task.pad,
             apply=apply,
         )
         for row, line in zip(rows, np.asarray(new), strict=False):
-            answers[row] = tokenizer.decode(line, skip_special_tokens=True)
+            answers[row] = task.tokenizer.decode(line, skip_special_tokens=True)
     for one, answer in zip(prompts, answers, strict=True):
         print(f"> {one}\n{answer}\n")
+
+
+def _ends(run: Run) -> list[int] | None:
+    """The tokens after which an answer has ended: the tokenizer's, and those that the checkpoint generates until."""
+    assert isinstance(run.config.model, Pretrained)
+    stated = read_settings(run.config.model, "generation_config.json").get("eos_token_id")
+    found = {run.network.tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])} - {None}
+    return sorted(found) or None
 
 
 def _round_up(length: int) -> tuple[int, ...]:
@@ -141,14 +159,16 @@ def evaluate(run: RunDir, source: str | None = None, limit: int | None = None) -
       source: other examples than the run's own validation examples: a file, a folder or a dataset's name.
       limit: use so many, the first ones.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"eval: got --limit {limit}, expected a whole number >= 1")
     opened = open_run(run)
     config = opened.config
-    changed = dataclasses.replace(
-        config.data,
-        validation=source or config.data.validation,
-        validation_limit=limit or config.data.validation_limit,
-    )
-    for name, figures in measured(opened, data.load(changed, config.cache_dir)["validation"]).items():
+    if source is None:
+        table = data.load(config.data, config.cache_dir)["validation"]
+    else:
+        table = data.read(source, config.cache_dir, "source")
+    table = table if limit is None else table.select(range(min(limit, len(table))))
+    for name, figures in measured(opened, table).items():
         print(f"{name}: {report.figures_line(figures)}")
 
 
@@ -156,6 +176,7 @@ def measured(run: Run, table: data.Table) -> dict[str, dict[str, float]]:
     """The adapted model's figures on a table's examples, by domain."""
     task: Task = run.task
     sets = {name or "validation": examples for name, examples in task.encode(table).items()}
+    check_tokens(run.network, sets)
     measure = make_measure(
         jlora.lora(run.network.forward), task, run.config.eval_batch_size, bucket_lengths(run.config, sets)
     )
@@ -178,7 +199,7 @@ def export(run: RunDir, to: Literal["peft", "hf", "orbax"] = "peft", out: Path |
         if folder.exists():
             raise ConfigError(f"export: {folder} is there already; pass --out with a new folder")
         store.save_tree(folder, jax.jit(jlora.merge)(opened.params, opened.adapters))
-    elif network.model is None or network.names is None:
+    elif network.model is None:
         raise ConfigError(f"export: a {type(config.model).__name__} exists in JAX alone; pass --to orbax")
     elif to == "peft":
         _check_ties(opened)
@@ -187,7 +208,7 @@ def export(run: RunDir, to: Literal["peft", "hf", "orbax"] = "peft", out: Path |
             opened.params,
             opened.adapters,
             config.lora,
-            network.names,
+            models.names(network.model, modules=True),
             base_model=network.source,
             task_type={"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM"}.get(type(config.task).__name__),
         )
@@ -197,11 +218,19 @@ def export(run: RunDir, to: Literal["peft", "hf", "orbax"] = "peft", out: Path |
             network.model,
             opened.params,
             opened.adapters,
-            tokenizer=network.tokenizer or network.source,
+            tokenizer=network.tokenizer or _pictures(opened),
             base_model=network.source,
         )
         print(lost)
+    if to == "peft" and network.tokenizer is not None:
+        network.tokenizer.save_pretrained(folder)
     print(f"written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+
+
+def _pictures(run: Run) -> str | None:
+    """The checkpoint, if it says how it wants its images."""
+    assert isinstance(run.config.model, Pretrained)
+    return run.network.source if read_settings(run.config.model, "preprocessor_config.json") else None
 
 
 def _check_ties(run: Run) -> None:
@@ -232,6 +261,8 @@ def inspect(
       labels: of a classifier, how many.
       revision: of a model on the hub.
     """
+    if (folder := Path(checkpoint)).is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"inspect: {checkpoint} has no config.json; expected the folder of a checkpoint")
     model = models.build(checkpoint, task=task, labels=labels, revision=revision)
     params = models.abstract(model)
     try:

@@ -59,13 +59,14 @@ class CausalLM:
     """Continue a text: supervised fine-tuning of a language model.
 
     An example is one of: ``messages`` (a list of ``{"role", "content"}``), of which the assistant's are learnt; a
-    ``prompt`` and its ``completion``, which is learnt; or plain ``text``, learnt whole.
+    ``prompt`` and its ``completion``, which is learnt and follows it without a space between; or plain ``text``, learnt
+    whole.
 
     Attributes:
       messages, prompt, completion, text: columns; give messages, or prompt and completion, or text.
       system: what the system message says, or None for none; used with ``chat``.
       chat: whether prompt and completion are put into the tokenizer's chat template; messages always are.
-      template: a chat template (Jinja) to use instead of the tokenizer's, or None.
+      template: a chat template (Jinja), or a file with one, to use instead of the tokenizer's; or None.
       learn_prompt: learn the prompts and the others' messages too.
       pack: put several examples into one sequence of ``max_length`` tokens; none sees another.
       max_length: tokens of a sequence, at most; what is longer is cut on the right.
@@ -104,7 +105,7 @@ class ImageClassification:
       image: the column of the image: a picture, or its pixels as a flat list.
       label: the column of the label: a name or a class number.
       labels: the names of the classes; by default those that the data or its training labels give.
-      side: of the square images in pixels; by default the network's, or that of the first image.
+      side: of the square images in pixels; by default that of the checkpoint, or of the first image.
       brightest: the largest value of a pixel.
       domains: names of domains in which the test images are shown, and how. The last is the one that is learnt; the
         first, the one on which a network without a checkpoint is trained from scratch.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +39,21 @@ def load(config: DataConfig, cache_dir: Path) -> dict[str, Table]:
       ConfigError: if a source is not there, cannot be read, is empty, or if there is no validation data.
     """
     train = read(config.train, cache_dir, "data.train")
+    # Files are often in some order. A choice does not depend on the run's seed, so that runs can be compared.
+    order = np.random.default_rng(0).permutation(len(train))
     if config.validation is None and config.holdout:
-        # The same examples whatever the run's seed, so that runs can be compared.
-        parts = train.train_test_split(config.holdout, seed=0)
-        train, validation = parts["train"], parts["test"]
+        apart = round(config.holdout * len(train))
+        if not 0 < apart < len(train):
+            raise ConfigError(
+                f"data.holdout: {config.holdout} of {len(train)} training examples are {apart}; expected at least one "
+                "on either side. Pass another --data.holdout, or --data.validation FILE"
+            )
+        validation, order = train.select(order[:apart]), order[apart:]
     else:
         source = config.validation or _beside(config.train)
         validation = read(source, cache_dir, "data.validation")
-    if config.limit is not None and config.limit < len(train):
-        # Files are often in some order. The choice does not depend on the run's seed, so that runs can be compared.
-        train = train.select(np.random.default_rng(0).permutation(len(train))[: config.limit])
+    if config.limit is not None and config.limit < len(order) or len(order) < len(train):
+        train = train.select(order[: config.limit])
     if config.validation_limit is not None:
         validation = validation.select(range(min(config.validation_limit, len(validation))))
     return {"train": train, "validation": validation}
@@ -63,6 +70,7 @@ def read(source: str, cache_dir: Path, field: str) -> Table:
       ConfigError: as `load`.
     """
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
     location, split = _parse(source)
     path = Path(location)
     try:
@@ -70,13 +78,13 @@ def read(source: str, cache_dir: Path, field: str) -> Table:
             table = _from_file(path, split, cache_dir, field)
         elif path.is_dir():
             table = _from_dataset(str(path), None, split, cache_dir, field)
-        elif path.suffix in READERS or location.startswith((".", "/", "~")):
+        elif path.suffix in READERS or location.startswith((".", "/")):
             siblings = sorted(str(file) for file in path.parent.glob("*") if file.suffix in READERS)
             raise ConfigError(f"{field}: there is no file at {location}{nearest(location, siblings)}")
         else:
-            owner, name, *configuration = [*location.split("/"), ""][:3]
-            table = _from_dataset(f"{owner}/{name}".strip("/"), configuration[0] or None if configuration else None,
-                                  split, cache_dir, field)  # fmt: skip
+            owner, name, *configuration = [*location.split("/", 2), ""][: max(2, location.count("/") + 1)]
+            dataset = f"{owner}/{name}".rstrip("/")
+            table = _from_dataset(dataset, configuration[0] if configuration else None, split, cache_dir, field)
     except ConfigError:
         raise
     except Exception as error:  # whatever a reader raises of a malformed file: datasets has no common class for it
@@ -93,19 +101,29 @@ def read(source: str, cache_dir: Path, field: str) -> Table:
 def column(table: Table, name: str, field: str) -> list[Any]:
     """A column's values.
 
+    Args:
+      field: the field of the configuration that names the column, for errors.
+
     Raises:
-      ConfigError: if there is no such column.
+      ConfigError: if there is no such column, or values are missing in it.
     """
     if name not in table.column_names:
+        advice = "rename the column" if field == "file" else f"pass --{field.replace('_', '-')} and one of them"
         raise ConfigError(
             f"{field}: the data has no column {name!r}{nearest(name, table.column_names)}; it has "
-            f"{', '.join(table.column_names)}. Pass --{field.replace('_', '-')} and one of them"
+            f"{', '.join(table.column_names)}; {advice}"
         )
-    return list(table[name])
+    values = list(table[name])
+    if missing := sum(value is None for value in values):
+        raise ConfigError(
+            f"{field}: {missing} of {len(values)} values of the column {name!r} are missing; take these rows out"
+        )
+    return values
 
 
 def _parse(source: str) -> tuple[str, str | None]:
     """Location and split."""
+    source = os.path.expanduser(source)
     if Path(source).exists():
         return source, None
     location, colon, split = source.rpartition(":")
@@ -113,6 +131,8 @@ def _parse(source: str) -> tuple[str, str | None]:
 
 
 def _from_file(path: Path, split: str | None, cache_dir: Path, field: str) -> Table:
+    if not path.read_bytes()[:4096].strip():
+        raise ConfigError(f"{field}: {path} is empty")
     if path.suffix not in READERS:
         raise ConfigError(f"{field}: {path} ends in {path.suffix!r}; expected one of {', '.join(READERS)}")
     reader, options = READERS[path.suffix]

@@ -14,7 +14,7 @@ import numpy as np
 import jlora
 from train import report
 from train.batches import Examples, size, training_batches
-from train.config import FitConfig
+from train.config import ConfigError, FitConfig
 from train.networks import Forward
 from train.optim import make_optimizer, make_schedule
 from train.step import init_state, make_step
@@ -80,6 +80,11 @@ def fit(
                 progress.advance()
             record: Record = {"phase": phase, "epoch": epoch, "step": epoch * steps_per_epoch}
             metrics = jax.device_get(metrics)
+            if bad := [i for i, m in enumerate(metrics) if not np.isfinite(m["loss"])]:
+                raise ConfigError(
+                    f"{phase}: the loss is {metrics[bad[0]]['loss']} in step {bad[0] + 1} of epoch {epoch}; the "
+                    "training diverged. Pass a smaller --learning-rate, more --fit.warmup or --fit.clip 1.0"
+                )
             record |= {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
             measured_now = epoch % eval_every == 0 or epoch == config.epochs
             if measured_now:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from scipy import stats
 from scipy.special import log_softmax
@@ -19,11 +21,14 @@ def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     predicted = logits.argmax(axis=-1)
     average = "binary" if logits.shape[1] == 2 else "macro"
     losses = -log_softmax(logits.astype(np.float64), axis=-1)[np.arange(len(labels)), labels]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # examples of a single class have no correlation, and get 0
+        matthews = float(matthews_corrcoef(labels, predicted))
     return {
         "loss": float(losses.mean()),
         "accuracy": float((predicted == labels).mean()),
         "f1": float(f1_score(labels, predicted, average=average, zero_division=0)),  # pyright: ignore[reportArgumentType]
-        "matthews": float(matthews_corrcoef(labels, predicted)),
+        "matthews": matthews,
     }
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jlora
 from jlora import models
 from jlora.models import ModelError, TensorError
-from jlora.names import Names
+from train.batches import Examples
 from train.config import (
     CausalLM,
     ConfigError,
@@ -43,8 +43,8 @@ class Network:
     Attributes:
       forward: see `Forward`; inputs are a dictionary of arrays.
       init: ``init(key)``: random parameters.
-      load: ``load(key)``: the parameters to start from; a head that the checkpoint lacks is drawn from the key.
-      names: where each parameter lies in a checkpoint; None for networks that no other library has.
+      load: ``load(key)``: the parameters to start from; a head that the checkpoint lacks is drawn from the key, and
+        refused without one. None for a network without a checkpoint.
       model: the module of `jlora.models`, or None.
       tokenizer: of transformers; None for images.
       channels, mean, std: of the images that it sees.
@@ -53,14 +53,13 @@ class Network:
 
     forward: Forward
     init: Callable[[jax.Array], Any]
-    load: Callable[[jax.Array], Any]
-    names: Names | None = None
+    load: Callable[[jax.Array | None], Any] | None = None
     model: nn.Module | None = None
     tokenizer: Any = None
     channels: int = 1
     mean: Any = 0.0
     std: Any = 1.0
-    source: str | None = field(default=None)
+    source: str | None = None
 
     @property
     def pretrained(self) -> bool:
@@ -89,10 +88,10 @@ def make_network(config: TrainConfig) -> Network:
         return module.init(key, jnp.zeros((1, side, side, 1)))["params"]
 
     def forward(params: Any, inputs: Inputs, key: jax.Array | None = None) -> Any:
-        return module.apply({"params": params}, inputs["pixel_values"])
+        return module.apply({"params": params}, inputs["images"])
 
     # Shown from -1 to 1.
-    return Network(forward, init, load=init, mean=0.5, std=0.5)
+    return Network(forward, init, mean=0.5, std=0.5)
 
 
 # Checkpoints
@@ -106,7 +105,8 @@ _TASKS = {
 
 
 def _pretrained(config: Pretrained, task: TaskConfig) -> Network:
-    labels = None if isinstance(task, CausalLM) else getattr(task, "labels", None) or 1
+    # A regression has one output, and no names for it.
+    labels = None if isinstance(task, CausalLM) else task.labels or 1
     options: Any = {
         "task": _TASKS[type(task)],
         "labels": labels,
@@ -116,6 +116,12 @@ def _pretrained(config: Pretrained, task: TaskConfig) -> Network:
     dtype = None if config.param_dtype is None else jnp.dtype(config.param_dtype)
     model: Any = models.build(config.path, **options, param_dtype=dtype or jnp.float32)
     image = isinstance(task, ImageClassification)
+    most = getattr(model.config, "max_length", None)
+    if not isinstance(task, ImageClassification) and most is not None and task.max_length > most:
+        raise ConfigError(
+            f"task.max_length: got {task.max_length}, expected at most {most}: the network has no more positions; "
+            f"pass --task.max-length {most}"
+        )
     pictures = _preprocessor(config) if image else {}
     tokenizer: Any = None if image else load_tokenizer(config.path, config.revision)
     if isinstance(task, SequenceClassification) and tokenizer.pad_token_id is None:
@@ -126,17 +132,21 @@ def _pretrained(config: Pretrained, task: TaskConfig) -> Network:
             return model.apply(params, **inputs)
         return model.apply(params, **inputs, deterministic=False, rngs={"dropout": key})
 
-    def load(key: jax.Array) -> Any:
+    def load(key: jax.Array | None) -> Any:
         try:
             return models.load(config.path, **options, param_dtype=dtype, key=None if labels is None else key)[1]
         except (ModelError, TensorError) as error:
-            raise ConfigError(f"model.path: {error}") from error
+            new = (
+                ""
+                if key is not None or labels is None
+                else "\nA new head has to be trained: --lora.train-also classifier"
+            )
+            raise ConfigError(f"model.path: {error}{new}") from error
 
     return Network(
         forward,
         init=lambda key: {"params": model.init(key, models.example_inputs(model))["params"]},
         load=load,
-        names=models.names(model),
         model=model,
         tokenizer=tokenizer,
         source=config.path,
@@ -155,21 +165,48 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(path, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+            # Without its files transformers makes a tokenizer that knows no word.
+            if set(tokenizer("a b c", add_special_tokens=False)["input_ids"]) <= set(tokenizer.all_special_ids):
+                raise ValueError("it knows no word")
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
                 f"model.path: {path} has no tokenizer that transformers can read ({str(error).splitlines()[0]}). "
                 "Expected the files that its save_pretrained writes, such as tokenizer.json, beside the weights"
             ) from error
+    return tokenizer
+
+
+def check_tokens(network: Network, *sets: Mapping[str, Examples]) -> None:
+    """Raises a ConfigError if the examples hold tokens that the network does not know."""
+    known = getattr(getattr(network.model, "config", None), "vocab_size", None)
+    if known is None or network.tokenizer is None:
+        return
+    columns = [examples["input_ids"] for named in sets for examples in named.values()]
+    most = max((int(tokens.max()) for column in columns for tokens in column if tokens.size), default=0)
+    if most >= known:
+        raise ConfigError(
+            f"model.path: the tokenizer makes the token {most} ({network.tokenizer.convert_ids_to_tokens(most)!r}), "
+            f"and the network of {network.source} knows {known} tokens; expected the tokenizer that belongs to the weights"
+        )
+
+
+def checkpoint_side(config: Pretrained) -> int:
+    """The side of the images that a checkpoint was trained on."""
+    model: Any = models.build(config.path, task="image-classification", labels=1, revision=config.revision)
+    return model.config.image_size
 
 
 def _preprocessor(config: Pretrained) -> dict[str, Any]:
     """How a checkpoint of images wants its pixels: mean and standard deviation of each channel."""
-    from jlora._tensors import read_json
-
-    file = Path(models.fetch(config.path, config.revision)) / "preprocessor_config.json"
-    found = read_json(file) if file.is_file() else {}
+    found = read_settings(config, "preprocessor_config.json")
     return {"channels": 3, "mean": found.get("image_mean", 0.5), "std": found.get("image_std", 0.5)}
+
+
+def read_settings(config: Pretrained, name: str) -> dict[str, Any]:
+    """The content of one of a checkpoint's JSON files; empty if it has none of that name."""
+    file = models.fetch(config.path, config.revision) / name
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 # Networks of our own, trained from scratch
@@ -188,7 +225,7 @@ class _Mlp(nn.Module):
         return nn.Dense(self.classes, name="head")(x)
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     """A pre-norm transformer block: attention, then an MLP, each added to its input."""
 
     heads: int
@@ -217,7 +254,7 @@ class _PatchTransformer(nn.Module):
         x = nn.Dense(config.width, name="embed")(patches(images, config.patch))
         x = x + self.param("positions", nn.initializers.normal(0.2), x.shape[1:])
         for layer in range(config.depth):
-            x = Block(config.heads, config.hidden, name=f"block_{layer}")(x)
+            x = _Block(config.heads, config.hidden, name=f"block_{layer}")(x)
         x = nn.LayerNorm(name="norm")(x).mean(axis=1)
         return nn.Dense(self.classes, name="head")(x)
 

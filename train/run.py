@@ -7,6 +7,8 @@ export``, leaf by leaf, so that training never holds two copies of it.
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +26,7 @@ from train.config import ConfigError, TrainConfig
 from train.data import Table, load
 from train.evaluate import Measure, compare, make_measure
 from train.loop import Record, fit, random_key
-from train.networks import Network, make_network, what_to_train
+from train.networks import HEADS, Network, check_tokens, make_network, what_to_train
 from train.tasks import Task, make_task, resolved
 
 
@@ -46,6 +48,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     network = make_network(config)
     task = make_task(config, network)
     train, test = encoded(task, tables)
+    check_tokens(network, train, test)
     learnt = train[list(train)[-1]]
     validate_for(config, size(learnt))
     buckets = bucket_lengths(config, train, test)
@@ -65,8 +68,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
     # The base, which stays as it is from here on.
     first = list(train)[0]
-    if config.base is None:
-        start = Base(network.load(random_key(config.seed, "head")), [], None, cached=False)
+    if network.load is not None:
+        # A head that the checkpoint lacks may start anew if it is going to be trained.
+        trained = any(re.search(HEADS, path) for path in plan)
+        start = Base(network.load(random_key(config.seed, "head") if trained else None), [], None, cached=False)
     else:
         start = base(network, task, train[first], config, lambda tree: measure(tree, first), log)
         print(f"base: {'taken from' if start.cached else 'cached at'} {start.path}")
@@ -187,7 +192,7 @@ class _Kept:
 
     def __init__(self, config: TrainConfig, task: Task, figure: str, adapters: dict[str, Any]):
         self._sign = 1 if task.higher_is_better else -1
-        self._wanted, self._figure, self._best = config.keep == "best", figure, -float("inf")
+        self._wanted, self._figure, self._best = config.keep == "best", figure, -math.inf
         self.adapters, self.epoch = adapters, 0
 
     def look(self, record: Record, adapters: dict[str, Any]) -> None:

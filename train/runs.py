@@ -54,11 +54,17 @@ def open_run(folder: Path) -> Run:
             f"{folder} is no run directory: it has no config.json"
             + (f"; beside it there are {', '.join(found)}" if found else "; python -m train makes one below runs/")
         )
+    try:
+        written = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ConfigError(f"{folder}/config.json cannot be read: {error}") from error
+    if not isinstance(written, dict) or written.get("kind") != TrainConfig.__name__:
+        raise ConfigError(f"{folder} is no run directory: its config.json is of something else, such as a checkpoint")
     if not (folder / "summary.json").is_file():
         raise ConfigError(f"{folder} has no summary.json: the run did not finish. Train it again")
     try:
-        config = store.from_json(TrainConfig, json.loads((folder / "config.json").read_text()))
-    except (KeyError, TypeError, ValueError) as error:
+        config = store.from_json(TrainConfig, written)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{folder}/config.json is no configuration of this version ({type(error).__name__}: {error})"
         ) from error
@@ -71,7 +77,7 @@ def open_run(folder: Path) -> Run:
 
 
 def _params(folder: Path, config: TrainConfig, network: Network) -> Any:
-    if network.pretrained:
+    if network.load is not None:
         return network.load(random_key(config.seed, "head"))
     recorded = Path(json.loads((folder / "summary.json").read_text())["base"]["path"])
     for path in (recorded, cached_at(config)):

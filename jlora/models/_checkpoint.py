@@ -127,8 +127,12 @@ def write(
     shapes: Mapping[LeafPath, Any],
     fetch_leaf: Callable[[LeafPath], Any],
     max_shard_bytes: int,
+    extra: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """As `save`, of leaves that are fetched when their turn comes; ``shapes`` has the shape and dtype of each."""
+    """As `save`, of leaves that are fetched when their turn comes; ``shapes`` has the shape and dtype of each.
+
+    ``extra`` goes into config.json.
+    """
     family, task = family_and_task(model)
     config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,8 +154,13 @@ def write(
     written = write_checkpoint(folder, tensors, max_shard_bytes)
     for stale in before - set(written):
         stale.unlink()
-    dtype = np.dtype(next(iter(shapes.values())).dtype).name
-    write_json(folder / "config.json", {**config.to_hf(), "architectures": [class_of(family, task)], "dtype": dtype})
+    sizes: dict[str, int] = {}
+    for shape in shapes.values():
+        kind = np.dtype(shape.dtype).name
+        sizes[kind] = sizes.get(kind, 0) + math.prod(shape.shape)
+    hf = {name: value for name, value in config.to_hf().items() if name != "torch_dtype"}  # of old, beside dtype
+    hf |= {"architectures": [class_of(family, task)], "dtype": max(sizes, key=sizes.__getitem__), **(extra or {})}
+    write_json(folder / "config.json", hf)
     return [*written, folder / "config.json"]
 
 
@@ -184,12 +193,14 @@ def _resolve(
     """
     wanted = {tensor for name in names.values() for tensor in name.tensors}
     have: dict[str, Tensor] = {}
-    unexpected = []
+    unexpected, twice = [], []
     for given, tensor in tensors.items():
         modern = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", given))
         spellings = (modern, family.prefix + modern, modern.removeprefix(family.prefix))
         match = next((s for s in spellings if s in wanted), None)
-        if match is not None:
+        if match in have:
+            twice.append(f"{given!r} and {have[match].name!r} are one tensor of the network")
+        elif match is not None:
             have[match] = tensor
         elif not re.search(family.unread, modern):
             unexpected.append(f"{given!r} of shape {tensor.shape}: the network has no such tensor")
@@ -209,7 +220,7 @@ def _resolve(
         misshapen += [f"{t!r} has shape {have[t].shape}, expected {expected}{advice}" for t in other]
         if not absent and not other:
             found[path] = [have[t] for t in name.tensors]
-    if wrong := missing + misshapen + unexpected:
+    if wrong := missing + misshapen + unexpected + twice:
         raise ModelError(
             f"{where}: {len(wrong)} tensor(s) are not those of the network that its config.json describes:"
             f"{bullets(wrong[:40])}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import flax.linen as nn
 
 from jlora._paths import bullets, named_leaves
+from jlora._tensors import read_json
 from jlora._types import Adapters, LoraFactors, PyTree
 from jlora._types import Path as LeafPath
 from jlora.merge import Rounding, merge, rounding
+from jlora.models._causal import CausalConfig
 from jlora.models._checkpoint import check_leaves, write
 from jlora.models._family import ModelError, Task
 from jlora.models._network import family_and_task, fetch
@@ -23,6 +25,7 @@ from jlora.models._network import family_and_task, fetch
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "merges.txt",
     "preprocessor_config.json",
     "special_tokens_map.json",
@@ -34,6 +37,9 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 """The files of a tokenizer, and of what prepares images."""
+
+BESIDE = ("generation_config.json",)
+"""Copied too where they are beside a tokenizer's."""
 
 CLASSES: dict[Task, str] = {
     "features": "AutoModel",
@@ -65,7 +71,8 @@ def export(
       model, params: as from `load`.
       adapters: as from `jlora.init`.
       tokenizer: None, an object with ``save_pretrained``, or a folder or the id of a model on the hub, whose files of
-        a tokenizer or image processor are copied.
+        a tokenizer or image processor are copied, and its generation_config.json. Its padding token goes into the
+        config.json of a decoder that has none: classifiers of transformers take no batch without.
       base_model: the id of the base on the hub, for the model card.
       max_shard_bytes: the size above which the tensors are divided into several files with an index.
 
@@ -75,7 +82,8 @@ def export(
     Raises:
       KeyError, ValueError: as `jlora.merge`, if an adapter does not fit or holds NaN or infinity; nothing is written.
       ModelError: if ``params`` are not those of ``model``, hold NaN or infinity, or leave the range of their dtype
-        when merged, naming every leaf; or ``tokenizer`` has no files. Nothing is written.
+        when merged, naming every leaf; ``tokenizer`` has no files; or ``folder`` has a README.md that `export` did not
+        write. Nothing is written.
     """
     folder = Path(folder)
     leaves, _ = named_leaves(params)
@@ -87,12 +95,14 @@ def export(
             'parameters of a larger range: load(..., param_dtype="float32").'
         )
     files = _tokenizer_files(tokenizer)
+    _check_readme(folder / "README.md")
+    pad = _pad_token(model, tokenizer, files)
 
     @lru_cache(maxsize=1)
     def merged(path: LeafPath) -> Any:
         return merge({path: leaves[path]}, {path: adapters[path]})[path] if path in adapters else leaves[path]
 
-    write(folder, model, leaves, merged, max_shard_bytes)
+    write(folder, model, leaves, merged, max_shard_bytes, {} if pad is None else {"pad_token_id": pad})
     for file in files:
         if file.resolve() != (folder / file.name).resolve():
             shutil.copyfile(file, folder / file.name)
@@ -105,13 +115,50 @@ def export(
 def _tokenizer_files(tokenizer: Any) -> list[Path]:
     if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
         return []
-    folder = fetch(tokenizer, files=TOKENIZER_FILES)
+    folder = fetch(tokenizer, files=TOKENIZER_FILES + BESIDE)
     if not (files := [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]):
         raise ModelError(
             f"{folder} has no file of a tokenizer. Expected one of {', '.join(TOKENIZER_FILES)}; or pass an object "
             "with save_pretrained."
         )
-    return files
+    return files + [folder / name for name in BESIDE if (folder / name).is_file()]
+
+
+def _pad_token(model: nn.Module, tokenizer: Any, files: Sequence[Path]) -> int | None:
+    """The token that a tokenizer pads with, for a decoder whose configuration says none and that has the token."""
+    config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    if not isinstance(config, CausalConfig) or config.pad_token_id is not None:
+        return None
+    pad = getattr(tokenizer, "pad_token_id", None) if hasattr(tokenizer, "save_pretrained") else _stored_pad(files)
+    return pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else None
+
+
+def _stored_pad(files: Sequence[Path]) -> int | None:
+    """The id of the padding token by the files of a tokenizer, or None where they do not tell."""
+    content = {file.name: read_json(file) for file in files if file.suffix == ".json"}
+    stated = content.get("special_tokens_map.json", {}) | content.get("tokenizer_config.json", {})
+    token = stated.get("pad_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None:
+        return None
+    fast = content.get("tokenizer.json", {})
+    ids = {entry.get("content"): entry.get("id") for entry in fast.get("added_tokens") or []}
+    vocab = (fast.get("model") or {}).get("vocab")
+    more = [
+        content.get("added_tokens.json", {}),
+        content.get("vocab.json", {}),
+        vocab if isinstance(vocab, dict) else {},
+    ]
+    return next((found[token] for found in (ids, *more) if token in found), None)
+
+
+def _check_readme(file: Path) -> None:
+    """Raises a ModelError if there is a README.md that `export` did not write."""
+    if file.exists() and "- jlora" not in file.read_text(errors="replace").splitlines():
+        raise ModelError(
+            f"export: {file} is not of jlora (it has no tag `- jlora`), and the model card would replace it; expected "
+            "none, or that of an earlier export. Nothing was written: export into a new folder."
+        )
 
 
 def _card(

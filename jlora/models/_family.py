@@ -25,16 +25,17 @@ ENDINGS: dict[str, Task] = {
 """How the names of transformers' classes end, as ``architectures`` in a config.json gives them."""
 
 NOT_COMPUTED = frozenset(
-    """_attn_implementation _name_or_path _num_labels architectures attn_implementation auto_map bad_words_ids
-    begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward decoder_start_token_id
-    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing hidden_act_param id2label keys_to_ignore_at_inference label2id length_penalty
-    max_length max_new_tokens min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_labels
-    num_return_sequences output_attentions output_hidden_states output_past output_scores prefix pretraining_tp
-    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype
-    torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
+    """_attn_implementation _attn_implementation_autoset _name_or_path _num_labels architectures attn_implementation
+    auto_map bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
+    eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing id2label keys_to_ignore_at_inference label2id length_penalty max_length
+    max_new_tokens min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_past output_scores prefix
+    pretraining_tp problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sentence_transformers sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version typical_p
+    unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
 )
 """Attributes of a config.json that do not change what the network computes, in any family."""
 
@@ -50,6 +51,10 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
 """Attributes that would change it, with the values for which they do not, in any family."""
 
 
+INTERNAL = {"internal": True}
+"""Metadata of a configuration's field that no config.json has: the family works it out."""
+
+
 class ModelError(ValueError):
     """A checkpoint or its configuration that cannot be used; the message names what, and the way out."""
 
@@ -57,6 +62,8 @@ class ModelError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """What determines a network. A family's own fields carry the names that they have in its ``config.json``.
+
+    Those with the metadata `INTERNAL` are in no config.json.
 
     Attributes:
       hf: the config.json that it was read from, as JSON text; `to_hf` returns it with the changes made since.
@@ -95,6 +102,8 @@ def read_config(
       ModelError: naming every attribute that is unknown, missing or has a value that the network does not have.
     """
     fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in ("hf", "num_labels")}
+    internal = {name for name, field in fields.items() if field.metadata.get("internal")}
+    public = [name for name in fields if name not in internal]
     fixed = {**FIXED, **(fixed or {})}
     derived = dict(derived or {})
     wrong = []
@@ -102,8 +111,8 @@ def read_config(
         if name in fixed:
             if value not in fixed[name]:
                 wrong.append(f"{name} = {value!r}; this network computes with {' or '.join(map(repr, fixed[name]))}")
-        elif name not in fields and name not in ignored and name not in NOT_COMPUTED:
-            wrong.append(f"{name} = {value!r} is unknown{nearest(name, fields)}")
+        elif name not in public and name not in ignored and name not in NOT_COMPUTED:
+            wrong.append(f"{name} = {value!r} is unknown{nearest(name, public)}")
     required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in derived}
     wrong += [f"{name} is missing" for name in sorted(required - set(hf))]
     if wrong:
@@ -112,7 +121,7 @@ def read_config(
             f"{bullets(wrong)}\nExpected only attributes that it knows. If one has no effect, take it out of the "
             "config.json."
         )
-    values = {name: hf[name] for name in fields if name in hf} | derived
+    values = {name: hf[name] for name in public if name in hf} | derived
     labels = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))
     return kind(**values, num_labels=labels, hf=json.dumps(dict(hf), sort_keys=True))
 
@@ -129,6 +138,8 @@ class Family:
       architecture: the stem of transformers' class names, such as ``Bert``.
       heads: a regular expression of paths that a checkpoint may lack, because they belong to a new head.
       unread: a regular expression of tensors in checkpoints that these networks do not have: other heads, buffers.
+      modules: what to replace, in this order, in a checkpoint's name for the one that the module has in transformers
+        5, where the two differ; PEFT goes by the module's.
     """
 
     config: Callable[[Mapping[str, Any]], ModelConfig]
@@ -138,6 +149,22 @@ class Family:
     architecture: str
     heads: str
     unread: str
+    modules: tuple[tuple[str, str], ...] = ()
+
+    def module(self, tensor: str) -> str:
+        """A tensor's name in a checkpoint, as transformers 5 names it in the model."""
+        for stored, live in self.modules:
+            tensor = tensor.replace(stored, live)
+        return tensor
+
+
+def check_length(network: str, length: int, most: int | None) -> None:
+    """Raises a ModelError if a row of ``length`` tokens is longer than the positions that a network has."""
+    if most is not None and length > most:
+        raise ModelError(
+            f"{length} tokens, but {network} has {most} positions; expected at most {most}: truncate the input, or "
+            "give position_ids below that"
+        )
 
 
 def task_of(hf: Mapping[str, Any]) -> Task:

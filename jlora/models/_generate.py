@@ -57,8 +57,9 @@ def generate(
       int32 [batch, max_new_tokens], without the prompts.
 
     Raises:
-      ModelError: if the model is no language model, or has fewer positions than prompt and new tokens need.
-      ValueError: for prompts that are not padded on the left, an empty one, a setting out of its range, or no key.
+      ModelError: if the model is no language model, or has fewer positions than prompt and new tokens need; for
+        prompts that are not padded on the left, an empty one, a token outside of the vocabulary, a setting out of its
+        range, or no key. Values are looked at only outside of ``jit``.
     """
     if not isinstance(model, CausalLM):
         raise ModelError(
@@ -172,20 +173,20 @@ def _check(
     top_p: float,
     key: jax.Array | None,
 ) -> None:
-    """Raises for what cannot be generated; padding is looked at only where its values are known."""
+    """Raises for what cannot be generated; tokens and padding are looked at only where their values are known."""
     if input_ids.ndim != 2 or not input_ids.shape[1] or mask.shape != input_ids.shape:
-        raise ValueError(
+        raise ModelError(
             f"generate: input_ids has shape {input_ids.shape} and attention_mask {mask.shape}; expected both "
             "[batch, length] with at least one token"
         )
     if new < 1:
-        raise ValueError(f"generate: max_new_tokens = {new}; expected at least 1")
+        raise ModelError(f"generate: max_new_tokens = {new}; expected at least 1")
     if temperature < 0:
-        raise ValueError(f"generate: temperature = {temperature}; expected 0 (the most probable token) or more")
+        raise ModelError(f"generate: temperature = {temperature}; expected 0 (the most probable token) or more")
     if not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p = {top_p}; expected a probability above 0 and at most 1 (all tokens)")
+        raise ModelError(f"generate: top_p = {top_p}; expected a probability above 0 and at most 1 (all tokens)")
     if temperature > 0 and key is None:
-        raise ValueError(
+        raise ModelError(
             f"generate: temperature = {temperature} draws tokens; pass key=jax.random.key(0), or 0 for none"
         )
     most = model.config.max_length
@@ -194,13 +195,24 @@ def _check(
             f"generate: {input_ids.shape[1]} prompt and {new} new tokens; {type(model).__name__} has {most} positions. "
             f"Expected at most {most} together: truncate the prompts on the left, or lower max_new_tokens"
         )
+    size = model.config.vocab_size
+    if not isinstance(input_ids, Tracer) and (bad := _outside(np.asarray(input_ids), size)):
+        raise ModelError(
+            f"generate: input_ids holds {bad}; expected tokens from 0 to {size - 1} (vocab_size = {size}): use this "
+            "model's tokenizer"
+        )
     if isinstance(mask, Tracer):
         return
     known = np.asarray(mask)
     if empty := np.flatnonzero(~known.any(axis=1)).tolist():
-        raise ValueError(f"generate: the prompts {empty} are all padding; expected at least one token in each")
+        raise ModelError(f"generate: the prompts {empty} are all padding; expected at least one token in each")
     if wrong := np.flatnonzero((np.diff(known.astype(np.int8), axis=1) < 0).any(axis=1)).tolist():
-        raise ValueError(
+        raise ModelError(
             f"generate: the prompts {wrong} have padding after a token; new tokens must follow the prompt directly. "
             'Expected padding on the left only: `tokenizer.padding_side = "left"`'
         )
+
+
+def _outside(ids: np.ndarray, size: int) -> list[int]:
+    """Some of the ids that are no token."""
+    return np.unique(ids[(ids < 0) | (ids >= size)])[:8].tolist()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.models._family import ModelError
+from jlora._paths import bullets
+from jlora.models._family import ModelConfig, ModelError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(nn.gelu, approximate=False),
@@ -33,6 +35,36 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     if name not in ACTIVATIONS:
         raise ModelError(f"the activation {name!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def check_config(
+    config: ModelConfig, *, width: str, heads: str, activations: Sequence[str], wrong: Sequence[str] = ()
+) -> None:
+    """Raises a ModelError that names every attribute of which no network can be made.
+
+    Args:
+      config: a family's.
+      width, heads: the names of its attributes; the heads divide the width.
+      activations: the names of those that name one.
+      wrong: what the family found itself.
+    """
+    wrong, total, count = list(wrong), getattr(config, width), getattr(config, heads)
+    if count < 1 or total % count:
+        wrong.append(f"{heads} = {count}; expected a divisor of {width} = {total}")
+    for name in activations:
+        try:
+            activation(getattr(config, name))
+        except ModelError as error:
+            wrong.append(f"{name}: {error}")
+    if wrong:
+        raise ModelError(
+            f"{type(config).__name__}: {len(wrong)} attribute(s) of config.json cannot be used:{bullets(wrong)}"
+        )
+
+
+def layer_norm(epsilon: float, name: str | None = None, **made: Any) -> nn.LayerNorm:
+    """A layer norm whose variance does not cancel where the mean is large beside the spread, as in PyTorch's."""
+    return nn.LayerNorm(epsilon, use_fast_variance=False, name=name, **made)
 
 
 def attend(

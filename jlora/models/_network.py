@@ -39,10 +39,19 @@ def build(
     return network_of(*family_of(hf, task, labels), dtype, param_dtype)
 
 
-def names(model: nn.Module) -> Names:
-    """Where each leaf of a network of `jlora.models` lies in a checkpoint; see `jlora.names`."""
+def names(model: nn.Module, *, modules: bool = False) -> Names:
+    """Where each leaf of a network of `jlora.models` lies in a checkpoint; see `jlora.names`.
+
+    Args:
+      model: the network.
+      modules: instead the names that its modules have in transformers 5. They differ for ViT, and PEFT goes by them:
+        `jlora.peft` is given these.
+    """
     family, task = family_and_task(model)
-    return family.names(model.config, task)  # pyright: ignore[reportAttributeAccessIssue]
+    found = family.names(model.config, task)  # pyright: ignore[reportAttributeAccessIssue]
+    if not modules:
+        return found
+    return {path: name._replace(tensors=tuple(map(family.module, name.tensors))) for path, name in found.items()}
 
 
 def abstract(model: nn.Module) -> PyTree:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from train.config import CausalLM, SequenceClassification, TrainConfig
+from train.config import CausalLM, Pretrained, SequenceClassification, TrainConfig
 from train.data import Table, column
-from train.networks import Network
+from train.networks import Network, checkpoint_side
 from train.tasks.base import Measured, Task
 from train.tasks.classify import Images, TextClassification, TextRegression, image_side, label_names
 from train.tasks.language import LanguageModel
@@ -21,11 +22,14 @@ def resolved(config: TrainConfig, tables: Mapping[str, Table]) -> TrainConfig:
     task, train = config.task, tables["train"]
     found: dict[str, Any] = {}
     if isinstance(task, CausalLM):
-        return config
+        if task.template is not None and len(task.template) < 4096 and Path(task.template).is_file():
+            found["template"] = Path(task.template).read_text()
+        return dataclasses.replace(config, task=dataclasses.replace(task, **found))
     if task.labels is None and not getattr(task, "regression", False):
         found["labels"] = tuple(label_names(train, task.label))
     if not isinstance(task, SequenceClassification) and task.side is None:
-        found["side"] = image_side(column(train.select([0]), task.image, "task.image")[0])
+        first = column(train.select([0]), task.image, "task.image")[0]
+        found["side"] = checkpoint_side(config.model) if isinstance(config.model, Pretrained) else image_side(first)
     return dataclasses.replace(config, task=dataclasses.replace(task, **found))
 
 

@@ -70,14 +70,13 @@ class Texts:
         tokenizer.truncation_side = config.truncation
 
     def encode(self, table: Table) -> dict[str, Examples]:
-        """Tokens, mask and, where the network has them, token types; ``label`` if the table has that column."""
+        """Tokens, mask and, where the network has them, token types; and ``label``."""
         config = self.config
         texts = [str(text) for text in column(table, config.text, "task.text")]
         pairs = None if config.pair is None else [str(text) for text in column(table, config.pair, "task.pair")]
         examples: dict[str, np.ndarray | Ragged] = dict(self.tokens(texts, pairs))
-        if config.label in table.column_names:
-            raw = column(table, config.label, "task.label")
-            examples["label"] = _numbers(raw) if config.regression else class_numbers(raw, self.labels, table, config)
+        raw = column(table, config.label, "task.label")
+        examples["label"] = _numbers(raw) if config.regression else class_numbers(raw, self.labels, config.label)
         return {"": examples}
 
     def tokens(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> dict[str, Ragged]:
@@ -112,7 +111,7 @@ class Images(Classification):
         assert config.side is not None
         raw = column(table, config.image, "task.image")
         plain = np.stack([_pixels(image, config.side, self.channels) for image in raw]) / config.brightest
-        labels = class_numbers(column(table, config.label, "task.label"), self.labels, table, config)
+        labels = class_numbers(column(table, config.label, "task.label"), self.labels, config.label)
         return {
             name: {"image": self._normalized(in_domain(plain, domain)), "label": labels}
             for name, domain in (config.domains or {"": Domain()}).items()
@@ -122,7 +121,7 @@ class Images(Classification):
         return ((images - self._mean) / self._std).astype(np.float32)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        return {"pixel_values": batch["image"]}
+        return {"images": batch["image"]}
 
 
 def in_domain(images: np.ndarray, domain: Domain) -> np.ndarray:
@@ -133,14 +132,9 @@ def in_domain(images: np.ndarray, domain: Domain) -> np.ndarray:
 
 def image_side(image: Any) -> int:
     """The side of a picture, or of a square image given as a flat list of its pixels."""
-    if hasattr(image, "size") and hasattr(image, "convert"):
+    if hasattr(image, "convert"):
         return max(image.size)
-    side = round(len(image) ** 0.5)
-    if side * side != len(image):
-        raise ConfigError(
-            f"task.image: an image has {len(image)} pixels; expected a picture, or a square number of them"
-        )
-    return side
+    return round(_flat(image).size ** 0.5)
 
 
 def _pixels(image: Any, side: int, channels: int) -> np.ndarray:
@@ -148,10 +142,28 @@ def _pixels(image: Any, side: int, channels: int) -> np.ndarray:
     if hasattr(image, "convert"):
         image = image.convert("L" if channels == 1 else "RGB").resize((side, side))
         return np.asarray(image, np.float32).reshape(side, side, channels)
-    pixels = np.asarray(image, np.float32)
+    pixels = _flat(image)
     if pixels.size != side * side:
-        raise ConfigError(f"task.image: an image has {pixels.size} pixels, expected {side} x {side}; pass --task.side")
+        raise ConfigError(
+            f"task.image: an image has {pixels.size} pixels, expected {side} x {side}: numbers are not resized, "
+            "pictures are"
+        )
     return np.repeat(pixels.reshape(side, side, 1), channels, axis=-1)
+
+
+def _flat(image: Any) -> np.ndarray:
+    """The pixels of an image that is given as numbers.
+
+    Raises:
+      ConfigError: if these are none, or not a square number of them.
+    """
+    try:
+        pixels = np.asarray(image, np.float32).ravel()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"task.image: {image!r:.80} is no image; expected a picture, or its pixels") from error
+    if round(pixels.size**0.5) ** 2 != pixels.size:
+        raise ConfigError(f"task.image: an image has {pixels.size} pixels; expected a picture, or a square number")
+    return pixels
 
 
 def label_names(table: Table, label: str) -> list[str]:
@@ -159,28 +171,32 @@ def label_names(table: Table, label: str) -> list[str]:
     feature = table.features.get(label)
     if hasattr(feature, "names"):
         return list(feature.names)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-    return [str(value) for value in sorted(set(column(table, label, "task.label")))]
+    return [_word(value) for value in sorted(set(column(table, label, "task.label")))]
 
 
-def class_numbers(
-    raw: Sequence[Any], labels: Sequence[str], table: Table, config: SequenceClassification | ImageClassification
-) -> np.ndarray:
-    """Labels as class numbers, int32 [n]: by name, or as they are where the data has numbers from 0.
+def class_numbers(raw: Sequence[Any], labels: Sequence[str], name: str) -> np.ndarray:
+    """Labels of the column ``name`` as class numbers, int32 [n]: by the classes' names, or numbers from 0 as they are.
 
     Raises:
       ConfigError: naming every label that is no class.
     """
-    by_name = {name: i for i, name in enumerate(labels)}
-    whole = all(isinstance(value, int) for value in raw)
+    by_name = {label: i for i, label in enumerate(labels)}
+    words = [_word(value) for value in raw]
     # Numbers may themselves be names ("3" and "7"): then the names decide.
-    numbers = whole and not {str(value) for value in raw} <= set(by_name)
-    found = [value if numbers else by_name.get(str(value), -1) for value in raw]
-    if wrong := sorted({str(raw[i]) for i, n in enumerate(found) if not 0 <= n < len(labels)}):
+    if not set(words) <= set(by_name) and all(word.isdigit() for word in words):
+        by_name = {str(i): i for i in range(len(labels))}
+    if wrong := sorted(set(words) - set(by_name)):
         raise ConfigError(
-            f"task.label: the column {config.label!r} holds {', '.join(map(repr, wrong[:8]))}, which is no class"
-            f"{nearest(wrong[0], labels)}; expected one of {', '.join(labels)}, or its number. Pass --task.labels"
+            f"task.label: the column {name!r} holds {', '.join(map(repr, wrong[:8]))}, which is no class"
+            f"{nearest(wrong[0], labels)}; expected one of {', '.join(labels)}, or its number from 0. "
+            "Pass --task.labels"
         )
-    return np.asarray(found, np.int32)
+    return np.asarray([by_name[word] for word in words], np.int32)
+
+
+def _word(value: Any) -> str:
+    """A label as text; 1.0, as some readers give whole numbers, is 1."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _numbers(raw: Sequence[Any]) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jinja2 import TemplateError
 
 from train import metrics
 from train.batches import Batch, Examples, Ragged
@@ -62,11 +63,12 @@ class LanguageModel:
                 f"left out {dropped} of {len(sequences)} examples: no token to learn within {config.max_length} tokens"
             )
         if config.pack:
-            return {"": _columns(list(_packed(kept, config.max_length)), self._pad)}
-        return {"": _columns([(sequence, None) for sequence in kept], self._pad)}
+            return {"": _columns(list(_packed(kept, config.max_length)), self.pad)}
+        return {"": _columns([(sequence, None) for sequence in kept], self.pad)}
 
     @property
-    def _pad(self) -> int:
+    def pad(self) -> int:
+        """The token that fills batches up; the mask tells it from text."""
         tokenizer = self.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
@@ -76,8 +78,8 @@ class LanguageModel:
     def _sequences(self, table: Table) -> Iterator[Example]:
         config = self.config
         if config.messages is not None:
-            for messages in column(table, config.messages, "task.messages"):
-                yield self._conversation([dict(message) for message in messages])
+            for row, messages in enumerate(column(table, config.messages, "task.messages")):
+                yield self._conversation(_checked(messages, row))
         elif config.text is not None:
             for text in column(table, config.text, "task.text"):
                 tokens = [*self._ids(str(text), special=True), *self._end()]
@@ -126,7 +128,15 @@ class LanguageModel:
         return self._template([*system, {"role": "user", "content": prompt}], add_generation_prompt=True)
 
     def _template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> list[int]:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:  # a template may refuse roles, or be none
+            raise ConfigError(
+                f"task: the chat template cannot show {messages!r:.200}: {type(error).__name__}: {error}. Change the "
+                "messages, or pass a --task.template"
+            ) from error
         return self._ids(text, special=False)  # the template writes the special tokens itself
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
@@ -165,6 +175,21 @@ class LanguageModel:
     def predictions(self, measured: Measured) -> np.ndarray:
         """A checksum of each example's likeliest next tokens, uint32 [n]."""
         return measured["guesses"]
+
+
+def _checked(messages: Any, row: int) -> list[dict[str, str]]:
+    """The messages of a row.
+
+    Raises:
+      ConfigError: if they are none.
+    """
+    sound = isinstance(messages, list) and messages and all(isinstance(message, Mapping) for message in messages)
+    if not sound or any(not isinstance(message.get(part), str) for message in messages for part in ("role", "content")):
+        raise ConfigError(
+            f"task.messages: row {row} holds {messages!r:.200}; expected a list of one or more "
+            '{"role": "user", "content": "..."}'
+        )
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _token_losses(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.models._family import ModelConfig
-from jlora.models._layers import activation, attend
+from jlora.models._family import INTERNAL, ModelConfig, check_length
+from jlora.models._layers import activation, attend, layer_norm
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,12 @@ class BertConfig(ModelConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
-    roberta: bool = False
+    roberta: bool = field(default=False, metadata=INTERNAL)
+
+    @property
+    def max_length(self) -> int | None:
+        """The number of tokens that have a position; RoBERTa's first ones are for padding."""
+        return self.max_position_embeddings - (1 + (self.pad_token_id or 0) if self.roberta else 0)
 
 
 class Encoded(NamedTuple):
@@ -75,10 +80,14 @@ class Bert(nn.Module):
           token_type_ids: int [batch, length], which sentence of a pair; by default 0.
           position_ids: int [batch, length]; by default from 0, in RoBERTa as the class says.
           deterministic: no dropout; otherwise give ``rngs={"dropout": key}``.
+
+        Raises:
+          ModelError: if the tokens are more than the positions, and ``position_ids`` does not say where they are.
         """
         config, made = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dropout = nn.Dropout(config.hidden_dropout_prob, deterministic=deterministic)
         if position_ids is None:
+            check_length("RoBERTa" if config.roberta else "BERT", input_ids.shape[1], config.max_length)
             position_ids = _positions(config, input_ids)
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
@@ -90,7 +99,7 @@ class Bert(nn.Module):
         x = embed(config.vocab_size, "word_embeddings")(input_ids)
         x = x + embed(config.type_vocab_size, "token_type_embeddings")(token_type_ids)
         x = x + embed(config.max_position_embeddings, "position_embeddings")(position_ids)
-        x = dropout(nn.LayerNorm(config.layer_norm_eps, name="embeddings_norm", **made)(x))
+        x = dropout(layer_norm(config.layer_norm_eps, name="embeddings_norm", **made)(x))
 
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, :]
         for i in range(config.num_hidden_layers):
@@ -120,11 +129,11 @@ class Layer(nn.Module):
         )
         y = attend(query, key, value, mask, scale=query.shape[-1] ** -0.5, dropout=attention_dropout)
         y = dropout(dense(config, width, "attention_output", **made)(y.reshape(x.shape)))
-        x = nn.LayerNorm(config.layer_norm_eps, name="attention_norm", **made)(x + y)
+        x = layer_norm(config.layer_norm_eps, name="attention_norm", **made)(x + y)
 
         y = activation(config.hidden_act)(dense(config, config.intermediate_size, "intermediate", **made)(x))
         y = dropout(dense(config, width, "output", **made)(y))
-        x = nn.LayerNorm(config.layer_norm_eps, name="output_norm", **made)(x + y)
+        x = layer_norm(config.layer_norm_eps, name="output_norm", **made)(x + y)
         self.sow("intermediates", "hidden", x)
         return x
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora.models._family import Family, ModelError, Task, read_config
+from jlora.models._layers import check_config
 from jlora.models.bert.modeling import Bert, BertConfig, BertForSequenceClassification
 from jlora.names import Name, embedding, linear, norm
 
@@ -49,13 +50,18 @@ def _read(hf: Mapping[str, Any]) -> BertConfig:
     if roberta and hf.get("pad_token_id", 1) is None:
         raise ModelError("pad_token_id = None: RoBERTa counts its positions from it; expected a number, usually 1")
     defaults = {n: v for n, v in (("pad_token_id", 1), ("vocab_size", 50265)) if roberta and n not in hf}
-    return read_config(
+    config = read_config(
         BertConfig,
         hf,
-        ignored=frozenset({"tie_word_embeddings"}),
-        fixed={"position_embedding_type": ("absolute",)},
+        ignored=frozenset(
+            """directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+            tie_word_embeddings""".split()
+        ),
+        fixed={"pooler_type": ("first_token_transform",), "position_embedding_type": ("absolute",)},
         derived={"roberta": roberta, **defaults},
     )
+    check_config(config, width="hidden_size", heads="num_attention_heads", activations=("hidden_act",))
+    return config
 
 
 def _family(kind: str, architecture: str) -> Family:

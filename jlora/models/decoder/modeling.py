@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +25,7 @@ from jlora.models._causal import (
     sight,
     unembed,
 )
+from jlora.models._family import INTERNAL
 from jlora.models._layers import activation, attend
 from jlora.models.decoder.rope import Rope, rotate, rotations
 
@@ -53,18 +54,18 @@ class DecoderConfig(CausalConfig):
     num_key_value_heads: int
     head_dim: int
     hidden_act: str
-    rope: Rope
-    windows: tuple[int | None, ...]
+    rope: Rope = field(metadata=INTERNAL)
+    windows: tuple[int | None, ...] = field(metadata=INTERNAL)
     query_pre_attn_scalar: float
     rms_norm_eps: float = 1e-6
     attention_dropout: float = 0.0
-    qkv_bias: bool = False
-    output_bias: bool = False
+    qkv_bias: bool = field(default=False, metadata=INTERNAL)
+    output_bias: bool = field(default=False, metadata=INTERNAL)
     mlp_bias: bool = False
-    qk_norm: bool = False
-    norm_offset: bool = False
-    scaled_embedding: bool = False
-    sandwich_norms: bool = False
+    qk_norm: bool = field(default=False, metadata=INTERNAL)
+    norm_offset: bool = field(default=False, metadata=INTERNAL)
+    scaled_embedding: bool = field(default=False, metadata=INTERNAL)
+    sandwich_norms: bool = field(default=False, metadata=INTERNAL)
     attn_logit_softcapping: float | None = None
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora.models._family import Family, ModelError, Task, read_config
+from jlora.models._layers import check_config
 from jlora.models.decoder.modeling import (
     Decoder,
     DecoderConfig,
@@ -15,9 +16,7 @@ from jlora.models.decoder.modeling import (
 from jlora.models.decoder.rope import read_rope
 from jlora.names import Name, embedding, linear, norm
 
-_COMMON = frozenset(
-    {"rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "_attn_implementation_autoset"}
-)
+_COMMON = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings"})
 _SLIDING = frozenset({"sliding_window", "layer_types"})
 _QWEN = _COMMON | _SLIDING | {"use_sliding_window", "max_window_layers"}
 _GEMMA: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False)}
@@ -28,8 +27,6 @@ _ABSENT: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
     "mlp_bias": (False,),
     "partial_rotary_factor": (None, 1.0),
-    "qk_norm": (False,),
-    "qkv_bias": (False,),
     "query_pre_attn_scalar": (None,),
 }
 
@@ -75,7 +72,8 @@ def _read(
     """The configuration, with what is common to all; ``head_dim`` and ``key_heads`` are the family's
     defaults, ``own`` the parts that it has of those which others lack."""
     width, heads, layers = (hf.get(n) for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    head_dim = hf.get("head_dim") or head_dim or (width // heads if width and heads else 0)
+    own_size = hf.get("head_dim") or head_dim
+    head_dim = own_size or (width // heads if width and heads else 0)
     common = {
         "head_dim": head_dim,
         "num_key_value_heads": hf.get("num_key_value_heads") or key_heads or heads,
@@ -86,13 +84,25 @@ def _read(
         "tie_word_embeddings": hf.get("tie_word_embeddings", False),
     }
     fixed = {name: values for name, values in _ABSENT.items() if name not in own} | dict(fixed or {})
-    return read_config(DecoderConfig, hf, ignored=ignored, fixed=fixed, derived=common | derived)
+    config = read_config(DecoderConfig, hf, ignored=ignored, fixed=fixed, derived=common | derived)
+    wrong = []
+    if config.num_key_value_heads < 1 or config.num_attention_heads % config.num_key_value_heads:
+        wrong.append(
+            f"num_key_value_heads = {config.num_key_value_heads}; expected a divisor of num_attention_heads = "
+            f"{config.num_attention_heads}"
+        )
+    # A size of its own may make the heads wider or narrower than the network.
+    width = "num_attention_heads" if own_size else "hidden_size"
+    check_config(config, width=width, heads="num_attention_heads", activations=("hidden_act",), wrong=wrong)
+    return config
 
 
 def _llama(hf: Mapping[str, Any]) -> DecoderConfig:
     bias = bool(hf.get("attention_bias", False))
     own = frozenset({"mlp_bias"})
-    return _read(hf, ignored=_COMMON | {"attention_bias"}, own=own, qkv_bias=bias, output_bias=bias)
+    ignored = _COMMON | {"attention_bias", "is_llama_config", "max_sequence_length"}
+    fixed = {"rope_interleaved": (False,)}
+    return _read(hf, ignored=ignored, fixed=fixed, own=own, qkv_bias=bias, output_bias=bias)
 
 
 def _mistral(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -131,17 +141,17 @@ def _gemma(hf: Mapping[str, Any]) -> DecoderConfig:
 
 def _gemma2(hf: Mapping[str, Any]) -> DecoderConfig:
     bias = bool(hf.get("attention_bias", False))
-    layers = hf.get("num_hidden_layers", 0)
+    layers, window = hf.get("num_hidden_layers", 0), hf.get("sliding_window", 4096)
     alternating = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     return _read(
         hf,
         ignored=_COMMON | _SLIDING | {"attention_bias", "hidden_act", "hidden_activation"},
-        fixed=_GEMMA,
+        fixed=_GEMMA | {"sliding_window_size": (window,)},
         own=frozenset({"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"}),
         head_dim=256,
         key_heads=4,
         hidden_act=hf.get("hidden_activation") or "gelu_pytorch_tanh",
-        windows=_windows(hf, alternating, hf.get("sliding_window", 4096)),
+        windows=_windows(hf, alternating, window),
         tie_word_embeddings=hf.get("tie_word_embeddings", True),
         query_pre_attn_scalar=hf.get("query_pre_attn_scalar", 256),
         attn_logit_softcapping=hf.get("attn_logit_softcapping", 50.0),

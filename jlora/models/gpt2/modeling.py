@@ -25,7 +25,8 @@ from jlora.models._causal import (
     sight,
     unembed,
 )
-from jlora.models._layers import activation, attend
+from jlora.models._family import check_length
+from jlora.models._layers import activation, attend, layer_norm
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class GPT2(nn.Module):
         self.wpe = nn.Embed(config.n_positions, config.n_embd, embedding_init=linear_init(config), **made)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = layered(Block, config.n_layer, remat=self.remat)(config, self.dtype, self.param_dtype)
-        self.ln_f = nn.LayerNorm(config.layer_norm_epsilon, **made)
+        self.ln_f = layer_norm(config.layer_norm_epsilon, **made)
 
     def __call__(
         self,
@@ -96,15 +97,12 @@ class GPT2(nn.Module):
         """The states, and the next cache if there is one.
 
         Raises:
-          ValueError: if the tokens are more than the positions, and ``position_ids`` does not say where they are.
+          ModelError: if the tokens are more than the positions, and ``position_ids`` does not say where they are;
+            also of packed sequences, whose lengths are not known when this is compiled.
         """
         config, shape = self.config, input_ids.shape
         if position_ids is None:
-            if segment_ids is None and shape[1] > config.n_positions:
-                raise ValueError(
-                    f"{shape[1]} tokens, but GPT-2 has {config.n_positions} positions (n_positions); truncate the "
-                    "input, or give position_ids below that"
-                )
+            check_length("GPT-2", shape[1], config.max_length)
             position_ids = default_positions(shape, segment_ids, cache)
         x = self.drop(self.wte(input_ids) + self.wpe(position_ids), deterministic=deterministic)
         scope = sight(shape, attention_mask, segment_ids, cache)
@@ -132,12 +130,10 @@ class Block(nn.Module):
         config, made = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dropout = nn.Dropout(config.resid_pdrop, deterministic=deterministic)
         attention = Attention(config, self.dtype, self.param_dtype, name="attn")
-        y, slots = attention(
-            nn.LayerNorm(config.layer_norm_epsilon, name="ln_1", **made)(x), layer, scope, deterministic
-        )
+        y, slots = attention(layer_norm(config.layer_norm_epsilon, name="ln_1", **made)(x), layer, scope, deterministic)
         x = x + dropout(y)
         y = MLP(config, self.dtype, self.param_dtype, name="mlp")(
-            nn.LayerNorm(config.layer_norm_epsilon, name="ln_2", **made)(x)
+            layer_norm(config.layer_norm_epsilon, name="ln_2", **made)(x)
         )
         x = x + dropout(y)
         self.sow("intermediates", "hidden", x)

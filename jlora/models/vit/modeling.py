@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models._family import ModelConfig, ModelError
-from jlora.models._layers import activation, attend
+from jlora.models._layers import activation, attend, layer_norm
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ViT(nn.Module):
 
         for i in range(config.num_hidden_layers):
             x = Layer(config, self.dtype, self.param_dtype, name=f"layer_{i}")(x, deterministic)
-        x = nn.LayerNorm(config.layer_norm_eps, name="final_norm", **made)(x)
+        x = layer_norm(config.layer_norm_eps, name="final_norm", **made)(x)
         if not self.pooler:
             return Encoded(x, None)
         pooled = dense(config, config.pooler_output_size or width, "pooler", **made)(x[:, 0])
@@ -113,7 +113,7 @@ class Layer(nn.Module):
         attention_dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=deterministic)
         width, heads = config.hidden_size, config.num_attention_heads
 
-        y = nn.LayerNorm(config.layer_norm_eps, name="attention_norm", **made)(x)
+        y = layer_norm(config.layer_norm_eps, name="attention_norm", **made)(x)
         query, key, value = (
             dense(config, width, name, use_bias=config.qkv_bias, **made)(y).reshape(*y.shape[:2], heads, -1)
             for name in ("query", "key", "value")
@@ -121,7 +121,7 @@ class Layer(nn.Module):
         y = attend(query, key, value, None, scale=query.shape[-1] ** -0.5, dropout=attention_dropout)
         x = x + dropout(dense(config, width, "attention_output", **made)(y.reshape(x.shape)))
 
-        y = nn.LayerNorm(config.layer_norm_eps, name="output_norm", **made)(x)
+        y = layer_norm(config.layer_norm_eps, name="output_norm", **made)(x)
         y = activation(config.hidden_act)(dense(config, config.intermediate_size, "intermediate", **made)(y))
         x = x + dropout(dense(config, width, "output", **made)(y))
         self.sow("intermediates", "hidden", x)

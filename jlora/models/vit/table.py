@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jlora._paths import bullets
-from jlora.models._family import Family, ModelError, Task, read_config
+from jlora.models._family import Family, Task, read_config
+from jlora.models._layers import check_config
 from jlora.models.vit.modeling import ViT, ViTConfig, ViTForImageClassification
 from jlora.names import Name, array, conv2d, linear, norm
 
@@ -45,13 +45,8 @@ def _read(hf: Mapping[str, Any]) -> ViTConfig:
     ]
     if not wrong and config.image_size < config.patch_size:
         wrong.append(f"patch_size = {config.patch_size}; expected at most image_size = {config.image_size}")
-    if config.hidden_size % config.num_attention_heads:
-        wrong.append(
-            f"num_attention_heads = {config.num_attention_heads}; expected a divisor of hidden_size = "
-            f"{config.hidden_size}"
-        )
-    if wrong:
-        raise ModelError(f"ViTConfig: {len(wrong)} attribute(s) of config.json cannot be used:{bullets(wrong)}")
+    activations = ("hidden_act", "pooler_act")
+    check_config(config, width="hidden_size", heads="num_attention_heads", activations=activations, wrong=wrong)
     return config
 
 
@@ -63,4 +58,13 @@ VIT = Family(
     architecture="ViT",
     heads=r"^params/(classifier|pooler)/",
     unread=r"^(classifier|decoder)\.|^(vit\.)?(pooler\.|embeddings\.mask_token$)",
+    modules=(
+        ("encoder.layer.", "layers."),
+        ("attention.attention.query", "attention.q_proj"),
+        ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"),
+        ("attention.output.dense", "attention.o_proj"),
+        ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"),
+    ),
 )

@@ -250,7 +250,10 @@ def _check_writable(adapters: Adapters, leaves: Mapping[LeafPath, Any], names: N
             if dora and value.magnitude is None and isinstance(leaves[path], jax.ShapeDtypeStruct):
                 wrong.append(f"{path!r} {_NO_VALUE}")
     if not any(isinstance(value, LoraFactors) for value in adapters.values()):
-        wrong.append("there are no low-rank factors; PEFT has no adapter without, save the merged model instead")
+        wrong.append(
+            "there are no low-rank factors (those of heads that PEFT trains whole aside); PEFT has no adapter without, "
+            "save the merged model instead"
+        )
     if task_type is not None and task_type not in TASK_HEADS:
         wrong.append(
             f"task_type = {task_type!r}{nearest(task_type, TASK_HEADS)}; expected one of {', '.join(TASK_HEADS)}"

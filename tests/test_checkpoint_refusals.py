@@ -37,6 +37,10 @@ from tests.small_checkpoints import BERT, VIT, change, expect, message, network,
         ({"model_type": None}, ("None", "expected one of")),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("quantized ('gptq')", "that it was made from")),
         ({"quantization_config": "int8"}, ("quantized ('int8')",)),
+        ({"roberta": True}, ("roberta = True is unknown",)),
+        ({"hidden_act_param": 1, "pooler_type": "max"}, ("2 attribute", "'first_token_transform'", "hidden_act_param")),
+        ({"num_attention_heads": 3, "hidden_act": "swiglu"}, ("2 attribute", "divisor of hidden_size = 16", "swiglu")),
+        ({"num_attention_heads": 0}, ("num_attention_heads = 0; expected a divisor",)),
         ({"hidden_act": "swiglu"}, ("the activation 'swiglu' is unknown", "gelu_new")),
     ],
 )
@@ -45,6 +49,23 @@ def test_a_configuration_that_the_network_is_not_is_refused_by_name(
 ) -> None:
     (saved / "config.json").write_text(json.dumps({**BERT, **change}))
     expect(message(models.ModelError, lambda: models.load(saved)), *parts)
+
+
+def test_attributes_without_effect_are_passed_over(saved: Path) -> None:
+    """As published files have them; a byte order mark too."""
+    inert = {
+        "_attn_implementation_autoset": True,
+        "directionality": "bidi",
+        "pooler_fc_size": 768,
+        "pooler_num_attention_heads": 12,
+        "pooler_num_fc_layers": 3,
+        "pooler_size_per_head": 128,
+        "pooler_type": "first_token_transform",
+        "sentence_transformers": {},
+        "transformers.js_config": {},
+    }
+    (saved / "config.json").write_text(json.dumps({**BERT, **inert}), encoding="utf-8-sig")
+    assert same(models.load(saved)[1], network()[1])
 
 
 def test_a_quantization_that_is_none_is_none(saved: Path) -> None:
@@ -81,6 +102,19 @@ def test_every_tensor_that_does_not_fit_is_listed(saved: Path) -> None:
     expect(text, "'bert.embeddings.LayerNorm.weight' has shape (3,), expected (16,)", "'bert.encoder.layer.2.output")
     text = message(models.ModelError, lambda: models.load(saved, key=jax.random.key(0)))
     expect(text, "3 tensor(s)")
+
+
+def test_one_leaf_under_two_names_is_named(saved: Path) -> None:
+    norm = "bert.embeddings.LayerNorm."
+
+    def damage(tensors: dict[str, np.ndarray]) -> None:
+        tensors["pooler.dense.bias"] = tensors["bert.pooler.dense.bias"]
+        tensors[norm + "gamma"] = tensors[norm + "weight"]
+
+    change(saved, damage)
+    text = message(models.ModelError, lambda: models.load(saved))
+    expect(text, "2 tensor(s)", "'pooler.dense.bias'", "'bert.pooler.dense.bias'", "are one tensor of the network")
+    expect(text, f"'{norm}gamma'", f"'{norm}weight'")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

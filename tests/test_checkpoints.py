@@ -294,6 +294,56 @@ def test_export_takes_a_tokenizer_that_saves_itself(tmp_path: Path) -> None:
     assert (tmp_path / "tokenizer.json").read_text() == "{}"
 
 
+def test_export_leaves_a_foreign_readme_alone(tmp_path: Path) -> None:
+    model, params = network()
+    (tmp_path / "README.md").write_text("# Mine\n")
+    text = message(models.ModelError, lambda: models.export(tmp_path, model, params, adapted(params)))
+    expect(text, "README.md is not of jlora", "export into a new folder")
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_export_brings_what_belongs_to_generation_and_a_padding_token(tmp_path: Path) -> None:
+    """Of a tokenizer's folder or object; a token that the network does not have is no padding."""
+    gpt2 = {"model_type": "gpt2", "vocab_size": 16, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = models.build(gpt2, task="sequence-classification")
+    params = jax.jit(model.init)(jax.random.key(0), models.example_inputs(model))
+    params = {"params": params["params"]}
+    adapters = jlora.init(jax.random.key(0), params, jlora.LoraConfig(rank=1, targets=("mlp/c_fc/kernel",)))
+    words = tmp_path / "words"
+    words.mkdir()
+    for name, content in {
+        "tokenizer_config.json": {"pad_token": {"content": "<pad>"}},
+        "tokenizer.json": {"added_tokens": [{"content": "<pad>", "id": 3}]},
+        "generation_config.json": {},
+        "chat_template.json": {},
+    }.items():
+        (words / name).write_text(json.dumps(content))
+
+    class Tokenizer:
+        def __init__(self, pad: int):
+            self.pad_token_id = pad
+
+        def save_pretrained(self, folder: Path) -> None: ...
+
+    for tokenizer, pad in ((words, 3), (Tokenizer(5), 5), (Tokenizer(16), None), (None, None)):
+        out = tmp_path / f"out-{pad}"
+        models.export(out, model, params, adapters, tokenizer=tokenizer)
+        assert json.loads((out / "config.json").read_text()).get("pad_token_id") == pad
+        assert tokenizer is not words or {"generation_config.json", "chat_template.json"} <= {
+            file.name for file in out.iterdir()
+        }
+
+
+def test_a_config_tells_the_dtype_of_most_parameters(tmp_path: Path) -> None:
+    """And has no ``torch_dtype`` that says otherwise."""
+    model = models.build({**BERT, "torch_dtype": "float16"})
+    leaves, treedef = named_leaves(network()[1])
+    mixed = [x.astype("float32" if path.endswith("bias") else "bfloat16") for path, x in leaves.items()]
+    models.save(tmp_path, model, treedef.unflatten(mixed))
+    hf = json.loads((tmp_path / "config.json").read_text())
+    assert hf["dtype"] == "bfloat16" and "torch_dtype" not in hf
+
+
 def test_export_writes_nothing_that_is_wrong(tmp_path: Path) -> None:
     model, params = network("float16")
     adapters = adapted(params)

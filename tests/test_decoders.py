@@ -314,6 +314,11 @@ def test_rotary_positions(rope: dict[str, Any]) -> None:
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "sliding_window is not set"),
         ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ({"model_type": "mistral", "mlp_bias": True}, "mlp_bias = True"),
+        ({"model_type": "gemma2", "sliding_window": 8, "sliding_window_size": 4}, "sliding_window_size = 4.*with 8"),
+        ({"rope_interleaved": True}, "rope_interleaved = True"),
+        ({"norm_offset": True, "rope": {}, "windows": [3]}, r"3 attribute\(s\)(.|\n)*rope = (.|\n)*windows"),
+        ({"num_attention_heads": 3, "head_dim": None}, "num_attention_heads = 3; expected a divisor of hidden_size"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3; expected a divisor of num_attention_heads"),
     ],
 )
 def test_what_would_compute_otherwise_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -322,12 +327,26 @@ def test_what_would_compute_otherwise_is_refused_by_name(changes: dict[str, Any]
         models.abstract(models.build({**TINY, **changes}))
 
 
+def test_attributes_without_effect_are_passed_over() -> None:
+    """As published files have them."""
+    inert = {"is_llama_config": True, "max_sequence_length": 2048, "rope_interleaved": False}
+    assert models.build({**TINY, **inert, "_attn_implementation_autoset": True})
+    assert models.build({**TINY, "model_type": "gemma2", "sliding_window": 8, "sliding_window_size": 8})
+    assert models.build({"model_type": "gpt2", "n_special": 0, "predict_special_tokens": True})
+    with pytest.raises(models.ModelError, match="n_head = 5; expected a divisor of n_embd = 768"):
+        models.build({"model_type": "gpt2", "n_head": 5})
+
+
 def test_calls_that_cannot_be() -> None:
     """More tokens than GPT-2 has positions or a cache has slots, and packed sequences with a cache."""
     model, params, _ = case("gpt2")
     ids = jnp.zeros((1, 3), jnp.int32)
     with pytest.raises(ValueError, match="33 tokens, but GPT-2 has 32 positions"):
         model.apply(params, jnp.zeros((1, 33), jnp.int32))
+    long = jnp.zeros((1, 33), jnp.int32)
+    with pytest.raises(models.ModelError, match="33 tokens.*or give position_ids"):
+        model.apply(params, long, segment_ids=long)
+    assert jax.eval_shape(lambda: model.apply(params, long, position_ids=long, segment_ids=long)).shape[1] == 33
     with pytest.raises(ValueError, match="segment_ids together with a cache"):
         model.apply(params, ids, segment_ids=ids, cache=model.init_cache(1, 8))
     with pytest.raises(ValueError, match="3 tokens for a cache of 2 slots"):

@@ -114,6 +114,36 @@ def test_dropout_needs_a_key_and_changes_the_output(name: str) -> None:
     assert np.array_equal(first, again) and not np.allclose(first, other)
 
 
+def test_a_row_longer_than_the_positions_is_refused() -> None:
+    """Not NaN; RoBERTa's first positions are for padding. Positions that are given are taken as they are."""
+    for name, least in (("bert-classifier", 0), ("roberta-classifier", 1)):
+        hf = json.loads((HERE / name / "config.json").read_text())
+        model = models.build(hf)
+        most = model.config.max_length  # pyright: ignore[reportAttributeAccessIssue]
+        assert most == hf["max_position_embeddings"] - least * (1 + hf["pad_token_id"])
+        params = models.load(HERE / name)[1]
+        ids = jnp.full((1, most + 1), 5)
+        assert np.isfinite(model.apply(params, ids[:, 1:])).all()  # pyright: ignore
+        with pytest.raises(
+            models.ModelError, match=rf"{most + 1} tokens, but .* has {most} positions; expected at most"
+        ):
+            model.apply(params, ids)
+        assert jax.eval_shape(lambda m=model, p=params, i=ids: m.apply(p, i, position_ids=0 * i)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 3000.0])
+def test_a_layer_norm_survives_a_large_mean(offset: float) -> None:
+    """Near float64; the mean of squares less the square of the mean would cancel."""
+    from jlora.models._layers import layer_norm
+
+    x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32) + np.float32(offset)
+    wide = x.astype(np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-12)
+    norm = layer_norm(1e-12)
+    found = norm.apply(norm.init(jax.random.key(0), x), x)
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-3)
+
+
 def test_images_of_another_size_are_refused() -> None:
     model, params = models.load(HERE / "vit")
     with pytest.raises(

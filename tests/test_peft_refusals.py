@@ -29,6 +29,10 @@ WRONG: dict[str, tuple[Callable[[dict, dict], Any], tuple[str, ...]]] = {
     ),
     "not targeted": (lambda c, t: c.update(target_modules=["value"]), (f"'{QUERY}' has factors", "would ignore")),
     "more targeted": (lambda c, t: c.update(target_modules=["query", "value", "key"]), ("4 tensor(s)", "key.lora_A")),
+    "task": (
+        lambda c, t: c.update(task_type="SEQ_CLS"),
+        ("4 tensor(s)", f"'{PRE}classifier.dense.weight' of shape (16, 16) is missing", "classifier.out_proj.bias"),
+    ),
     "bias": (lambda c, t: t.update({f"{PRE}{QUERY[:-5]}key.bias": t[B][:, 0].copy()}), ("neither bias nor modules",)),
     "whole missing": (
         lambda c, t: c.update(bias="all", modules_to_save=["out_proj"]),
@@ -178,12 +182,15 @@ def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
     assert kept.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_head_that_peft_would_train_whole_cannot_have_factors(tmp_path: Path) -> None:
+def test_factors_of_a_head_that_peft_trains_whole_alone_are_no_adapter(tmp_path: Path) -> None:
+    """They are folded into its weight, which needs values; and then there are none left."""
     b = base("roberta")
     config = jlora.LoraConfig(2, targets=("classifier/dense/kernel",), exclude=())
     adapters = grown("roberta", config)
-    text = message(
-        lambda: peft.save(tmp_path / "x", b.params, adapters, config, b.names, task_type="SEQ_CLS"), peft.PeftError
-    )
-    expect(text, "'classifier.dense' has factors and lies in a module that is trained whole: ('classifier',)")
+    for params, part in ((b.params, "no low-rank factors"), (jax.eval_shape(lambda: b.params), "params are shapes")):
+        text = message(
+            lambda p=params: peft.save(tmp_path / "x", p, adapters, config, b.names, task_type="SEQ_CLS"),
+            peft.PeftError,
+        )
+        expect(text, part)
     assert not (tmp_path / "x").exists()

@@ -114,7 +114,8 @@ def test_a_text_classifier_is_learnt_and_its_run_directory_is_whole(text_run):
         "config.json", "metrics.jsonl", "adapters", "summary.json",
     }  # fmt: skip
     assert f"trainable: {summary['trainable']:,} of {summary['total']:,}" in printed
-    kept = json.loads((folder / "metrics.jsonl").read_text().splitlines()[summary["kept_epoch"] - 1])
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    kept = next(record for record in records if record.get("epoch") == summary["kept_epoch"])
     assert kept["validation_accuracy"] == summary["metrics"]["adapted"]["validation"]["accuracy"]
 
 

@@ -185,9 +185,10 @@ def check_tokens(network: Network, *sets: Mapping[str, Examples]) -> None:
     columns = [examples["input_ids"] for named in sets for examples in named.values()]
     most = max((int(tokens.max()) for column in columns for tokens in column if tokens.size), default=0)
     if most >= known:
+        word = network.tokenizer.convert_ids_to_tokens(most)
         raise ConfigError(
-            f"model.path: the tokenizer makes the token {most} ({network.tokenizer.convert_ids_to_tokens(most)!r}), "
-            f"and the network of {network.source} knows {known} tokens; expected the tokenizer that belongs to the weights"
+            f"model.path: the tokenizer makes the token {most} ({word!r}), and the network of {network.source} knows "
+            f"{known} tokens; expected the tokenizer that belongs to the weights"
         )
 
 

@@ -82,7 +82,7 @@ def figures_line(figures: dict[str, float]) -> str:
 
 
 def draw_curves(path: Path, records: Sequence[dict[str, Any]], figures: Sequence[str]) -> bool:
-    """Draw the loss, and ``figures`` of the records, over the epochs of all phases, one after the other, as a PNG.
+    """Draw the loss, and ``figures`` of the records, over the steps of all phases, one after the other, as a PNG.
 
     Returns:
       Whether it was drawn: False without matplotlib (the extra `plots`).
@@ -93,21 +93,27 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]], figures: Sequence
         return False
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     loss, measured = figure.subplots(1, 2)
-    epochs = range(1, len(records) + 1)
-    loss.plot(epochs, [record["loss"] for record in records], color="black", marker="." if len(records) < 9 else None)
-    loss.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    for name in figures:
-        points = [(epoch, record[name]) for epoch, record in zip(epochs, records, strict=True) if name in record]
-        measured.plot(*zip(*points, strict=True), marker=".", label=name.replace("_", " "))
-    measured.set(xlabel="epoch")
+    before, named = 0, set()
+    for number, phase in enumerate(dict.fromkeys(record["phase"] for record in records)):
+        of_phase = [record for record in records if record["phase"] == phase]
+        # Where there are lines between the epochs' ends, they tell the loss in more detail.
+        lines = [record for record in of_phase if "epoch" not in record] or of_phase
+        steps = [before + record["step"] for record in lines]
+        loss.plot(steps, [record["loss"] for record in lines], color="black")
+        for colour, name in enumerate(figures):
+            points = [(before + record["step"], record[name]) for record in of_phase if name in record]
+            if points:
+                label = None if name in named else name.replace("_", " ")
+                measured.plot(*zip(*points, strict=True), marker=".", color=f"C{colour}", label=label)
+                named.add(name)
+        if number:
+            for axes in (loss, measured):
+                axes.axvline(before, color="gray", linestyle=":")
+        before = max(before + record["step"] for record in of_phase)
+    loss.set(xlabel="step", ylabel="training loss", yscale="log", xlim=(0, before))
+    measured.set(xlabel="step", xlim=(0, before * 1.02))
     if all(name.endswith("accuracy") for name in figures):
         measured.set(ylim=(0, 1.02))
     measured.legend()
-    for axes in (loss, measured):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for epoch, (before, after) in enumerate(zip(records, records[1:], strict=False), start=1):
-        if before["phase"] != after["phase"]:
-            for axes in (loss, measured):
-                axes.axvline(epoch + 0.5, color="gray", linestyle=":")
     figure.savefig(path, dpi=120)
     return True

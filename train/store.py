@@ -2,7 +2,7 @@
 
     runs/digits-lora-seed0-20261122-120000/
       config.json      the whole configuration: defaults, overrides, and what was taken from the data
-      metrics.jsonl    a line for each epoch of each training
+      metrics.jsonl    a line for each epoch of each training, and some on the way
       adapters/        all that was trained, as `jlora.save` writes it
       merged/          of a network trained from scratch: plain parameters for the unmodified model (orbax)
       curves.png       when matplotlib is installed

@@ -1,0 +1,130 @@
+"""Networks beside the golden ones, against the real peft: names of live modules, and heads with factors."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora import models, peft
+from tests.peft_cases import PRE, assert_close, base, edited, needs_peft
+from tests.small_checkpoints import VIT
+
+SMALL = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    """Warnings of torch, transformers and peft are not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def drawn(model: Any, params: Any, config: jlora.LoraConfig, batch: Any) -> dict[str, Any]:
+    """Adapters as if trained: every array is random."""
+    uses = jlora.trace(model.apply, params, batch)
+    leaves, treedef = jax.tree.flatten(jlora.init(jax.random.key(0), params, config, uses))
+    rng = np.random.default_rng(0)
+    return treedef.unflatten([x + jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype) for x in leaves])
+
+
+def test_names_of_modules() -> None:
+    """They differ from those in checkpoints for ViT alone."""
+    vit = models.build(VIT)
+    stored, live = models.names(vit), models.names(vit, modules=True)
+    assert list(stored) == list(live)
+    assert {live[path].tensors[0] for path in live if path.endswith("layer_0/" + path.split("/")[-2] + "/kernel")} == {
+        f"layers.0.{part}.weight" for part in (*(f"attention.{p}_proj" for p in "qkvo"), "mlp.fc1", "mlp.fc2")
+    }
+    assert live["params/layer_0/attention_norm/scale"].tensors == ("layers.0.layernorm_before.weight",)
+    gpt2 = models.build({"model_type": "gpt2", **SMALL})
+    assert models.names(gpt2) == models.names(gpt2, modules=True)
+
+
+@needs_peft
+def test_vit_in_both_directions(tmp_path: Path) -> None:
+    import peft as theirs
+    import torch
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("the modules of ViT have these names since transformers 5")
+    torch.manual_seed(0)
+    hf = {name: value for name, value in VIT.items() if name != "model_type"}
+    transformers.ViTForImageClassification(transformers.ViTConfig(**hf, initializer_range=0.3)).save_pretrained(
+        tmp_path / "base"
+    )
+    model, params = models.load(tmp_path / "base")
+    names: Any = models.names(model, modules=True)
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+
+    def fresh() -> Any:
+        return transformers.ViTForImageClassification.from_pretrained(tmp_path / "base")
+
+    def logits(network: Any) -> Any:
+        with torch.no_grad():
+            return network.eval()(torch.tensor(images.transpose(0, 3, 1, 2))).logits
+
+    def check(adapters: Any, expected: Any) -> None:
+        assert np.abs(np.asarray(expected) - np.asarray(logits(fresh()))).max() > 0.01
+        assert_close(jax.jit(model.apply)(jlora.merge(params, adapters), images), expected)
+
+    config = jlora.LoraConfig(2, targets=("query", "attention_output", "intermediate", "output"))
+    adapters = drawn(model, params, config, images)
+    peft.save(tmp_path / "ours", params, adapters, config, names)
+    check(adapters, logits(theirs.PeftModel.from_pretrained(fresh(), str(tmp_path / "ours"))))
+
+    targets = ["q_proj", "v_proj", "fc1", "fc2"]
+    adapted = theirs.get_peft_model(
+        fresh(),
+        theirs.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, modules_to_save=["classifier"]),
+    )
+    adapted.save_pretrained(str(tmp_path / "theirs"))
+    check(peft.load(tmp_path / "theirs", names, params)[0], logits(adapted))
+
+
+@needs_peft
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_head_with_factors_is_written_whole(use_dora: bool, tmp_path: Path) -> None:
+    """PEFT trains the head of SEQ_CLS whole; the update is in the weight, and the logits are ours."""
+    import peft as theirs
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    network = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**SMALL, initializer_range=0.3))
+    network.save_pretrained(tmp_path / "base")
+    model, params = models.load(tmp_path / "base")
+    ids = np.random.default_rng(0).integers(1, 32, (2, 6))
+    config = jlora.LoraConfig(2, alpha=3, targets=("c_attn", "score"), exclude=(), use_dora=use_dora)
+    adapters = drawn(model, params, config, ids)
+    assert "params/score/kernel" in adapters
+    expected = jax.jit(model.apply)(jlora.merge(params, adapters), ids)
+    peft.save(tmp_path / "ours", params, adapters, config, models.names(model), task_type="SEQ_CLS")
+    found = theirs.PeftModel.from_pretrained(network, str(tmp_path / "ours")).eval()
+    with torch.no_grad():
+        assert_close(found(torch.tensor(ids)).logits, expected)
+    again: Any = peft.load(tmp_path / "ours", models.names(model), params)[0]
+    assert again["params/score/kernel"].shape == (16, 2)
+    assert_close(jax.jit(model.apply)(jlora.merge(params, again), ids), expected)
+
+
+def test_a_task_without_such_a_head_owes_none(tmp_path: Path) -> None:
+    """SEQ_CLS asks for a classifier only where the model has one: the bare network reads the same adapter."""
+    b = base("toy")
+
+    def classify(config: dict, tensors: dict) -> None:
+        config["task_type"] = "SEQ_CLS"
+
+    folder = edited(tmp_path / "it", "toy", classify)
+    assert not any(name.startswith(PRE + "classifier") for name in b.names)
+    assert set(peft.load(folder, b.names, b.params)[0]) == set(
+        peft.load(edited(tmp_path / "same", "toy", lambda c, t: None), b.names, b.params)[0]
+    )

@@ -15,7 +15,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-import jlora
 from jlora import models
 from jlora._paths import named_leaves
 from jlora._tensors import Tensor
@@ -255,85 +254,6 @@ def test_labels_are_written_into_the_config(saved: Path) -> None:
         expect(message(models.ModelError, lambda w=wrong: models.load(saved, labels=w)), f"labels = {wrong!r}")
 
 
-# ---- export
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_export_is_the_merged_network_with_its_tokenizer_and_card(dtype: str, tmp_path: Path) -> None:
-    model, params = network(dtype)
-    adapters = adapted(params)
-    words = tmp_path / "tokenizer"
-    words.mkdir()
-    (words / "vocab.txt").write_text("a\n")
-    (words / "secrets.txt").write_text("mine")
-    out = tmp_path / "out"
-    report = models.export(
-        out, model, params, adapters, tokenizer=words, base_model="some/base: #1", max_shard_bytes=9000
-    )
-    assert same(models.load(out)[1], jlora.merge(params, adapters))
-    assert report == jlora.rounding(params, adapters)
-    assert (out / "vocab.txt").read_text() == "a\n" and not (out / "secrets.txt").exists()
-    card = (out / "README.md").read_text()
-    expect(
-        card, '---\nbase_model: "some/base: #1"\nlibrary_name: transformers\ntags:\n- lora\n- jlora\n---\n', str(report)
-    )
-    expect(
-        card, "low-rank updates of 4 weights, rank 2", "- 2 leaves trained whole", "AutoModelForSequenceClassification"
-    )
-    models.export(out, model, params, adapters, tokenizer=out)  # over itself
-    assert "base_model" not in (out / "README.md").read_text() and (out / "vocab.txt").exists()
-
-
-def test_export_takes_a_tokenizer_that_saves_itself(tmp_path: Path) -> None:
-    class Tokenizer:
-        def save_pretrained(self, folder: Path) -> None:
-            (folder / "tokenizer.json").write_text("{}")
-
-    model, params = network()
-    models.export(tmp_path, model, params, adapted(params), tokenizer=Tokenizer())
-    assert (tmp_path / "tokenizer.json").read_text() == "{}"
-
-
-def test_export_leaves_a_foreign_readme_alone(tmp_path: Path) -> None:
-    model, params = network()
-    (tmp_path / "README.md").write_text("# Mine\n")
-    text = message(models.ModelError, lambda: models.export(tmp_path, model, params, adapted(params)))
-    expect(text, "README.md is not of jlora", "export into a new folder")
-    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
-
-
-def test_export_brings_what_belongs_to_generation_and_a_padding_token(tmp_path: Path) -> None:
-    """Of a tokenizer's folder or object; a token that the network does not have is no padding."""
-    gpt2 = {"model_type": "gpt2", "vocab_size": 16, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}
-    model = models.build(gpt2, task="sequence-classification")
-    params = jax.jit(model.init)(jax.random.key(0), models.example_inputs(model))
-    params = {"params": params["params"]}
-    adapters = jlora.init(jax.random.key(0), params, jlora.LoraConfig(rank=1, targets=("mlp/c_fc/kernel",)))
-    words = tmp_path / "words"
-    words.mkdir()
-    for name, content in {
-        "tokenizer_config.json": {"pad_token": {"content": "<pad>"}},
-        "tokenizer.json": {"added_tokens": [{"content": "<pad>", "id": 3}]},
-        "generation_config.json": {},
-        "chat_template.json": {},
-    }.items():
-        (words / name).write_text(json.dumps(content))
-
-    class Tokenizer:
-        def __init__(self, pad: int):
-            self.pad_token_id = pad
-
-        def save_pretrained(self, folder: Path) -> None: ...
-
-    for tokenizer, pad in ((words, 3), (Tokenizer(5), 5), (Tokenizer(16), None), (None, None)):
-        out = tmp_path / f"out-{pad}"
-        models.export(out, model, params, adapters, tokenizer=tokenizer)
-        assert json.loads((out / "config.json").read_text()).get("pad_token_id") == pad
-        assert tokenizer is not words or {"generation_config.json", "chat_template.json"} <= {
-            file.name for file in out.iterdir()
-        }
-
-
 def test_a_config_tells_the_dtype_of_most_parameters(tmp_path: Path) -> None:
     """And has no ``torch_dtype`` that says otherwise."""
     model = models.build({**BERT, "torch_dtype": "float16"})
@@ -342,28 +262,6 @@ def test_a_config_tells_the_dtype_of_most_parameters(tmp_path: Path) -> None:
     models.save(tmp_path, model, treedef.unflatten(mixed))
     hf = json.loads((tmp_path / "config.json").read_text())
     assert hf["dtype"] == "bfloat16" and "torch_dtype" not in hf
-
-
-def test_export_writes_nothing_that_is_wrong(tmp_path: Path) -> None:
-    model, params = network("float16")
-    adapters = adapted(params)
-    out = tmp_path / "out"
-    beyond = {path: jax.tree.map(lambda x: x * 1e6, value) for path, value in adapters.items()}
-    text = message(models.ModelError, lambda: models.export(out, model, params, beyond))
-    expect(
-        text, "6 merged weights leave the range", "'params/encoder/layer_0/query/kernel' of dtype float16", "float32"
-    )
-    bad = {**adapters, "params/classifier/bias": jnp.full(2, jnp.nan)}
-    expect(message(ValueError, lambda: models.export(out, model, params, bad)), "'params/classifier/bias'")
-    text = message(models.ModelError, lambda: models.export(out, model, params, adapters, tokenizer=tmp_path))
-    expect(text, "no file of a tokenizer", "vocab.txt", "save_pretrained")
-    assert not out.exists()
-
-
-def adapted(params: Any) -> Any:
-    config = jlora.LoraConfig(rank=2, targets=("query", "value"), train_also=("classifier",))
-    made = jlora.init(jax.random.key(0), params, config)
-    return jax.tree.map(lambda x: x.astype(jnp.float32) + 0.5, made)
 
 
 # ---- memory

@@ -332,9 +332,9 @@ def test_attributes_without_effect_are_passed_over() -> None:
     inert = {"is_llama_config": True, "max_sequence_length": 2048, "rope_interleaved": False}
     assert models.build({**TINY, **inert, "_attn_implementation_autoset": True})
     assert models.build({**TINY, "model_type": "gemma2", "sliding_window": 8, "sliding_window_size": 8})
-    assert models.build({"model_type": "gpt2", "n_special": 0, "predict_special_tokens": True})
+    assert models.build({"model_type": "gpt2", "vocab_size": 8, "n_special": 0, "predict_special_tokens": True})
     with pytest.raises(models.ModelError, match="n_head = 5; expected a divisor of n_embd = 768"):
-        models.build({"model_type": "gpt2", "n_head": 5})
+        models.build({"model_type": "gpt2", "vocab_size": 8, "n_head": 5})
 
 
 def test_calls_that_cannot_be() -> None:

@@ -16,7 +16,14 @@ from jlora import models, peft
 from tests.peft_cases import PRE, assert_close, base, edited, needs_peft
 from tests.small_checkpoints import VIT
 
-SMALL = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0}
+SMALL: dict[str, Any] = {
+    "vocab_size": 32,
+    "n_positions": 16,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "pad_token_id": 0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +64,7 @@ def test_vit_in_both_directions(tmp_path: Path) -> None:
     if int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("the modules of ViT have these names since transformers 5")
     torch.manual_seed(0)
-    hf = {name: value for name, value in VIT.items() if name != "model_type"}
+    hf: dict[str, Any] = {name: value for name, value in VIT.items() if name != "model_type"}
     transformers.ViTForImageClassification(transformers.ViTConfig(**hf, initializer_range=0.3)).save_pretrained(
         tmp_path / "base"
     )

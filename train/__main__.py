@@ -25,8 +25,9 @@ PROG = "python -m train [fit] [CONFIG.py]"
 DESCRIPTION = """Adapt a network to a task with LoRA.
 
 CONFIG.py is a file that defines `config = TrainConfig(...)`; without one, it is configs/digits.py.
-Every field of it can be overridden: python -m train configs/digits.py --lora.rank 2 --fit.epochs 5
-A switch is turned off by `no-` before its name: --task.no-pack
+Every field of it can be overridden, and a switch is turned off by `no-` before its name:
+  python -m train configs/digits.py --lora.rank 2 --fit.epochs 5
+  python -m train configs/instruct_llama.py --task.no-pack
 
 What was trained is used by other commands, each with its own --help:
   python -m train predict RUN --text "..."     label texts

@@ -116,7 +116,7 @@ def generate(
     answers: list[str] = [""] * len(prompts)
     check_tokens(opened.network, {"": examples})
     apply = jlora.lora(model.apply)
-    key = jax.random.key(seed)
+    key, ends = jax.random.key(seed), _ends(opened)
     for i, (rows, batch) in enumerate(
         ordered_batches(examples, min(len(prompts), 16), _round_up(max(map(len, tokens))))
     ):
@@ -129,7 +129,7 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             key=jax.random.fold_in(key, i),
-            eos_token_id=_ends(opened),
+            eos_token_id=ends,
             pad_token_id=task.pad,
             apply=apply,
         )
@@ -222,6 +222,9 @@ def export(run: RunDir, to: Literal["peft", "hf", "orbax"] = "peft", out: Path |
             base_model=network.source,
         )
         print(lost)
+        assert isinstance(config.model, Pretrained)
+        if generation := read_settings(config.model, "generation_config.json"):
+            store.write_json(folder / "generation_config.json", generation)
     if to == "peft" and network.tokenizer is not None:
         network.tokenizer.save_pretrained(folder)
     print(f"written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")

@@ -75,6 +75,14 @@ def shapes(kind: Kind, leaf: tuple[int, ...], rank: int) -> dict[Part, tuple[int
     return {"a": (rank, *inputs), "b": (out, rank), "magnitude": (out,)}
 
 
+def leaf_shape(kind: Kind, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    """The inverse of `shapes`: that of a layer's weight in our layout, from the shapes of PEFT's two factors."""
+    if kind == "conv2d":
+        _, channels, height, width = a
+        return (height, width, channels, b[0])
+    return (a[1], b[0])
+
+
 def to_peft(layer: Layer, kind: Kind) -> dict[Part, np.ndarray]:
     """A layer's arrays as PEFT stores them."""
     a, b, magnitude, _ = layer

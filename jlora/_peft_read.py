@@ -18,7 +18,7 @@ from jlora._peft_layout import Part
 from jlora._tensors import Tensor, TensorError, open_tensors
 from jlora._types import Path as LeafPath
 from jlora.config import HEADS
-from jlora.names import Kind, Names, to_torch, torch_shape
+from jlora.names import Kind, Names, to_torch, torch_axes, torch_shape
 
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -47,11 +47,13 @@ class Found(NamedTuple):
       layers: of each module that has factors, by our name of it, its arrays.
       whole: by our name, those that replace a weight.
       spelling: of the names.
+      leaves: the parameters, or shapes of them; at least of all that have a tensor.
     """
 
     layers: dict[str, dict[Part, Tensor]]
     whole: dict[str, Tensor]
     spelling: Spelling
+    leaves: Mapping[LeafPath, Any]
 
 
 def module_of(tensor: str) -> str:
@@ -76,9 +78,13 @@ def open_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def sort_tensors(
-    folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], names: Names, leaves: Mapping[LeafPath, Any]
+    folder: Path,
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    names: Names,
+    leaves: Mapping[LeafPath, Any] | None,
 ) -> Found:
-    """What each tensor of an adapter is in our model.
+    """What each tensor of an adapter is in our model; without ``leaves``, their shapes are those of the file.
 
     Raises:
       PeftError: naming every tensor that is missing, superfluous, of another shape, rank or dtype.
@@ -112,11 +118,12 @@ def sort_tensors(
             wrong += [f"{key!r} and {here[part].name!r} are one tensor of the model"] if part in here else []
             here[part] = tensors[key]
     wrong += [] if tensors else [f"{TENSORS} holds no tensor at all"]
-    found = Found(layers, whole, spelling)
+    leaves = _shapes_in(layers, whole, names) if leaves is None else leaves
+    found = Found(layers, whole, spelling, leaves)
 
     theirs = {t: spelling.theirs(t) for t in at if t.startswith(spelling.put)}
-    wrong += _wrong_layers(config, found, theirs, at, leaves)
-    wrong += _wrong_whole(config, found, theirs, at, leaves)
+    wrong += _wrong_layers(config, found, theirs, at)
+    wrong += _wrong_whole(config, found, theirs, at)
     stored = [tensor for weight, tensor in whole.items() if at[weight][1].kind == "embedding"]
     unknown = sorted(key for key in unknown if not _is_tied(tensors[key], stored))
     count = len(wrong) + len(unknown)
@@ -162,10 +169,27 @@ def _spelling(weights: Iterable[str], ours: Mapping[str, Any]) -> Spelling:
     return max(candidates, key=lambda s: sum(s.ours(weight) in ours for weight in weights))
 
 
-def _wrong_layers(
-    config: PeftConfig, found: Found, theirs: Mapping[str, str], at: Mapping[str, Any], leaves: Mapping[LeafPath, Any]
-) -> list[str]:
-    wrong = []
+def _shapes_in(
+    layers: Mapping[str, dict[Part, Tensor]], whole: Mapping[str, Tensor], names: Names
+) -> dict[LeafPath, jax.ShapeDtypeStruct]:
+    """The shapes of the leaves that have a tensor in the file, as the first of their tensors tells them."""
+    found = {}
+    for path, name in names.items():
+        for tensor in name.tensors:
+            parts = layers.get(module_of(tensor), {}) if name.kind in layout.NDIM else {}
+            if "a" in parts and "b" in parts:
+                one = layout.leaf_shape(name.kind, parts["a"].shape, parts["b"].shape)
+            elif tensor in whole:
+                one = tuple(whole[tensor].shape[i] for i in torch_axes(name.kind, len(whole[tensor].shape)))
+            else:
+                continue
+            shape = (len(name.tensors), *one) if name.stacked else one
+            found.setdefault(path, jax.ShapeDtypeStruct(shape, np.float32))
+    return found
+
+
+def _wrong_layers(config: PeftConfig, found: Found, theirs: Mapping[str, str], at: Mapping[str, Any]) -> list[str]:
+    wrong, leaves = [], found.leaves
     for weight, their_weight in theirs.items():
         path, name = at[weight]
         kind: Kind = name.kind
@@ -177,6 +201,10 @@ def _wrong_layers(
             continue
         if have is not None and not targeted and config.target_modules is not None:
             wrong.append(f"{module!r} has factors, but target_modules does not name it: PEFT would ignore them")
+            continue
+        if path not in leaves:
+            factors = [part for part in layout.parts(kind) if part != "magnitude" and part not in (have or {})]
+            wrong += [f"{f'{PREFIX}{module}.{layout.parts(kind)[part]}'!r} is missing" for part in factors]
             continue
         shape = tuple(leaves[path].shape)[int(name.stacked) :]
         if len(shape) != layout.NDIM[kind]:
@@ -200,16 +228,17 @@ def _wrong_layers(
     return wrong
 
 
-def _wrong_whole(
-    config: PeftConfig, found: Found, theirs: Mapping[str, str], at: Mapping[str, Any], leaves: Mapping[LeafPath, Any]
-) -> list[str]:
+def _wrong_whole(config: PeftConfig, found: Found, theirs: Mapping[str, str], at: Mapping[str, Any]) -> list[str]:
     adapted = {found.spelling.theirs(module) for module in found.layers}
     owed = config.whole(theirs.values(), adapted)
-    wrong = []
+    wrong, leaves = [], found.leaves
     for weight, their_weight in theirs.items():
         path, name = at[weight]
-        expected = torch_shape(tuple(leaves[path].shape), name)
         key, tensor = f"{PREFIX}{their_weight}", found.whole.get(weight)
+        if path not in leaves:
+            wrong += [f"{key!r} is missing"] if their_weight in owed else []
+            continue
+        expected = torch_shape(tuple(leaves[path].shape), name)
         if tensor is None:
             wrong += [f"{key!r} of shape {expected} is missing"] if their_weight in owed else []
         elif tensor.shape != expected:

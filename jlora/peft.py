@@ -157,7 +157,9 @@ def save(
     return _write(Path(folder), content, tensors)
 
 
-def load(folder: str | Path, names: Names, params: PyTree) -> tuple[dict[LeafPath, LoraFactors | Array], LoraConfig]:
+def load(
+    folder: str | Path, names: Names, params: PyTree = None
+) -> tuple[dict[LeafPath, LoraFactors | Array], LoraConfig]:
     """Adapters that PEFT (or `save`) wrote, for our parameters.
 
     An adapter of the bare network fits one with a head and the other way round, where only the names' first part
@@ -169,8 +171,9 @@ def load(folder: str | Path, names: Names, params: PyTree) -> tuple[dict[LeafPat
       folder: with ``adapter_config.json`` and ``adapter_model.safetensors``; from the hub, fetch it first:
         ``huggingface_hub.snapshot_download(id)``.
       names: of the leaves; see `jlora.names`.
-      params: the parameters, or their shapes; values are read only of stacked leaves that the adapter trains
-        whole, or with DoRA, in some of their layers.
+      params: the parameters, or their shapes, against which those of the adapter are checked; without them it is
+        `jlora.attach` that finds out whether they fit. Values are needed only of stacked leaves that the adapter
+        trains whole, or with DoRA, in some of their layers.
 
     Returns:
       ``(adapters, config)``: the adapters in the dtypes in which they are stored, and a config with which `jlora.init`
@@ -188,9 +191,12 @@ def load(folder: str | Path, names: Names, params: PyTree) -> tuple[dict[LeafPat
             f"first: `folder = huggingface_hub.snapshot_download({str(folder)!r})`."
         )
     theirs = read_config(folder / CONFIG)
-    leaves, _ = named_leaves(params)
-    check_paths(names, leaves, "peft.load")
+    leaves = None
+    if params is not None:
+        leaves, _ = named_leaves(params)
+        check_paths(names, leaves, "peft.load")
     found = sort_tensors(folder, theirs, open_adapter(folder), names, leaves)
+    leaves = found.leaves
     read = read_tensors(folder, found)
 
     def layer(module: str, i: int, path: LeafPath) -> layout.Layer:

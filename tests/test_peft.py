@@ -60,6 +60,18 @@ def test_an_adapter_of_peft_computes_the_same_here(case: str) -> None:
 
 
 @every_case
+def test_names_are_enough_where_the_adapter_covers_its_leaves(case: str) -> None:
+    """Without params the shapes are the file's: the same adapters, or an error that asks for values."""
+    try:
+        found, config = peft.load(FOLDER / case, base(CASES[case].base).names)
+    except peft.PeftError as error:
+        assert "give params with values" in str(error) or "is not the base's value" in str(error)
+    else:
+        assert_same(found, loaded(case)[0])
+        assert config == loaded(case)[1]
+
+
+@every_case
 def test_the_config_makes_such_adapters(case: str) -> None:
     """`init` with the config that `load` returned gives the same paths, shapes and static fields."""
     b, (adapters, config) = base(CASES[case].base), loaded(case)

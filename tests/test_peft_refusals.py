@@ -194,3 +194,9 @@ def test_factors_of_a_head_that_peft_trains_whole_alone_are_no_adapter(tmp_path:
         )
         expect(text, part)
     assert not (tmp_path / "x").exists()
+
+
+def test_missing_tensors_are_named_without_params_too(tmp_path: Path) -> None:
+    folder = edited(tmp_path / "x", "plain", lambda c, t: (t.pop(A), t.pop(B)))
+    text = message(lambda: peft.load(folder, base("roberta").names), peft.PeftError)
+    expect(text, f"'{A}' is missing", f"'{B}' is missing", "nothing was loaded")

@@ -183,7 +183,9 @@ def measured(run: Run, table: data.Table) -> dict[str, dict[str, float]]:
     return {name: task.metrics(measure(run.tree, examples)) for name, examples in sets.items()}
 
 
-def export(run: RunDir, to: Literal["peft", "hf", "orbax"] = "peft", out: Path | None = None) -> None:
+def export(
+    run: RunDir, to: Literal["peft", "hf", "orbax"] = "peft", out: Path | None = None, uniform_rank: bool = False
+) -> None:
     """Write what a run learnt for other programs.
 
     Args:
@@ -191,6 +193,7 @@ def export(run: RunDir, to: Literal["peft", "hf", "orbax"] = "peft", out: Path |
       to: peft: the adapters alone, for PyTorch's peft and for vLLM. hf: the merged model as a Hugging Face checkpoint,
         with tokenizer and model card. orbax: the merged parameters for the unmodified JAX model.
       out: where to; by default a folder of that name in the run directory.
+      uniform_rank: for peft: one rank and scale for all weights, as vLLM wants; the update is the same.
     """
     opened = open_run(run)
     folder = out or run / to
@@ -209,6 +212,7 @@ def export(run: RunDir, to: Literal["peft", "hf", "orbax"] = "peft", out: Path |
             opened.adapters,
             config.lora,
             models.names(network.model, modules=True),
+            uniform_rank=uniform_rank,
             base_model=network.source,
             task_type={"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM"}.get(type(config.task).__name__),
         )

@@ -261,7 +261,7 @@ class TrainConfig:
       learning_rate: peak learning rates.
       eval_every: epochs between two measurements on the validation examples.
       eval_batch_size: examples predicted at once.
-      keep: the adapters that are kept: the last ones, or the best measured ones.
+      keep: the adapters that are kept: the last ones, or the best measured ones by the task's main figure.
       run_dir: where the run is written; by default a new directory under runs/.
       cache_dir: where trained bases and converted data are kept.
     """

@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -78,8 +79,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
     # The adapters.
     adapters = start_adapters(config, network, start.params, uses)
-    kept = _Kept(config, task, f"{list(test)[-1]}_{task.primary}", adapters)
-    last, records = fit(
+    kept = _Kept(config, task, f"{list(test)[-1]}_{task.primary}", run_dir / "adapters")
+    _, records = fit(
         network.forward,
         task,
         start.params,
@@ -95,8 +96,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         buckets=buckets,
         on_eval=kept.look,
     )
-    adapters = kept.adapters if config.keep == "best" else last
-    jlora.save(run_dir / "adapters", adapters)
+    adapters = kept.adapters
 
     # The figures.
     models: dict[str, tuple[Measure, Any]] = {
@@ -120,7 +120,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         "metrics": figures,
         "differing_predictions": {f"{one}_vs_{two}": differing(one, two) for one, two in pairs if one in models},
         "examples": {name: size(examples) for name, examples in test.items()},
-        "kept_epoch": kept.epoch if config.keep == "best" else config.fit.epochs,
+        "kept_epoch": kept.epoch,
         "trainable": plan.trainable,
         "total": plan.total,
         "base": {"path": str(start.path or network.source), "cached": start.cached},
@@ -188,15 +188,16 @@ def start_adapters(
 
 
 class _Kept:
-    """The adapters that measured best so far."""
+    """The adapters that are kept, the newest or the best measured ones; on disk after every measurement."""
 
-    def __init__(self, config: TrainConfig, task: Task, figure: str, adapters: dict[str, Any]):
-        self._sign = 1 if task.higher_is_better else -1
-        self._wanted, self._figure, self._best = config.keep == "best", figure, -math.inf
-        self.adapters, self.epoch = adapters, 0
+    def __init__(self, config: TrainConfig, task: Task, figure: str, folder: Path):
+        self._newest, self._figure, self._folder = config.keep == "last", figure, folder
+        self._sign, self._best = 1 if task.higher_is_better else -1, -math.inf
+        self.adapters, self.epoch = {}, 0
 
     def look(self, record: Record, adapters: dict[str, Any]) -> None:
         value = self._sign * record[self._figure]
-        if self._wanted and value > self._best:
+        if self._newest or value > self._best:
             # A copy: the next step reuses the memory.
             self._best, self.epoch, self.adapters = value, record["epoch"], jax.tree.map(jax.numpy.copy, adapters)
+            jlora.save(self._folder, self.adapters)

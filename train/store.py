@@ -3,7 +3,7 @@
     runs/digits-lora-seed0-20261122-120000/
       config.json      the whole configuration: defaults, overrides, and what was taken from the data
       metrics.jsonl    a line for each epoch of each training, and some on the way
-      adapters/        all that was trained, as `jlora.save` writes it
+      adapters/        what is kept of what was trained, as `jlora.save` writes it after every measurement
       merged/          of a network trained from scratch: plain parameters for the unmodified model (orbax)
       curves.png       when matplotlib is installed
       summary.json     the figures

@@ -170,6 +170,7 @@ def _jlora(config: Any, fixed: bool, rounds: int) -> tuple[list[Any], Callable[[
     batches = [batch_of(train[""], order[i * 32 : i * 32 + 32], buckets)
                for i in range(rounds + 1)]  # fmt: skip
     uses, _ = plan_of(config, network, task.inputs(batches[0]))
+    assert network.load is not None
     base = network.load(random_key(0, "head"))
     adapters = start_adapters(config, network, base, uses)
     schedule = make_schedule(config.fit, config.learning_rate.lora, STEPS)

@@ -121,17 +121,6 @@ QUERY = "roberta.encoder.layer.0.attention.self.query"
 A, B = f"{PRE}{QUERY}.lora_A.weight", f"{PRE}{QUERY}.lora_B.weight"
 
 
-def message(call: Callable[[], Any], error: type[Exception] = ValueError) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    return str(caught.value)
-
-
-def expect(text: str, *parts: str) -> None:
-    missing = [part for part in parts if part not in text]
-    assert not missing, f"{missing} not in:\n{text}"
-
-
 def edited(folder: Path, case: str, edit: Callable[[dict, dict], Any]) -> Path:
     """A copy of a golden adapter after ``edit(config, tensors)``."""
     shutil.copytree(FOLDER / case, folder)

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from safetensors.numpy import load_file, save_file
 
 from jlora import models
@@ -45,17 +44,6 @@ def network(dtype: str = "float32") -> tuple[Any, Any]:
     leaves, treedef = named_leaves(models.abstract(model))
     rng = np.random.default_rng(0)
     return model, treedef.unflatten([jnp.asarray(rng.normal(size=x.shape), dtype) for x in leaves.values()])
-
-
-def message(error: type[Exception], call: Callable[[], Any]) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    return str(caught.value)
-
-
-def expect(text: str, *parts: str) -> None:
-    missing = [part for part in parts if part not in text]
-    assert not missing, f"{missing} not in:\n{text}"
 
 
 def same(x: Any, y: Any) -> bool:

@@ -15,7 +15,8 @@ import pytest
 
 from jlora import models
 from jlora._tensors import is_finite
-from tests.small_checkpoints import BERT, VIT, change, expect, message, network, same
+from tests.messages import expect, message
+from tests.small_checkpoints import BERT, VIT, change, network, same
 
 # ---- configurations that are refused
 

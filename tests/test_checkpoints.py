@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 from jlora import models
 from jlora._paths import named_leaves
 from jlora._tensors import Tensor
-from tests.small_checkpoints import BERT, ROOT, change, expect, message, network, same
+from tests.messages import expect, message
+from tests.small_checkpoints import BERT, ROOT, change, network, same
 
 # ---- there and back
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 import jlora
+from tests.messages import expect, message
 
 PARAMS = {
     "layer_0": {"query": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}, "norm": {"scale": jnp.ones(4)}},
@@ -31,17 +31,6 @@ def model(params: Any, x: Any, flag: bool = True) -> Any:
 
 def adapters() -> jlora.attach.__annotations__.get("adapters", Any):  # type: ignore[valid-type]
     return jlora.init(jax.random.key(0), PARAMS, ONE)
-
-
-def message(error: type[Exception], call: Callable[[], Any]) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    return str(caught.value)
-
-
-def expect(text: str, *parts: str) -> None:
-    missing = [part for part in parts if part not in text]
-    assert not missing, f"{missing} not in:\n{text}"
 
 
 # ---- the config

@@ -12,7 +12,8 @@ import pytest
 
 import jlora
 from jlora import models
-from tests.small_checkpoints import expect, message, network, same
+from tests.messages import expect, message
+from tests.small_checkpoints import network, same
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 import jlora
 from jlora import models, peft
 from jlora._peft_config import PeftConfig, exact_alpha, read_config
+from tests.messages import expect, message
 from tests.peft_cases import (
     EXPECTED,
     PRE,
@@ -37,11 +38,9 @@ from tests.peft_cases import (
     base,
     edited,
     every_case,
-    expect,
     factors,
     grown,
     loaded,
-    message,
     needs_peft,
     plain,
     save,
@@ -293,7 +292,9 @@ def test_shapes_are_enough(tmp_path: Path) -> None:
         assert_same(peft.load(FOLDER / case, b.names, jax.eval_shape(lambda b=b: b.params))[0], loaded(case)[0])
     for case, path in (("llama-layers", "model/layers/mlp/down_proj/kernel"), ("toy-whole", "blocks/norm/bias")):
         b = base(CASES[case].base)
-        text = message(lambda b=b, case=case: peft.load(FOLDER / case, b.names, jax.eval_shape(lambda: b.params)))
+        text = message(
+            ValueError, lambda b=b, case=case: peft.load(FOLDER / case, b.names, jax.eval_shape(lambda: b.params))
+        )
         expect(text, f"{path}': only some of its layers", "give params with values")
 
 

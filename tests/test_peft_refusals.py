@@ -17,7 +17,8 @@ import pytest
 import jlora
 from jlora import peft
 from jlora._tensors import TensorError
-from tests.peft_cases import PRE, QUERY, A, B, base, cut, edited, expect, grown, loaded, message, rename, save
+from tests.messages import expect, message
+from tests.peft_cases import PRE, QUERY, A, B, base, cut, edited, grown, loaded, rename, save
 
 WRONG: dict[str, tuple[Callable[[dict, dict], Any], tuple[str, ...]]] = {
     "missing": (lambda c, t: (t.pop(A), t.pop(B)), (f"'{A}' of shape (4, 16) is missing", f"'{B}' of shape (16, 4)")),
@@ -80,7 +81,7 @@ def test_everything_wrong_is_named(case: str, tmp_path: Path) -> None:
     edit, parts = WRONG[case]
     b = base("roberta")
     folder = edited(tmp_path / "it", "plain", edit)
-    expect(message(lambda: peft.load(folder, b.names, b.params), peft.PeftError), *parts)
+    expect(message(peft.PeftError, lambda: peft.load(folder, b.names, b.params)), *parts)
 
 
 def test_many_faults_are_counted(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
     b = base("toy")
     more = {f"{PRE}layers.{i}.lora_A.weight": np.ones((2, 2)) for i in range(50)}
     folder = edited(tmp_path / "it", "toy", lambda c, t: t.update(more))
-    text = message(lambda: peft.load(folder, b.names, b.params), peft.PeftError)
+    text = message(peft.PeftError, lambda: peft.load(folder, b.names, b.params))
     expect(text, "50 tensor(s)", "and 10 more")
     assert text.count("\n") == 42
 
@@ -127,12 +128,12 @@ def test_damaged_files_are_refused(case: str, tmp_path: Path) -> None:
     folder = edited(tmp_path / "it", "plain", lambda c, t: None)
     damage(folder)
     b = base("roberta")
-    expect(message(lambda: peft.load(folder, b.names, b.params), TensorError), *parts, str(folder))
+    expect(message(TensorError, lambda: peft.load(folder, b.names, b.params)), *parts, str(folder))
 
 
 def test_an_id_on_the_hub_is_fetched_first() -> None:
     b = base("toy")
-    text = message(lambda: peft.load("someone/adapter", b.names, b.params), peft.PeftError)
+    text = message(peft.PeftError, lambda: peft.load("someone/adapter", b.names, b.params))
     expect(text, "'someone/adapter' is no folder", "huggingface_hub.snapshot_download('someone/adapter')")
 
 
@@ -143,7 +144,7 @@ def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
     before = kept.read_bytes()
 
     def failure(adapters: Any, error: type[Exception] = peft.PeftError, **options: Any) -> str:
-        return message(lambda: peft.save(tmp_path, b.params, adapters, config, b.names, **options), error)
+        return message(error, lambda: peft.save(tmp_path, b.params, adapters, config, b.names, **options))
 
     head, dense = adapters["head/kernel"], adapters["blocks/dense/kernel"]
     flipped = jlora.LoraFactors(head.b.T, head.a.T, axes=head.axes.flipped())
@@ -165,7 +166,7 @@ def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
     expect(failure({"head/bias": jnp.zeros(3)}), "no low-rank factors")
     shapes = jax.eval_shape(lambda: b.params)
     both = {"head/kernel": head, "up/bias": jnp.zeros(8), "blocks/norm/bias": jnp.zeros((2, 8))}
-    text = message(lambda: peft.save(tmp_path, shapes, both, config, b.names), peft.PeftError)
+    text = message(peft.PeftError, lambda: peft.save(tmp_path, shapes, both, config, b.names))
     expect(text, "the params are shapes", "'up/kernel'", "'blocks/norm/scale'")
     broken = dataclasses.replace(head, a=head.a.at[0, 0].set(jnp.nan))
     expect(
@@ -174,8 +175,8 @@ def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
     expect(failure({"haed/kernel": head}, KeyError), "haed/kernel", "head/kernel")
     expect(
         message(
-            lambda: peft.save(tmp_path, b.params, {"head/kernel": head}, config, {"hed": b.names["head/bias"]}),
             KeyError,
+            lambda: peft.save(tmp_path, b.params, {"head/kernel": head}, config, {"hed": b.names["head/bias"]}),
         ),
         "hed",
     )
@@ -189,8 +190,8 @@ def test_factors_of_a_head_that_peft_trains_whole_alone_are_no_adapter(tmp_path:
     adapters = grown("roberta", config)
     for params, part in ((b.params, "no low-rank factors"), (jax.eval_shape(lambda: b.params), "params are shapes")):
         text = message(
-            lambda p=params: peft.save(tmp_path / "x", p, adapters, config, b.names, task_type="SEQ_CLS"),
             peft.PeftError,
+            lambda p=params: peft.save(tmp_path / "x", p, adapters, config, b.names, task_type="SEQ_CLS"),
         )
         expect(text, part)
     assert not (tmp_path / "x").exists()
@@ -198,5 +199,5 @@ def test_factors_of_a_head_that_peft_trains_whole_alone_are_no_adapter(tmp_path:
 
 def test_missing_tensors_are_named_without_params_too(tmp_path: Path) -> None:
     folder = edited(tmp_path / "x", "plain", lambda c, t: (t.pop(A), t.pop(B)))
-    text = message(lambda: peft.load(folder, base("roberta").names), peft.PeftError)
+    text = message(peft.PeftError, lambda: peft.load(folder, base("roberta").names))
     expect(text, f"'{A}' is missing", f"'{B}' is missing", "nothing was loaded")

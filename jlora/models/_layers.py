@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,23 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": nn.silu,
     "tanh": jnp.tanh,
 }
+
+
+class Encoded(NamedTuple):
+    """What an encoder makes of a batch of texts or images.
+
+    Attributes:
+      hidden: [batch, length, hidden_size], the states of every token or patch.
+      pooled: [batch, size of the pooler], of the first one; None without a pooler.
+    """
+
+    hidden: jax.Array
+    pooled: jax.Array | None
+
+
+def dense(config: Any, features: int, name: str, **made: Any) -> nn.Dense:
+    """A linear layer that starts as the family's do; ``made`` goes to Flax's."""
+    return nn.Dense(features, kernel_init=nn.initializers.normal(config.initializer_range), name=name, **made)
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jlora.models._family import INTERNAL, ModelConfig, check_length
-from jlora.models._layers import activation, attend, layer_norm
+from jlora.models._layers import Encoded, activation, attend, dense, layer_norm
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,6 @@ class BertConfig(ModelConfig):
     def max_length(self) -> int | None:
         """The number of tokens that have a position; RoBERTa's first ones are for padding."""
         return self.max_position_embeddings - (1 + (self.pad_token_id or 0) if self.roberta else 0)
-
-
-class Encoded(NamedTuple):
-    """What an encoder makes of a batch.
-
-    Attributes:
-      hidden: [batch, length, hidden_size], the last layer's states.
-      pooled: [batch, hidden_size], of the first token; None without a pooler.
-    """
-
-    hidden: jax.Array
-    pooled: jax.Array | None
 
 
 class Bert(nn.Module):
@@ -178,11 +166,6 @@ class RobertaHead(nn.Module):
         config, made = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = jnp.tanh(dense(config, config.hidden_size, "dense", **made)(dropout(x)))
         return dense(config, config.num_labels, "out_proj", **made)(dropout(x))
-
-
-def dense(config: BertConfig, features: int, name: str, **made: Any) -> nn.Dense:
-    """A linear layer that starts as the family's do."""
-    return nn.Dense(features, kernel_init=nn.initializers.normal(config.initializer_range), name=name, **made)
 
 
 def _positions(config: BertConfig, input_ids: jax.Array) -> jax.Array:

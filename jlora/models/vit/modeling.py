@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jlora.models._family import ModelConfig, ModelError
-from jlora.models._layers import activation, attend, layer_norm
+from jlora.models._layers import Encoded, activation, attend, dense, layer_norm
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,6 @@ class ViTConfig(ModelConfig):
     qkv_bias: bool = True
     pooler_output_size: int | None = None
     pooler_act: str = "tanh"
-
-
-class Encoded(NamedTuple):
-    """What an encoder makes of a batch of images.
-
-    Attributes:
-      hidden: [batch, 1 + patches, hidden_size], the normalized states: the class token's, then those of the patches.
-      pooled: [batch, pooler_output_size], of the class token; None without a pooler.
-    """
-
-    hidden: jax.Array
-    pooled: jax.Array | None
 
 
 class ViT(nn.Module):
@@ -141,8 +129,3 @@ class ViTForImageClassification(nn.Module):
         config, made = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         encoder = ViT(config, pooler=False, name="encoder", **made)
         return dense(config, config.num_labels, "classifier", **made)(encoder(images, deterministic).hidden[:, 0])
-
-
-def dense(config: ViTConfig, features: int, name: str, **made: Any) -> nn.Dense:
-    """A linear layer that starts as the family's do."""
-    return nn.Dense(features, kernel_init=nn.initializers.normal(config.initializer_range), name=name, **made)

@@ -1,0 +1,21 @@
+"""Reading error messages: every test of one calls `message`, and says with `expect` what must be in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+def message(error: type[Exception], call: Callable[[], Any]) -> str:
+    """What ``call`` says when it raises ``error``."""
+    with pytest.raises(error) as caught:
+        call()
+    return str(caught.value)
+
+
+def expect(text: str, *parts: str) -> None:
+    """Every part stands in the text."""
+    missing = [part for part in parts if part not in text]
+    assert not missing, f"{missing} not in:\n{text}"

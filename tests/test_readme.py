@@ -41,6 +41,8 @@ def test_its_claims_hold(ran: tuple[dict[str, Any], str]) -> None:
     np.testing.assert_allclose(n["served"], apply(attach(params, n["adapters"]), tokens), atol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, n["base"], params)
     np.testing.assert_allclose(n["answers"][0], n["served"], atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, n["again"], n["learnt"])
+    assert max(n["report"].values()) < 1e-3
 
 
 def test_there_are_exactly_two_set_up_commands() -> None:

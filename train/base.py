@@ -60,7 +60,7 @@ def base(
     """
     assert config.base is not None
     made_of = identity(config)
-    path = cached_at(config)
+    path = cached_at(config, made_of)
     if path.exists():
         params = load_params(path, network)
         records = json.loads((path / "records.json").read_text())
@@ -93,9 +93,9 @@ def load_params(path: Path, network: Network) -> Any:
     return store.load_tree(path / "params", jax.eval_shape(network.init, jax.random.key(0)))
 
 
-def cached_at(config: TrainConfig) -> Path:
-    """Where the base of a configuration is cached."""
-    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True, default=str).encode()).hexdigest()
+def cached_at(config: TrainConfig, made_of: dict[str, Any]) -> Path:
+    """Where the base of a configuration, whose `identity` is ``made_of``, is cached."""
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()
     return config.cache_dir / "bases" / digest[:16]
 
 

@@ -216,6 +216,8 @@ def export(
             base_model=network.source,
             task_type={"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM"}.get(type(config.task).__name__),
         )
+        if network.tokenizer is not None:
+            network.tokenizer.save_pretrained(folder)
     else:
         lost = models.export(
             folder,
@@ -229,8 +231,6 @@ def export(
         assert isinstance(config.model, Pretrained)
         if generation := read_settings(config.model, "generation_config.json"):
             store.write_json(folder / "generation_config.json", generation)
-    if to == "peft" and network.tokenizer is not None:
-        network.tokenizer.save_pretrained(folder)
     print(f"written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 

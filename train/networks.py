@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import jax.numpy as jnp
 
 import jlora
 from jlora import models
+from jlora._tensors import read_json
+from jlora.config import HEADS
 from jlora.models import ModelError, TensorError
 from train.batches import Examples
 from train.config import (
@@ -31,9 +32,6 @@ from train.config import (
 Inputs = Mapping[str, jax.Array]
 Forward = Callable[..., jax.Array]
 """``forward(params, inputs, key=None)``: the outputs; with a key, the network's own dropout is at work."""
-
-HEADS = r"(^|/)(classifier|score|head)/"
-"""The parameters of an output head, in every network here."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,6 @@ class Network:
     mean: Any = 0.0
     std: Any = 1.0
     source: str | None = None
-
-    @property
-    def pretrained(self) -> bool:
-        return self.model is not None
 
 
 def make_network(config: TrainConfig) -> Network:
@@ -207,7 +201,7 @@ def _preprocessor(config: Pretrained) -> dict[str, Any]:
 def read_settings(config: Pretrained, name: str) -> dict[str, Any]:
     """The content of one of a checkpoint's JSON files; empty if it has none of that name."""
     file = models.fetch(config.path, config.revision) / name
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 # Networks of our own, trained from scratch
@@ -267,7 +261,7 @@ def patches(images: jax.Array, side: int) -> jax.Array:
     return jnp.swapaxes(grid, 2, 3).reshape(batch, -1, side * side * channels)
 
 
-NEW_HEAD = jlora.LoraConfig(targets=(), train_also=(HEADS,))
+NEW_HEAD = jlora.LoraConfig(targets=(), train_also=HEADS)
 EVERYTHING = jlora.LoraConfig(targets=(), train_also=(r".",))
 
 

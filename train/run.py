@@ -19,6 +19,7 @@ import numpy as np
 
 import jlora
 from jlora._paths import named_leaves
+from jlora.config import HEADS
 from train import report, store
 from train.base import Base, base
 from train.batches import Examples, batch_of, lengths, quarters, size
@@ -27,7 +28,7 @@ from train.config import ConfigError, TrainConfig
 from train.data import Table, load
 from train.evaluate import Measure, compare, make_measure
 from train.loop import Record, fit, random_key
-from train.networks import HEADS, Network, check_tokens, make_network, what_to_train
+from train.networks import Network, check_tokens, make_network, what_to_train
 from train.tasks import Task, make_task, resolved
 
 
@@ -71,7 +72,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     first = list(train)[0]
     if network.load is not None:
         # A head that the checkpoint lacks may start anew if it is going to be trained.
-        trained = any(re.search(HEADS, path) for path in plan)
+        trained = any(re.search(pattern, path) for pattern in HEADS for path in plan)
         start = Base(network.load(random_key(config.seed, "head") if trained else None), [], None, cached=False)
     else:
         start = base(network, task, train[first], config, lambda tree: measure(tree, first), log)
@@ -103,7 +104,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         "base": (plain, start.params),
         "adapted": (attached, jlora.attach(start.params, adapters)),
     }
-    if not network.pretrained:
+    if network.load is None:
         merged = jax.jit(jlora.merge)(start.params, adapters)
         store.save_tree(run_dir / "merged", merged)
         models |= {"merged": (plain, merged), "detached": (plain, jlora.detach(models["adapted"][1])[0])}

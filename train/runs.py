@@ -10,7 +10,7 @@ from typing import Any
 import jlora
 from jlora.models import TensorError
 from train import store
-from train.base import cached_at, load_params
+from train.base import cached_at, identity, load_params
 from train.config import ConfigError, TrainConfig
 from train.loop import random_key
 from train.networks import Network, make_network
@@ -80,7 +80,7 @@ def _params(folder: Path, config: TrainConfig, network: Network) -> Any:
     if network.load is not None:
         return network.load(random_key(config.seed, "head"))
     recorded = Path(json.loads((folder / "summary.json").read_text())["base"]["path"])
-    for path in (recorded, cached_at(config)):
+    for path in (recorded, cached_at(config, identity(config))):
         if (path / "params").is_dir():
             return load_params(path, network)
     raise ConfigError(f"{folder}: its base, {recorded}, is gone. Train it again with `python -m train`")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -172,8 +172,11 @@ def linear_init(config: CausalConfig) -> nn.initializers.Initializer:
     return nn.initializers.normal(config.initializer_range)
 
 
-class CausalLM(nn.Module):
-    """A decoder and the logits of the next token. A family's class says which decoder."""
+class _Headed(nn.Module):
+    """A decoder below a head. A family's class says which decoder, and its name in transformers."""
+
+    network: ClassVar[Any]
+    below: ClassVar[str]
 
     config: Any
     dtype: Any = jnp.float32
@@ -181,8 +184,12 @@ class CausalLM(nn.Module):
     remat: bool = False
 
     def decoder(self) -> Any:
-        """The network below the head, by the name that it has in transformers."""
-        raise NotImplementedError
+        """The network below the head."""
+        return self.network(self.config, self.dtype, self.param_dtype, self.remat, name=self.below)
+
+
+class CausalLM(_Headed):
+    """A decoder and the logits of the next token."""
 
     @nn.compact
     def __call__(
@@ -228,17 +235,8 @@ class CausalLM(nn.Module):
         return Cache(empty, empty, jnp.zeros((batch, length), bool), jnp.int32(0))
 
 
-class SequenceClassifier(nn.Module):
+class SequenceClassifier(_Headed):
     """A decoder and a linear head, without bias, on the last token that is no padding."""
-
-    config: Any
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    remat: bool = False
-
-    def decoder(self) -> Any:
-        """The network below the head, by the name that it has in transformers."""
-        raise NotImplementedError
 
     @nn.compact
     def __call__(
@@ -268,7 +266,7 @@ def _last_token(input_ids: jax.Array, attention_mask: jax.Array | None, pad_toke
     return jnp.argmax(jnp.where(real, jnp.arange(input_ids.shape[1]), 0), axis=1)
 
 
-def _head(module: CausalLM | SequenceClassifier, features: int, name: str) -> nn.Dense:
+def _head(module: _Headed, features: int, name: str) -> nn.Dense:
     """A projection to logits: inputs in the network's dtype, sums and result in float32."""
     return nn.Dense(
         features,

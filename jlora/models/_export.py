@@ -19,7 +19,7 @@ from jlora._types import Path as LeafPath
 from jlora.merge import Rounding, merge, rounding
 from jlora.models._causal import CausalConfig
 from jlora.models._checkpoint import check_leaves, write
-from jlora.models._family import ModelError, Task
+from jlora.models._family import ModelError, ending_of
 from jlora.models._network import family_and_task, fetch
 
 TOKENIZER_FILES = (
@@ -40,14 +40,6 @@ TOKENIZER_FILES = (
 
 BESIDE = ("generation_config.json",)
 """Copied too where they are beside a tokenizer's."""
-
-CLASSES: dict[Task, str] = {
-    "features": "AutoModel",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-    "image-classification": "AutoModelForImageClassification",
-}
-"""The class of transformers that loads a network for each task."""
 
 
 def export(
@@ -171,6 +163,7 @@ def _card(
 ) -> str:
     """The text of README.md; JSON strings are YAML too."""
     _, task = family_and_task(model)
+    auto = "AutoModel" + ending_of(task).removeprefix("Model")
     front = [f"base_model: {json.dumps(base_model)}"] if base_model else []
     front += ["library_name: transformers", "tags:", "- lora", "- jlora"]
     factors = [value for value in adapters.values() if isinstance(value, LoraFactors)]
@@ -190,7 +183,7 @@ def _card(
             f"Low-rank adapters, merged by jlora into the weights{base}; it loads like any other checkpoint:",
             "",
             "```python",
-            f'model = transformers.{CLASSES[task]}.from_pretrained("{name}")',
+            f'model = transformers.{auto}.from_pretrained("{name}")',
             "```",
             "",
             "## What was merged",

@@ -167,6 +167,11 @@ def check_length(network: str, length: int, most: int | None) -> None:
         )
 
 
+def ending_of(task: Task) -> str:
+    """How the names of transformers' classes for a task end; the inverse of `ENDINGS`, where the first one counts."""
+    return next(ending for ending, one in ENDINGS.items() if one == task)
+
+
 def task_of(hf: Mapping[str, Any]) -> Task:
     """The task of a checkpoint, from its ``architectures``; a class that is not known is taken for the bare network."""
     for name in hf.get("architectures") or ():

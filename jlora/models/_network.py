@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jlora._paths import nearest
 from jlora._tensors import read_json
 from jlora._types import Array, PyTree
-from jlora.models._family import Family, ModelConfig, ModelError, Task, task_of
+from jlora.models._family import Family, ModelConfig, ModelError, Task, ending_of, task_of
 from jlora.models._registry import FAMILIES
 from jlora.names import Names
 
@@ -149,13 +149,7 @@ def class_of(family: Family, task: Task) -> str:
     """The class of transformers that a config.json names."""
     if task == "causal-lm" and family.architecture == "GPT2":
         return "GPT2LMHeadModel"
-    endings = {
-        "features": "Model",
-        "sequence-classification": "ForSequenceClassification",
-        "causal-lm": "ForCausalLM",
-        "image-classification": "ForImageClassification",
-    }
-    return family.architecture + endings[task]
+    return family.architecture + ending_of(task)
 
 
 def draw(model: nn.Module, key: Array) -> PyTree:

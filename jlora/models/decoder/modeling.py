@@ -246,15 +246,13 @@ class RMSNorm(nn.Module):
 class DecoderForCausalLM(CausalLM):
     """The decoder and the logits of the next token."""
 
-    def decoder(self) -> Decoder:
-        return Decoder(self.config, self.dtype, self.param_dtype, self.remat, name="model")
+    network, below = Decoder, "model"
 
 
 class DecoderForSequenceClassification(SequenceClassifier):
     """The decoder and a linear head on the last token."""
 
-    def decoder(self) -> Decoder:
-        return Decoder(self.config, self.dtype, self.param_dtype, self.remat, name="model")
+    network, below = Decoder, "model"
 
 
 def _dense(config: DecoderConfig, features: int, name: str, bias: bool, **made: Any) -> nn.Dense:

@@ -180,15 +180,13 @@ class MLP(nn.Module):
 class GPT2ForCausalLM(CausalLM):
     """GPT-2 and the logits of the next token."""
 
-    def decoder(self) -> GPT2:
-        return GPT2(self.config, self.dtype, self.param_dtype, self.remat, name="transformer")
+    network, below = GPT2, "transformer"
 
 
 class GPT2ForSequenceClassification(SequenceClassifier):
     """GPT-2 and a linear head on the last token."""
 
-    def decoder(self) -> GPT2:
-        return GPT2(self.config, self.dtype, self.param_dtype, self.remat, name="transformer")
+    network, below = GPT2, "transformer"
 
 
 def _dense(config: GPT2Config, features: int, name: str, *, residual: bool = False, **made: Any) -> nn.Dense:

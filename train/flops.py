@@ -1,0 +1,166 @@
+"""What a step computes, and how much of its devices it uses.
+
+``count(step, *args)`` are the floating point operations of a step's matrix products. Its model FLOPs utilization (MFU,
+PaLM, Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B) is the share of what its devices could do::
+
+    count(step, *args) / (seconds * devices * peak(device))
+
+Model FLOPs are those of the forward and the backward pass. Recomputation (`jax.checkpoint`) is no progress: count the
+step without it, and time the one with it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+# Dense and per JAX device, from the vendors' datasheets, which give a GPU's often with 2:4 sparsity: twice as much.
+# NVIDIA: nvidia.com/en-us/data-center, a page for each product; B200 and GB200 as parts of HGX B200 and GB200 NVL72.
+# TPU: docs.cloud.google.com/tpu/docs, a page for each version; a chip of v2, v3 or 7x is two JAX devices, one per core.
+PEAKS: dict[str, float] = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4 lite": 138e12,  # v4i, https://doi.org/10.1109/ISCA52012.2021.00010
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,  # v6e, Trillium
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,  # Ironwood
+    "V100-PCIE": 112e12,  # V100 and T4 have no bfloat16: these are of float16
+    "V100": 125e12,
+    "T4": 65e12,
+    "A100": 312e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+}
+"""Peak bfloat16 FLOP/s by words of a device's kind, as JAX reports it; the first that it contains counts."""
+
+
+def peak(device: Any) -> float | None:
+    """What a `jax.Device` can do at most, multiplying bfloat16 matrices, in FLOP/s; None where that is not known, as of
+    a CPU or a slice of a GPU (MIG).
+
+    It is bfloat16's whatever a program computes in: in float32 a utilization of 1 is out of reach.
+    """
+    if "MIG" in device.device_kind:
+        return None
+    return next((flops for words, flops in PEAKS.items() if re.search(rf"\b{words}\b", device.device_kind)), None)
+
+
+def count(fn: Callable[..., Any], *args: Any) -> float:
+    """The floating point operations of ``fn(*args)`` in products of matrices and convolutions; nothing is computed.
+
+    A multiplication and the addition of its result are two operations. All else is left out, so is what no result
+    depends on, and what JAX cannot look into: the kernels of pallas and of vendors (cuDNN's attention). What a scan
+    does counts once per iteration, what a ``shard_map`` does once per device. Of a ``cond`` the most expensive branch
+    counts; a ``while_loop``, which does not tell how often it runs, counts once. Ragged products count as if every row
+    belonged to a group.
+
+    Args:
+      fn: a function of pytrees of arrays, such as a training step.
+      args: its arguments: arrays, or their shapes (`jax.ShapeDtypeStruct`).
+
+    Example:
+      >>> x, w = jax.ShapeDtypeStruct((8, 16), "float32"), jax.ShapeDtypeStruct((16, 32), "float32")
+      >>> count(jnp.dot, x, w) == 2 * 8 * 16 * 32
+    """
+    return float(_of_jaxpr(jax.make_jaxpr(fn)(*args)))
+
+
+def _of_jaxpr(jaxpr: Any) -> int:
+    return sum(map(_of_equation, _needed(getattr(jaxpr, "jaxpr", jaxpr))))
+
+
+def _needed(jaxpr: Any) -> Iterator[Any]:
+    """The equations on which a result depends; a gradient's jaxpr holds some that XLA drops."""
+    needed = set(filter(_is_var, jaxpr.outvars))
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            needed.update(filter(_is_var, eqn.invars))
+            yield eqn
+
+
+def _is_var(x: Any) -> bool:
+    return isinstance(x, core.Var)
+
+
+def _of_equation(eqn: Any) -> int:
+    match eqn.primitive.name:
+        case "dot_general":
+            return _of_dot(eqn, eqn.params["dimension_numbers"], ())
+        case "ragged_dot_general":
+            numbers = eqn.params["ragged_dot_dimension_numbers"]
+            return _of_dot(eqn, numbers.dot_dimension_numbers, numbers.rhs_group_dimensions)
+        case "conv_general_dilated":
+            return _of_conv(eqn)
+        case "pallas_call":  # its jaxpr is one block's
+            return 0
+        case "cond":
+            return max(map(_of_jaxpr, eqn.params["branches"]))
+        case "scan":
+            return eqn.params["length"] * _of_jaxpr(eqn.params["jaxpr"])
+        case "shard_map":
+            mesh, axes = eqn.params["mesh"], eqn.params["newly_manual_axes"]
+            return math.prod(mesh.shape[axis] for axis in axes) * _of_jaxpr(eqn.params["jaxpr"])
+        case _:
+            return sum(map(_of_jaxpr, _jaxprs(eqn.params)))
+
+
+def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    """The jaxprs in an equation's parameters, alone or in tuples."""
+    return filter(_is_jaxpr, jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr))
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return hasattr(getattr(x, "jaxpr", x), "eqns")
+
+
+def _of_dot(eqn: Any, numbers: Any, groups: tuple[int, ...]) -> int:
+    """Every element of the left operand meets every column of the right one; ``groups`` are the right one's axes of
+    which a row of the left one meets one element."""
+    lhs, rhs = (v.aval for v in eqn.invars[:2])
+    (_, contracted), (_, batch) = numbers
+    columns = [n for axis, n in enumerate(rhs.shape) if axis not in (*contracted, *batch, *groups)]
+    return 2 * math.prod(lhs.shape) * math.prod(columns)
+
+
+def _of_conv(eqn: Any) -> int:
+    """Exact: what is multiplied with padding, or with the zeros between the elements of a dilated input, is left out.
+    So each of a convolution's two gradients, which are convolutions too, counts as much as the convolution."""
+    lhs, rhs, out = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    lhs_spec, rhs_spec, out_spec = eqn.params["dimension_numbers"]
+    taps = math.prod(
+        _taps(lhs[lhs_spec[axis]], rhs[rhs_spec[axis]], out[out_spec[axis]], eqn.params, axis - 2)
+        for axis in range(2, len(lhs))
+    )
+    # The kernel's input features are those of one group, whether features or the batch are grouped.
+    return 2 * out[out_spec[0]] * out[out_spec[1]] * rhs[rhs_spec[1]] * taps
+
+
+def _taps(size: int, kernel: int, out: int, params: dict[str, Any], axis: int) -> int:
+    """How many pairs of an output and a kernel position meet an element of the input, along one spatial axis."""
+    start = np.arange(out)[:, None] * params["window_strides"][axis] - params["padding"][axis][0]
+    position = start + np.arange(kernel) * params["rhs_dilation"][axis]
+    dilation = params["lhs_dilation"][axis]
+    inside = (position >= 0) & (position <= (size - 1) * dilation) & (position % dilation == 0)
+    return int(inside.sum())

@@ -1,0 +1,175 @@
+"""Where a run's records go beside ``metrics.jsonl``: TensorBoard, and Weights & Biases.
+
+Every number of a record is drawn as ``phase/name`` (``fit/loss``) over the steps of its phase. What is not asked for is
+not imported.
+
+    runs/digits-lora-seed0-20261122-120000/
+      tensorboard/base, tensorboard/fit   event files: tensorboard --logdir runs
+      wandb/                              what Weights & Biases keeps here; id says as which run it knows this one
+"""
+
+from __future__ import annotations
+
+import importlib
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from train.config import ConfigError
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+"""The package that each writer needs; an extra of the writer's name installs it."""
+
+
+class Writers:
+    """Takes a run's records as they come. Use as a context manager, or `close` it."""
+
+    def __init__(self, writers: Sequence[_Writer]):
+        self._writers = writers
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=error is not None)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write the numbers of ``record``: ``phase``, ``step`` (of the phase, from 1) and what was measured there."""
+        phase, step = record["phase"], record["step"]
+        numbers = {
+            f"{phase}/{name}": float(value)
+            for name, value in record.items()
+            if name not in ("step", "epoch") and isinstance(value, int | float)
+        }
+        for writer in self._writers:
+            writer.write(phase, step, numbers)
+
+    def close(self, failed: bool = False) -> None:
+        """Write what is still waiting; the run has ended, or ``failed``."""
+        for writer in self._writers:
+            writer.close(failed)
+
+
+def check(names: Sequence[str]) -> None:
+    """Whether all writers of these ``names`` can be opened here.
+
+    Raises:
+      ConfigError: if packages are missing, with the command that installs them.
+    """
+    missing = [name for name in names if not _importable(PACKAGES[name])]
+    if missing:
+        needed = "; ".join(f"{name} needs the package {PACKAGES[name]}, which cannot be imported" for name in missing)
+        raise ConfigError(f"{needed}. Run: pip install -e '.[{','.join(missing)}]'")
+
+
+def open_writers(names: Sequence[str], run_dir: Path, config: Mapping[str, Any], first_step: int = 1) -> Writers:
+    """The writers of these ``names`` ("tensorboard", "wandb"), after `check`.
+
+    Args:
+      run_dir: of the run; its name is the run's.
+      config: what the run was told, as JSON could hold it; shown by Weights & Biases.
+      first_step: the first step that will be trained now: 1, or of a run that is resumed the one after the last that
+        was saved. TensorBoard hides what a killed process wrote from there on. Weights & Biases cannot: there it
+        stands twice, at the same steps.
+
+    Raises:
+      ConfigError: if Weights & Biases refuses, as it does without an account.
+    """
+    make = {
+        "tensorboard": lambda: _TensorBoard(run_dir / "tensorboard", first_step),
+        "wandb": lambda: _Wandb(run_dir, config),
+    }
+    return Writers([make[name]() for name in names])
+
+
+def _importable(package: str) -> bool:
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
+
+
+class _Writer(Protocol):
+    def write(self, phase: str, step: int, numbers: Mapping[str, float]) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
+
+
+class _TensorBoard:
+    """Event files by tensorboardX, which needs neither TensorFlow nor PyTorch.
+
+    Each phase has a folder of its own: hiding steps (``purge_step``) reaches all that is in the folder, and the base,
+    whose steps count from 1 as well, is not trained again when the fit is resumed.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        self._folder, self._first_step = folder, first_step
+        self._phases: dict[str, Any] = {}
+
+    def write(self, phase: str, step: int, numbers: Mapping[str, float]) -> None:
+        if phase not in self._phases:
+            self._phases[phase] = self._open(phase)
+        for tag, value in numbers.items():
+            self._phases[phase].add_scalar(tag, value, step)
+
+    def close(self, failed: bool) -> None:
+        for writer in self._phases.values():
+            writer.close()
+
+    def _open(self, phase: str) -> Any:
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(
+            str(self._folder / phase),
+            purge_step=self._first_step,
+            flush_secs=10,
+            # Files are named after the second in which they are opened: a second one would overwrite the first.
+            filename_suffix=f".{time.time_ns()}",
+        )
+
+
+class _Wandb:
+    """A run of Weights & Biases, the same one for a run directory however often it is resumed.
+
+    Its own steps must not fall, but those of a phase do when the next phase starts or a run is resumed. So each phase
+    has its step as a metric, over which the others are drawn.
+    """
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]):
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        try:
+            self._run = wandb.init(
+                project="jlora",
+                name=run_dir.resolve().name,
+                id=_wandb_id(run_dir),
+                resume="allow",
+                dir=str(run_dir),
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            why = str(error).rstrip(".")
+            raise ConfigError(f"wandb: {why}. Or set WANDB_MODE=offline to keep its files in {run_dir}") from error
+        self._phases: set[str] = set()
+
+    def write(self, phase: str, step: int, numbers: Mapping[str, float]) -> None:
+        if phase not in self._phases:
+            self._run.define_metric(f"{phase}/step", hidden=True)
+            self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
+            self._phases.add(phase)
+        self._run.log({f"{phase}/step": step, **numbers})
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Kept in the directory: so it moves and goes with it, and another directory of this name is another run."""
+    path = run_dir / "wandb" / "id"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(8))
+    return path.read_text()

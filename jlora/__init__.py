@@ -10,6 +10,7 @@ from jlora.config import LoraConfig, Rule
 from jlora.init import init
 from jlora.merge import Rounding, merge, rounding, unmerge
 from jlora.optim import combine, freeze, labels, partition, trainable_mask
+from jlora.sharding import Rules, adapter_shardings, shardings
 from jlora.targets import Plan, plan
 from jlora.trace import trace
 
@@ -28,9 +29,11 @@ __all__ = [
     "Plan",
     "Rounding",
     "Rule",
+    "Rules",
     "Target",
     "Use",
     "WeightUse",
+    "adapter_shardings",
     "attach",
     "combine",
     "detach",
@@ -46,6 +49,7 @@ __all__ = [
     "plan",
     "rounding",
     "save",
+    "shardings",
     "trace",
     "trainable_mask",
     "unmerge",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -72,6 +73,15 @@ def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
 def bullets(lines: Iterable[str]) -> str:
     """Lines of an error that lists all its offenders."""
     return "".join(f"\n  - {line}" for line in lines)
+
+
+def bad_pattern(pattern: Any) -> str | None:
+    """What an error says of a pattern that is no regular expression; None for one that is."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        return f"{pattern!r} is no regular expression ({error})"
+    return None
 
 
 def check_paths(adapters: Mapping[Path, Any], leaves: Mapping[Path, Any], what: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jlora._paths import bullets
 from jlora._tensors import TensorError, read_json, write_json
@@ -32,7 +33,7 @@ def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
 
     Args:
       folder: made with its parents; adapters that are there are replaced.
-      adapters: as from `jlora.init`, in any sharding.
+      adapters: as from `jlora.init`, in any sharding. With several processes all of them call this, and see one disk.
 
     Raises:
       ValueError: if there are no adapters, or arrays without entries, naming each. Nothing is written.
@@ -41,15 +42,15 @@ def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
     folder = Path(folder).resolve()
     _check_savable(folder, adapters)
     keys = {path: f"{i:04}" for i, path in enumerate(adapters)}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    draft.mkdir()
+    draft = folder.with_name(f".{folder.name}-{_one_for_all(uuid.uuid4().hex)}")
+    draft.mkdir(parents=True, exist_ok=True)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(draft / "arrays", {keys[path]: _arrays(value) for path, value in adapters.items()})
-        records = {path: {"key": keys[path], **_record(value)} for path, value in adapters.items()}
-        write_json(draft / "adapters.json", records)
-        _replace(draft, folder)
+        if jax.process_index() == 0:
+            write_json(draft / "adapters.json", {p: {"key": keys[p], **record_of(v)} for p, v in adapters.items()})
+            _replace(draft, folder)
+        _one_for_all("done")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -74,7 +75,11 @@ def load(
     records = _read_records(folder / "adapters.json")
     expected = {path: _shapes(record) for path, record in records.items()}
     if like is not None:
-        _compare(records, {path: _record(value) for path, value in like.items()}, str(folder))
+        if wrong := differences(records, {path: record_of(value) for path, value in like.items()}):
+            raise ValueError(
+                f"{folder}: the adapters on disk differ from the expected ones:{bullets(wrong)}\nExpected adapters of "
+                "the same config and model; load without like= to take them as they are."
+            )
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         one = shardings or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: one, expected)
@@ -87,6 +92,37 @@ def load(
         reason = str(error).splitlines()[0]
         raise TensorError(f"{folder}: the adapters are not whole ({reason}). Save them again.") from error
     return {path: _rebuilt(arrays[record["key"]], record) for path, record in records.items()}
+
+
+def record_of(value: LoraFactors | Array) -> dict[str, Any]:
+    """What JSON keeps of one adapter: shapes, dtypes, and the static fields of factors."""
+    if not isinstance(value, LoraFactors):
+        return {"shape": list(value.shape), "dtype": np.dtype(value.dtype).name}
+    axes = {role: list(numbers) for role, numbers in value.axes._asdict().items()}
+    arrays = {part: {"shape": list(x.shape), "dtype": np.dtype(x.dtype).name} for part, x in _arrays(value).items()}
+    return {**arrays, "scale": value.scale, "axes": axes, "dropout": value.dropout}
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """What tells records of adapters, by path, from the expected ones: a line for each difference."""
+    wrong = [f"{path!r} is missing" for path in expected if path not in found]
+    wrong += [f"{path!r} is not expected" for path in found if path not in expected]
+    wrong += [
+        f"{path!r}: {name} is {found[path].get(name)}, expected {expected[path].get(name)}"
+        for path in expected
+        if path in found
+        for name in sorted({*expected[path], *found[path]} - {"key"})
+        if found[path].get(name) != expected[path].get(name)
+    ]
+    return wrong
+
+
+def _one_for_all(text: str) -> str:
+    """The first process's text, in all of them, once all have come here."""
+    if jax.process_count() == 1:
+        return text
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(text.encode(), np.uint8))
+    return bytes(np.asarray(told)).decode()
 
 
 def _check_savable(folder: Path, adapters: Adapters) -> None:
@@ -187,15 +223,6 @@ def _arrays(value: LoraFactors | Array) -> Any:
     return {part: array for part in PARTS if (array := getattr(value, part)) is not None}
 
 
-def _record(value: LoraFactors | Array) -> dict[str, Any]:
-    """What JSON keeps of one adapter."""
-    if not isinstance(value, LoraFactors):
-        return {"shape": list(value.shape), "dtype": np.dtype(value.dtype).name}
-    axes = {role: list(numbers) for role, numbers in value.axes._asdict().items()}
-    arrays = {part: {"shape": list(x.shape), "dtype": np.dtype(x.dtype).name} for part, x in _arrays(value).items()}
-    return {**arrays, "scale": value.scale, "axes": axes, "dropout": value.dropout}
-
-
 def _shapes(record: Mapping[str, Any]) -> Any:
     def shape(entry: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])
@@ -208,20 +235,3 @@ def _rebuilt(arrays: Any, record: Mapping[str, Any]) -> LoraFactors | Array:
         return arrays
     axes = Axes(**{role: tuple(numbers) for role, numbers in record["axes"].items()})
     return LoraFactors(**arrays, scale=record["scale"], axes=axes, dropout=record["dropout"])
-
-
-def _compare(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    wrong = [f"{path!r} is missing" for path in expected if path not in found]
-    wrong += [f"{path!r} is not expected" for path in found if path not in expected]
-    wrong += [
-        f"{path!r}: {name} is {found[path].get(name)}, expected {expected[path].get(name)}"
-        for path in expected
-        if path in found
-        for name in sorted({*expected[path], *found[path]} - {"key"})
-        if found[path].get(name) != expected[path].get(name)
-    ]
-    if wrong:
-        raise ValueError(
-            f"{where}: the adapters on disk differ from the expected ones:{bullets(wrong)}\nExpected adapters of the "
-            "same config and model; load without like= to take them as they are."
-        )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jlora._paths import bullets, nearest
+from jlora._paths import bad_pattern, bullets, nearest
 
 HEADS = (r"(^|/)(lm_head|classifier|score|head)(/|$)",)
 """The default ``exclude``: output heads by name, as a whole component of the path."""
@@ -73,7 +73,7 @@ class LoraConfig:
         wrong = [*_out_of_range("", self)]
         for i, rule in enumerate(self.rules):
             wrong += _out_of_range(f"rules[{i}].", rule)
-            wrong += [f"rules[{i}].pattern: {problem}" for p in [rule.pattern] if (problem := _bad_pattern(p))]
+            wrong += [f"rules[{i}].pattern: {problem}" for p in [rule.pattern] if (problem := bad_pattern(p))]
         if isinstance(self.targets, str) and self.targets != "all-linear":
             wrong.append(f"targets={self.targets!r}; expected 'all-linear' or a tuple of patterns: ({self.targets!r},)")
         for name in ("targets", "exclude", "train_also"):
@@ -82,7 +82,7 @@ class LoraConfig:
                 wrong.append(f"{name}={value!r}; expected a tuple of patterns: ({value!r},)")
             elif not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
-                wrong += [f"{name}: {problem}" for p in value if (problem := _bad_pattern(p))]
+                wrong += [f"{name}: {problem}" for p in value if (problem := bad_pattern(p))]
         object.__setattr__(self, "rules", tuple(self.rules))
         try:
             floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
@@ -143,14 +143,6 @@ def _out_of_range(prefix: str, config: LoraConfig | Rule) -> list[str]:
     if config.dropout is not None and not 0 <= config.dropout < 1:
         wrong.append(f"{prefix}dropout={config.dropout!r}; expected a rate in [0, 1)")
     return wrong
-
-
-def _bad_pattern(pattern: Any) -> str | None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        return f"{pattern!r} is no regular expression ({error})"
-    return None
 
 
 def _unknown(prefix: str, fields: dict[str, Any], cls: type) -> list[str]:

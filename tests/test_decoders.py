@@ -220,21 +220,6 @@ def test_an_adapted_decoder(name: str) -> None:
     assert_close(adapted(params, drawn), plain(jlora.merge(params, drawn)))
 
 
-def test_recomputing_the_layers_changes_no_gradient() -> None:
-    """``model.clone(remat=True)``, adapted and with dropout."""
-    model, params, expected = case("gpt2")
-    ids, options = expected["input_ids"][:1], {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
-    config = jlora.LoraConfig(rank=2, alpha=4, targets=("c_attn", "c_fc"))
-    adapters = jlora.init(jax.random.key(0), params, config, jlora.trace(model.apply, params, ids))
-
-    def gradient(network: Any) -> Any:
-        apply = jlora.lora(network.apply, materialize="error")
-        loss = lambda adapters: jnp.sum(jnp.sin(apply(jlora.attach(params, adapters), ids, **options)))  # noqa: E731
-        return jax.jit(jax.grad(loss))(adapters)
-
-    jax.tree.map(assert_close, gradient(model.clone(remat=True)), gradient(model))
-
-
 def test_dropout_needs_a_key_and_differs_between_layers() -> None:
     """GPT-2's dropout acts only when it is asked for."""
     model, params, expected = case("gpt2")

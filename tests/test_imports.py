@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"_types", "_compat", "_table"},
     {"_paths", "_named"},
-    {"config", "_product", "_factored", "_staging", "names", "_tensors"},
+    {"config", "_product", "_factored", "_staging", "names", "_tensors", "sharding"},
     {"attach"},
     {"targets", "merge", "optim"},
     {"init"},
@@ -25,7 +25,8 @@ LAYERS = [
     {"checkpoint", "peft"},
     {"__init__"},
     {"models._family"},
-    {"models._layers", "models._causal", "models.decoder.rope"},
+    {"models._layers", "models.decoder.rope"},
+    {"models._causal"},
     {"models.bert.modeling", "models.gpt2.modeling", "models.decoder.modeling", "models.vit.modeling"},
     {"models.bert.table", "models.gpt2.table", "models.decoder.table", "models.vit.table"},
     {"models._registry", "models._reading"},

@@ -9,10 +9,12 @@ from jlora.models._checkpoint import load, save
 from jlora.models._export import export
 from jlora.models._family import ModelError, Task
 from jlora.models._generate import generate
-from jlora.models._network import abstract, build, example_inputs, fetch, names
+from jlora.models._layers import Remat
+from jlora.models._network import abstract, build, example_inputs, fetch, names, rules
 
 __all__ = [
     "ModelError",
+    "Remat",
     "Task",
     "TensorError",
     "abstract",
@@ -23,5 +25,6 @@ __all__ = [
     "generate",
     "load",
     "names",
+    "rules",
     "save",
 ]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models._family import ModelConfig
+from jlora.models._layers import Remat, recomputed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +154,10 @@ def remember(layer: LayerInput, key: jax.Array, value: jax.Array, used: jax.Arra
     return write(layer.keys, key.astype(layer.keys.dtype)), write(layer.values, value.astype(layer.values.dtype))
 
 
-def layered(layer: type[nn.Module], length: int, *, remat: bool) -> Any:
+def layered(layer: type[nn.Module], length: int, *, remat: Remat) -> Any:
     """``layer`` scanned over stacked parameters: ``(x, LayerInput, shared, deterministic) -> (x, (keys, values))``."""
-    if remat:
-        # The scan itself keeps XLA from merging the two computations.
-        layer = nn.remat(layer, prevent_cse=False, static_argnums=(4,))
     return nn.scan(
-        layer,
+        recomputed(layer, remat, static=4, scanned=True),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
@@ -181,7 +179,7 @@ class _Headed(nn.Module):
     config: Any
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
 
     def decoder(self) -> Any:
         """The network below the head."""

@@ -19,6 +19,7 @@ from jlora._tensors import Tensor, open_checkpoint, read_json, write_checkpoint,
 from jlora._types import Array, PyTree
 from jlora._types import Path as LeafPath
 from jlora.models._family import Family, ModelConfig, ModelError, Task
+from jlora.models._layers import Remat
 from jlora.models._network import abstract, class_of, draw, family_and_task, family_of, fetch, names, network_of
 from jlora.models._reading import read_leaf
 from jlora.names import Name, Names, to_torch, torch_shape
@@ -34,6 +35,7 @@ def load(
     labels: int | Sequence[str] | None = None,
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
+    remat: Remat = "none",
     shardings: Shardings = None,
     key: Array | None = None,
     revision: str | None = None,
@@ -52,8 +54,10 @@ def load(
       labels: of a classifier, their names or how many; by default those of the checkpoint.
       dtype: in which the network computes; norms, attention weights and logits of losses stay in float32 inside.
       param_dtype: of the parameters; by default as they are stored.
-      shardings: where the parameters go: one sharding, a tree like the parameters, or ``(path, shape) -> sharding``;
-        by default JAX's default device.
+      remat: what the backward pass computes again instead of keeping it, for memory: "full" everything inside of a
+        layer, "dots" everything but its products with weights; ``model.clone(remat=...)`` changes it later.
+      shardings: where the parameters go: one sharding, a tree like the parameters (see `rules`), or
+        ``(path, shape) -> sharding``; by default JAX's default device.
       key: a PRNG key for a head that the checkpoint lacks or has for other labels: it starts anew from it.
       revision: of a model on the hub: branch, tag or commit.
 
@@ -67,7 +71,7 @@ def load(
     folder = fetch(path, revision)
     hf = read_json(folder / "config.json")
     family, config, task = family_of(hf, task, labels)
-    model = network_of(family, config, task, dtype, param_dtype or jnp.float32)
+    model = network_of(family, config, task, dtype, param_dtype or jnp.float32, remat)
     shapes, treedef = named_leaves(abstract(model))
     names = family.names(config, task)
     found = _resolve(open_checkpoint(folder), names, shapes, family, may_start=key is not None, where=str(folder))

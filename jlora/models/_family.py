@@ -11,6 +11,7 @@ import flax.linen as nn
 
 from jlora._paths import bullets, nearest
 from jlora.names import Names
+from jlora.sharding import Rules
 
 Task = Literal["features", "sequence-classification", "causal-lm", "image-classification"]
 """What the network ends in: its hidden states, or the head for a task."""
@@ -132,8 +133,10 @@ class Family:
 
     Attributes:
       config: ``config(hf) -> ModelConfig``, from the content of a config.json.
-      networks: the Flax module for each task; called with ``(config, dtype=..., param_dtype=...)``.
+      networks: the Flax module for each task; called with ``(config, dtype=..., param_dtype=..., remat=...)``.
       names: ``names(config, task)``: where each leaf of that network lies in a checkpoint.
+      rules: how the leaves of all its networks are split over a mesh with the axes fsdp and tensor; one network need
+        not have a leaf for each.
       prefix: what the names of the bare network have in front of them in a network with a head, such as ``bert.``.
       architecture: the stem of transformers' class names, such as ``Bert``.
       heads: a regular expression of paths that a checkpoint may lack, because they belong to a new head.
@@ -145,6 +148,7 @@ class Family:
     config: Callable[[Mapping[str, Any]], ModelConfig]
     networks: Mapping[Task, Callable[..., nn.Module]]
     names: Callable[[Any, Task], Names]
+    rules: Rules
     prefix: str
     architecture: str
     heads: str

@@ -1,14 +1,16 @@
-"""Parts that several families share: activations and attention."""
+"""Parts that several families share: activations, attention, and what the backward pass keeps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora._paths import bullets
 from jlora.models._family import ModelConfig, ModelError
@@ -24,6 +26,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": nn.silu,
     "tanh": jnp.tanh,
 }
+
+Remat: TypeAlias = Literal["none", "dots", "full"]
+"""What the backward pass computes again of each layer: nothing; all but its matrix products with weights; or all."""
+
+_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 class Encoded(NamedTuple):
@@ -82,6 +89,39 @@ def check_config(
 def layer_norm(epsilon: float, name: str | None = None, **made: Any) -> nn.LayerNorm:
     """A layer norm whose variance does not cancel where the mean is large beside the spread, as in PyTorch's."""
     return nn.LayerNorm(epsilon, use_fast_variance=False, name=name, **made)
+
+
+def recomputed(layer: type[nn.Module], remat: Remat, *, static: int | None = None, scanned: bool = False) -> Any:
+    """``layer``, of which the backward pass computes again what ``remat`` says; its parameters keep their names.
+
+    Args:
+      static: which argument of the layer's call is no array, ``self`` counted.
+      scanned: the layer is for `nn.scan`, which itself keeps XLA from merging the two computations.
+
+    Raises:
+      ModelError: if there is no such ``remat``.
+    """
+    if remat == "none":
+        return layer
+    if remat not in _POLICIES:
+        raise ModelError(f"remat = {remat!r}; expected 'none', or what is computed again: 'dots' or 'full'")
+    return nn.remat(
+        layer, policy=_POLICIES[remat], static_argnums=() if static is None else (static,), prevent_cse=not scanned
+    )
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """``x`` [batch, ...], its batch split over the axes ``data`` and ``fsdp`` of the mesh on which it lies, if any.
+
+    Where weights are split over ``fsdp``, the compiler would else split the features of the activations over it, and
+    hold the whole batch on every device. Nothing is done on axes that are not Auto, or that do not divide the batch.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = tuple(name for name in ("data", "fsdp") if kinds.get(name) == AxisType.Auto)
+    if not axes or x.shape[0] % math.prod(mesh.shape[name] for name in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes)))
 
 
 def attend(

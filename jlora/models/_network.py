@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from jlora._paths import nearest
 from jlora._tensors import read_json
 from jlora._types import Array, PyTree
 from jlora.models._family import Family, ModelConfig, ModelError, Task, ending_of, task_of
+from jlora.models._layers import Remat
 from jlora.models._registry import FAMILIES
 from jlora.names import Names
+from jlora.sharding import Rules
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 EXAMPLE = (1, 8)
@@ -29,6 +32,7 @@ def build(
     labels: int | Sequence[str] | None = None,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
+    remat: Remat = "none",
     revision: str | None = None,
 ) -> nn.Module:
     """The network alone, from a folder, the id of a model on the hub, or the content of a config.json.
@@ -36,7 +40,7 @@ def build(
     The arguments are those of `load`. Its parameters' shapes are `abstract`'s; ``model.init`` draws new ones.
     """
     hf = config if isinstance(config, Mapping) else read_json(fetch(config, revision, FILES[:1]) / "config.json")
-    return network_of(*family_of(hf, task, labels), dtype, param_dtype)
+    return network_of(*family_of(hf, task, labels), dtype, param_dtype, remat)
 
 
 def names(model: nn.Module, *, modules: bool = False) -> Names:
@@ -52,6 +56,26 @@ def names(model: nn.Module, *, modules: bool = False) -> Names:
     if not modules:
         return found
     return {path: name._replace(tensors=tuple(map(family.module, name.tensors))) for path, name in found.items()}
+
+
+def rules(model: nn.Module) -> Rules:
+    """How the parameters of a network of `jlora.models` are split over a mesh; see `jlora.shardings`.
+
+    The first linear layer of a pair is split over the mesh axis ``tensor`` by its outputs, the second by its inputs
+    (Shoeybi et al. 2019), and both over ``fsdp`` along the other axis (Rajbhandari et al. 2020). Large vocabularies are
+    split over ``tensor``; norms, and biases that are added after a sum over ``tensor``, are whole on every device. A
+    third axis ``data`` is for batches alone: place them with ``P(("data", "fsdp"))``, and activations stay so.
+
+    >>> mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    >>> model = build(path)
+    >>> places = jlora.shardings(abstract(model), mesh, rules(model))
+    >>> model, params = load(path, shardings=places)
+
+    The axes are Auto: with Explicit ones a program has to say where its products lie, and the networks do not.
+    """
+    family, _ = family_and_task(model)
+    paths = names(model)
+    return tuple(rule for rule in family.rules if any(re.search(rule[0], path) for path in paths))
 
 
 def abstract(model: nn.Module) -> PyTree:
@@ -140,9 +164,11 @@ def family_of(
     return family, family.config(hf), task
 
 
-def network_of(family: Family, config: ModelConfig, task: Task, dtype: Any, param_dtype: Any) -> nn.Module:
+def network_of(
+    family: Family, config: ModelConfig, task: Task, dtype: Any, param_dtype: Any, remat: Remat
+) -> nn.Module:
     """The network of a family for a task."""
-    return family.networks[task](config, dtype=dtype, param_dtype=param_dtype)
+    return family.networks[task](config, dtype=dtype, param_dtype=param_dtype, remat=remat)
 
 
 def class_of(family: Family, task: Task) -> str:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models._family import INTERNAL, ModelConfig, check_length
-from jlora.models._layers import Encoded, activation, attend, dense, layer_norm
+from jlora.models._layers import Encoded, Remat, activation, attend, dense, layer_norm, recomputed, split_batch
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Bert(nn.Module):
     config: BertConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    remat: Remat = "none"
     pooler: bool = True
 
     @nn.compact
@@ -90,8 +91,9 @@ class Bert(nn.Module):
         x = dropout(layer_norm(config.layer_norm_eps, name="embeddings_norm", **made)(x))
 
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, :]
+        layer = recomputed(Layer, self.remat, static=3)
         for i in range(config.num_hidden_layers):
-            x = Layer(config, self.dtype, self.param_dtype, name=f"layer_{i}")(x, mask, deterministic)
+            x = layer(config, self.dtype, self.param_dtype, name=f"layer_{i}")(x, mask, deterministic)
         if not self.pooler:
             return Encoded(x, None)
         return Encoded(x, jnp.tanh(dense(config, config.hidden_size, "pooler", **made)(x[:, 0])))
@@ -111,6 +113,7 @@ class Layer(nn.Module):
         dropout = nn.Dropout(config.hidden_dropout_prob, deterministic=deterministic)
         attention_dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=deterministic)
         width, heads = config.hidden_size, config.num_attention_heads
+        x = split_batch(x)
 
         query, key, value = (
             dense(config, width, name, **made)(x).reshape(*x.shape[:2], heads, -1) for name in ("query", "key", "value")
@@ -132,6 +135,7 @@ class BertForSequenceClassification(nn.Module):
     config: BertConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(
@@ -146,7 +150,7 @@ class BertForSequenceClassification(nn.Module):
         config, made = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         dropout = nn.Dropout(rate, deterministic=deterministic)
-        encoder = Bert(config, pooler=not config.roberta, name="encoder", **made)
+        encoder = Bert(config, remat=self.remat, pooler=not config.roberta, name="encoder", **made)
         hidden, pooled = encoder(input_ids, attention_mask, token_type_ids, position_ids, deterministic)
         if pooled is not None:
             return dense(config, config.num_labels, "classifier", **made)(dropout(pooled))

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import PartitionSpec as P
+
 from jlora.models._family import Family, ModelError, Task, read_config
 from jlora.models._layers import check_config
 from jlora.models.bert.modeling import Bert, BertConfig, BertForSequenceClassification
 from jlora.names import Name, embedding, linear, norm
+from jlora.sharding import Rules
 
 _MODULES = {
     "query": "attention.self.query",
@@ -18,6 +21,17 @@ _MODULES = {
     "intermediate": "intermediate.dense",
     "output": "output.dense",
 }
+
+RULES: Rules = (
+    # Hardly a number divides their vocabularies (30522 and 50265).
+    (r"_embeddings/embedding$", P(None, "fsdp")),
+    (r"/(query|key|value|intermediate|pooler|dense)/kernel$", P("fsdp", "tensor")),
+    (r"/(query|key|value|intermediate|pooler|dense)/bias$", P("tensor")),
+    (r"/(attention_output|output)/kernel$", P("tensor", "fsdp")),
+    (r"/(classifier|out_proj)/kernel$", P("fsdp")),
+    (r"/(attention_output|output|classifier|out_proj)/bias$", P()),
+    (r"_norm/", P()),
+)
 
 
 def names(config: BertConfig, task: Task) -> dict[str, Name]:
@@ -69,6 +83,7 @@ def _family(kind: str, architecture: str) -> Family:
         config=_read,
         networks={"features": Bert, "sequence-classification": BertForSequenceClassification},
         names=names,
+        rules=RULES,
         prefix=f"{kind}.",
         architecture=architecture,
         heads=r"^params/(classifier/|(encoder/)?pooler/)",

@@ -26,7 +26,7 @@ from jlora.models._causal import (
     unembed,
 )
 from jlora.models._family import INTERNAL
-from jlora.models._layers import activation, attend
+from jlora.models._layers import Remat, activation, attend, split_batch
 from jlora.models.decoder.rope import Rope, rotate, rotations
 
 
@@ -74,15 +74,12 @@ class DecoderConfig(CausalConfig):
 
 
 class Decoder(nn.Module):
-    """The decoder. Each layer's states are sown, as ``intermediates/layers/hidden`` [layers, batch, length, width].
-
-    ``model.clone(remat=True)`` recomputes each layer in the backward pass instead of keeping its activations.
-    """
+    """The decoder. Each layer's states are sown, as ``intermediates/layers/hidden`` [layers, batch, length, width]."""
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self) -> None:
         config, made = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -144,6 +141,7 @@ class Layer(nn.Module):
         """[batch, length, hidden_size] to the same, and the layer's slots of the next cache."""
         config, made = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         scope, turns = shared
+        x = split_batch(x)
 
         def norm(name: str, x: jax.Array) -> jax.Array:
             return RMSNorm(config.rms_norm_eps, config.norm_offset, name=name, **made)(x)

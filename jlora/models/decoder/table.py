@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import PartitionSpec as P
+
 from jlora.models._family import Family, ModelError, Task, read_config
 from jlora.models._layers import check_config
 from jlora.models.decoder.modeling import (
@@ -15,6 +17,7 @@ from jlora.models.decoder.modeling import (
 )
 from jlora.models.decoder.rope import read_rope
 from jlora.names import Name, embedding, linear, norm
+from jlora.sharding import Rules
 
 _COMMON = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings"})
 _SLIDING = frozenset({"sliding_window", "layer_types"})
@@ -29,6 +32,17 @@ _ABSENT: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1.0),
     "query_pre_attn_scalar": (None,),
 }
+
+RULES: Rules = (
+    (r"/embed_tokens/embedding$", P("tensor", "fsdp")),
+    (r"/(q|k|v|gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
+    (r"/(q|k|v|gate|up)_proj/bias$", P(None, "tensor")),
+    (r"/(o|down)_proj/kernel$", P(None, "tensor", "fsdp")),
+    (r"/(o|down)_proj/bias$", P()),
+    (r"/lm_head/kernel$", P("fsdp", "tensor")),
+    (r"/score/kernel$", P("fsdp")),
+    (r"norm/scale$", P()),
+)
 
 
 def names(config: DecoderConfig, task: Task) -> dict[str, Name]:
@@ -197,6 +211,7 @@ def _family(config: Any, architecture: str) -> Family:
             "sequence-classification": DecoderForSequenceClassification,
         },
         names=names,
+        rules=RULES,
         prefix="model.",
         architecture=architecture,
         heads=r"^params/(lm_head|score)/",

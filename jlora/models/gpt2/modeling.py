@@ -26,7 +26,7 @@ from jlora.models._causal import (
     unembed,
 )
 from jlora.models._family import check_length
-from jlora.models._layers import activation, attend, layer_norm
+from jlora.models._layers import Remat, activation, attend, layer_norm, split_batch
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,12 @@ class GPT2Config(CausalConfig):
 
 
 class GPT2(nn.Module):
-    """The decoder. Each layer's states are sown, as ``intermediates/h/hidden`` [layers, batch, length, n_embd].
-
-    ``model.clone(remat=True)`` recomputes each layer in the backward pass instead of keeping its activations.
-    """
+    """The decoder. Each layer's states are sown, as ``intermediates/h/hidden`` [layers, batch, length, n_embd]."""
 
     config: GPT2Config
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self) -> None:
         config, made = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -129,6 +126,7 @@ class Block(nn.Module):
         """[batch, length, n_embd] to the same, and the layer's slots of the next cache."""
         config, made = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dropout = nn.Dropout(config.resid_pdrop, deterministic=deterministic)
+        x = split_batch(x)
         attention = Attention(config, self.dtype, self.param_dtype, name="attn")
         y, slots = attention(layer_norm(config.layer_norm_epsilon, name="ln_1", **made)(x), layer, scope, deterministic)
         x = x + dropout(y)

@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import PartitionSpec as P
+
 from jlora.models._family import Family, Task, read_config
 from jlora.models._layers import check_config
 from jlora.models.gpt2.modeling import GPT2, GPT2Config, GPT2ForCausalLM, GPT2ForSequenceClassification
 from jlora.names import Name, conv1d, embedding, linear, norm
+from jlora.sharding import Rules
+
+RULES: Rules = (
+    # Hardly a number divides the vocabulary (50257).
+    (r"/(wte|wpe)/embedding$", P(None, "fsdp")),
+    (r"/(c_attn|c_fc)/kernel$", P(None, "fsdp", "tensor")),
+    (r"/(c_attn|c_fc)/bias$", P(None, "tensor")),
+    (r"/c_proj/kernel$", P(None, "tensor", "fsdp")),
+    (r"/(lm_head|score)/kernel$", P("fsdp")),
+    (r"/c_proj/bias$|/ln_", P()),
+)
 
 
 def names(config: GPT2Config, task: Task) -> dict[str, Name]:
@@ -49,6 +62,7 @@ GPT2_FAMILY = Family(
         "sequence-classification": GPT2ForSequenceClassification,
     },
     names=names,
+    rules=RULES,
     prefix="transformer.",
     architecture="GPT2",
     heads=r"^params/(lm_head|score)/",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.models._family import ModelConfig, ModelError
-from jlora.models._layers import Encoded, activation, attend, dense, layer_norm
+from jlora.models._layers import Encoded, Remat, activation, attend, dense, layer_norm, recomputed, split_batch
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class ViT(nn.Module):
     config: ViTConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    remat: Remat = "none"
     pooler: bool = True
 
     @nn.compact
@@ -77,8 +78,9 @@ class ViT(nn.Module):
         x = x + self.param("position_embeddings", start, (1, *x.shape[1:]), self.param_dtype).astype(x.dtype)
         x = nn.Dropout(config.hidden_dropout_prob, deterministic=deterministic)(x)
 
+        layer = recomputed(Layer, self.remat, static=2)
         for i in range(config.num_hidden_layers):
-            x = Layer(config, self.dtype, self.param_dtype, name=f"layer_{i}")(x, deterministic)
+            x = layer(config, self.dtype, self.param_dtype, name=f"layer_{i}")(x, deterministic)
         x = layer_norm(config.layer_norm_eps, name="final_norm", **made)(x)
         if not self.pooler:
             return Encoded(x, None)
@@ -100,6 +102,7 @@ class Layer(nn.Module):
         dropout = nn.Dropout(config.hidden_dropout_prob, deterministic=deterministic)
         attention_dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=deterministic)
         width, heads = config.hidden_size, config.num_attention_heads
+        x = split_batch(x)
 
         y = layer_norm(config.layer_norm_eps, name="attention_norm", **made)(x)
         query, key, value = (
@@ -122,10 +125,11 @@ class ViTForImageClassification(nn.Module):
     config: ViTConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
         """Logits [batch, num_labels]; the arguments are those of `ViT`."""
         config, made = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        encoder = ViT(config, pooler=False, name="encoder", **made)
+        encoder = ViT(config, remat=self.remat, pooler=False, name="encoder", **made)
         return dense(config, config.num_labels, "classifier", **made)(encoder(images, deterministic).hidden[:, 0])

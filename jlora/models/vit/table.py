@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import PartitionSpec as P
+
 from jlora.models._family import Family, Task, read_config
 from jlora.models._layers import check_config
 from jlora.models.vit.modeling import ViT, ViTConfig, ViTForImageClassification
 from jlora.names import Name, array, conv2d, linear, norm
+from jlora.sharding import Rules
 
 _MODULES = {
     "attention_output": "attention.output.dense",
     "intermediate": "intermediate.dense",
     "output": "output.dense",
 }
+
+RULES: Rules = (
+    (r"/patch_embeddings/kernel$", P(None, None, None, "fsdp")),
+    (r"/(query|key|value|intermediate|pooler)/kernel$", P("fsdp", "tensor")),
+    (r"/(query|key|value|intermediate|pooler)/bias$", P("tensor")),
+    (r"/(attention_output|output)/kernel$", P("tensor", "fsdp")),
+    (r"/classifier/kernel$", P("fsdp")),
+    (r"/(patch_embeddings|attention_output|output|classifier)/bias$", P()),
+    (r"/(cls_token|position_embeddings)$|_norm/", P()),
+)
 
 
 def names(config: ViTConfig, task: Task) -> dict[str, Name]:
@@ -54,6 +67,7 @@ VIT = Family(
     config=_read,
     networks={"features": ViT, "image-classification": ViTForImageClassification},
     names=names,
+    rules=RULES,
     prefix="vit.",
     architecture="ViT",
     heads=r"^params/(classifier|pooler)/",

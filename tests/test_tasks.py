@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
-import io
 import json
 import re
 import warnings
@@ -20,10 +18,11 @@ import pytest
 import jlora
 from jlora import models
 from tests import tiny
+from tests.runs import program
 from train import batches, data, metrics, store
-from train.__main__ import main, parse
+from train.__main__ import parse
 from train.batches import Ragged
-from train.config import CausalLM, ConfigError, DataConfig, SequenceClassification, TrainConfig
+from train.config import CausalLM, ComputeConfig, ConfigError, DataConfig, SequenceClassification, TrainConfig
 from train.networks import load_tokenizer
 from train.run import bucket_lengths
 from train.runs import open_run
@@ -58,14 +57,6 @@ def work(tmp_path_factory) -> Path:
         folder / "sums" / "test.jsonl", [row | talk for row, talk in zip(sums[:7], talks[:7], strict=True)]
     )
     return folder
-
-
-def program(*argv: str) -> tuple[int, str]:
-    """Exit code and what was printed."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        code = main(list(argv))
-    return code, out.getvalue()
 
 
 def text_flags(work: Path) -> list[str]:
@@ -111,11 +102,11 @@ def test_a_text_classifier_is_learnt_and_its_run_directory_is_whole(text_run):
     assert summary["metrics"]["adapted"]["validation"]["accuracy"] > 0.8
     assert set(summary["metrics"]["adapted"]["validation"]) == {"loss", "accuracy", "f1", "matthews"}
     assert {path.name for path in folder.iterdir()} - {"curves.png"} == {
-        "config.json", "metrics.jsonl", "adapters", "summary.json",
+        "config.json", "plan.txt", "metrics.jsonl", "checkpoints", "adapters", "summary.json", "run.lock",
     }  # fmt: skip
     assert f"trainable: {summary['trainable']:,} of {summary['total']:,}" in printed
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    kept = next(record for record in records if record.get("epoch") == summary["kept_epoch"])
+    kept = next(record for record in records if "epoch" in record and record["step"] == summary["kept_step"])
     assert kept["validation_accuracy"] == summary["metrics"]["adapted"]["validation"]["accuracy"]
 
 
@@ -182,10 +173,13 @@ def test_exports_are_the_adapted_model(text_run, work):
     np.testing.assert_allclose(run.network.forward(merged, inputs), expected, atol=1e-5)
 
 
-def test_after_warm_up_nothing_is_compiled(work, tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_after_warm_up_nothing_is_compiled(work, tmp_path, accumulate):
     """Sentences of many lengths make few shapes: the second epoch meets none that the first did not."""
     config = dataclasses.replace(
-        parse([*text_flags(work), "--run-dir", str(tmp_path)]), data=DataConfig(str(work / "data/train.jsonl"))
+        parse([*text_flags(work), "--run-dir", str(tmp_path)]),
+        data=DataConfig(str(work / "data/train.jsonl")),
+        compute=ComputeConfig(accumulate=accumulate),
     )
     tokenizer = load_tokenizer(str(work / "encoder"))
     assert isinstance(config.task, SequenceClassification)
@@ -194,9 +188,8 @@ def test_after_warm_up_nothing_is_compiled(work, tmp_path):
     buckets = bucket_lengths(config, {"": examples})
     assert buckets == (8, 16)
     shapes = {
-        batch["input_ids"].shape
-        for epoch in range(1, 6)
-        for batch in batches.training_batches(examples, 8, 0, epoch, buckets)
+        batches.batch_of(examples, batches.training_rows(64, 8, 0, step), buckets)["input_ids"].shape
+        for step in range(40)
     }
     assert shapes == {(8, 8), (8, 16)} or shapes == {(8, 16)}
 
@@ -300,10 +293,13 @@ def test_ordered_batches_hold_every_example_once_in_few_shapes():
     rng = np.random.default_rng(0)
     examples = {"x": Ragged([[i] * n for i, n in enumerate(rng.integers(1, 17, 21))], fill=-1), "i": np.arange(21)}
     seen, shapes = [], set()
-    for rows, batch in batches.ordered_batches(examples, 4, (4, 8, 16)):
-        assert batch["i"][: len(rows)].tolist() == rows.tolist()
-        assert batch["x"][: len(rows), 0].tolist() == rows.tolist()
-        seen += rows.tolist()
+    for rows, own in batches.ordered_rows(examples, 4):
+        bucket = batches.bucket_of(examples, rows, (4, 8, 16))
+        batch = batches.batch_of(examples, rows, bucket)
+        assert batch["i"].tolist() == batch["x"][:, 0].tolist() == rows.tolist()
+        # A part of the rows, as one process builds it, is as long as the whole.
+        assert batches.batch_of(examples, rows[:1], bucket)["x"].tolist() == batch["x"][:1].tolist()
+        seen += rows[:own].tolist()
         shapes.add(batch["x"].shape)
     assert sorted(seen) == list(range(21))
     assert shapes <= {(4, 4), (4, 8), (4, 16)}
@@ -482,7 +478,7 @@ def test_a_missing_column_is_told_the_nearest(work, tmp_path):
         ("", {"label": None}, "task.label: 12 of 12 values of the column 'label' are missing"),
         ("", {"label": "2"}, "holds '2', which is no class; expected one of negative, positive, or its number"),
         ("--data.holdout 0.001", {}, "0.001 of 20 training examples are 0; expected at least one"),
-        ("--learning-rate.lora 1e30", {}, "fit: the loss is (nan|inf) in step . of epoch .; the training diverged"),
+        ("--learning-rate.lora 1e30", {}, "fit: the loss is (nan|inf) and .* in step . \\(epoch .\\), of the training examples .*The training diverged"),
         ("--lora.train-also", {}, "pass key=.*A new head has to be trained: --lora.train-also classifier"),
     ],
 )

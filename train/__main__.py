@@ -38,20 +38,35 @@ What was trained is used by other commands, each with its own --help:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program and return its exit code: 0, or 2 when the user's input cannot be run."""
+    """Run the program and return its exit code.
+
+    0: done. 2: the user's input cannot be run, or a file cannot be read or written. `train.stop.EXIT_CODE`: a training
+    that stopped when it was asked to, and goes on when it is started again.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         return command(argv[0], argv[1:])
     try:
         config = parse(argv)
         # Only now, so that `--help` and a misspelt flag need not wait for the libraries that train.
+        from train.checkpoints import CheckpointError
         from train.run import run
-
+        from train.stop import EXIT_CODE, Stopped
+    except ConfigError as error:
+        return _refused(error)
+    try:
         run(config)
-    except (ConfigError, ModelError, TensorError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return EXIT_CODE
+    except (ConfigError, CheckpointError, ModelError, TensorError, OSError) as error:
+        return _refused(error)
     return 0
+
+
+def _refused(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def command(name: str, argv: list[str]) -> int:
@@ -63,8 +78,7 @@ def command(name: str, argv: list[str]) -> int:
             commands.COMMANDS[name], prog=f"python -m train {name}", args=argv, config=(tyro.conf.AvoidSubcommands,)
         )
     except (*commands.USER_ERRORS, OSError, UnicodeDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refused(error)
     return 0
 
 

@@ -20,10 +20,15 @@ import jax
 
 import jlora
 from train import store
-from train.batches import Examples
+from train.batches import Examples, size
 from train.config import ImageClassification, TrainConfig
-from train.loop import Record, fit, random_key
+from train.loop import Training, fit, random_key
 from train.networks import EVERYTHING, Network
+from train.parallel import Layout
+from train.processes import all_agree, is_first, wait_for_all
+from train.progress import Pace
+from train.records import Record
+from train.stop import Stop
 from train.tasks import Task
 
 
@@ -32,14 +37,12 @@ class Base:
     """A base to adapt.
 
     Attributes:
-      params: its parameters.
-      records: of its training; see `train.loop.fit`.
+      params: its parameters, at their places.
       path: where it is cached; None for one that was not trained here.
       cached: whether it came from there.
     """
 
     params: Any
-    records: list[Record]
     path: Path | None
     cached: bool
 
@@ -47,50 +50,71 @@ class Base:
 def base(
     network: Network,
     task: Task,
+    layout: Layout,
     examples: Examples,
     config: TrainConfig,
-    evaluate: Callable[[Any], dict[str, float]],
+    evaluate: Callable[[Any, Any], dict[str, float]],
+    figure: tuple[str, int],
     log: Callable[[Record], None],
+    stop: Stop,
 ) -> Base:
     """The base trained on ``examples``, from the cache if it is there.
 
     Args:
       config: of the run; its ``base`` says how the base is trained.
-      evaluate, log: as in `train.loop.fit`; the records of a cached base are logged like new ones.
+      evaluate: takes parameters and adapters and returns figures for the records.
+      figure, log, stop: as in `train.loop`; the records of a cached base are logged like new ones.
     """
     assert config.base is not None
     made_of = identity(config)
     path = cached_at(config, made_of)
-    if path.exists():
-        params = load_params(path, network)
-        records = json.loads((path / "records.json").read_text())
-        for record in records:
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    if all_agree(path.exists()):
+        params = layout.place_base(shapes, lambda shardings: load_params(path, network, shardings))
+        for record in json.loads((path / "records.json").read_text()):
             log(record)
-        return Base(params, records, path, cached=True)
+        return Base(params, path, cached=True)
 
-    start = jax.jit(network.init)(random_key(config.seed, "model"))
-    adapters, records = fit(
-        network.forward,
-        task,
-        start,
-        jlora.init(random_key(config.seed, "base"), start, EVERYTHING),
-        examples,
-        config.base,
+    records: list[Record] = []
+
+    def note(record: Record) -> None:
+        records.append(record)
+        log(record)
+
+    key = random_key(config.seed, "model")
+    start = layout.place_base(shapes, lambda shardings: jax.jit(network.init, out_shardings=shardings)(key))
+    training = Training(
         phase="base",
+        forward=network.forward,
+        task=task,
+        examples=examples,
+        config=config.base,
         learning_rate=config.learning_rate.base,
         seed=config.seed,
-        eval_every=config.eval_every,
-        evaluate=evaluate,
-        log=log,
+        pace=Pace.of(
+            config.base.epochs,
+            size(examples) // config.base.batch_size,
+            log_every=config.log_every,
+            eval_every=config.eval_every,
+            eval_every_steps=config.eval_every_steps,
+        ),
+        evaluate=lambda adapters: evaluate(start, adapters),
+        figure=figure,
+        log=note,
+        accumulate=config.compute.accumulate,
     )
-    params = jax.jit(jlora.merge)(start, adapters)
-    publish(path, params, records, made_of)
-    return Base(params, records, path, cached=False)
+    whole = random_key(config.seed, "base")
+    adapters, _ = fit(training, layout, start, lambda base: jlora.init(whole, base, EVERYTHING), stop=stop)
+    params = layout.to_host(layout.call(jlora.merge, start, adapters))
+    if is_first():
+        publish(path, params, records, made_of)
+    wait_for_all("base")
+    return Base(layout.place_base(shapes, lambda shardings: jax.device_put(params, shardings)), path, cached=False)
 
 
-def load_params(path: Path, network: Network) -> Any:
-    """The parameters of a cached base."""
-    return store.load_tree(path / "params", jax.eval_shape(network.init, jax.random.key(0)))
+def load_params(path: Path, network: Network, shardings: Any = None) -> Any:
+    """The parameters of a cached base, at these places."""
+    return store.load_tree(path / "params", jax.eval_shape(network.init, jax.random.key(0)), shardings)
 
 
 def cached_at(config: TrainConfig, made_of: dict[str, Any]) -> Path:
@@ -110,7 +134,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
         "task": store.to_json(dataclasses.replace(config.task, domains=dict(domains))),
         "fit": store.to_json(config.base),
         "learning_rate": config.learning_rate.base,
-        "eval_every": config.eval_every,
+        "records": [config.eval_every, config.eval_every_steps, config.log_every],
         "data": [store.to_json(config.data), _content(config.data.train)],
         "seed": config.seed,
         "sources": hashlib.sha256(b"\0".join(sources)).hexdigest(),

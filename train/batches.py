@@ -6,6 +6,7 @@ be repeated, resumed, or split over processes without any state to carry.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
@@ -45,50 +46,51 @@ def quarters(max_length: int) -> tuple[int, ...]:
     return tuple(sorted({min(max_length, -(-max_length * i // 32) * 8) for i in (1, 2, 3, 4)}))
 
 
+@functools.lru_cache(maxsize=4)
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which ``count`` examples are seen in an epoch: a function of its arguments and nothing else."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def training_batches(
-    examples: Examples, batch_size: int, seed: int, epoch: int, buckets: Sequence[int] = ()
-) -> Iterator[Batch]:
-    """The epoch's batches, each with ``batch_size`` examples; the rest of the examples is dropped.
-
-    Ragged columns are padded to the shortest bucket that holds the batch's longest example.
-    """
-    order = epoch_order(size(examples), seed, epoch)
-    for start in range(0, len(order) - batch_size + 1, batch_size):
-        yield batch_of(examples, order[start : start + batch_size], buckets)
+def training_rows(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Which of ``count`` examples are in the batch of ``step``, from 0; an incomplete last batch is left out."""
+    epoch, batch = divmod(step, count // batch_size)
+    return epoch_order(count, seed, epoch + 1)[batch * batch_size : (batch + 1) * batch_size]
 
 
-def ordered_batches(
-    examples: Examples, batch_size: int, buckets: Sequence[int] = ()
-) -> Iterator[tuple[np.ndarray, Batch]]:
-    """All examples, those of one length together, as ``(rows, batch)``.
+def ordered_rows(examples: Examples, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """All examples, those of one length together, as ``(rows, own)`` of each batch.
 
-    Every batch has ``batch_size`` examples, of which the first ``len(rows)`` are the examples of these numbers; the
-    last batch is filled up with its last example.
+    A batch has ``batch_size`` rows, of which the first ``own`` are its own; the last is filled up with its last row.
     """
     count, long = size(examples), lengths(examples)
     order = np.arange(count) if long is None else np.argsort(long, kind="stable")
     for start in range(0, count, batch_size):
-        rows = order[np.minimum(np.arange(start, start + batch_size), count - 1)]
-        yield order[start : start + batch_size], batch_of(examples, rows, buckets)
+        own = min(batch_size, count - start)
+        yield order[np.minimum(np.arange(start, start + batch_size), count - 1)], own
+
+
+def bucket_of(examples: Examples, rows: np.ndarray, buckets: Sequence[int]) -> tuple[int, ...]:
+    """The bucket of a batch, for `batch_of` of any part of its rows; none when no column is ragged."""
+    longest = [max(len(column[row]) for row in rows) for column in examples.values() if isinstance(column, Ragged)]
+    return (_shortest(buckets, max(longest)),) if longest else ()
 
 
 def batch_of(examples: Examples, rows: np.ndarray, buckets: Sequence[int] = ()) -> Batch:
-    """The examples ``rows`` as one batch, ragged columns as int32 [rows, bucket]."""
+    """The examples ``rows`` as one batch, ragged columns as int32 [rows, shortest bucket that holds the longest]."""
     batch = {}
     for name, column in examples.items():
         if not isinstance(column, Ragged):
             batch[name] = column[rows]
             continue
         values = [column[row] for row in rows]
-        longest = max(map(len, values))
-        length = min((bucket for bucket in buckets if bucket >= longest), default=longest)
+        length = _shortest(buckets, max(map(len, values)))
         out = np.full((len(rows), length), column.fill, np.int32)
         for line, value in zip(out, values, strict=True):
             line[length - len(value) if column.left else 0 :][: len(value)] = value
         batch[name] = out
     return batch
+
+
+def _shortest(buckets: Sequence[int], longest: int) -> int:
+    return min((bucket for bucket in buckets if bucket >= longest), default=longest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from jlora import LoraConfig
 from train.config import (
     CausalLM,
+    ComputeConfig,
     ConfigError,
     DataConfig,
     Domain,
@@ -22,8 +24,11 @@ from train.config import (
     Mlp,
     PatchTransformer,
     Pretrained,
+    ProcessesConfig,
+    SaveConfig,
     SequenceClassification,
     TrainConfig,
+    Writer,
 )
 
 
@@ -98,10 +103,16 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value.isidentifier()
 
 
-def _is_new_dir(value: Any) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, Path) and (not value.exists() or value.is_dir() and not any(value.iterdir()))
+def _is_dir(value: Any) -> bool:
+    return value is None or isinstance(value, Path) and (not value.exists() or value.is_dir())
+
+
+def _is_address(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r".+:\d+", value) is not None
+
+
+def _are_rules(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
 
 
 _RATE = _number("a number > 0", lambda x: x > 0, "0.002")
@@ -114,8 +125,20 @@ _EXPECTATIONS: Mapping[type, Mapping[str, _Expectation]] = {
         "name": _Expectation(_is_name, "letters, digits and underscores", "digits"),
         "seed": _whole(0, 0),
         "eval_every": _whole(1, 1),
+        "eval_every_steps": _whole(1, 100).or_none(),
         "eval_batch_size": _whole(1, 64),
-        "run_dir": _Expectation(_is_new_dir, "a directory that is empty or does not exist", "runs/mine"),
+        "resume": _Expectation(
+            lambda x: x in ("auto", "never") or _whole(0, 0).holds(x),
+            "auto, never, or the step of a checkpoint",
+            "auto",
+        ),
+        "log_every": _whole(1, 10).or_none(),
+        "log": _Expectation(
+            lambda x: isinstance(x, tuple | list) and set(x) <= set(get_args(Writer)),
+            "tensorboard, wandb",
+            "tensorboard",
+        ),
+        "run_dir": _Expectation(_is_dir, "a directory, or a path where there is none yet", "runs/mine"),
         "cache_dir": _Expectation(lambda x: isinstance(x, Path), "a pathlib.Path", "~/.cache/jlora"),
     },
     FitConfig: {
@@ -124,6 +147,26 @@ _EXPECTATIONS: Mapping[type, Mapping[str, _Expectation]] = {
         "warmup": _number("a share of the steps, 0 <= warmup < 1", lambda x: 0 <= x < 1, "0.1"),
         "weight_decay": _number("a number >= 0", lambda x: x >= 0, "0.0001"),
         "clip": _RATE.or_none(),
+        "lora_plus": _RATE,
+        "label_smoothing": _number("a share, 0 <= label_smoothing < 1", lambda x: 0 <= x < 1, "0.1"),
+        "patience": _whole(1, 3).or_none(),
+    },
+    ComputeConfig: {
+        "data": _whole(1, 8).or_none(),
+        "fsdp": _whole(1, 8),
+        "tensor": _whole(1, 8),
+        "rules": _Expectation(_are_rules, "patterns of paths, and axes of the mesh", "lm_head fsdp,tensor"),
+        "accumulate": _whole(1, 4),
+    },
+    ProcessesConfig: {
+        "coordinator": _Expectation(_is_address, "HOST:PORT", "10.0.0.1:1234").or_none(),
+        "count": _whole(1, 2).or_none(),
+        "index": _whole(0, 0).or_none(),
+    },
+    SaveConfig: {
+        "every_minutes": _RATE,
+        "every_steps": _whole(1, 100).or_none(),
+        "max_to_keep": _whole(1, 3),
     },
     LearningRates: dict.fromkeys(("base", "lora", "full", "head"), _RATE),
     DataConfig: {
@@ -191,6 +234,8 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _across(config: TrainConfig) -> Iterator[str]:
     """Problems between fields, of parts that are what they should be."""
+    yield from _across_computing(config.compute, config.processes)
+    yield from _across_fit(config)
     task, model = config.task, config.model
     if isinstance(model, PatchTransformer) and isinstance(model.width, int) and isinstance(model.heads, int):
         if model.heads > 0 and model.width % model.heads:
@@ -224,3 +269,34 @@ def _across(config: TrainConfig) -> Iterator[str]:
             yield "mode: got 'head', expected 'lora' or 'full': a language model gets no new head; pass --mode lora"
     if isinstance(task, SequenceClassification) and task.regression and task.labels is not None:
         yield "task.labels: got names, expected None: a regression has a number for its label"
+
+
+def _across_computing(compute: ComputeConfig, processes: ProcessesConfig) -> Iterator[str]:
+    axes = {axis: getattr(compute, axis) for axis in ("data", "fsdp", "tensor")}
+    if compute.layout != "mesh" and (used := [axis for axis, size in axes.items() if size not in (None, 1)]):
+        sizes = " and ".join(f"{axis}={axes[axis]}" for axis in used)
+        yield (
+            f"compute.layout: got {compute.layout!r} with {sizes}; only a mesh has these axes; "
+            "pass --compute.layout mesh"
+        )
+    if compute.layout != "mesh" and compute.rules:
+        yield f"compute.rules: got rules with {compute.layout!r}, expected none: only a mesh divides weights"
+    given = {name: getattr(processes, name) for name in ("coordinator", "count", "index")}
+    if missing := [name for name, value in given.items() if value is None]:
+        if len(missing) < len(given):
+            yield f"processes: got no {' and no '.join(missing)}; expected coordinator, count and index, or none"
+    elif processes.index is not None and processes.count is not None and processes.index >= processes.count:
+        yield f"processes.index: got {processes.index}, expected less than processes.count = {processes.count}"
+
+
+def _across_fit(config: TrainConfig) -> Iterator[str]:
+    for name, fit in (("base", config.base), ("fit", config.fit)):
+        if not isinstance(fit, FitConfig):
+            continue
+        if fit.lora_plus != 1 and (name == "base" or config.mode != "lora"):
+            what = "a base" if name == "base" else f"mode {config.mode!r}"
+            yield f"{name}.lora_plus: got {fit.lora_plus}, expected 1: {what} has no factors A and B"
+        if fit.label_smoothing and getattr(config.task, "regression", False):
+            yield f"{name}.label_smoothing: got {fit.label_smoothing}, expected 0: a regression has no classes"
+        if name == "base" and fit.patience is not None:
+            yield f"base.patience: got {fit.patience}, expected None: a base is trained to its end"

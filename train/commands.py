@@ -16,10 +16,11 @@ from scipy.special import softmax
 import jlora
 from jlora import models, peft
 from train import data, report, store
-from train.batches import Ragged, ordered_batches
+from train.batches import Ragged, batch_of, ordered_rows
 from train.config import ConfigError, Pretrained, SequenceClassification
 from train.evaluate import make_measure
 from train.networks import check_tokens, read_settings
+from train.parallel import Jit
 from train.run import bucket_lengths
 from train.runs import Run, open_run
 from train.tasks import Task
@@ -51,8 +52,10 @@ def predict(run: RunDir, text: tyro.conf.UseAppendAction[tuple[str, ...]] = (), 
     check_tokens(opened.network, {"": examples})
     forward = jax.jit(lambda tree, inputs: jlora.lora(opened.network.forward)(tree, inputs))
     outputs = np.empty((len(texts), max(len(task.labels), 1)), np.float32)
-    for rows, batch in ordered_batches(examples, min(len(texts), 64), bucket_lengths(opened.config, {"": examples})):
-        outputs[rows] = np.asarray(forward(opened.tree, task.inputs(batch)), np.float32)[: len(rows)]
+    buckets = bucket_lengths(opened.config, {"": examples})
+    for rows, own in ordered_rows(examples, min(len(texts), 64)):
+        found = forward(opened.tree, task.inputs(batch_of(examples, rows, buckets)))
+        outputs[rows[:own]] = np.asarray(found, np.float32)[:own]
     for i, (one, scores) in enumerate(zip(texts, outputs, strict=True)):
         # One line for each text, whatever is in it.
         shown = "\t".join(part.translate(_ESCAPES) for part in ([one] if pairs is None else [one, pairs[i]]))
@@ -117,9 +120,8 @@ def generate(
     check_tokens(opened.network, {"": examples})
     apply = jlora.lora(model.apply)
     key, ends = jax.random.key(seed), _ends(opened)
-    for i, (rows, batch) in enumerate(
-        ordered_batches(examples, min(len(prompts), 16), _round_up(max(map(len, tokens))))
-    ):
+    for i, (rows, own) in enumerate(ordered_rows(examples, min(len(prompts), 16))):
+        batch = batch_of(examples, rows, _round_up(max(map(len, tokens))))
         new = models.generate(
             model,
             opened.tree,
@@ -133,7 +135,7 @@ def generate(
             pad_token_id=task.pad,
             apply=apply,
         )
-        for row, line in zip(rows, np.asarray(new), strict=False):
+        for row, line in zip(rows[:own], np.asarray(new)[:own], strict=True):
             answers[row] = task.tokenizer.decode(line, skip_special_tokens=True)
     for one, answer in zip(prompts, answers, strict=True):
         print(f"> {one}\n{answer}\n")
@@ -178,9 +180,9 @@ def measured(run: Run, table: data.Table) -> dict[str, dict[str, float]]:
     sets = {name or "validation": examples for name, examples in task.encode(table).items()}
     check_tokens(run.network, sets)
     measure = make_measure(
-        jlora.lora(run.network.forward), task, run.config.eval_batch_size, bucket_lengths(run.config, sets)
+        Jit(), run.network.forward, task, run.config.eval_batch_size, bucket_lengths(run.config, sets)
     )
-    return {name: task.metrics(measure(run.tree, examples)) for name, examples in sets.items()}
+    return {name: task.metrics(measure(run.params, run.adapters, examples)) for name, examples in sets.items()}
 
 
 def export(

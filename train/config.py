@@ -15,6 +15,9 @@ from jlora import LoraConfig
 Mode = Literal["lora", "full", "head"]
 Schedule = Literal["cosine", "linear", "constant"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Layout = Literal["jit", "pmap", "mesh"]
+Remat = Literal["none", "dots", "full"]
+Writer = Literal["tensorboard", "wandb"]
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 
@@ -212,11 +215,14 @@ class FitConfig:
 
     Attributes:
       epochs: passes over the training examples.
-      batch_size: examples in a step; an epoch's last, incomplete batch is dropped.
+      batch_size: examples in a step, over all devices; an epoch's last, incomplete batch is dropped.
       schedule: how the learning rate falls after the warm-up.
       warmup: share of all steps over which the learning rate rises from 0 to its peak.
       weight_decay: decoupled, and applied to all that is trained.
       clip: largest global norm of the gradient, or None.
+      lora_plus: how many times A's learning rate B has; 1 for none of LoRA+ (Hayou et al. 2024, who take 16).
+      label_smoothing: share of a label's probability that is spread over all classes or tokens.
+      patience: end after so many measurements in a row without a new best, or None.
     """
 
     epochs: int = 20
@@ -225,6 +231,9 @@ class FitConfig:
     warmup: float = 0.1
     weight_decay: float = 1e-4
     clip: float | None = 1.0
+    lora_plus: float = 1.0
+    label_smoothing: float = 0.0
+    patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -244,6 +253,68 @@ class LearningRates:
     head: float = 1e-2
 
 
+# Where and how it is computed
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How a step is computed: on which devices, and in how much memory. What is learnt is the same for all of it.
+
+    Attributes:
+      layout: jit: one device. pmap: the rows of a batch divided over all devices, each with a copy of the base.
+        mesh: devices as a mesh of data x fsdp x tensor; rows are divided over the first two, weights over the last two.
+      data: size of that axis of the mesh; by default what the others leave of the devices.
+      fsdp: into how many parts every weight is divided; a part is fetched when it is used.
+      tensor: over how many devices every product is divided.
+      rules: where weights lie, before the network's own rules: patterns of paths, and for each axis of the weight the
+        axis of the mesh or `-`, such as `lm_head/kernel` and `fsdp,tensor`.
+      accumulate: parts into which a batch is divided, computed one after the other.
+      remat: what the backward pass computes again instead of keeping it: nothing (none), all but the results of matrix
+        products (dots), or whole layers (full).
+    """
+
+    layout: Layout = "jit"
+    data: int | None = None
+    fsdp: int = 1
+    tensor: int = 1
+    rules: dict[str, str] = field(default_factory=dict)
+    accumulate: int = 1
+    remat: Remat = "none"
+
+
+@dataclass(frozen=True)
+class ProcessesConfig:
+    """The processes that train together. Each runs the same command, and where they see different files the same data.
+
+    Attributes:
+      coordinator: address and port of the first process, HOST:PORT.
+      count: how many there are.
+      index: which one this is, from 0.
+      auto: find all that in the environment: on TPU pods, under Slurm, Open MPI and Kubernetes. By default where Slurm
+        or a TPU's environment tells of several processes.
+    """
+
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+    auto: bool | None = None
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    """Checkpoints of a training, from which it goes on when it was stopped.
+
+    Attributes:
+      every_minutes: time between two of them.
+      every_steps: steps between two of them, instead.
+      max_to_keep: how many of the newest are kept, beside the best one where that is kept.
+    """
+
+    every_minutes: float = 5.0
+    every_steps: int | None = None
+    max_to_keep: int = 3
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Adapt a network to a task.
@@ -260,8 +331,16 @@ class TrainConfig:
       fit: the training.
       learning_rate: peak learning rates.
       eval_every: epochs between two measurements on the validation examples.
+      eval_every_steps: steps between two of them, instead; the last step is always measured.
       eval_batch_size: examples predicted at once.
       keep: the adapters that are kept: the last ones, or the best measured ones by the task's main figure.
+      compute: devices and memory.
+      processes: that train together.
+      save: checkpoints.
+      resume: go on with the run in run_dir, or with the newest unfinished one of this configuration under runs/ (auto);
+        begin anew (never); or go on from the checkpoint of this step, and give up later ones.
+      log_every: steps between two lines of metrics; by default some fifty in a run.
+      log: where metrics go beside metrics.jsonl.
       run_dir: where the run is written; by default a new directory under runs/.
       cache_dir: where trained bases and converted data are kept.
     """
@@ -277,7 +356,14 @@ class TrainConfig:
     fit: FitConfig = FitConfig()
     learning_rate: LearningRates = LearningRates()
     eval_every: int = 1
+    eval_every_steps: int | None = None
     eval_batch_size: int = 64
     keep: Literal["last", "best"] = "last"
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    processes: ProcessesConfig = ProcessesConfig()
+    save: SaveConfig = SaveConfig()
+    resume: Literal["auto", "never"] | int = "auto"
+    log_every: int | None = None
+    log: tuple[Writer, ...] = ()
     run_dir: Path | None = None
     cache_dir: Path = field(default_factory=default_cache_dir)

@@ -3,54 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
-from train.batches import Batch, Examples, ordered_batches, size
+import jlora
+from train.batches import Batch, Examples, batch_of, bucket_of, ordered_rows, size
 from train.networks import Forward
+from train.parallel import Layout
+from train.stop import Stop, Stopped
 from train.tasks import Measured, Task
 
-Measure = Callable[[Any, Examples], Measured]
+Measure: TypeAlias = Callable[[Any, Any, Examples], Measured]
+"""``measure(params, adapters, examples)``, of the plain model where the adapters are None."""
 
 
-def make_measure(forward: Forward, task: Task, batch_size: int, buckets: Sequence[int] = ()) -> Measure:
-    """``measure(params, examples)``: what `Task.measure` finds of every example, in the examples' order.
+def make_measure(
+    layout: Layout,
+    forward: Forward,
+    task: Task,
+    batch_size: int,
+    buckets: Sequence[int] = (),
+    stop: Stop | None = None,
+) -> Measure:
+    """``measure(params, adapters, examples)``: what `Task.measure` finds of every example, in the examples' order.
 
-    Compiled once for each structure of ``params`` and each bucket.
+    Compiled once for each structure of its arguments and each bucket.
+
+    Args:
+      layout: where params and adapters lie.
+      batch_size: examples at once; rounded up so that the layout can divide them.
+      stop: asked after each batch; measuring then ends with a `train.stop.Stopped`.
     """
+    adapted = jlora.lora(forward)
+    batch_size = -(-batch_size // layout.parts) * layout.parts
 
-    @jax.jit
-    def measure_batch(params: Any, batch: Batch) -> dict[str, jax.Array]:
-        return task.measure(forward(params, task.inputs(batch)), batch)
+    def measure_batch(params: Any, adapters: Any, batch: Batch) -> dict[str, jax.Array]:
+        inputs = task.inputs(batch)
+        outputs = forward(params, inputs) if adapters is None else adapted(jlora.attach(params, adapters), inputs)
+        return task.measure(outputs, batch)
 
-    def measure(params: Any, examples: Examples) -> Measured:
+    compiled = layout.compile_each(measure_batch)
+
+    def measure(params: Any, adapters: Any, examples: Examples) -> Measured:
         found: dict[str, np.ndarray] = {}
-        for rows, batch in ordered_batches(examples, batch_size, buckets):
-            for name, values in jax.device_get(measure_batch(params, batch)).items():
+        for rows, own in ordered_rows(examples, batch_size):
+            if stop is not None and stop.asked():
+                raise Stopped
+            bucket = bucket_of(examples, rows, buckets)
+            batch = layout.place_batch(
+                lambda part, rows=rows, bucket=bucket: batch_of(examples, rows[part], bucket), len(rows)
+            )
+            for name, values in compiled(params, adapters, batch).items():
                 whole = found.setdefault(name, np.empty((size(examples), *values.shape[1:]), values.dtype))
-                whole[rows] = values[: len(rows)]
+                whole[rows[:own]] = values[:own]
         return found
 
     return measure
 
 
 def compare(
-    task: Task, models: Mapping[str, tuple[Measure, Any]], test: Mapping[str, Examples]
+    task: Task, models: Mapping[str, tuple[Any, Any]], measure: Measure, test: Mapping[str, Examples]
 ) -> tuple[dict[str, dict[str, dict[str, float]]], Callable[[str, str], int]]:
     """Several models on every set of test examples.
 
     Args:
-      models: by name, how each is measured, and its parameters.
+      models: by name, parameters and adapters, or None.
       test: examples by the name of their set.
 
     Returns:
       The figures by model and set, and a function of two models' names: how many of their predictions differ.
     """
     found = {
-        model: {name: measure(params, examples) for name, examples in test.items()}
-        for model, (measure, params) in models.items()
+        model: {name: measure(params, adapters, examples) for name, examples in test.items()}
+        for model, (params, adapters) in models.items()
     }
 
     def differing(first: str, second: str) -> int:

@@ -1,29 +1,30 @@
-"""Epochs of steps, with a measurement on the way."""
+"""A training: steps, with records, measurements and checkpoints on the way."""
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-import jlora
 from train import report
-from train.batches import Examples, size, training_batches
-from train.config import ConfigError, FitConfig
+from train.batches import Examples, batch_of, bucket_of, lengths, size, training_rows
+from train.checkpoints import Checkpoints
+from train.config import ConfigError, FitConfig, SaveConfig
 from train.networks import Forward
 from train.optim import make_optimizer, make_schedule
-from train.step import init_state, make_step
+from train.parallel import Layout
+from train.processes import first_decides
+from train.progress import Pace, Position, Window, Work
+from train.records import Record
+from train.step import TrainState, init_state, make_step
+from train.stop import Stop, Stopped
 from train.tasks import Task
-
-Record = dict[str, Any]
-
-LINES = 50
-"""How often a training tells its loss, at least; more often when it has more epochs."""
 
 
 def random_key(seed: int, purpose: str) -> jax.Array:
@@ -31,97 +32,277 @@ def random_key(seed: int, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 
+@dataclass(frozen=True)
+class Training:
+    """What is trained, on what, and who is told.
+
+    Attributes:
+      phase: its name, in records and on the progress bar.
+      forward, task: the network and what it learns.
+      examples: that it learns from.
+      config: how.
+      learning_rate: the peak.
+      seed: of the order of the examples and of dropout.
+      pace: when something is due.
+      buckets: the lengths to which batches are padded.
+      accumulate: parts of a batch that are computed one after the other.
+      evaluate: takes adapters at their places and returns figures for the record; may raise `train.stop.Stopped`.
+      figure: the one of these by which adapters are the best ones, and its sign: 1 if more is better, else -1.
+      log: called with each record as soon as there is one.
+      ideal_seconds: of a step on a batch of so many rows of this length, at the devices' peak; 0 if that is not known.
+    """
+
+    phase: str
+    forward: Forward
+    task: Task
+    examples: Examples
+    config: FitConfig
+    learning_rate: float
+    seed: int
+    pace: Pace
+    evaluate: Callable[[dict[str, Any]], dict[str, float]]
+    figure: tuple[str, int]
+    log: Callable[[Record], None]
+    buckets: Sequence[int] = ()
+    accumulate: int = 1
+    ideal_seconds: Callable[[tuple[int, ...]], float] = lambda _: 0.0
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where a training is kept, and when.
+
+    Attributes:
+      checkpoints: where.
+      config: when.
+      position: where it goes on; at the start for a new one.
+      identity: the run's configuration as JSON, kept with each checkpoint.
+      size: the size of the records' file.
+      keep_best: whether the best adapters are wanted in the end.
+    """
+
+    checkpoints: Checkpoints
+    config: SaveConfig
+    position: Position
+    identity: Mapping[str, Any]
+    size: Callable[[], int]
+    keep_best: bool
+
+
 def fit(
-    forward: Forward,
-    task: Task,
+    training: Training,
+    layout: Layout,
     base: Any,
-    adapters: dict[str, Any],
-    examples: Examples,
-    config: FitConfig,
+    start: Callable[[Any], dict[str, Any]],
     *,
-    phase: str,
-    learning_rate: float,
-    seed: int,
-    eval_every: int,
-    evaluate: Callable[[Any], dict[str, float]],
-    log: Callable[[Record], None],
-    buckets: Sequence[int] = (),
-    on_eval: Callable[[Record, dict[str, Any]], None] = lambda record, adapters: None,
-) -> tuple[dict[str, Any], list[Record]]:
-    """Train ``adapters`` on ``examples``; ``base`` stays as it is.
+    saving: Saving | None = None,
+    stop: Stop | None = None,
+) -> tuple[dict[str, Any], Position]:
+    """Train adapters; ``base`` stays as it is.
 
     Args:
-      phase: name of this training, in records and on the progress bar.
-      evaluate: takes an attached tree and returns figures for the record; called every ``eval_every`` epochs and at
-        the end.
-      log: called with each record as soon as there is one.
-      buckets: the lengths to which batches are padded.
-      on_eval: called after each measurement with its record and the adapters that were measured.
+      base: at its place in ``layout``.
+      start: the adapters to start from, a pure function of the base.
+      saving: how it is kept; None for a training that is not.
+      stop: asked after each step.
 
     Returns:
-      The trained adapters, and the records. On the way, about `LINES` of them hold phase, step and the step's metrics,
-      averaged since the last one. That of an epoch's end also holds epoch, seconds and what ``evaluate`` returned, and
-      its averages are over the epoch.
+      The adapters, at their places, that are kept: the newest or the best ones; and where the training ended.
 
     Raises:
-      ConfigError: if the loss is not finite, naming the step.
+      ConfigError: if the loss is not finite, naming the step, its examples and the newest checkpoint.
+      CheckpointError: if a checkpoint cannot be written or read.
+      Stopped: if it was asked to stop, and did.
     """
-    steps_per_epoch = size(examples) // config.batch_size
-    steps = config.epochs * steps_per_epoch
-    schedule = make_schedule(config, learning_rate, steps)
-    tx = jlora.freeze(make_optimizer(config, schedule))
-    key = random_key(seed, f"{phase} dropout")
-    step = jax.jit(make_step(forward, task, tx, schedule), donate_argnums=0)
-    # The step reuses the state's memory; the caller's adapters are not ours to give away.
-    state = init_state(tx, base, jax.tree.map(jnp.copy, adapters), key)
-
-    every = max(1, min(steps_per_epoch, steps // LINES))
-    records: list[Record] = []
-
-    def note(record: Record) -> None:
-        records.append(record)
-        log(record)
-
-    started = time.perf_counter()
-    with report.Progress(phase, steps, task.primary) as progress:
-        for epoch in range(1, config.epochs + 1):
-            metrics: list[dict[str, Any]] = []
-            waiting: list[dict[str, jax.Array]] = []
-            for batch in training_batches(examples, config.batch_size, seed, epoch, buckets):
-                state, measured = step(state, base, batch, key)
-                waiting.append(measured)
-                progress.advance()
-                # The metrics stay on the device for a while, so that no step waits for the one before it.
-                if len(waiting) == every:
-                    metrics += (found := _fetched(waiting, phase, epoch, len(metrics)))
-                    waiting = []
-                    if every < steps_per_epoch:
-                        done = (epoch - 1) * steps_per_epoch + len(metrics)
-                        note({"phase": phase, "step": done} | _averaged(found))
-            metrics += _fetched(waiting, phase, epoch, len(metrics))
-            record: Record = {"phase": phase, "epoch": epoch, "step": epoch * steps_per_epoch}
-            record |= _averaged(metrics)
-            measured_now = epoch % eval_every == 0 or epoch == config.epochs
-            if measured_now:
-                record |= evaluate(jlora.attach(base, state.adapters))
-            record["seconds"] = round(time.perf_counter() - started, 3)
-            note(record)
-            progress.show(record)
-            if measured_now:
-                on_eval(record, state.adapters)
-    return state.adapters, records
+    loop = _Loop(training, layout, base, start, saving, stop)
+    with report.Progress(
+        training.phase, training.pace.steps, loop.position.step, training.task.primary
+    ) as loop.progress:
+        return loop.run()
 
 
-def _fetched(metrics: list[dict[str, jax.Array]], phase: str, epoch: int, before: int) -> list[dict[str, Any]]:
-    """The metrics of some steps, of which ``before`` in their epoch were fetched already."""
-    found = jax.device_get(metrics)
-    if bad := [i for i, one in enumerate(found) if not np.isfinite(one["loss"])]:
-        raise ConfigError(
-            f"{phase}: the loss is {found[bad[0]]['loss']} in step {before + bad[0] + 1} of epoch {epoch}; the "
-            "training diverged. Pass a smaller --learning-rate, more --fit.warmup or --fit.clip 1.0"
+class _Loop:
+    """The state of a training in this process."""
+
+    progress: report.Progress
+
+    def __init__(
+        self,
+        training: Training,
+        layout: Layout,
+        base: Any,
+        start: Callable[[Any], dict[str, Any]],
+        saving: Saving | None,
+        stop: Stop | None,
+    ):
+        self.t, self.layout, self.base, self.saving, self.stop = training, layout, base, saving, stop
+        config, pace = training.config, training.pace
+        tx, schedule = make_optimizer(config), make_schedule(config, training.learning_rate, pace.steps)
+        self.key = random_key(training.seed, f"{training.phase} dropout")
+        self.state: TrainState = layout.make_state(lambda base: init_state(tx, start(base)), base)
+        self.position = Position()
+        if saving is not None and saving.position.step:
+            self.position = saving.position
+            self.state, self.key = saving.checkpoints.restore(self.position.step, layout, self.state, self.key)
+        self.saved_step = self.position.step
+        step = make_step(
+            training.forward,
+            training.task,
+            tx,
+            schedule,
+            smoothing=config.label_smoothing,
+            accumulate=training.accumulate,
+            axis=layout.axis,
         )
-    return found
+        self.step = layout.compile_step(step, self.state)
+        self.lengths = lengths(training.examples)
+        self.seen: set[tuple[int, ...]] = set()
+        self.waiting: deque[tuple[int, Any]] = deque()
+        self.work: list[Work] = []
+        self.clock = self.saved_at = time.perf_counter()
 
+    def run(self) -> tuple[dict[str, Any], Position]:
+        position, pace = self.position, self.t.pace
+        try:
+            if position.unmeasured:
+                self.look()
+            while position.step < pace.steps and not self.is_exhausted():
+                self.advance()
+                self.look()
+                if self.is_stopped():
+                    raise Stopped
+        except Stopped:
+            raise Stopped(self.stopped()) from None
+        if self.saving is None:
+            return self.state.adapters, position
+        self.save()
+        self.saving.checkpoints.wait()
+        if not self.saving.keep_best or position.best_step in (None, position.step):
+            return self.state.adapters, position
+        best, _ = self.saving.checkpoints.restore(position.best_step, self.layout, self.state, self.key)
+        return best.adapters, position
 
-def _averaged(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    return {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}
+    def is_exhausted(self) -> bool:
+        """Whether the figures have not become better for long."""
+        patience = self.t.config.patience
+        return patience is not None and self.position.stale >= patience
+
+    def is_stopped(self) -> bool:
+        return self.stop is not None and self.stop.asked()
+
+    def advance(self) -> None:
+        """One step. Its metrics stay on the devices for a while, so that it need not wait for the one before."""
+        t, done = self.t, self.position.step
+        rows = self.rows(done)
+        bucket = bucket_of(t.examples, rows, t.buckets)
+        batch = self.layout.place_batch(lambda part: batch_of(t.examples, rows[part], bucket), len(rows))
+        shape = (len(rows), *bucket)
+        is_new = shape not in self.seen
+        if is_new:  # it will be compiled: that is no part of the steps' time
+            self.drain()
+        self.state, metrics = self.step(self.state, self.base, batch, self.key)
+        self.waiting.append((done, metrics))
+        self.position.step = done + 1
+        if is_new:
+            self.seen.add(shape)
+            self.fetch(0)
+            self.position.seconds += time.perf_counter() - self.clock
+            self.clock = time.perf_counter()
+        else:
+            tokens = 0 if self.lengths is None else int(self.lengths[rows].sum())
+            self.work.append(Work(len(rows), tokens, t.ideal_seconds(shape)))
+            self.fetch(self.layout.ahead)
+        self.progress.advance()
+
+    def rows(self, step: int) -> np.ndarray:
+        """The numbers of the examples that a step, counted from 0, learns from."""
+        return training_rows(size(self.t.examples), self.t.config.batch_size, self.t.seed, step)
+
+    def fetch(self, leave: int) -> None:
+        """Take the metrics of all steps but the newest ``leave``, and wait for these steps."""
+        while len(self.waiting) > leave:
+            step, metrics = self.waiting.popleft()
+            found = {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items()}
+            if not all(np.isfinite(found[name]) for name in ("loss", "grad_norm")):
+                raise ConfigError(self.diverged(step, found))
+            for window in (self.position.line, self.position.epoch):
+                window.add(found)
+
+    def drain(self) -> None:
+        """Wait for all steps, and take their time."""
+        self.fetch(0)
+        now = time.perf_counter()
+        if self.work:
+            for window in (self.position.line, self.position.epoch):
+                window.add_time(now - self.clock, self.work)
+        self.position.seconds += now - self.clock
+        self.work, self.clock = [], now
+
+    def look(self) -> None:
+        """What is due after a step: a measurement, records, a checkpoint."""
+        t, position, done = self.t, self.position, self.position.step
+        is_line, is_end, is_eval = t.pace.is_line_due(done), t.pace.is_epoch_end(done), t.pace.is_eval_due(done)
+        if is_line or is_end or is_eval:
+            self.drain()
+            position.unmeasured = is_eval
+            figures = t.evaluate(self.state.adapters) if is_eval else {}
+            position.unmeasured = False
+            self.drain()
+            if is_line:
+                self.log({"step": done} | position.line.averages() | ({} if is_end else figures))
+                position.line = Window()
+            if is_end:
+                self.log({"epoch": done // t.pace.epoch, "step": done} | position.epoch.averages() | figures)
+                position.epoch = Window()
+        is_best = is_eval and position.measured(t.figure[1] * figures[t.figure[0]])
+        if self.saving is not None and (is_best and self.saving.keep_best or self.is_save_due(is_line or is_end)):
+            self.save()
+        self.clock = time.perf_counter()
+
+    def log(self, figures: Mapping[str, Any]) -> None:
+        record: Record = {"phase": self.t.phase, **figures}
+        if "epoch" in record:
+            record["seconds"] = round(self.position.seconds, 3)
+        self.t.log(record)
+        self.progress.show(record)
+
+    def is_save_due(self, at_line: bool) -> bool:
+        """By steps, or by the first process's clock; several processes look at it together, at the lines of metrics."""
+        assert self.saving is not None
+        config = self.saving.config
+        if config.every_steps is not None:
+            return self.position.step % config.every_steps == 0
+        if jax.process_count() > 1 and not at_line:
+            return False
+        due = time.perf_counter() - self.saved_at > 60 * config.every_minutes
+        return first_decides(lambda: "yes" if due else "no") == "yes"
+
+    def save(self) -> None:
+        """A checkpoint of where the training is, unless there is one."""
+        if self.saving is None or self.saved_step == self.position.step:
+            return
+        self.drain()
+        self.position.metrics_bytes = self.saving.size()
+        self.saving.checkpoints.save(self.layout, self.state, self.position, self.key, self.saving.identity)
+        self.saved_step, self.saved_at = self.position.step, time.perf_counter()
+
+    def stopped(self) -> str:
+        """Save, and say from where the training will go on."""
+        done = f"{self.t.phase}: stopped after step {self.position.step} of {self.t.pace.steps}, as asked"
+        if self.saving is None:
+            return f"{done}; it has no checkpoints, and begins anew when the same command is run again"
+        self.save()
+        self.saving.checkpoints.wait()
+        return f"{done}; the same command goes on from there"
+
+    def diverged(self, step: int, metrics: Mapping[str, Any]) -> str:
+        """What went wrong where."""
+        rows = self.rows(step)
+        shown = ", ".join(map(str, rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
+        saved = [] if self.saving is None else self.saving.checkpoints.steps()
+        good = f"; the newest checkpoint, of step {saved[-1]}, is from before" if saved else ""
+        return (
+            f"{self.t.phase}: the loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']} in step "
+            f"{step + 1} (epoch {step // self.t.pace.epoch + 1}), of the training examples {shown}{good}. The training "
+            "diverged: pass a smaller --learning-rate, more --fit.warmup or --fit.clip 1.0, or take the examples out"
+        )

@@ -10,12 +10,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import models
 from jlora._tensors import read_json
 from jlora.config import HEADS
-from jlora.models import ModelError, TensorError
+from jlora.models import ModelError, Remat, TensorError
+from jlora.models._layers import recomputed
 from train.batches import Examples
 from train.config import (
     CausalLM,
@@ -41,8 +43,9 @@ class Network:
     Attributes:
       forward: see `Forward`; inputs are a dictionary of arrays.
       init: ``init(key)``: random parameters.
-      load: ``load(key)``: the parameters to start from; a head that the checkpoint lacks is drawn from the key, and
-        refused without one. None for a network without a checkpoint.
+      load: ``load(key, shardings)``: the parameters to start from, at these places, or for None on one device; a head
+        that the checkpoint lacks is drawn from the key, and refused without one. None where there is no checkpoint.
+      rules: where parameters lie on a mesh with the axes data, fsdp and tensor; see `jlora.shardings`.
       model: the module of `jlora.models`, or None.
       tokenizer: of transformers; None for images.
       channels, mean, std: of the images that it sees.
@@ -51,7 +54,8 @@ class Network:
 
     forward: Forward
     init: Callable[[jax.Array], Any]
-    load: Callable[[jax.Array | None], Any] | None = None
+    rules: jlora.Rules
+    load: Callable[[jax.Array | None, Any], Any] | None = None
     model: nn.Module | None = None
     tokenizer: Any = None
     channels: int = 1
@@ -68,15 +72,15 @@ def make_network(config: TrainConfig) -> Network:
     """
     if isinstance(config.model, Pretrained):
         try:
-            return _pretrained(config.model, config.task)
+            return _pretrained(config.model, config.task, config.compute.remat)
         except (ModelError, TensorError) as error:
             raise ConfigError(f"model.path: {error}") from error
     assert isinstance(config.task, ImageClassification) and config.task.side and config.task.labels
     side, classes = config.task.side, len(config.task.labels)
     if isinstance(config.model, PatchTransformer) and side % config.model.patch:
         raise ConfigError(f"model.patch: got {config.model.patch}, expected a divisor of the images' side, {side}")
-    own = config.model
-    module = _PatchTransformer(own, classes) if isinstance(own, PatchTransformer) else _Mlp(own, classes)
+    own, remat = config.model, config.compute.remat
+    module = _PatchTransformer(own, classes, remat) if isinstance(own, PatchTransformer) else _Mlp(own, classes)
 
     def init(key: jax.Array) -> Any:
         return module.init(key, jnp.zeros((1, side, side, 1)))["params"]
@@ -85,7 +89,7 @@ def make_network(config: TrainConfig) -> Network:
         return module.apply({"params": params}, inputs["images"])
 
     # Shown from -1 to 1.
-    return Network(forward, init, mean=0.5, std=0.5)
+    return Network(forward, init, _RULES[type(own)], mean=0.5, std=0.5)
 
 
 # Checkpoints
@@ -98,7 +102,7 @@ _TASKS = {
 }
 
 
-def _pretrained(config: Pretrained, task: TaskConfig) -> Network:
+def _pretrained(config: Pretrained, task: TaskConfig, remat: Remat) -> Network:
     # A regression has one output, and no names for it.
     labels = None if isinstance(task, CausalLM) else task.labels or 1
     options: Any = {
@@ -108,7 +112,7 @@ def _pretrained(config: Pretrained, task: TaskConfig) -> Network:
         "revision": config.revision,
     }
     dtype = None if config.param_dtype is None else jnp.dtype(config.param_dtype)
-    model: Any = models.build(config.path, **options, param_dtype=dtype or jnp.float32)
+    model: Any = models.build(config.path, **options, param_dtype=dtype or jnp.float32, remat=remat)
     image = isinstance(task, ImageClassification)
     most = getattr(model.config, "max_length", None)
     if not isinstance(task, ImageClassification) and most is not None and task.max_length > most:
@@ -126,9 +130,10 @@ def _pretrained(config: Pretrained, task: TaskConfig) -> Network:
             return model.apply(params, **inputs)
         return model.apply(params, **inputs, deterministic=False, rngs={"dropout": key})
 
-    def load(key: jax.Array | None) -> Any:
+    def load(key: jax.Array | None, shardings: Any = None) -> Any:
+        head = None if labels is None else key
         try:
-            return models.load(config.path, **options, param_dtype=dtype, key=None if labels is None else key)[1]
+            return models.load(config.path, **options, param_dtype=dtype, key=head, shardings=shardings)[1]
         except (ModelError, TensorError) as error:
             new = (
                 ""
@@ -140,6 +145,7 @@ def _pretrained(config: Pretrained, task: TaskConfig) -> Network:
     return Network(
         forward,
         init=lambda key: {"params": model.init(key, models.example_inputs(model))["params"]},
+        rules=models.rules(model),
         load=load,
         model=model,
         tokenizer=tokenizer,
@@ -241,6 +247,7 @@ class _PatchTransformer(nn.Module):
 
     config: PatchTransformer
     classes: int
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -248,8 +255,9 @@ class _PatchTransformer(nn.Module):
         config = self.config
         x = nn.Dense(config.width, name="embed")(patches(images, config.patch))
         x = x + self.param("positions", nn.initializers.normal(0.2), x.shape[1:])
+        block = recomputed(_Block, self.remat)
         for layer in range(config.depth):
-            x = _Block(config.heads, config.hidden, name=f"block_{layer}")(x)
+            x = block(config.heads, config.hidden, name=f"block_{layer}")(x)
         x = nn.LayerNorm(name="norm")(x).mean(axis=1)
         return nn.Dense(self.classes, name="head")(x)
 
@@ -260,6 +268,19 @@ def patches(images: jax.Array, side: int) -> jax.Array:
     grid = images.reshape(batch, height // side, side, width // side, side, channels)
     return jnp.swapaxes(grid, 2, 3).reshape(batch, -1, side * side * channels)
 
+
+_RULES: dict[type, jlora.Rules] = {
+    Mlp: ((r"hidden_\d+/kernel$", P("fsdp", "tensor")), (r"head/kernel$", P("fsdp")), (r"bias$", P())),
+    PatchTransformer: (
+        (r"(query|key|value|up)/kernel$", P("fsdp", "tensor")),
+        (r"out/kernel$", P("tensor", None, "fsdp")),
+        (r"down/kernel$", P("tensor", "fsdp")),
+        (r"embed/kernel$", P(None, "fsdp")),
+        (r"head/kernel$", P("fsdp")),
+        (r"(bias|scale|positions)$", P()),
+    ),
+}
+"""Where the weights of our own networks lie; a block's products come in pairs, divided by outputs, then by inputs."""
 
 NEW_HEAD = jlora.LoraConfig(targets=(), train_also=HEADS)
 EVERYTHING = jlora.LoraConfig(targets=(), train_also=(r".",))

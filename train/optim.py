@@ -1,9 +1,13 @@
-"""The learning rate's schedule, and the optimizer around it."""
+"""The learning rate's schedule, and the optimizer that it steers."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import optax
 
+import jlora
 from train.config import FitConfig
 
 
@@ -19,7 +23,18 @@ def make_schedule(config: FitConfig, peak: float, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
-def make_optimizer(config: FitConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW on the clipped gradient. It knows nothing of LoRA; `jlora.freeze` restricts it to what is trained."""
+def make_optimizer(config: FitConfig) -> optax.GradientTransformation:
+    """AdamW's direction from the clipped gradient, for adapters; the step goes along it by minus the learning rate.
+
+    The rate is a function of the step that the state counts already, so the optimizer keeps two moments of what is
+    trained, one counter, and nothing else. With LoRA+ B goes ``lora_plus`` times as far as A.
+    """
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
-    return optax.chain(clip, optax.adamw(schedule, weight_decay=config.weight_decay))
+    parts = [clip, optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay)]
+    if config.lora_plus != 1:
+        parts.append(optax.masked(optax.scale(config.lora_plus), _is_b))
+    return optax.chain(*parts)
+
+
+def _is_b(adapters: Any) -> Any:
+    return jax.tree.map(lambda label: label == "B", jlora.labels(adapters))

@@ -10,22 +10,30 @@ from typing import Any
 from tqdm import tqdm
 
 from jlora._table import table
+from train.processes import is_first, say
 
 QUIET_SECONDS = 20
 """Where there is no terminal: how long to train without a line."""
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a plain line for every epoch that was measured, and in long ones between.
+    """A progress bar on a terminal; elsewhere a plain line for every measurement, and in long epochs between.
 
-    ``metric`` is the one that is shown.
+    Of several processes the first one shows it.
 
-    Use as a context manager: `advance` after every step, `show` after every epoch.
+    Use as a context manager: `advance` after every step, `show` after every record.
+
+    Args:
+      phase: the name of the training.
+      steps: how many there are.
+      done: how many were done before.
+      metric: the one that is shown.
     """
 
-    def __init__(self, phase: str, steps: int, metric: str):
-        self._phase, self._steps, self._step, self._metric = phase, steps, 0, metric
-        self._bar = tqdm(total=steps, desc=phase, unit="step", disable=None, dynamic_ncols=True)
+    def __init__(self, phase: str, steps: int, done: int, metric: str):
+        self._phase, self._steps, self._step, self._metric = phase, steps, done, metric
+        hidden = None if is_first() else True
+        self._bar = tqdm(total=steps, initial=done, desc=phase, unit="step", disable=hidden, dynamic_ncols=True)
         self._plain = bool(self._bar.disable)
         self._spoke = time.perf_counter()
 
@@ -42,17 +50,18 @@ class Progress:
             self._say(f"step {self._step} of {self._steps}")
 
     def show(self, record: dict[str, Any]) -> None:
-        """Show the loss of the epoch's record, and the metric on every set on which it was measured."""
+        """Show the loss of a record, and the metric on every set on which it was measured."""
         figures = {"loss": record["loss"]} | {n: v for n, v in record.items() if n.endswith(f"_{self._metric}")}
         figures = {name: f"{value:.3f}" for name, value in figures.items()}
         if not self._plain:
             self._bar.set_postfix(figures)
         elif len(figures) > 1:
-            shown = "  ".join(f"{name} {value}" for name, value in figures.items())
-            self._say(f"epoch {record['epoch']:3d}  {shown}  {record['seconds']:.1f} s")
+            where = f"epoch {record['epoch']:3d}" if "epoch" in record else f"step {record['step']}"
+            took = f"  {record['seconds']:.1f} s" if "seconds" in record else ""
+            self._say(f"{where}  {'  '.join(f'{name} {value}' for name, value in figures.items())}{took}")
 
     def _say(self, line: str) -> None:
-        print(f"{self._phase}  {line}", flush=True)
+        say(f"{self._phase}  {line}")
         self._spoke = time.perf_counter()
 
 

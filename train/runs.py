@@ -61,7 +61,10 @@ def open_run(folder: Path) -> Run:
     if not isinstance(written, dict) or written.get("kind") != TrainConfig.__name__:
         raise ConfigError(f"{folder} is no run directory: its config.json is of something else, such as a checkpoint")
     if not (folder / "summary.json").is_file():
-        raise ConfigError(f"{folder} has no summary.json: the run did not finish. Train it again")
+        raise ConfigError(
+            f"{folder} has no summary.json: the run did not finish. Start it again with the same command, or with "
+            f"--run-dir {folder}, and it goes on"
+        )
     try:
         config = store.from_json(TrainConfig, written)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -78,7 +81,7 @@ def open_run(folder: Path) -> Run:
 
 def _params(folder: Path, config: TrainConfig, network: Network) -> Any:
     if network.load is not None:
-        return network.load(random_key(config.seed, "head"))
+        return network.load(random_key(config.seed, "head"), None)
     recorded = Path(json.loads((folder / "summary.json").read_text())["base"]["path"])
     for path in (recorded, cached_at(config, identity(config))):
         if (path / "params").is_dir():

@@ -1,12 +1,15 @@
-"""Files: array trees (orbax), JSON, and the run directory.
+"""Files: array trees (orbax), JSON, and what a run directory holds.
 
     runs/digits-lora-seed0-20261122-120000/
       config.json      the whole configuration: defaults, overrides, and what was taken from the data
+      plan.txt         what is adapted, and how
       metrics.jsonl    a line for each epoch of each training, and some on the way
-      adapters/        what is kept of what was trained, as `jlora.save` writes it after every measurement
+      checkpoints/     from which the training goes on when it was stopped; see `train.checkpoints`
+      adapters/        what is kept of what was trained, as `jlora.save` writes it
       merged/          of a network trained from scratch: plain parameters for the unmodified model (orbax)
       curves.png       when matplotlib is installed
       summary.json     the figures
+      run.lock         held by the process that trains
 
 The summary is written last: a run directory without one is unfinished.
 """
@@ -16,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -26,21 +28,34 @@ import jax
 import orbax.checkpoint as ocp
 
 from jlora import LoraConfig
-from train.config import TrainConfig
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write a tree of arrays to a new directory ``path``; it appears whole or not at all."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    """Write a tree of this process's arrays to a new directory ``path``; it appears whole or not at all."""
+    with _alone() as checkpointer:
         checkpointer.save(path.resolve(), tree)
 
 
-def load_tree(path: Path, like: Any) -> Any:
-    """Read a tree of arrays with the structure, shapes and dtypes of ``like`` (arrays or shape structs)."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-    with ocp.StandardCheckpointer() as checkpointer:
+def load_tree(path: Path, like: Any, shardings: Any = None) -> Any:
+    """Read a tree of arrays with the structure, shapes and dtypes of ``like`` (arrays or shape structs).
+
+    ``shardings`` is a tree like it, or None for one device of this process.
+    """
+    if shardings is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: device, like)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+    with _alone() as checkpointer:
         return checkpointer.restore(path.resolve(), target)
+
+
+def _alone() -> ocp.StandardCheckpointer:
+    """orbax for this process, which does not wait for others."""
+    index = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,21 +63,6 @@ def write_json(path: Path, value: Any) -> None:
     draft = path.with_name(path.name + ".draft")
     draft.write_text(json.dumps(value, indent=2, default=str) + "\n")
     os.replace(draft, path)
-
-
-def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append ``record`` as a line of JSON."""
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def make_run_dir(config: TrainConfig) -> Path:
-    """The directory of this run, made anew, with ``config.json`` in it."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    run_dir = config.run_dir or Path("runs") / f"{config.name}-{config.mode}-seed{config.seed}-{stamp}"
-    run_dir.mkdir(parents=True, exist_ok=config.run_dir is not None)
-    write_json(run_dir / "config.json", to_json(config))
-    return run_dir
 
 
 def to_json(value: Any) -> Any:

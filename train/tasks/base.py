@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from train.batches import Batch, Examples
 from train.data import Table
@@ -34,8 +36,11 @@ class Task(Protocol):
         """What of a batch the network is given, by the names of its arguments."""
         ...
 
-    def loss(self, outputs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """``(total, count)``: the loss summed over a batch, and over how many terms; both scalars, float32."""
+    def loss(self, outputs: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
+        """``(total, count)``: the loss summed over a batch, and over how many terms; both scalars, float32.
+
+        ``smoothing`` is the share of a label's probability that is spread over all classes.
+        """
         ...
 
     def measure(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
@@ -49,3 +54,16 @@ class Task(Protocol):
     def predictions(self, measured: Measured) -> np.ndarray:
         """For each example what was predicted, in a form in which predictions can be compared."""
         ...
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """The loss of each label, float32 [...], from logits [..., classes].
+
+    With smoothing (Szegedy et al. 2015, section 7) the label has the probability 1 - smoothing, and all classes share
+    the rest.
+    """
+    logits = logits.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if not smoothing:
+        return losses
+    return (1 - smoothing) * losses - smoothing * jax.nn.log_softmax(logits).mean(axis=-1)

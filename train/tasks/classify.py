@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jlora._paths import nearest
 from train import metrics
 from train.batches import Batch, Examples, Ragged
 from train.config import ConfigError, Domain, ImageClassification, SequenceClassification
 from train.data import Table, column
-from train.tasks.base import Measured
+from train.tasks.base import Measured, cross_entropy
 
 
 class Classification:
@@ -24,9 +23,9 @@ class Classification:
     primary = "accuracy"
     higher_is_better = True
 
-    def loss(self, outputs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def loss(self, outputs: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
         """Cross entropy; ``outputs`` are logits [batch, classes]."""
-        losses = optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), batch["label"])
+        losses = cross_entropy(outputs, jnp.asarray(batch["label"]), smoothing)
         return losses.sum(), jnp.float32(losses.size)
 
     def measure(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
@@ -46,8 +45,8 @@ class Regression:
     primary = "pearson"
     higher_is_better = True
 
-    def loss(self, outputs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Squared error; ``outputs`` are [batch, 1]."""
+    def loss(self, outputs: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
+        """Squared error; ``outputs`` are [batch, 1]. There are no labels to be smoothed."""
         errors = (outputs[:, 0].astype(jnp.float32) - batch["label"]) ** 2
         return errors.sum(), jnp.float32(errors.size)
 

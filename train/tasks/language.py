@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jinja2 import TemplateError
 
 from train import metrics
 from train.batches import Batch, Examples, Ragged
 from train.config import CausalLM, ConfigError
 from train.data import Table, column
-from train.tasks.base import Measured
+from train.tasks.base import Measured, cross_entropy
 
 
 class Example(NamedTuple):
@@ -150,9 +149,9 @@ class LanguageModel:
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {name: batch[name] for name in ("input_ids", "attention_mask", "segment_ids") if name in batch}
 
-    def loss(self, outputs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def loss(self, outputs: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
         """Cross entropy of the learnt tokens; ``outputs`` are logits [batch, length, vocabulary]."""
-        losses, learnt = _token_losses(outputs, batch)
+        losses, learnt = _token_losses(outputs, batch, smoothing)
         return losses.sum(), learnt.sum().astype(jnp.float32)
 
     def measure(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
@@ -192,12 +191,10 @@ def _checked(messages: Any, row: int) -> list[dict[str, str]]:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def _token_losses(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def _token_losses(logits: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
     """The loss of each token but the first, 0 where it is not learnt, and where it is; [batch, length - 1] both."""
     learnt = jnp.asarray(batch["learnt"])[:, 1:]
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits[:, :-1].astype(jnp.float32), jnp.asarray(batch["input_ids"])[:, 1:]
-    )
+    losses = cross_entropy(logits[:, :-1], jnp.asarray(batch["input_ids"])[:, 1:], smoothing)
     return losses * learnt, learnt
 
 

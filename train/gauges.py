@@ -1,0 +1,45 @@
+"""How fast a training is, and how much memory it takes."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+SPEEDS = ("step_seconds", "examples_per_second", "tokens_per_second", "mfu")
+
+
+def speed(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The median over a run's records of each measure of speed that they have, compilation left out."""
+    epochs = [one for one in records if one["phase"] == "fit" and "epoch" in one]
+    lines = [one for one in records if one["phase"] == "fit" and "epoch" not in one] or epochs
+    found = {name: [one[name] for one in lines if name in one] for name in SPEEDS}
+    return {name: statistics.median(values) for name, values in found.items() if values}
+
+
+def peak_memory() -> int:
+    """Bytes at most in use so far: on the fullest of this process's devices, or where they do not tell, as on CPUs, by
+    the process."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if peaks := [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]:
+        return max(peaks)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def line(summary: Mapping[str, Any]) -> str:
+    """Speed and memory of a summary, for a person."""
+    parts = []
+    if "step_seconds" in summary:
+        parts.append(f"{1000 * summary['step_seconds']:.1f} ms a step")
+        parts.append(f"{summary['examples_per_second']:,.0f} examples/s")
+    if "tokens_per_second" in summary:
+        parts.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in summary:
+        parts.append(f"{summary['mfu']:.1%} of the devices' bfloat16 peak")
+    parts.append(f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB")
+    return f"{summary['layout']}: {', '.join(parts)}"

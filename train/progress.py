@@ -1,0 +1,155 @@
+"""How far a training is: the pace that its configuration sets, and the position that a checkpoint keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+LINES = 50
+"""How often a training tells its loss, at least; more often when it has more epochs."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """When something is due, by the number of steps done so far.
+
+    Attributes:
+      epoch: steps of an epoch.
+      steps: of the whole training.
+      line: steps between two lines of metrics.
+      eval: steps between two measurements.
+    """
+
+    epoch: int
+    steps: int
+    line: int
+    eval: int
+
+    @staticmethod
+    def of(
+        epochs: int, steps_per_epoch: int, *, log_every: int | None, eval_every: int, eval_every_steps: int | None
+    ) -> Pace:
+        """The pace of so many epochs."""
+        steps = epochs * steps_per_epoch
+        line = log_every or max(1, min(steps_per_epoch, steps // LINES))
+        return Pace(steps_per_epoch, steps, line, eval_every_steps or eval_every * steps_per_epoch)
+
+    def is_epoch_end(self, done: int) -> bool:
+        return done % self.epoch == 0
+
+    def is_eval_due(self, done: int) -> bool:
+        return done % self.eval == 0 or done == self.steps
+
+    def is_line_due(self, done: int) -> bool:
+        """Lines stand between the epochs' ends, which have records of their own."""
+        inside = self.is_eval_due(done) and not self.is_epoch_end(done)
+        return inside or self.line < self.epoch and done % self.line == 0
+
+
+class Work(NamedTuple):
+    """What a step works through; see `Window`."""
+
+    examples: int
+    tokens: int
+    ideal_seconds: float
+
+
+@dataclass
+class Window:
+    """Sums over the steps since it was opened.
+
+    Attributes:
+      steps: how many.
+      sums: of each metric.
+      seconds, timed: how long steps took, and how many of them were timed: those that compiled nothing.
+      examples, tokens: in the timed steps.
+      ideal_seconds: that the timed steps would take at the devices' peak; 0 where that is not known.
+    """
+
+    steps: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    timed: int = 0
+    examples: int = 0
+    tokens: int = 0
+    ideal_seconds: float = 0.0
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Count a step with these metrics."""
+        self.steps += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def add_time(self, seconds: float, work: Iterable[Work]) -> None:
+        """Count the time of some steps."""
+        self.seconds += seconds
+        for one in work:
+            self.timed += 1
+            self.examples += one.examples
+            self.tokens += one.tokens
+            self.ideal_seconds += one.ideal_seconds
+
+    def averages(self) -> dict[str, float]:
+        """The metrics' means, and of the timed steps their speed."""
+        found = {name: total / self.steps for name, total in self.sums.items()}
+        if self.timed and self.seconds > 0:
+            found["step_seconds"] = self.seconds / self.timed
+            found["examples_per_second"] = self.examples / self.seconds
+            if self.tokens:
+                found["tokens_per_second"] = self.tokens / self.seconds
+            if self.ideal_seconds:
+                found["mfu"] = self.ideal_seconds / self.seconds
+        return found
+
+
+@dataclass
+class Position:
+    """Where a training is, for any number of devices and processes; JSON in a checkpoint.
+
+    The order of the data, dropout and the learning rate are functions of the step.
+
+    Attributes:
+      step: updates done.
+      seconds: that the training took so far.
+      line, epoch: since the last line of metrics, and since the epoch began.
+      best, best_step: the best measured figure, larger is better, and where; None before the first measurement.
+      stale: measurements since then.
+      metrics_bytes: the size of metrics.jsonl.
+      unmeasured: whether this step's measurement was due and is not done.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    line: Window = field(default_factory=Window)
+    epoch: Window = field(default_factory=Window)
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    metrics_bytes: int = 0
+    unmeasured: bool = False
+
+    def measured(self, figure: float) -> bool:
+        """Take note of a measurement, and say whether it is the best one."""
+        better = self.best is None or figure > self.best or math.isnan(self.best)
+        if better:
+            self.best, self.best_step, self.stale = figure, self.step, 0
+        else:
+            self.stale += 1
+        return better
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` takes."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Position:
+        """The position that `to_json` wrote.
+
+        Raises:
+          KeyError, TypeError: if it is none.
+        """
+        windows = {name: Window(**value[name]) for name in ("line", "epoch")}
+        return Position(**{**value, **windows})

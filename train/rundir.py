@@ -1,0 +1,143 @@
+"""The directory of a run: found again or made anew, and held by one run at a time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from jlora._paths import bullets
+from train import store
+from train.config import ConfigError, TrainConfig
+from train.processes import first_decides, is_first
+
+HOW = ("cache_dir", "compute", "log", "processes", "resume", "run_dir", "save")
+"""Fields that say how a run is computed and watched; what it learns does not depend on them."""
+
+LOCK = "run.lock"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run's directory.
+
+    Attributes:
+      path: of the directory.
+      resumed: whether there was a run of this configuration in it.
+      finished: whether that run came to its end.
+      lock: held as long as this process trains; None in processes that do not write.
+    """
+
+    path: Path
+    resumed: bool
+    finished: bool
+    lock: filelock.BaseFileLock | None
+
+
+def open_run_dir(config: TrainConfig) -> RunDir:
+    """The directory that a configuration is to be run in, with its ``config.json``; the first process chooses.
+
+    Raises:
+      ConfigError: if it holds another run, naming the fields that differ, or anything else; if a run that is under way
+        holds it; or if it cannot be made.
+    """
+    locks: list[filelock.BaseFileLock] = []
+
+    def choose() -> str:
+        try:
+            path, resumed = _choose(config, locks)
+        except OSError as error:
+            raise ConfigError(f"run_dir: {error}; expected a directory that is writable; pass --run-dir DIR") from error
+        return json.dumps([str(path), resumed, (path / "summary.json").is_file()])
+
+    path, resumed, finished = json.loads(first_decides(choose))
+    return RunDir(Path(path), resumed, finished, locks[0] if is_first() else None)
+
+
+def _choose(config: TrainConfig, locks: list[filelock.BaseFileLock]) -> tuple[Path, bool]:
+    path = config.run_dir or (_unfinished(config) if config.resume == "auto" else None)
+    if path is None:
+        path = _below_runs(config).with_name(f"{_below_runs(config).name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    there = sorted(one.name for one in path.iterdir() if one.name != LOCK) if path.is_dir() else []
+    if there and "config.json" not in there:
+        raise ConfigError(
+            f"run_dir: {path} holds {', '.join(there[:5])} and no run (it has no config.json); expected a run of this "
+            "configuration, an empty directory, or none yet; pass another --run-dir"
+        )
+    if there and config.resume == "never":
+        raise ConfigError(
+            f"run_dir: {path} holds a run, and resume is never; pass another --run-dir, or --resume auto to go on"
+        )
+    if not there and isinstance(config.resume, int):
+        raise ConfigError(f"resume: got step {config.resume}, and there is no run in {path}; pass the --run-dir of one")
+    path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ConfigError(
+            f"run_dir: {path} is in use by another process that trains in it; wait for it, or pass another --run-dir"
+        ) from None
+    locks.append(lock)
+    if there and (differing := differences(_read(path), config)):
+        raise ConfigError(
+            f"run_dir: {path} holds a run with another configuration:{bullets(differing)}\nExpected the same, to go on "
+            "with it; pass another --run-dir, or these values"
+        )
+    store.write_json(path / "config.json", store.to_json(config))
+    return path, bool(there)
+
+
+def _below_runs(config: TrainConfig) -> Path:
+    return Path("runs") / f"{config.name}-{config.mode}-seed{config.seed}"
+
+
+def _unfinished(config: TrainConfig) -> Path | None:
+    """The newest run of this configuration under runs/ that has a checkpoint, is not finished, and not under way."""
+    stem = _below_runs(config)
+    for path in sorted(stem.parent.glob(f"{stem.name}-*"), reverse=True):
+        if (path / "summary.json").exists() or not any(path.glob("checkpoints/[0-9]*")):
+            continue
+        try:
+            if differences(_read(path), config):
+                continue
+            with filelock.FileLock(path / LOCK, timeout=0):
+                return path
+        except (ConfigError, filelock.Timeout):
+            continue
+    return None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}/config.json cannot be read: {error}") from error
+
+
+def differences(written: Any, config: TrainConfig) -> list[str]:
+    """The fields in which a configuration differs from the one of a run, as its config.json has it; a line for each."""
+    found = dict(_flat(written if isinstance(written, Mapping) else {}, ""))
+    wanted = dict(_flat(store.to_json(config), ""))
+    return [
+        f"{name}: the run has {_shown(found, name)}, got {_shown(wanted, name)}"
+        for name in sorted({*found, *wanted})
+        if name.split(".")[0] not in HOW and found.get(name) != wanted.get(name)
+    ]
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name]) if name in values else "no such field"
+
+
+def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, one in value.items():
+        if isinstance(one, Mapping) and one:
+            yield from _flat(one, f"{prefix}{name}.")
+        else:
+            yield prefix + name, one

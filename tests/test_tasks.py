@@ -478,7 +478,11 @@ def test_a_missing_column_is_told_the_nearest(work, tmp_path):
         ("", {"label": None}, "task.label: 12 of 12 values of the column 'label' are missing"),
         ("", {"label": "2"}, "holds '2', which is no class; expected one of negative, positive, or its number"),
         ("--data.holdout 0.001", {}, "0.001 of 20 training examples are 0; expected at least one"),
-        ("--learning-rate.lora 1e30", {}, "fit: the loss is (nan|inf) and .* in step . \\(epoch .\\), of the training examples .*The training diverged"),
+        (
+            "--learning-rate.lora 1e30",
+            {},
+            "fit: the loss is (nan|inf) and .* in step . \\(epoch .\\), of the training examples .*The training div",
+        ),
         ("--lora.train-also", {}, "pass key=.*A new head has to be trained: --lora.train-also classifier"),
     ],
 )

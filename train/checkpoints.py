@@ -101,7 +101,7 @@ class Checkpoints:
             )
 
         found = self._guarded(step, read)
-        count = np.asarray(step, target.step.dtype)
+        count: Any = np.asarray(step, target.step.dtype)
         if isinstance(target.step, jax.ShapeDtypeStruct):
             count = jax.device_put(count, target.step.sharding)
         state = TrainState(count, found["adapters"], found["opt_state"])

@@ -279,7 +279,7 @@ class Mesh:
     def place_batch(self, build: Callable[[slice], Batch], count: int) -> Any:
         parts: dict[tuple[int, int], Batch] = {}
 
-        def part(index: tuple[slice, ...]) -> Batch:
+        def part(index: Any) -> Batch:
             start, stop, _ = index[0].indices(count)
             if (start, stop) not in parts:  # devices along "tensor" compute the same rows
                 parts[start, stop] = build(slice(start, stop))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,16 @@ def test_the_run_directory_holds_all_that_the_run_made(summaries, mode):
     ]
     assert all(np.isfinite(record["loss"]) for record in told)
     assert told[-1]["shifted_accuracy"] == accuracy(summary, "adapted", "shifted")
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_figures_writes_them_again(summaries, cache_dir, tmp_path):
+    folder = shutil.copytree(summaries["lora"]["run_dir"], tmp_path / "run")
+    (folder / "summary.json").unlink()
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert main([*TINY, "--cache-dir", str(cache_dir), "--run-dir", str(folder)]) == 0
+    again = json.loads((folder / "summary.json").read_text())
+    assert again["metrics"] == summaries["lora"]["metrics"]
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_plot_is_drawn(summaries):

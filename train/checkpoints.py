@@ -13,6 +13,8 @@ orbax writes them beside the training, in the background; one that was not finis
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ class Checkpoints:
     def __init__(self, folder: Path, config: SaveConfig, *, keep_best: bool):
         self.folder = folder
         self._policy = _Policy(config.max_to_keep, keep_best)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it then raises
         try:
             self._manager = ocp.CheckpointManager(
                 folder.resolve(),
@@ -142,8 +145,9 @@ class Checkpoints:
             self._manager.delete(later)
 
     def close(self) -> None:
-        """Let go of the folder."""
-        self._manager.close()
+        """Let go of the folder; what could not be written was told when it was saved, or waited for."""
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
     def _writing(self, write: Callable[[], Any]) -> None:
         try:

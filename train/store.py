@@ -31,9 +31,9 @@ from jlora import LoraConfig
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write a tree of this process's arrays to a new directory ``path``; it appears whole or not at all."""
+    """Write a tree of this process's arrays to ``path``, instead of what is there; it appears whole or not at all."""
     with _alone() as checkpointer:
-        checkpointer.save(path.resolve(), tree)
+        checkpointer.save(path.resolve(), tree, force=True)
 
 
 def load_tree(path: Path, like: Any, shardings: Any = None) -> Any:
@@ -77,6 +77,22 @@ def to_json(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [to_json(one) for one in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a configuration, as `to_json` wrote it, by dotted names; which one a part is, by the part's name.
+
+    ``{"kind": "TrainConfig", "fit": {"kind": "FitConfig", "epochs": 2}}`` is ``{"fit": "FitConfig", "fit.epochs": 2}``.
+    """
+    found: dict[str, Any] = {}
+    for name, one in value.items():
+        if isinstance(one, Mapping) and one:
+            found |= flat(one, f"{prefix}{name}.")
+        elif name != "kind":
+            found[prefix + name] = one
+        elif prefix:
+            found[prefix.removesuffix(".")] = one
+    return found
 
 
 def from_json(kind: Any, value: Any) -> Any:

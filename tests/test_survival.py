@@ -1,0 +1,396 @@
+"""A run that is killed at any moment goes on as if nothing had happened: the same adapters, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+import numpy as np
+import pytest
+
+import jlora
+from tests import tiny
+from tests.runs import program, records
+from train import rundir
+from train.__main__ import main
+from train.stop import EXIT_CODE, Stop
+
+KILLS = 20
+STEPS = 320
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """An encoder's checkpoint and sentences of many lengths."""
+    folder = tmp_path_factory.mktemp("survival")
+    tiny.write_checkpoint(folder / "encoder", tiny.ENCODER, task="features")
+    tiny.write_jsonl(folder / "train.jsonl", tiny.sentences(64))
+    tiny.write_jsonl(folder / "validation.jsonl", tiny.sentences(20, start=100))
+    return folder
+
+
+def flags(work: Path, run_dir: Path | None, *more: str) -> list[str]:
+    """A run in which everything is random that can be, with a line for each step."""
+    return [
+        "configs/sst2_minilm.py", "--model.path", str(work / "encoder"), "--data.train", str(work / "train.jsonl"),
+        "--cache-dir", str(work / "cache"), *(() if run_dir is None else ("--run-dir", str(run_dir))), *(
+            "--data.limit None --task.max-length 16 --model.dropout --lora.dropout 0.1 --lora.rank 2 "
+            "--learning-rate.lora 0.01 --fit.batch-size 8 --compute.accumulate 2 --eval-batch-size 8 --log-every 1 "
+            f"--save.every-steps 3 --fit.epochs {STEPS // 8} --eval-every 4 --keep best"
+        ).split(), *more,
+    ]  # fmt: skip
+
+
+SHORT = ("--fit.epochs", "3", "--eval-every", "1")
+"""24 steps, measured after 8, 16 and 24."""
+
+
+def child(argv: list[str], printed: str, limit: int | None) -> None:
+    """The program, in a process that can be killed; no file may have more than ``limit`` bytes, as on a full disk."""
+    out = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.exit(main(argv))
+
+
+@pytest.fixture(scope="module")
+def processes(work) -> Any:
+    """Processes forked from one that has imported everything, which share what they compile."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(work / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.run", "train.__main__"])
+    return context
+
+
+def launch(processes: Any, argv: list[str], printed: Path, limit: int | None = None) -> Any:
+    one = processes.Process(target=child, args=(argv, str(printed), limit))
+    one.start()
+    return one
+
+
+def finish(processes: Any, argv: list[str], printed: Path) -> None:
+    one = launch(processes, argv, printed)
+    one.join(180)
+    assert one.exitcode == 0, printed.read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(work, processes) -> Path:
+    """A run that nobody disturbed."""
+    finish(processes, flags(work, work / "whole"), work / "whole.txt")
+    return work / "whole"
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """The same adapters, bit for bit, and the same records, without gaps or repetitions."""
+    one, other = jlora.load(found / "adapters"), jlora.load(expected / "adapters")
+    assert one.keys() == other.keys()
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert records(found) == records(expected)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (found, expected)]
+    assert summaries[0]["metrics"] == summaries[1]["metrics"]
+    assert summaries[0]["kept_step"] == summaries[1]["kept_step"]
+
+
+def size(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return file.stat().st_size if file.exists() else 0
+
+
+def wait_until_it_trained(one: Any, folder: Path, more: int) -> None:
+    """Until metrics.jsonl was written to ``more`` times; it may be cut to where the run goes on first."""
+    seen, grown = size(folder), 0
+    until = time.monotonic() + 60
+    while grown < more and one.is_alive() and time.monotonic() < until:
+        now = size(folder)
+        grown, seen = grown + (now > seen), now
+        time.sleep(0.001)
+
+
+def is_saving(folder: Path) -> bool:
+    return any("tmp" in one.name for one in folder.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_ended_again_and_again_is_the_run_that_is_not(work, processes, whole, tmp_path, number):
+    """At 20 random moments: while it starts, steps, measures, and saves; SIGTERM saves and says so by its exit code."""
+    rng, folder, during_saves, kills = random.Random(number), tmp_path / "run", 0, 0
+    while kills < (KILLS if number == signal.SIGKILL else 4):
+        one = launch(processes, flags(work, folder), tmp_path / "printed.txt")
+        if kills % 7 == 3 and number == signal.SIGKILL:  # while it starts
+            time.sleep(rng.uniform(0, 1))
+        else:
+            wait_until_it_trained(one, folder, rng.randint(1, 10))
+            time.sleep(rng.uniform(0, 0.05))
+        if kills % 3 == 1:  # as soon as it saves
+            until = time.monotonic() + 10
+            while not is_saving(folder) and one.is_alive() and time.monotonic() < until:
+                pass
+        during_saves += is_saving(folder)
+        os.kill(one.pid, number)
+        one.join(60)
+        printed = (tmp_path / "printed.txt").read_text()
+        assert one.exitcode == (-number if number == signal.SIGKILL else EXIT_CODE), printed
+        assert number == signal.SIGKILL or "the same command goes on from there" in printed
+        kills += 1
+    assert not (folder / "summary.json").exists()
+    if number == signal.SIGKILL:
+        assert during_saves >= 3
+    finish(processes, flags(work, folder), tmp_path / "printed.txt")
+    assert_same_run(folder, whole)
+
+
+# One process is enough for the rest: the question whether to stop is answered with yes
+
+
+@contextlib.contextmanager
+def stopping(after: int) -> Iterator[None]:
+    """Stop at the question of this number; it is asked after each step, and before each batch that is measured."""
+    calls = 0
+
+    def asked(self: Stop) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > after
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stop, "asked", asked)
+        yield
+
+
+def stopped(work: Path, folder: Path, after: int, *more: str) -> None:
+    with stopping(after):
+        code, printed = program(*flags(work, folder, *SHORT, *more))
+    assert code == EXIT_CODE, printed
+
+
+@pytest.fixture(scope="module")
+def short(work) -> Path:
+    """A short run that nobody disturbed."""
+    code, printed = program(*flags(work, work / "short", *SHORT))
+    assert code == 0, printed
+    return work / "short"
+
+
+def test_a_measurement_that_was_stopped_is_done_first(work, short, tmp_path):
+    """The step is saved at once, however long its measurement would take; its record is written by who goes on."""
+    stopped(work, tmp_path / "run", after=8)  # 7 steps, and then the question before the first measured batch
+    assert len(records(tmp_path / "run")) == 7
+    stopped(work, tmp_path / "run", after=1)  # within the same measurement
+    assert len(records(tmp_path / "run")) == 7
+    assert program(*flags(work, tmp_path / "run", *SHORT))[0] == 0
+    assert_same_run(tmp_path / "run", short)
+
+
+@pytest.fixture(scope="module")
+def half(work, tmp_path_factory) -> Path:
+    """A short run that was stopped in its second epoch, with checkpoints of the steps 8 (the best), 9, 12 and 13."""
+    folder = tmp_path_factory.mktemp("half") / "run"
+    stopped(work, folder, after=15)
+    assert steps(folder) == [8, 9, 12, 13]
+    return folder
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(one.name) for one in (folder / "checkpoints").iterdir() if one.name.isdigit())
+
+
+@pytest.fixture
+def copy(half, tmp_path) -> Path:
+    return shutil.copytree(half, tmp_path / "run")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
+
+
+def truncated(folder: Path) -> None:
+    for file in (folder / "adapters").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flipped(folder: Path) -> None:
+    for file in (folder / "opt_state").rglob("*"):
+        if file.is_file() and file.name != "manifest.ocdbt" and file.parent.name == "d":
+            file.write_bytes(bytes(255 - byte for byte in file.read_bytes()))
+
+
+DAMAGE = {
+    "truncated": truncated,
+    "flipped": flipped,
+    "without optimizer": lambda folder: shutil.rmtree(folder / "opt_state"),
+    "without position": lambda folder: shutil.rmtree(folder / "position"),
+    "garbled position": lambda folder: (folder / "position" / "metadata").write_text('{"step": 13, '),
+    "position of something else": lambda folder: (folder / "position" / "metadata").write_text("{}"),
+    "empty": lambda folder: [shutil.rmtree(one) for one in folder.iterdir() if one.is_dir()],
+}
+
+
+# Reads that are under way when one fails end after the failure was told, and tensorstore complains of that.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_broken_checkpoint_is_told_and_the_older_ones_are_used(work, short, copy, damage):
+    """Nothing is changed by the refusal; going on from an older one gives the same run."""
+    DAMAGE[damage](copy / "checkpoints/13")
+    before = content(copy / "checkpoints")
+    code, printed = program(*flags(work, copy, *SHORT))
+    assert code == 2
+    assert f"{copy}/checkpoints/13: the checkpoint cannot be read" in printed
+    assert "Usable: step 8, step 9, step 12. Nothing was changed; pass --resume 12 to go on from there" in printed
+    assert content(copy / "checkpoints") == before
+    code, printed = program(*flags(work, copy, *SHORT, "--resume", "12"))
+    assert code == 0, printed
+    assert_same_run(copy, short)
+
+
+def test_any_checkpoint_can_be_gone_on_from(work, short, copy):
+    code, printed = program(*flags(work, copy, *SHORT, "--resume", "7"))
+    assert (code, "resume: got step 7, and there are checkpoints of 8, 9, 12, 13" in printed) == (2, True)
+    code, printed = program(*flags(work, copy, *SHORT, "--resume", "8"))
+    assert code == 0, printed
+    assert_same_run(copy, short)
+
+
+def test_another_configuration_is_refused_field_by_field(work, copy):
+    """But how it is computed, watched and saved may be another."""
+    code, printed = program(*flags(work, copy, *SHORT, "--lora.rank", "3", "--fit.clip", "None"))
+    assert code == 2
+    assert "holds a run with another configuration:\n  - fit.clip: the run has 1.0, got null\n" in printed
+    assert "  - lora.rank: the run has 2, got 3\n" in printed
+    assert rundir.HOW == ("cache_dir", "compute", "log", "processes", "resume", "run_dir", "save")
+
+
+def test_a_run_goes_on_in_another_layout(work, short, copy):
+    """To 1e-6; without dropout, which each device draws for its rows."""
+    plain = ("--lora.dropout", "0", "--model.no-dropout")
+    folder = copy.parent / "plain"
+    stopped(work, folder, 15, *plain)
+    for layout in ("pmap", "mesh --compute.fsdp 4"):
+        with stopping(3):
+            code, printed = program(
+                *flags(work, folder, *SHORT, *plain, "--compute.accumulate", "1", "--compute.layout", *layout.split())
+            )
+        assert code == EXIT_CODE, printed
+    code, printed = program(*flags(work, folder, *SHORT, *plain))
+    assert code == 0, printed
+    assert program(*flags(work, copy.parent / "one", *SHORT, *plain))[0] == 0
+    for one, other in zip(records(folder), records(copy.parent / "one"), strict=True):
+        assert one.pop("phase") == other.pop("phase")
+        assert one == pytest.approx(other, abs=1e-6, rel=1e-6)
+
+
+def test_a_run_directory_belongs_to_one_run_at_a_time(work, copy):
+    with filelock.FileLock(copy / rundir.LOCK):
+        code, printed = program(*flags(work, copy, *SHORT))
+    assert (code, "is in use by another process that trains in it" in printed) == (2, True)
+
+
+def test_a_finished_run_is_left_alone(work, short):
+    before = content(short)
+    code, printed = program(*flags(work, short, *SHORT))
+    assert (code, "is finished: nothing is left to train" in printed) == (0, True)
+    assert content(short) == before
+
+
+def test_what_is_no_run_is_refused(work, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    code, printed = program(*flags(work, tmp_path, *SHORT))
+    assert (code, "holds letter.txt and no run (it has no config.json)" in printed) == (2, True)
+    assert [one.name for one in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_resume_never_and_nothing_to_resume(work, copy, tmp_path):
+    code, printed = program(*flags(work, copy, *SHORT, "--resume", "never"))
+    assert (code, "holds a run, and resume is never" in printed) == (2, True)
+    code, printed = program(*flags(work, tmp_path / "new", *SHORT, "--resume", "8"))
+    assert (code, "resume: got step 8, and there is no run in" in printed) == (2, True)
+
+
+def test_the_same_command_finds_its_unfinished_run(work, short, tmp_path, monkeypatch):
+    """Without a run directory: the newest of this configuration that has a checkpoint; finished ones are left alone."""
+    config = Path("configs/sst2_minilm.py").resolve()
+    monkeypatch.chdir(tmp_path)
+    argv = [str(config), *flags(work, None, *SHORT)[1:]]
+    with stopping(15):
+        assert program(*argv)[0] == EXIT_CODE
+    code, printed = program(*argv, "--resume", "never", "--fit.epochs", "1")
+    assert code == 0, printed
+    code, printed = program(*argv)
+    assert code == 0, printed
+    folders = sorted(Path("runs").iterdir())
+    assert f"going on with {folders[0]} after step 13" in printed
+    assert_same_run(folders[0], short)
+    assert len(folders) == 2
+
+
+# Disks
+
+
+def test_a_full_disk_leaves_older_checkpoints_usable(work, processes, short, copy):
+    before = steps(copy)
+    one = launch(processes, flags(work, copy, *SHORT), copy.parent / "printed.txt", limit=size(copy) + 2000)
+    one.join(60)
+    printed = (copy.parent / "printed.txt").read_text()
+    assert one.exitcode == 2, printed
+    assert "a checkpoint could not be written" in printed and "Usable: " in printed
+    assert set(before[-2:]) <= set(steps(copy))
+    code, printed = program(*flags(work, copy, *SHORT))
+    assert code == 0, printed
+    assert_same_run(copy, short)
+
+
+def test_a_directory_that_cannot_be_written_is_told(work, tmp_path):
+    (tmp_path / "file").touch()
+    code, printed = program(*flags(work, tmp_path / "file" / "run", *SHORT))
+    assert (code, "expected a directory that is writable; pass --run-dir DIR" in printed) == (2, True), printed
+    (tmp_path / "run").mkdir()
+    code, printed = program(*flags(work, Path("/proc/run"), *SHORT))
+    assert (code, "expected a directory that is writable" in printed) == (2, True), printed
+
+
+# Trainings that end early
+
+
+def test_a_training_that_diverges_is_stopped_before_it_is_saved(work, tmp_path):
+    """The step, its examples and the newest checkpoint are named, and every checkpoint is finite."""
+    argv = flags(work, tmp_path / "run", *SHORT, "--learning-rate.lora", "1e18", "--fit.clip", "None")
+    code, printed = program(*argv, "--fit.schedule", "linear", "--fit.warmup", "0.9", "--save.every-steps", "1")
+    assert code == 2
+    found = re.search(r"error: fit: the loss is \S+ and the gradient's norm (?:nan|inf) in step (\d+)", printed)
+    assert found, printed
+    step = int(found[1])
+    saved = steps(tmp_path / "run")
+    assert f"; the newest checkpoint, of step {saved[-1]}, is from before" in printed
+    assert saved[-1] == step - 1 >= 1
+    assert "of the training examples " in printed
+
+
+def test_early_stopping_ends_when_nothing_became_better(work, tmp_path):
+    """Two measurements without a new best after the first; a run that is stopped meanwhile counts on."""
+    more = ("--learning-rate.lora", "1e-9", "--fit.patience", "2", "--eval-every-steps", "3", "--eval-every", "9")
+    folder = tmp_path / "run"
+    stopped(work, folder, 10, *more)
+    assert program(*flags(work, folder, *SHORT, *more))[0] == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["steps"], summary["kept_step"]) == (9, 3)
+    measured = [one["step"] for one in records(folder) if "validation_accuracy" in one]
+    assert measured == [3, 6, 9]

@@ -21,6 +21,7 @@ import filelock
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import jlora
 from tests import tiny
@@ -69,12 +70,29 @@ def child(argv: list[str], printed: str, limit: int | None) -> None:
     sys.exit(main(argv))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(work) -> Iterator[None]:
+    """Many runs here are of one program: it is compiled once, for this process and for others."""
+    options = {
+        "jax_compilation_cache_dir": str(work / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="module")
-def processes(work) -> Any:
-    """Processes forked from one that has imported everything, which share what they compile."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(work / "compiled")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+def processes() -> Any:
+    """Processes forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.run", "train.__main__"])
     return context

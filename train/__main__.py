@@ -20,7 +20,7 @@ from train.config import ConfigError, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = ROOT / "configs" / "digits.py"
-COMMANDS = ("predict", "generate", "eval", "export", "inspect")
+COMMANDS = ("predict", "generate", "eval", "export", "report", "inspect")
 PROG = "python -m train [fit] [CONFIG.py]"
 DESCRIPTION = """Adapt a network to a task with LoRA.
 
@@ -34,6 +34,7 @@ What was trained is used by other commands, each with its own --help:
   python -m train generate RUN --prompt "..."  continue texts
   python -m train eval RUN                     measure it again, or on other data
   python -m train export RUN --to peft         for PyTorch (peft, hf) or JAX (orbax)
+  python -m train report RUN [RUN...]          compare runs on a page: report.html
   python -m train inspect CHECKPOINT           what of a checkpoint would be adapted"""
 
 

@@ -1,4 +1,4 @@
-"""What can be done with a finished run or a checkpoint: predict, generate, eval, export, inspect.
+"""What can be done with runs or a checkpoint: predict, generate, eval, export, report, inspect.
 
 The parameters of these functions are the flags of the commands, and their docstrings are the help.
 """
@@ -15,7 +15,7 @@ from scipy.special import softmax
 
 import jlora
 from jlora import models, peft
-from train import data, report, store
+from train import compare, data, report, store
 from train.batches import Ragged, batch_of, ordered_rows
 from train.config import ConfigError, Pretrained, SequenceClassification
 from train.evaluate import make_measure
@@ -28,7 +28,7 @@ from train.tasks.classify import TextRegression, Texts
 from train.tasks.language import LanguageModel
 
 _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
-RunDir = Annotated[Path, tyro.conf.Positional]
+RunDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
 def predict(run: RunDir, text: tyro.conf.UseAppendAction[tuple[str, ...]] = (), file: Path | None = None) -> None:
@@ -284,4 +284,11 @@ def inspect(
 USER_ERRORS = (ConfigError, models.ModelError, models.TensorError, peft.PeftError)
 """What these raise when they cannot do what was asked."""
 
-COMMANDS = {"predict": predict, "generate": generate, "eval": evaluate, "export": export, "inspect": inspect}
+COMMANDS = {
+    "predict": predict,
+    "generate": generate,
+    "eval": evaluate,
+    "export": export,
+    "report": compare.report,
+    "inspect": inspect,
+}

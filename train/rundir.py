@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from train.processes import first_decides, is_first
 
 HOW = ("cache_dir", "compute", "log", "processes", "resume", "run_dir", "save")
 """Fields that say how a run is computed and watched; what it learns does not depend on them."""
+
+ASIDE = tuple(name for name in HOW if name != "compute")
+"""Those of them that tell nothing of its speed and memory either."""
 
 LOCK = "run.lock"
 
@@ -122,8 +125,8 @@ def _read(path: Path) -> Any:
 
 def differences(written: Any, config: TrainConfig) -> list[str]:
     """The fields in which a configuration differs from the one of a run, as its config.json has it; a line for each."""
-    found = dict(_flat(written if isinstance(written, Mapping) else {}, ""))
-    wanted = dict(_flat(store.to_json(config), ""))
+    found = store.flat(written) if isinstance(written, Mapping) else {}
+    wanted = store.flat(store.to_json(config))
     return [
         f"{name}: the run has {_shown(found, name)}, got {_shown(wanted, name)}"
         for name in sorted({*found, *wanted})
@@ -133,11 +136,3 @@ def differences(written: Any, config: TrainConfig) -> list[str]:
 
 def _shown(values: Mapping[str, Any], name: str) -> str:
     return json.dumps(values[name]) if name in values else "no such field"
-
-
-def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, one in value.items():
-        if isinstance(one, Mapping) and one:
-            yield from _flat(one, f"{prefix}{name}.")
-        else:
-            yield prefix + name, one

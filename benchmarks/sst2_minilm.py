@@ -32,7 +32,6 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
-import jlora
 from benchmarks._measure import Bar, interleave, ratio, table
 from train import commands, data
 from train.__main__ import ROOT, parse
@@ -171,13 +170,11 @@ def _jlora(config: Any, fixed: bool, rounds: int) -> tuple[list[Any], Callable[[
                for i in range(rounds + 1)]  # fmt: skip
     uses, _ = plan_of(config, network, task.inputs(batches[0]))
     assert network.load is not None
-    base = network.load(random_key(0, "head"))
-    adapters = start_adapters(config, network, base, uses)
-    schedule = make_schedule(config.fit, config.learning_rate.lora, STEPS)
-    tx = jlora.freeze(make_optimizer(config.fit, schedule))
+    base = network.load(random_key(0, "head"), None)
+    tx, schedule = make_optimizer(config.fit), make_schedule(config.fit, config.learning_rate.lora, STEPS)
     step = jax.jit(make_step(network.forward, task, tx, schedule), donate_argnums=0)
     key = random_key(0, "dropout")
-    state = init_state(tx, base, adapters, key)
+    state = jax.jit(lambda base: init_state(tx, start_adapters(config, network, base, uses)))(base)
     for shape in {batch["input_ids"].shape: batch for batch in batches}.values():
         state, _ = step(state, base, shape, key)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections import deque
@@ -77,7 +78,7 @@ class Saving:
       config: when.
       position: where it goes on; at the start for a new one.
       identity: the run's configuration as JSON, kept with each checkpoint.
-      size: the size of the records' file.
+      sync: puts the records on disk, and returns their size.
       keep_best: whether the best adapters are wanted in the end.
     """
 
@@ -85,7 +86,7 @@ class Saving:
     config: SaveConfig
     position: Position
     identity: Mapping[str, Any]
-    size: Callable[[], int]
+    sync: Callable[[], int]
     keep_best: bool
 
 
@@ -157,8 +158,7 @@ class _Loop:
         self.step = layout.compile_step(step, self.state)
         self.lengths = lengths(training.examples)
         self.seen: set[tuple[int, ...]] = set()
-        self.waiting: deque[tuple[int, Any]] = deque()
-        self.work: list[Work] = []
+        self.waiting: deque[tuple[int, Any, Work | None]] = deque()
         self.clock = self.saved_at = time.perf_counter()
 
     def run(self) -> tuple[dict[str, Any], Position]:
@@ -197,21 +197,17 @@ class _Loop:
         bucket = bucket_of(t.examples, rows, t.buckets)
         batch = self.layout.place_batch(lambda part: batch_of(t.examples, rows[part], bucket), len(rows))
         shape = (len(rows), *bucket)
-        is_new = shape not in self.seen
-        if is_new:  # it will be compiled: that is no part of the steps' time
-            self.drain()
-        self.state, metrics = self.step(self.state, self.base, batch, self.key)
-        self.waiting.append((done, metrics))
-        self.position.step = done + 1
-        if is_new:
+        work, leave = None, 0
+        if shape in self.seen:
+            tokens = 0 if self.lengths is None else int(self.lengths[rows].sum())
+            work, leave = Work(len(rows), tokens, t.ideal_seconds(shape)), self.layout.ahead
+        else:  # It will be compiled, and that is no part of the steps' time: the steps around it wait for it.
             self.seen.add(shape)
             self.fetch(0)
-            self.position.seconds += time.perf_counter() - self.clock
-            self.clock = time.perf_counter()
-        else:
-            tokens = 0 if self.lengths is None else int(self.lengths[rows].sum())
-            self.work.append(Work(len(rows), tokens, t.ideal_seconds(shape)))
-            self.fetch(self.layout.ahead)
+        self.state, metrics = self.step(self.state, self.base, batch, self.key)
+        self.waiting.append((done + 1, metrics, work))
+        self.position.step = done + 1
+        self.fetch(leave)
         self.progress.advance()
 
     def rows(self, step: int) -> np.ndarray:
@@ -219,60 +215,64 @@ class _Loop:
         return training_rows(size(self.t.examples), self.t.config.batch_size, self.t.seed, step)
 
     def fetch(self, leave: int) -> None:
-        """Take the metrics of all steps but the newest ``leave``, and wait for these steps."""
-        while len(self.waiting) > leave:
-            step, metrics = self.waiting.popleft()
-            found = {name: np.asarray(value).item() for name, value in jax.device_get(metrics).items()}
-            if not all(np.isfinite(found[name]) for name in ("loss", "grad_norm")):
-                raise ConfigError(self.diverged(step, found))
-            for window in (self.position.line, self.position.epoch):
-                window.add(found)
+        """Take the metrics of all steps but the newest ``leave``, in order, and wait for these steps.
 
-    def drain(self) -> None:
-        """Wait for all steps, and take their time."""
-        self.fetch(0)
-        now = time.perf_counter()
-        if self.work:
-            for window in (self.position.line, self.position.epoch):
-                window.add_time(now - self.clock, self.work)
-        self.position.seconds += now - self.clock
-        self.work, self.clock = [], now
+        What is due after a step is told as soon as its metrics are here; where figures belong to it, by `look`.
+        """
+        position = self.position
+        while len(self.waiting) > leave:
+            done, metrics, work = self.waiting.popleft()
+            found = {name: np.asarray(value).item() for name, value in metrics.items()}
+            if not all(math.isfinite(found[name]) for name in ("loss", "grad_norm")):
+                raise ConfigError(self.diverged(done, found))
+            now = time.perf_counter()
+            for window in (position.line, position.epoch):
+                window.add(found)
+                if work is not None:
+                    window.add_time(now - self.clock, work)
+            position.seconds += now - self.clock
+            self.clock = now
+            if not self.t.pace.is_eval_due(done):
+                self.tell(done, {})
 
     def look(self) -> None:
-        """What is due after a step: a measurement, records, a checkpoint."""
-        t, position, done = self.t, self.position, self.position.step
-        is_line, is_end, is_eval = t.pace.is_line_due(done), t.pace.is_epoch_end(done), t.pace.is_eval_due(done)
-        if is_line or is_end or is_eval:
-            self.drain()
-            position.unmeasured = is_eval
-            figures = t.evaluate(self.state.adapters) if is_eval else {}
+        """What is due after a step: a measurement, a checkpoint."""
+        t, position, is_best = self.t, self.position, False
+        if t.pace.is_eval_due(position.step):
+            self.fetch(0)
+            position.unmeasured = True
+            figures = t.evaluate(self.state.adapters)
             position.unmeasured = False
-            self.drain()
-            if is_line:
-                self.log({"step": done} | position.line.averages() | ({} if is_end else figures))
-                position.line = Window()
-            if is_end:
-                self.log({"epoch": done // t.pace.epoch, "step": done} | position.epoch.averages() | figures)
-                position.epoch = Window()
-        is_best = is_eval and position.measured(t.figure[1] * figures[t.figure[0]])
-        if self.saving is not None and (is_best and self.saving.keep_best or self.is_save_due(is_line or is_end)):
+            position.seconds += time.perf_counter() - self.clock
+            self.tell(position.step, figures)
+            is_best = position.measured(t.figure[1] * figures[t.figure[0]])
+            self.clock = time.perf_counter()
+        if self.saving is not None and (is_best and self.saving.keep_best or self.is_save_due()):
             self.save()
-        self.clock = time.perf_counter()
+            self.clock = time.perf_counter()
 
-    def log(self, figures: Mapping[str, Any]) -> None:
-        record: Record = {"phase": self.t.phase, **figures}
-        if "epoch" in record:
-            record["seconds"] = round(self.position.seconds, 3)
-        self.t.log(record)
-        self.progress.show(record)
+    def tell(self, done: int, figures: Mapping[str, float]) -> None:
+        """The records that are due after a step, of which the last one has the figures."""
+        pace, position, told = self.t.pace, self.position, []
+        is_end = pace.is_epoch_end(done)
+        if pace.is_line_due(done):
+            told.append({"step": done} | position.line.averages() | ({} if is_end else figures))
+            position.line = Window()
+        if is_end:
+            seconds = {"seconds": round(position.seconds, 3)}
+            told.append({"epoch": done // pace.epoch, "step": done} | position.epoch.averages() | figures | seconds)
+            position.epoch = Window()
+        for record in told:
+            self.t.log({"phase": self.t.phase} | record)
+            self.progress.show(record)
 
-    def is_save_due(self, at_line: bool) -> bool:
+    def is_save_due(self) -> bool:
         """By steps, or by the first process's clock; several processes look at it together, at the lines of metrics."""
         assert self.saving is not None
         config = self.saving.config
         if config.every_steps is not None:
             return self.position.step % config.every_steps == 0
-        if jax.process_count() > 1 and not at_line:
+        if jax.process_count() > 1 and self.position.step % self.t.pace.line:
             return False
         due = time.perf_counter() - self.saved_at > 60 * config.every_minutes
         return first_decides(lambda: "yes" if due else "no") == "yes"
@@ -281,8 +281,8 @@ class _Loop:
         """A checkpoint of where the training is, unless there is one."""
         if self.saving is None or self.saved_step == self.position.step:
             return
-        self.drain()
-        self.position.metrics_bytes = self.saving.size()
+        self.fetch(0)
+        self.position.metrics_bytes = self.saving.sync()
         self.saving.checkpoints.save(self.layout, self.state, self.position, self.key, self.saving.identity)
         self.saved_step, self.saved_at = self.position.step, time.perf_counter()
 
@@ -295,14 +295,15 @@ class _Loop:
         self.saving.checkpoints.wait()
         return f"{done}; the same command goes on from there"
 
-    def diverged(self, step: int, metrics: Mapping[str, Any]) -> str:
-        """What went wrong where."""
-        rows = self.rows(step)
+    def diverged(self, done: int, metrics: Mapping[str, Any]) -> str:
+        """What went wrong in the step that was the ``done``-th."""
+        rows = self.rows(done - 1)
         shown = ", ".join(map(str, rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
         saved = [] if self.saving is None else self.saving.checkpoints.steps()
         good = f"; the newest checkpoint, of step {saved[-1]}, is from before" if saved else ""
         return (
             f"{self.t.phase}: the loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']} in step "
-            f"{step + 1} (epoch {step // self.t.pace.epoch + 1}), of the training examples {shown}{good}. The training "
-            "diverged: pass a smaller --learning-rate, more --fit.warmup or --fit.clip 1.0, or take the examples out"
+            f"{done} (epoch {(done - 1) // self.t.pace.epoch + 1}), of the training examples {shown}{good}. The "
+            "training diverged: pass a smaller --learning-rate, more --fit.warmup or --fit.clip 1.0, or take the "
+            "examples out"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -83,14 +83,13 @@ class Window:
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
-    def add_time(self, seconds: float, work: Iterable[Work]) -> None:
-        """Count the time of some steps."""
+    def add_time(self, seconds: float, work: Work) -> None:
+        """Count the time of a step."""
         self.seconds += seconds
-        for one in work:
-            self.timed += 1
-            self.examples += one.examples
-            self.tokens += one.tokens
-            self.ideal_seconds += one.ideal_seconds
+        self.timed += 1
+        self.examples += work.examples
+        self.tokens += work.tokens
+        self.ideal_seconds += work.ideal_seconds
 
     def averages(self) -> dict[str, float]:
         """The metrics' means, and of the timed steps their speed."""

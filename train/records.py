@@ -33,16 +33,21 @@ class Records:
             stream.truncate(self.size)
 
     def write(self, record: Record) -> None:
-        """Append a record; it is on disk when this returns."""
+        """Append a record, which survives this process from now on."""
         if not processes.is_first():
             return
         line = (json.dumps(record) + "\n").encode()
         with self.file.open("ab") as stream:
             stream.write(line)
-            stream.flush()
-            os.fsync(stream.fileno())
         self.size += len(line)
         self._beside(record)
+
+    def sync(self) -> int:
+        """The size of the file, of which all is on disk, so that it survives the machine too."""
+        if processes.is_first():
+            with self.file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        return self.size
 
     def read(self) -> list[Record]:
         """All records, those of earlier processes of the run too; none in other processes than the first."""

@@ -218,7 +218,7 @@ class Kept:
         self._writers = writers.open_writers(config.log if is_first() else (), place.path, identity, position.step + 1)
         self.records = Records(place.path / "metrics.jsonl", position.metrics_bytes, self._writers.write)
         self.saving = Saving(
-            checkpoints, config.save, position, identity, lambda: self.records.size, keep_best=config.keep == "best"
+            checkpoints, config.save, position, identity, self.records.sync, keep_best=config.keep == "best"
         )
         if is_first():
             (place.path / "plan.txt").write_text(plan + "\n")

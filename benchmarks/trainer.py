@@ -1,0 +1,213 @@
+"""What does the trainer cost beside its step, and how soon does a resumed run step again?
+
+    python -m benchmarks.trainer [--rounds 7] [--steps 200] [--starts 5] [--json FILE]
+
+- overhead: the time of so many steps by `train.loop.fit` (batches built, metrics fetched and written, progress shown)
+  against the bare compiled step on batches that lie ready, for networks whose step takes about 1, 15 and 100 ms here.
+  Both run the same compiled function, in turn. What a checkpoint takes from the training is told beside.
+- starts: seconds from starting ``python -m train`` (configs/digits.py, its base in the cache) until the first step's
+  metrics are on disk, of a new run and of one that goes on from a checkpoint, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jlora
+from benchmarks._measure import Bar, interleave, ratio, table
+from train import data
+from train.__main__ import ROOT, parse
+from train.batches import batch_of, size, training_rows
+from train.checkpoints import Checkpoints
+from train.config import SaveConfig
+from train.loop import Training, fit, random_key
+from train.networks import make_network
+from train.optim import make_optimizer, make_schedule
+from train.parallel import Jit
+from train.progress import Pace, Position
+from train.records import Records
+from train.run import encoded, run
+from train.step import init_state, make_step
+from train.tasks import make_task, resolved
+
+MOST_OVERHEAD, MOST_START = 1.03, 1.2
+NETWORKS = {
+    "1 ms": "--model.width 16 --model.depth 1 --model.heads 2 --model.hidden 32",
+    "15 ms": "",
+    "100 ms": "--model.width 192 --model.depth 4 --model.heads 4 --model.hidden 768",
+}
+
+
+class Warm(Jit):
+    """One device, for which every training's step is the same one and compiled already; it knows when it began."""
+
+    def __init__(self, step: Any):
+        self._step, self.began = step, 0.0
+
+    def compile_step(self, step: Any, state: Any) -> Callable[..., Any]:
+        self.began = 0.0
+
+        def stepped(*args: Any) -> Any:
+            self.began = self.began or time.perf_counter()
+            return self._step(*args)
+
+        return stepped
+
+
+def overhead(flags: str, rounds: int, steps: int, folder: Path) -> tuple[float, float, float]:
+    """Seconds of a bare step, the trainer's time by the bare steps', and the seconds that a checkpoint takes."""
+    config = parse([*flags.split(), "--cache-dir", str(folder / "cache")])
+    tables = data.load(config.data, config.cache_dir)
+    config = resolved(config, tables)
+    network = make_network(config)
+    task = make_task(config, network)
+    train, _ = encoded(task, tables)
+    examples = train["shifted"]
+    base = jax.jit(network.init)(jax.random.key(0))
+    rows = [training_rows(size(examples), config.fit.batch_size, 0, i) for i in range(steps)]
+    batches = [batch_of(examples, one) for one in rows]
+    uses = jlora.trace(network.forward, base, task.inputs(batches[0]))
+
+    def start(base: Any) -> Any:
+        return jlora.init(jax.random.key(1), base, config.lora, uses)
+
+    tx, schedule = make_optimizer(config.fit), make_schedule(config.fit, 1e-4, steps)
+    step = jax.jit(make_step(network.forward, task, tx, schedule), donate_argnums=0)
+    key = random_key(0, "dropout")
+    layout = Warm(step)
+    epoch = len(examples["label"]) // config.fit.batch_size
+    training = Training(
+        phase="fit",
+        forward=network.forward,
+        task=task,
+        examples=examples,
+        config=config.fit,
+        learning_rate=1e-4,
+        seed=0,
+        pace=Pace(epoch, steps, max(1, steps // 50), steps),
+        evaluate=lambda _: {"accuracy": 0.0},
+        figure=("accuracy", 1),
+        log=Records(folder / "metrics.jsonl").write,
+    )
+
+    def bare() -> float:
+        state = init_state(tx, start(base))
+        jax.block_until_ready(state)
+        began = time.perf_counter()
+        for batch in batches:
+            state, _ = step(state, base, batch, key)
+        jax.block_until_ready(state)
+        return time.perf_counter() - began
+
+    def trained() -> float:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            jax.block_until_ready(fit(training, layout, base, start)[0])
+        return time.perf_counter() - layout.began
+
+    taken: dict[str, list[float]] = {"bare": [], "trainer": []}
+    for i in range(rounds + 1):
+        order: list[tuple[str, Callable[[], float]]] = [("bare", bare), ("trainer", trained)]
+        for name, one in order[:: 1 if i % 2 else -1]:
+            seconds = one()
+            if i:
+                taken[name].append(seconds)
+    return (
+        statistics.median(taken["bare"]) / steps,
+        ratio(taken, "trainer", "bare"),
+        saving(config, start(base), folder),
+    )
+
+
+def saving(config: Any, adapters: Any, folder: Path) -> float:
+    """Seconds that a checkpoint keeps the training waiting, where the one before is long on disk."""
+    checkpoints = Checkpoints(folder / "checkpoints", SaveConfig(), keep_best=False)
+    state = init_state(make_optimizer(config.fit), adapters)
+    taken = []
+    for i in range(1, 8):
+        began = time.perf_counter()
+        checkpoints.save(Jit(), state._replace(step=jnp.int32(i)), Position(step=i), jax.random.key(0), {})
+        taken.append(time.perf_counter() - began)
+        checkpoints.wait()
+    checkpoints.close()
+    shutil.rmtree(folder / "checkpoints")
+    return statistics.median(taken[1:])
+
+
+def starts(rounds: int, folder: Path) -> dict[str, list[float]]:
+    """Seconds until the first step, of new runs and of resumed ones."""
+    own = ["--cache-dir", str(folder / "cache"), "--log-every", "1"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(parse([*own, "--run-dir", str(folder / "half"), "--save.every-steps", "100", "--save.max-to-keep", "9"]))
+    for later in (folder / "half" / "checkpoints").iterdir():
+        if int(later.name) > 100:
+            shutil.rmtree(later)
+    (folder / "half" / "summary.json").unlink()
+    number = iter(range(10**6))
+
+    def begin(source: Path | None) -> None:
+        target = folder / f"run{next(number)}"
+        if source is not None:
+            shutil.copytree(source, target)
+        seconds_to_first_step([*own, "--run-dir", str(target)], target / "metrics.jsonl", resumed=source is not None)
+
+    return interleave({"new": lambda: begin(None), "resumed": lambda: begin(folder / "half")}, rounds)
+
+
+def seconds_to_first_step(argv: list[str], file: Path, *, resumed: bool) -> None:
+    """Start the program, and end it as soon as the first step's record of this process is in ``file``."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wanted = '"step": 101,' if resumed else '"phase": "fit"'
+    cut = not resumed  # a resumed run first cuts its records down to the checkpoint's
+    while process.poll() is None:
+        text = file.read_text() if file.exists() else ""
+        there = any('"phase": "fit"' in line and wanted in line for line in text.splitlines())
+        if cut and there:
+            break
+        cut = cut or not there
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="trainer_") as scratch:
+        found = {name: overhead(flags, args.rounds, args.steps, Path(scratch)) for name, flags in NETWORKS.items()}
+        rows = [
+            [name, f"{1000 * step:.2f}", f"{share:.3f}", f"{1000 * (share - 1) * step:.3f}", f"{1000 * wait:.0f}"]
+            for name, (step, share, wait) in found.items()
+        ]
+        print(table(["step of", "bare ms", "trainer / bare", "overhead ms", "checkpoint ms"], rows))
+        times = starts(args.starts, Path(scratch))
+    print(f"\nfirst step after: {', '.join(f'{name} {statistics.median(t):.2f} s' for name, t in times.items())}")
+    bars = [Bar(f"trainer / bare step, {name}", share, MOST_OVERHEAD) for name, (_, share, _) in found.items()]
+    bars.append(Bar("first step, resumed / new", ratio(times, "resumed", "new"), MOST_START))
+    print(f"\n{table(['bar', 'measured', 'limit', ''], [bar.row() for bar in bars])}")
+    if args.json:
+        args.json.write_text(json.dumps({"bars": [bar.record() for bar in bars]}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

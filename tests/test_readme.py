@@ -43,6 +43,9 @@ def test_its_claims_hold(ran: tuple[dict[str, Any], str]) -> None:
     np.testing.assert_allclose(n["answers"][0], n["served"], atol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, n["again"], n["learnt"])
     assert max(n["report"].values()) < 1e-3
+    for one, place in zip(jax.tree.leaves(n["divided"]), jax.tree.leaves(n["own"]), strict=True):
+        assert one.sharding == place
+    assert any("fsdp" in place.spec for place in jax.tree.leaves(n["own"]))
 
 
 def test_there_are_exactly_two_set_up_commands() -> None:

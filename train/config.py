@@ -290,14 +290,14 @@ class ProcessesConfig:
       coordinator: address and port of the first process, HOST:PORT.
       count: how many there are.
       index: which one this is, from 0.
-      auto: find all that in the environment: on TPU pods, under Slurm, Open MPI and Kubernetes. By default where Slurm
-        or a TPU's environment tells of several processes.
+      auto: find all that in the environment: on TPU pods, under Slurm, Open MPI and Kubernetes. Where Slurm or a TPU's
+        environment variables tell of several processes, it is found without being asked for.
     """
 
     coordinator: str | None = None
     count: int | None = None
     index: int | None = None
-    auto: bool | None = None
+    auto: bool = False
 
 
 @dataclass(frozen=True)

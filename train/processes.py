@@ -23,8 +23,7 @@ def join(config: ProcessesConfig) -> None:
     """
     if jax.distributed.is_initialized():
         return
-    auto = config.auto if config.auto is not None else config.coordinator is None and _environment_tells()
-    if config.coordinator is None and not auto:
+    if config.coordinator is None and not config.auto and not _environment_tells():
         return
     try:
         jax.distributed.initialize(config.coordinator, config.count, config.index)

@@ -116,7 +116,7 @@ def test_lora_plus_moves_b_that_many_times_as_far(linear, decay):
     np.testing.assert_allclose(plus.b - before.b, 16 * (plain.b - before.b), rtol=1e-3)
     whole = {"w": before, "bias": jnp.ones(3)}
     tx = make_optimizer(FitConfig(lora_plus=16))
-    updates, _ = tx.update(jax.tree.map(jnp.ones_like, whole), tx.init(whole), whole)
+    updates: Any = tx.update(jax.tree.map(jnp.ones_like, whole), tx.init(whole), whole)[0]
     np.testing.assert_allclose(updates["w"].b, 16 * jnp.broadcast_to(updates["w"].a[0, 0], (2, 3)), rtol=1e-3)
     np.testing.assert_allclose(updates["bias"], updates["w"].a[0, 0], rtol=1e-3)
 

@@ -50,7 +50,7 @@ def make_measure(
         found: dict[str, np.ndarray] = {}
         for rows, own in ordered_rows(examples, batch_size):
             if stop is not None and stop.asked():
-                raise Stopped
+                raise Stopped("stopped while it was measured, as asked; the same command measures it again")
             bucket = bucket_of(examples, rows, buckets)
             batch = layout.place_batch(
                 lambda part, rows=rows, bucket=bucket: batch_of(examples, rows[part], bucket), len(rows)

@@ -251,9 +251,10 @@ class _Loop:
             self.save()
             self.clock = time.perf_counter()
 
-    def tell(self, done: int, figures: Mapping[str, float]) -> None:
+    def tell(self, done: int, figures: dict[str, float]) -> None:
         """The records that are due after a step, of which the last one has the figures."""
-        pace, position, told = self.t.pace, self.position, []
+        pace, position = self.t.pace, self.position
+        told: list[Record] = []
         is_end = pace.is_epoch_end(done)
         if pace.is_line_due(done):
             told.append({"step": done} | position.line.averages() | ({} if is_end else figures))

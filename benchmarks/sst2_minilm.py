@@ -36,10 +36,11 @@ from benchmarks._measure import Bar, interleave, ratio, table
 from train import commands, data
 from train.__main__ import ROOT, parse
 from train.batches import batch_of
-from train.loop import random_key
+from train.job import encoded, plan_of, start_adapters
+from train.keys import random_key
 from train.networks import make_network
 from train.optim import make_optimizer, make_schedule
-from train.run import encoded, plan_of, run, start_adapters
+from train.run import run
 from train.runs import open_run
 from train.step import init_state, make_step
 from train.tasks import make_task, resolved

@@ -35,13 +35,15 @@ from train.__main__ import ROOT, parse
 from train.batches import batch_of, size, training_rows
 from train.checkpoints import Checkpoints
 from train.config import SaveConfig
-from train.loop import Training, fit, random_key
+from train.job import encoded
+from train.keys import random_key
+from train.loop import Training, fit
 from train.networks import make_network
 from train.optim import make_optimizer, make_schedule
 from train.parallel import Jit
 from train.progress import Pace, Position
 from train.records import Records
-from train.run import encoded, run
+from train.run import run
 from train.step import init_state, make_step
 from train.tasks import make_task, resolved
 

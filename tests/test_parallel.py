@@ -23,7 +23,7 @@ from tests import tiny
 from tests.runs import free_port, program, records, start
 from train.__main__ import main
 from train.config import ComputeConfig, FitConfig
-from train.loop import random_key
+from train.keys import random_key
 from train.optim import make_optimizer
 from train.parallel import Jit, Mesh, Pmap, parse_spec
 from train.step import init_state, make_step

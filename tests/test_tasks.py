@@ -23,8 +23,8 @@ from train import batches, data, metrics, store
 from train.__main__ import parse
 from train.batches import Ragged
 from train.config import CausalLM, ComputeConfig, ConfigError, DataConfig, SequenceClassification, TrainConfig
+from train.job import bucket_lengths
 from train.networks import load_tokenizer
-from train.run import bucket_lengths
 from train.runs import open_run
 from train.tasks.classify import TextClassification, TextRegression
 from train.tasks.language import LanguageModel

@@ -32,11 +32,12 @@ from train.config import (
     TrainConfig,
 )
 from train.evaluate import make_measure
-from train.loop import random_key
+from train.job import encoded
+from train.keys import random_key
 from train.networks import EVERYTHING, NEW_HEAD
 from train.optim import make_optimizer, make_schedule
 from train.parallel import Jit
-from train.run import encoded, run
+from train.run import run
 from train.step import init_state, make_step
 from train.tasks import make_task, resolved
 

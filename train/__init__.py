@@ -4,6 +4,7 @@
 ``config``       what can be configured (the schema of ``configs/``)
 ``checks``       what of it is refused before anything is built
 ``run``          the whole story on one page: base, adapters, figures
+``job``          a configuration → all that it is made of: data, network, task, layout, plan
 ``processes``    several processes: how they find each other, and what they agree on
 ``data``         a source → a table
 ``networks``     the networks, as functions of their parameters; they know nothing of LoRA
@@ -12,6 +13,8 @@
 ``parallel``     where a step is computed: one device (jit), copies (pmap), sharded weights (mesh)
 ``rundir``       the run's directory: found again or made anew, held by one run at a time
 ``stop``         SIGTERM and SIGINT → a question that the loop asks
+``kept``         the files of a run that trains: records, checkpoints, from where it goes on
+``keys``         random keys, one for each purpose
 ``base``         the base of a network without a checkpoint, trained once and cached
 ``optim``        schedule and optimizer
 ``step``         one pure step

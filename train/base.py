@@ -20,16 +20,15 @@ import jax
 
 import jlora
 from train import store
-from train.batches import Examples, size
 from train.config import ImageClassification, TrainConfig
-from train.loop import Training, fit, random_key
+from train.evaluate import Measure
+from train.job import Job
+from train.keys import random_key
+from train.loop import Training, fit
 from train.networks import EVERYTHING, Network
-from train.parallel import Layout
 from train.processes import all_agree, is_first, wait_for_all
-from train.progress import Pace
 from train.records import Record
 from train.stop import Stop
-from train.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -47,30 +46,19 @@ class Base:
     cached: bool
 
 
-def base(
-    network: Network,
-    task: Task,
-    layout: Layout,
-    examples: Examples,
-    config: TrainConfig,
-    evaluate: Callable[[Any, Any], dict[str, float]],
-    figure: tuple[str, int],
-    log: Callable[[Record], None],
-    stop: Stop,
-) -> Base:
-    """The base trained on ``examples``, from the cache if it is there.
+def base(job: Job, measure: Measure, log: Callable[[Record], None], stop: Stop) -> Base:
+    """The base trained on the examples of the first domain, from the cache if it is there.
 
     Args:
-      config: of the run; its ``base`` says how the base is trained.
-      evaluate: takes parameters and adapters and returns figures for the records.
-      figure, log, stop: as in `train.loop`; the records of a cached base are logged like new ones.
+      log: called with each record of its training; those of a cached base are logged like new ones.
+      stop: asked after each step.
     """
+    config, network, layout, domain = job.config, job.network, job.layout, next(iter(job.test))
     assert config.base is not None
-    made_of = identity(config)
+    examples, made_of = next(iter(job.train.values())), identity(config)
     path = cached_at(config, made_of)
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
     if all_agree(path.exists()):
-        params = layout.place_base(shapes, lambda shardings: load_params(path, network, shardings))
+        params = layout.place_base(job.shapes, lambda shardings: load_params(path, network, shardings))
         for record in json.loads((path / "records.json").read_text()):
             log(record)
         return Base(params, path, cached=True)
@@ -81,25 +69,23 @@ def base(
         records.append(record)
         log(record)
 
+    def evaluate(adapters: dict[str, Any]) -> dict[str, float]:
+        found = job.task.metrics(measure(start, adapters, job.test[domain]))
+        return {f"{domain}_{metric}": value for metric, value in found.items()}
+
     key = random_key(config.seed, "model")
-    start = layout.place_base(shapes, lambda shardings: jax.jit(network.init, out_shardings=shardings)(key))
+    start = layout.place_base(job.shapes, lambda shardings: jax.jit(network.init, out_shardings=shardings)(key))
     training = Training(
         phase="base",
         forward=network.forward,
-        task=task,
+        task=job.task,
         examples=examples,
         config=config.base,
         learning_rate=config.learning_rate.base,
         seed=config.seed,
-        pace=Pace.of(
-            config.base.epochs,
-            size(examples) // config.base.batch_size,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-            eval_every_steps=config.eval_every_steps,
-        ),
-        evaluate=lambda adapters: evaluate(start, adapters),
-        figure=figure,
+        pace=job.pace(config.base, examples),
+        evaluate=evaluate,
+        figure=job.figure(domain),
         log=note,
         accumulate=config.compute.accumulate,
     )
@@ -109,7 +95,7 @@ def base(
     if is_first():
         publish(path, params, records, made_of)
     wait_for_all("base")
-    return Base(layout.place_base(shapes, lambda shardings: jax.device_put(params, shardings)), path, cached=False)
+    return Base(layout.place_base(job.shapes, lambda shardings: jax.device_put(params, shardings)), path, cached=False)
 
 
 def load_params(path: Path, network: Network, shardings: Any = None) -> Any:

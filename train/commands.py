@@ -19,9 +19,9 @@ from train import compare, data, report, store
 from train.batches import Ragged, batch_of, ordered_rows
 from train.config import ConfigError, Pretrained, SequenceClassification
 from train.evaluate import make_measure
+from train.job import bucket_lengths
 from train.networks import check_tokens, read_settings
 from train.parallel import Jit
-from train.run import bucket_lengths
 from train.runs import Run, open_run
 from train.tasks import Task
 from train.tasks.classify import TextRegression, Texts

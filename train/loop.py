@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from train import report
 from train.batches import Examples, batch_of, bucket_of, lengths, size, training_rows
 from train.checkpoints import Checkpoints
 from train.config import ConfigError, FitConfig, SaveConfig
+from train.keys import random_key
 from train.networks import Forward
 from train.optim import make_optimizer, make_schedule
 from train.parallel import Layout
@@ -26,11 +26,6 @@ from train.records import Record
 from train.step import TrainState, init_state, make_step
 from train.stop import Stop, Stopped
 from train.tasks import Task
-
-
-def random_key(seed: int, purpose: str) -> jax.Array:
-    """The key for one purpose of a run. Purposes do not share randomness, and a new one does not change the others."""
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jlora.models import TensorError
 from train import store
 from train.base import cached_at, identity, load_params
 from train.config import ConfigError, TrainConfig
-from train.loop import random_key
+from train.keys import random_key
 from train.networks import Network, make_network
 from train.tasks import Task, make_task
 

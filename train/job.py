@@ -1,0 +1,133 @@
+"""What a run is made of before anything is trained: data, network, task, layout, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+import jlora
+from jlora._paths import named_leaves
+from train.batches import Examples, batch_of, lengths, quarters, size
+from train.checks import validate_for
+from train.config import ConfigError, FitConfig, TrainConfig
+from train.data import Table, load
+from train.keys import random_key
+from train.networks import Network, check_tokens, make_network, what_to_train
+from train.parallel import Layout, make_layout
+from train.progress import Pace
+from train.tasks import Task, make_task, resolved
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration, and what was made of it.
+
+    Attributes:
+      config: completed with what it takes from its data.
+      network, task, layout: as it says. No weight is read yet.
+      train, test: the examples by the name of their domain; the last one is learnt, the first one by a base.
+      buckets: the lengths to which batches are padded.
+      uses, plan: how the network uses its weights, and what of it is adapted.
+    """
+
+    config: TrainConfig
+    network: Network
+    task: Task
+    layout: Layout
+    train: Mapping[str, Examples]
+    test: Mapping[str, Examples]
+    buckets: tuple[int, ...]
+    uses: Mapping[str, jlora.WeightUse]
+    plan: jlora.Plan
+
+    @property
+    def learnt(self) -> Examples:
+        """The training examples."""
+        return self.train[list(self.train)[-1]]
+
+    @property
+    def shapes(self) -> Any:
+        """The base's shapes and dtypes, as the network makes them."""
+        return jax.eval_shape(self.network.init, jax.random.key(0))
+
+    def figure(self, domain: str) -> tuple[str, int]:
+        """The figure that counts on the examples of a domain, and its sign: 1 if more is better, else -1."""
+        return f"{domain}_{self.task.primary}", 1 if self.task.higher_is_better else -1
+
+    def pace(self, fit: FitConfig, examples: Examples) -> Pace:
+        """When something is due in a training on some examples."""
+        return Pace.of(
+            fit.epochs,
+            size(examples) // fit.batch_size,
+            log_every=self.config.log_every,
+            eval_every=self.config.eval_every,
+            eval_every_steps=self.config.eval_every_steps,
+        )
+
+
+def make_job(config: TrainConfig) -> Job:
+    """All that a valid configuration says, ready to be trained.
+
+    Shapes are all that the plan needs: what does not fit the model is refused before anything is read or trained.
+
+    Raises:
+      ConfigError: if data, checkpoint, targets or devices are not as it says.
+    """
+    tables = load(config.data, config.cache_dir)
+    config = resolved(config, tables)
+    network = make_network(config)
+    task = make_task(config, network)
+    train, test = encoded(task, tables)
+    check_tokens(network, train, test)
+    learnt = train[list(train)[-1]]
+    validate_for(config, size(learnt))
+    layout = make_layout(config, network.rules)
+    buckets = bucket_lengths(config, train, test)
+    uses, plan = plan_of(config, network, task.inputs(batch_of(learnt, np.arange(1), buckets)))
+    return Job(config, network, task, layout, train, test, buckets, uses, plan)
+
+
+def encoded(task: Task, tables: Mapping[str, Table]) -> tuple[dict[str, Examples], dict[str, Examples]]:
+    """Training and validation examples by the name of their domain; where there is one, it is ``validation``."""
+    train, test = task.encode(tables["train"]), task.encode(tables["validation"])
+    return train, {name or "validation": examples for name, examples in test.items()}
+
+
+def bucket_lengths(config: TrainConfig, *sets: Mapping[str, Examples]) -> tuple[int, ...]:
+    """The lengths to which batches of texts are padded: those configured, as far as the longest example needs them."""
+    found = [long for examples in sets for one in examples.values() if (long := lengths(one)) is not None]
+    if not found:
+        return ()
+    most = getattr(config.task, "max_length", 0)
+    longest = max(int(long.max()) for long in found)
+    wanted = tuple(sorted(config.data.buckets or quarters(most)))
+    if wanted[-1] < longest:
+        wanted = (*wanted, longest)
+    return tuple(bucket for i, bucket in enumerate(wanted) if i == 0 or wanted[i - 1] < longest)
+
+
+def plan_of(
+    config: TrainConfig, network: Network, inputs: Mapping[str, Any]
+) -> tuple[Mapping[str, jlora.WeightUse], jlora.Plan]:
+    """How the network uses its weights, and the plan that follows."""
+    params = jax.eval_shape(network.init, random_key(config.seed, "model"))
+    uses = jlora.trace(network.forward, params, inputs)
+    try:
+        return uses, jlora.plan(params, what_to_train(config), uses)
+    except ValueError as error:
+        raise ConfigError(f"lora: {error}") from error
+
+
+def start_adapters(
+    config: TrainConfig, network: Network, params: Any, uses: Mapping[str, jlora.WeightUse]
+) -> dict[str, Any]:
+    """Fresh adapters; with the mode ``head``, a head that has learnt nothing."""
+    adapters: dict[str, Any] = jlora.init(random_key(config.seed, "adapters"), params, what_to_train(config), uses)
+    if config.mode != "head":
+        return adapters
+    drawn, _ = named_leaves(network.init(random_key(config.seed, "head")))
+    return {path: drawn[path].astype(value.dtype) for path, value in adapters.items()}

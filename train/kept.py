@@ -1,0 +1,77 @@
+"""What is kept of a run while it trains: records and checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from train import store, writers
+from train.checkpoints import Checkpoints
+from train.config import ConfigError, TrainConfig
+from train.loop import Saving
+from train.processes import is_first, say
+from train.progress import Position
+from train.records import Record, Records
+from train.rundir import RunDir
+
+
+class Kept:
+    """The files of a run that trains, from where it goes on; a context that closes them.
+
+    Attributes:
+      path: the run directory.
+      records: its metrics.
+      saving: its checkpoints, and where the training goes on.
+    """
+
+    path: Path
+
+    def __init__(self, config: TrainConfig, place: RunDir, plan: str):
+        """Open them; ``plan`` is kept beside.
+
+        Raises:
+          ConfigError: if there is no checkpoint of the step that the configuration asks for.
+          CheckpointError: if the checkpoint cannot be read.
+        """
+        self.path, self._lock = place.path, place.lock
+        checkpoints = Checkpoints(place.path / "checkpoints", config.save, keep_best=config.keep == "best")
+        position = _resumed(config, checkpoints)
+        self._resumed = position.step > 0
+        if self._resumed:
+            say(f"going on with {place.path} after step {position.step}\n")
+        identity = store.to_json(config)
+        self._writers = writers.open_writers(config.log if is_first() else (), place.path, identity, position.step + 1)
+        self.records = Records(place.path / "metrics.jsonl", position.metrics_bytes, self._writers.write)
+        self.saving = Saving(
+            checkpoints, config.save, position, identity, self.records.sync, keep_best=config.keep == "best"
+        )
+        if is_first():
+            (place.path / "plan.txt").write_text(plan + "\n")
+
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._writers.close(failed=error is not None)
+        self.saving.checkpoints.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def log_base(self, record: Record) -> None:
+        """Keep a record of the base's training; a run that goes on has them."""
+        if not self._resumed:
+            self.records.write(record)
+
+
+def _resumed(config: TrainConfig, checkpoints: Checkpoints) -> Position:
+    """Where the training goes on."""
+    steps = checkpoints.steps()
+    if not isinstance(config.resume, int):
+        return checkpoints.position(steps[-1]) if steps else Position()
+    if config.resume not in (0, *steps):
+        raise ConfigError(
+            f"resume: got step {config.resume}, and there are checkpoints of {', '.join(map(str, steps)) or 'no step'};"
+            " pass one of these, 0 to begin anew, or --resume auto for the newest"
+        )
+    position = checkpoints.position(config.resume) if config.resume else Position()
+    checkpoints.delete_after(config.resume)
+    return position

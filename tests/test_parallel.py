@@ -141,6 +141,21 @@ def test_two_processes_are_stopped_and_one_goes_on(work, expected, tmp_path, lay
     assert_same_curve(records(folder), expected)
 
 
+def test_processes_that_differ_are_told(work, tmp_path):
+    """Each would train something else, and nobody would know: both end at once, and one names the field."""
+    port = free_port()
+    own = ["--processes.coordinator", f"localhost:{port}", "--processes.count", "2", "--processes.index"]
+    both = [start(*flags(work, tmp_path / "run", "pmap"), "--seed", str(i), *own, str(i), devices=4) for i in range(2)]
+    try:
+        printed = [one.communicate(timeout=120)[0] for one in both]
+    finally:
+        for one in both:
+            one.kill()
+    assert "processes: the configuration is not the same in all of them" in printed[0] + printed[1]
+    assert both[0].returncode == 2 and both[1].returncode != 0
+    assert not (tmp_path / "run").exists()
+
+
 # What is refused
 
 
@@ -153,6 +168,8 @@ def test_two_processes_are_stopped_and_one_goes_on(work, expected, tmp_path, lay
         ("mesh --compute.accumulate 3", "fit.batch_size: got 8, expected a multiple of 24: 8 parts of the rows"),
         ("pmap --compute.rules lm_head fsdp", "compute.rules: got rules with 'pmap', expected none"),
         ("mesh --compute.rules nothing fsdp", "rule 'nothing' matches no leaf"),
+        ("mesh --compute.rules ( fsdp", "compute.rules: got {'(': 'fsdp'}, expected patterns of paths"),
+        ("mesh --compute.rules q_proj fsdp,,tensor", "expected patterns of paths, and for each axes of the mesh"),
         ("mesh --compute.rules q_proj -,data,rows", "rule 'q_proj' names 'rows'"),
         ("mesh --compute.fsdp 4 --compute.tensor 2 --compute.rules mlp/up_proj -,-,fsdp+tensor+data", None),
     ],

@@ -27,7 +27,7 @@ import jlora
 from tests import tiny
 from tests.runs import program, records
 from train import rundir
-from train.__main__ import main
+from train.__main__ import main, parse
 from train.stop import EXIT_CODE, Stop
 
 KILLS = 20
@@ -181,7 +181,7 @@ def test_a_run_that_is_ended_again_and_again_is_the_run_that_is_not(work, proces
 
 @contextlib.contextmanager
 def stopping(after: int) -> Iterator[None]:
-    """Stop at the question of this number; it is asked after each step, and before each batch that is measured."""
+    """Stop at the question after so many; it is asked after each step, and before each batch that is measured."""
     calls = 0
 
     def asked(self: Stop) -> bool:
@@ -191,6 +191,7 @@ def stopping(after: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stop, "asked", asked)
+        patch.setattr(Stop, "check", lambda self: None)
         yield
 
 
@@ -288,6 +289,51 @@ def test_any_checkpoint_can_be_gone_on_from(work, short, copy):
     assert_same_run(copy, short)
 
 
+def test_nothing_is_given_up_before_the_older_checkpoint_is_read(work, copy):
+    """A broken one that was asked for leaves the later ones, and the records, as they are."""
+    truncated(copy / "checkpoints/8")
+    before, written = content(copy / "checkpoints"), size(copy)
+    code, printed = program(*flags(work, copy, *SHORT, "--resume", "8"))
+    assert (code, "checkpoints/8: the checkpoint cannot be read" in printed) == (2, True), printed
+    assert content(copy / "checkpoints") == before and size(copy) == written
+
+
+def test_a_run_without_its_best_checkpoint_finds_a_new_one(work, copy):
+    shutil.rmtree(copy / "checkpoints/8")
+    code, printed = program(*flags(work, copy, *SHORT))
+    assert code == 0, printed
+    assert "the best checkpoint by then, of step 8, is gone" in printed
+    assert json.loads((copy / "summary.json").read_text())["kept_step"] in (16, 24)
+
+
+def test_records_that_were_cut_short_are_told_and_the_run_goes_on(work, copy):
+    file = copy / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-40])
+    code, printed = program(*flags(work, copy, *SHORT))
+    assert (code, "the records between are lost" in printed) == (0, True), printed
+    assert [one["step"] for one in records(copy)][-2:] == [24, 24]
+
+
+def test_a_stop_says_how_the_run_goes_on(work, copy):
+    with stopping(3):
+        code, printed = program(*flags(work, copy, *SHORT, "--resume", "9"))
+    assert code == EXIT_CODE
+    assert "fit: stopped after step 13 of 24, as asked; the same command with --resume auto goes on" in printed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stop, "asked", lambda self: True)
+        code, printed = program(*flags(work, copy, *SHORT))
+    assert (code, "stopped before the training went on, as asked" in printed) == (EXIT_CODE, True)
+
+
+def test_a_run_of_a_version_with_fewer_fields_goes_on(work, short, copy):
+    config = json.loads((copy / "config.json").read_text())
+    del config["fit"]["lora_plus"], config["save"]
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "config.json.draft").write_text("{")
+    assert program(*flags(work, copy, *SHORT))[0] == 0
+    assert_same_run(copy, short)
+
+
 def test_another_configuration_is_refused_field_by_field(work, copy):
     """But how it is computed, watched and saved may be another."""
     code, printed = program(*flags(work, copy, *SHORT, "--lora.rank", "3", "--fit.clip", "None"))
@@ -324,8 +370,10 @@ def test_a_run_directory_belongs_to_one_run_at_a_time(work, copy):
 
 def test_a_finished_run_is_left_alone(work, short):
     before = content(short)
-    code, printed = program(*flags(work, short, *SHORT))
+    code, printed = program(*flags(work, short, *SHORT, "--compute.accumulate", "1"))
     assert (code, "is finished: nothing is left to train" in printed) == (0, True)
+    code, printed = program(*flags(work, short, *SHORT, "--resume", "8"))
+    assert (code, "resume: got step 8, and" in printed and "is finished" in printed) == (2, True)
     assert content(short) == before
 
 
@@ -358,6 +406,9 @@ def test_the_same_command_finds_its_unfinished_run(work, short, tmp_path, monkey
     assert f"going on with {folders[0]} after step 13" in printed
     assert_same_run(folders[0], short)
     assert len(folders) == 2
+    assert folders[1].name.startswith(folders[0].name[:-6])
+    names = [rundir._new_below_runs(parse([*argv])).name for _ in range(3)]
+    assert len(set(names)) == 3
 
 
 # Disks

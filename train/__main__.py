@@ -41,8 +41,8 @@ What was trained is used by other commands, each with its own --help:
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code.
 
-    0: done. 2: the user's input cannot be run, or a file cannot be read or written. `train.stop.EXIT_CODE`: a training
-    that stopped when it was asked to, and goes on when it is started again.
+    0: done. 1: a mistake in the program. 2: the user's input cannot be run, the training diverged, or a file cannot be
+    read or written. `train.stop.EXIT_CODE`: stopped when it was asked to, and goes on when it is started again.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(argv)
         # Only now, so that `--help` and a misspelt flag need not wait for the libraries that train.
         from train.checkpoints import CheckpointError
+        from train.processes import leave
         from train.run import run
         from train.stop import EXIT_CODE, Stopped
     except ConfigError as error:
@@ -61,7 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         print(stopped, file=sys.stderr)
         return EXIT_CODE
     except (ConfigError, CheckpointError, ModelError, TensorError, OSError) as error:
-        return _refused(error)
+        return leave(_refused(error))
+    except Exception:
+        traceback.print_exc()
+        return leave(1)
     return 0
 
 
@@ -105,7 +109,8 @@ def parse(argv: list[str]) -> TrainConfig:
             default=default,
             config=(tyro.conf.AvoidSubcommands,),
         )
-    config = dataclasses.replace(config, cache_dir=Path(config.cache_dir).expanduser())
+    own = None if config.run_dir is None else Path(config.run_dir).expanduser()
+    config = dataclasses.replace(config, cache_dir=Path(config.cache_dir).expanduser(), run_dir=own)
     validate(config)
     return config
 

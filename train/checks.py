@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jlora import LoraConfig
+from jlora._paths import bad_pattern
 from train.config import (
     CausalLM,
     ComputeConfig,
@@ -112,7 +113,10 @@ def _is_address(value: Any) -> bool:
 
 
 def _are_rules(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
+    spec = re.compile(r"(-|\w+(\+\w+)*)(, *(-|\w+(\+\w+)*))*")
+    return isinstance(value, dict) and all(
+        isinstance(v, str) and spec.fullmatch(v) and bad_pattern(k) is None for k, v in value.items()
+    )
 
 
 _RATE = _number("a number > 0", lambda x: x > 0, "0.002")
@@ -155,7 +159,9 @@ _EXPECTATIONS: Mapping[type, Mapping[str, _Expectation]] = {
         "data": _whole(1, 8).or_none(),
         "fsdp": _whole(1, 8),
         "tensor": _whole(1, 8),
-        "rules": _Expectation(_are_rules, "patterns of paths, and axes of the mesh", "lm_head fsdp,tensor"),
+        "rules": _Expectation(
+            _are_rules, "patterns of paths, and for each axes of the mesh such as fsdp,-", "lm_head fsdp,-"
+        ),
         "accumulate": _whole(1, 4),
     },
     ProcessesConfig: {

@@ -258,7 +258,8 @@ class LearningRates:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How a step is computed: on which devices, and in how much memory. What is learnt is the same for all of it.
+    """How a step is computed: on which devices, and in how much memory. What is learnt is the same for all of it,
+    but for the masks of dropout under pmap and accumulate.
 
     Attributes:
       layout: jit: one device. pmap: the rows of a batch divided over all devices, each with a copy of the base.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,14 @@ from train.config import ConfigError, FitConfig, TrainConfig
 from train.data import Table, load
 from train.keys import random_key
 from train.networks import Network, check_tokens, make_network, what_to_train
-from train.parallel import Layout, make_layout
+from train.parallel import Layout, Mesh, make_layout
+from train.processes import check_same
 from train.progress import Pace
+from train.store import flat, to_json
 from train.tasks import Task, make_task, resolved
+
+OWN = ("cache_dir", "processes", "run_dir")
+"""Fields that each process may have for itself; of the run directory the first one's counts."""
 
 
 @dataclass(frozen=True)
@@ -69,26 +74,35 @@ class Job:
         )
 
 
-def make_job(config: TrainConfig) -> Job:
-    """All that a valid configuration says, ready to be trained.
+def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
+    """All that a valid configuration says, ready to be trained; ``check`` is called between its parts.
 
     Shapes are all that the plan needs: what does not fit the model is refused before anything is read or trained.
 
     Raises:
-      ConfigError: if data, checkpoint, targets or devices are not as it says.
+      ConfigError: if data, checkpoint, targets or devices are not as it says, or not the same in all processes.
     """
     tables = load(config.data, config.cache_dir)
+    check()
     config = resolved(config, tables)
     network = make_network(config)
     task = make_task(config, network)
     train, test = encoded(task, tables)
+    check()
     check_tokens(network, train, test)
     learnt = train[list(train)[-1]]
     validate_for(config, size(learnt))
     layout = make_layout(config, network.rules)
     buckets = bucket_lengths(config, train, test)
     uses, plan = plan_of(config, network, task.inputs(batch_of(learnt, np.arange(1), buckets)))
-    return Job(config, network, task, layout, train, test, buckets, uses, plan)
+    job = Job(config, network, task, layout, train, test, buckets, uses, plan)
+    if isinstance(layout, Mesh):
+        layout.shardings(job.shapes)  # refused here, before there is a run directory
+    told = {name: value for name, value in flat(to_json(config)).items() if name.split(".")[0] not in OWN}
+    examples = {name: size(one) for sets in (train, test) for name, one in sets.items()}
+    check_same({**told, "examples": examples, "plan": str(plan), "buckets": buckets}, "the configuration")
+    check()
+    return job
 
 
 def encoded(task: Task, tables: Mapping[str, Table]) -> tuple[dict[str, Examples], dict[str, Examples]]:

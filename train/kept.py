@@ -40,9 +40,24 @@ class Kept:
             say(f"going on with {place.path} after step {position.step}\n")
         identity = store.to_json(config)
         self._writers = writers.open_writers(config.log if is_first() else (), place.path, identity, position.step + 1)
-        self.records = Records(place.path / "metrics.jsonl", position.metrics_bytes, self._writers.write)
+        self.records = Records(place.path / "metrics.jsonl", self._writers.write)
+        if not self._resumed:
+            self.records.cut(0)
+
+        def begin() -> None:
+            checkpoints.delete_after(position.step)
+            if self._resumed:
+                self.records.cut(position.metrics_bytes)
+
         self.saving = Saving(
-            checkpoints, config.save, position, identity, self.records.sync, keep_best=config.keep == "best"
+            checkpoints,
+            config.save,
+            position,
+            identity,
+            begin,
+            self.records.sync,
+            keep_best=config.keep == "best",
+            again="the same command" if config.resume == "auto" else "the same command with --resume auto",
         )
         if is_first():
             (place.path / "plan.txt").write_text(plan + "\n")
@@ -65,13 +80,14 @@ class Kept:
 def _resumed(config: TrainConfig, checkpoints: Checkpoints) -> Position:
     """Where the training goes on."""
     steps = checkpoints.steps()
-    if not isinstance(config.resume, int):
-        return checkpoints.position(steps[-1]) if steps else Position()
-    if config.resume not in (0, *steps):
+    step = config.resume if isinstance(config.resume, int) else max(steps, default=0)
+    if step not in (0, *steps):
         raise ConfigError(
-            f"resume: got step {config.resume}, and there are checkpoints of {', '.join(map(str, steps)) or 'no step'};"
+            f"resume: got step {step}, and there are checkpoints of {', '.join(map(str, steps)) or 'no step'};"
             " pass one of these, 0 to begin anew, or --resume auto for the newest"
         )
-    position = checkpoints.position(config.resume) if config.resume else Position()
-    checkpoints.delete_after(config.resume)
+    position = checkpoints.position(step) if step else Position()
+    if config.keep == "best" and position.best_step not in (None, *steps):
+        say(f"the best checkpoint by then, of step {position.best_step}, is gone: the best one is looked for anew")
+        position.best, position.best_step, position.stale = None, None, 0
     return position

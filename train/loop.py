@@ -73,16 +73,20 @@ class Saving:
       config: when.
       position: where it goes on; at the start for a new one.
       identity: the run's configuration as JSON, kept with each checkpoint.
+      begin: called when the position is restored: what was kept of later steps is given up.
       sync: puts the records on disk, and returns their size.
       keep_best: whether the best adapters are wanted in the end.
+      again: the command that goes on, for a message.
     """
 
     checkpoints: Checkpoints
     config: SaveConfig
     position: Position
     identity: Mapping[str, Any]
+    begin: Callable[[], None]
     sync: Callable[[], int]
     keep_best: bool
+    again: str
 
 
 def fit(
@@ -140,6 +144,8 @@ class _Loop:
         if saving is not None and saving.position.step:
             self.position = saving.position
             self.state, self.key = saving.checkpoints.restore(self.position.step, layout, self.state, self.key)
+        if saving is not None:
+            saving.begin()
         self.saved_step = self.position.step
         step = make_step(
             training.forward,
@@ -263,12 +269,12 @@ class _Loop:
             self.progress.show(record)
 
     def is_save_due(self) -> bool:
-        """By steps, or by the first process's clock; several processes look at it together, at the lines of metrics."""
+        """By steps, or by the first process's clock, at which several processes look together, and not at each step."""
         assert self.saving is not None
         config = self.saving.config
         if config.every_steps is not None:
             return self.position.step % config.every_steps == 0
-        if jax.process_count() > 1 and self.position.step % self.t.pace.line:
+        if jax.process_count() > 1 and self.position.step % min(self.t.pace.line, 50):
             return False
         due = time.perf_counter() - self.saved_at > 60 * config.every_minutes
         return first_decides(lambda: "yes" if due else "no") == "yes"
@@ -289,7 +295,7 @@ class _Loop:
             return f"{done}; it has no checkpoints, and begins anew when the same command is run again"
         self.save()
         self.saving.checkpoints.wait()
-        return f"{done}; the same command goes on from there"
+        return f"{done}; {self.saving.again} goes on from there"
 
     def diverged(self, done: int, metrics: Mapping[str, Any]) -> str:
         """What went wrong in the step that was the ``done``-th."""

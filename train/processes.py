@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
-from typing import TypeVar
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jlora._paths import bullets
 from train.config import ConfigError, ProcessesConfig
 
 T = TypeVar("T")
@@ -77,6 +80,35 @@ def first_decides(decide: Callable[[], str]) -> str:
     if failed:
         raise ConfigError(answer)
     return answer
+
+
+def check_same(value: Mapping[str, Any], what: str) -> None:
+    """Raises a ConfigError in all processes if ``value`` is another in one of them; that one names the differences."""
+    if jax.process_count() == 1:
+        return
+    own = json.dumps(value, sort_keys=True)
+    first = first_decides(lambda: own)
+    if all_agree(own == first):
+        return
+    mine, other = json.loads(own), json.loads(first)
+    wrong = [
+        f"{name}: {other.get(name)!r} in process 0, {one!r} here"
+        for name, one in mine.items()
+        if one != other.get(name)
+    ]
+    raise ConfigError(
+        f"processes: {what} is not the same in all of them:{bullets(wrong or ['another process names what differs'])}\n"
+        "Expected the same command and data everywhere; start all of them again"
+    )
+
+
+def leave(code: int) -> int:
+    """End this process at once if there are others, which wait for it: JAX would wait for them at its exit."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def all_agree(answer: bool) -> bool:

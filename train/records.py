@@ -14,40 +14,43 @@ Record = dict[str, Any]
 
 
 class Records:
-    """A file of records, one JSON object a line. The first process alone writes it.
+    """A file of records, one JSON object a line, written by the first process alone; ``beside`` gets new ones too."""
 
-    Attributes:
-      size: of the file in bytes.
-    """
+    def __init__(self, file: Path, beside: Callable[[Record], None] = lambda _: None):
+        self.file, self._beside = file, beside
 
-    def __init__(self, file: Path, size: int = 0, beside: Callable[[Record], None] = lambda _: None):
-        """Go on with the first ``size`` bytes of ``file``, and drop the rest; ``beside`` gets every new record too."""
-        self.file, self.size, self._beside = file, size, beside
+    def cut(self, size: int) -> None:
+        """Go on after the first ``size`` bytes of the file, or the lines that are left of these, and drop the rest."""
         if not processes.is_first():
             return
-        there = file.stat().st_size if file.exists() else 0
+        there = self.file.stat().st_size if self.file.exists() else 0
         if there < size:
-            print(f"{file} has {there:,} bytes where the checkpoint knows of {size:,}: the records between are lost")
-            self.size = there
-        with file.open("ab") as stream:
-            stream.truncate(self.size)
+            print(f"{self.file} has {there:,} bytes, the checkpoint knows of {size:,}: the records between are lost")
+            size = self.file.read_bytes().rfind(b"\n") + 1 if there else 0
+        with self.file.open("ab") as stream:
+            stream.truncate(size)
 
     def write(self, record: Record) -> None:
         """Append a record, which survives this process from now on."""
         if not processes.is_first():
             return
-        line = (json.dumps(record) + "\n").encode()
-        with self.file.open("ab") as stream:
-            stream.write(line)
-        self.size += len(line)
+        try:
+            with self.file.open("ab") as stream:
+                stream.write((json.dumps(record) + "\n").encode())
+        except OSError as error:
+            raise OSError(
+                f"{self.file}: a record could not be written ({error}). Make room or give the right to write, and run "
+                "the same command again: it goes on from the newest checkpoint"
+            ) from error
         self._beside(record)
 
     def sync(self) -> int:
-        """The size of the file, of which all is on disk, so that it survives the machine too."""
-        if processes.is_first():
-            with self.file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        return self.size
+        """The size of the file in bytes, of which all is on disk, so that it survives the machine too."""
+        if not processes.is_first():
+            return 0
+        with self.file.open("ab") as stream:
+            os.fsync(stream.fileno())
+            return stream.tell()
 
     def read(self) -> list[Record]:
         """All records, those of earlier processes of the run too; none in other processes than the first."""

@@ -53,12 +53,17 @@ def run(config: TrainConfig) -> dict[str, Any]:
       CheckpointError: if a checkpoint cannot be written or read.
       Stopped: if it was asked to stop, and did.
     """
+    with Stop() as stop:
+        return _run(config, stop)
+
+
+def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
     validate(config)
     writers.check(config.log)
     processes.join(config.processes)
     begun = time.perf_counter()
 
-    job = make_job(config)
+    job = make_job(config, stop.check)
     config = job.config
     place = open_run_dir(config)
     if place.finished:
@@ -68,7 +73,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if isinstance(job.layout, Jit) and jax.device_count() > 1:
         say(f"{jax.device_count() - 1} devices are idle: --compute.layout mesh uses them all\n")
 
-    with Stop() as stop, Kept(config, place, str(job.plan)) as kept:
+    with Kept(config, place, str(job.plan)) as kept:
         measure = make_measure(job.layout, job.network.forward, job.task, config.eval_batch_size, job.buckets, stop)
         start = frozen(job, measure, kept, stop)
         adapters, position = trained(job, start, measure, kept, stop)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -64,9 +66,9 @@ def open_run_dir(config: TrainConfig) -> RunDir:
 
 def _choose(config: TrainConfig, locks: list[filelock.BaseFileLock]) -> tuple[Path, bool]:
     path = config.run_dir or (_unfinished(config) if config.resume == "auto" else None)
-    if path is None:
-        path = _below_runs(config).with_name(f"{_below_runs(config).name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    there = sorted(one.name for one in path.iterdir() if one.name != LOCK) if path.is_dir() else []
+    path = path or _new_below_runs(config)
+    there = sorted(one.name for one in path.iterdir()) if path.is_dir() else []
+    there = [name for name in there if name != LOCK and not name.endswith(".draft")]
     if there and "config.json" not in there:
         raise ConfigError(
             f"run_dir: {path} holds {', '.join(there[:5])} and no run (it has no config.json); expected a run of this "
@@ -92,12 +94,29 @@ def _choose(config: TrainConfig, locks: list[filelock.BaseFileLock]) -> tuple[Pa
             f"run_dir: {path} holds a run with another configuration:{bullets(differing)}\nExpected the same, to go on "
             "with it; pass another --run-dir, or these values"
         )
-    store.write_json(path / "config.json", store.to_json(config))
+    if not (path / "summary.json").is_file():
+        store.write_json(path / "config.json", store.to_json(config))
+    elif isinstance(config.resume, int):
+        raise ConfigError(f"resume: got step {config.resume}, and {path} is finished; pass another --run-dir")
     return path, bool(there)
 
 
 def _below_runs(config: TrainConfig) -> Path:
     return Path("runs") / f"{config.name}-{config.mode}-seed{config.seed}"
+
+
+def _new_below_runs(config: TrainConfig) -> Path:
+    """A new directory under runs/, named after the configuration and the time."""
+    stem = _below_runs(config)
+    name = f"{stem.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(2):
+        path = stem.with_name(name)
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:  # of another that began in this second
+            name = f"{name.rsplit('.', 1)[0]}.{number}"
+    raise AssertionError
 
 
 def _unfinished(config: TrainConfig) -> Path | None:
@@ -124,14 +143,29 @@ def _read(path: Path) -> Any:
 
 
 def differences(written: Any, config: TrainConfig) -> list[str]:
-    """The fields in which a configuration differs from the one of a run, as its config.json has it; a line for each."""
+    """The fields in which a configuration differs from the one of a run, as its config.json has it; a line for each.
+
+    A field that there was not when the run began counts as its default.
+    """
     found = store.flat(written) if isinstance(written, Mapping) else {}
     wanted = store.flat(store.to_json(config))
+    found = {name: default for name in wanted if (default := _default(config, name)) is not None} | found
     return [
         f"{name}: the run has {_shown(found, name)}, got {_shown(wanted, name)}"
         for name in sorted({*found, *wanted})
         if name.split(".")[0] not in HOW and found.get(name) != wanted.get(name)
     ]
+
+
+def _default(config: Any, name: str) -> Any:
+    """What a field is when nobody gives it, as JSON; None also where there is no default."""
+    *parts, last = name.split(".")
+    for part in parts:
+        config = getattr(config, part, None)
+    if not dataclasses.is_dataclass(config):
+        return None
+    default = next((field.default for field in dataclasses.fields(config) if field.name == last), None)
+    return None if default is dataclasses.MISSING else store.to_json(default)
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

@@ -22,37 +22,47 @@ class Stopped(Exception):
 class Stop:
     """A context in which the signals are a question that is asked with `asked`; a second one ends the process at once.
 
-    With several processes JAX takes care of SIGTERM: one process that gets it is enough, and all learn of it at the
-    same time. So `asked` has to be called equally often in all of them.
+    Several processes, once they are joined, leave SIGTERM to JAX: one that gets it is enough, and all learn of it at
+    the same time. So `asked` has to be called equally often in all of them; SIGINT is passed on as SIGTERM.
     """
 
     def __init__(self) -> None:
-        self._asked, self._calls = False, 0
+        self._asked, self._noted, self._calls = False, False, 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            several = jax.process_count() > 1
-            for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._pass_on if several else self._note)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        for number in list(self._before):
+            self._restore(number)
 
     def asked(self) -> bool:
         """Whether the run is to stop."""
-        if jax.process_count() > 1 and not self._asked:
+        if jax.process_count() == 1:
+            return self._noted
+        if self._noted:
+            self._noted = False
+            os.kill(os.getpid(), signal.SIGTERM)
+        if not self._asked:
             self._asked = multihost_utils.reached_preemption_sync_point(self._calls)
             self._calls += 1
         return self._asked
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self._asked = True
-        self.__exit__()
+    def check(self) -> None:
+        """Raises a `Stopped` if the run is to stop before it has trained."""
+        if self.asked():
+            raise Stopped("stopped before the training went on, as asked; the same command goes on, or begins anew")
 
-    def _pass_on(self, number: int, _: FrameType | None) -> None:
-        self.__exit__()
-        os.kill(os.getpid(), signal.SIGTERM)
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._noted = True
+        self._restore(number)
+
+    def _restore(self, number: int) -> None:
+        handler = self._before.pop(number, None)
+        # JAX has put a handler of its own in the place of ours for SIGTERM when there are several processes.
+        if handler is not None and not (number == signal.SIGTERM and jax.distributed.is_initialized()):
+            signal.signal(number, handler)

@@ -14,6 +14,7 @@ from train import metrics
 from train.batches import Batch, Examples, Ragged
 from train.config import CausalLM, ConfigError
 from train.data import Table, column
+from train.processes import say
 from train.tasks.base import Measured, cross_entropy
 
 
@@ -58,9 +59,7 @@ class LanguageModel:
                 f"{config.max_length}; pass a larger --task.max-length, or check the columns"
             )
         if dropped := len(sequences) - len(kept):
-            print(
-                f"left out {dropped} of {len(sequences)} examples: no token to learn within {config.max_length} tokens"
-            )
+            say(f"left out {dropped} of {len(sequences)} examples: no token to learn within {config.max_length} tokens")
         if config.pack:
             return {"": _columns(list(_packed(kept, config.max_length)), self.pad)}
         return {"": _columns([(sequence, None) for sequence in kept], self.pad)}

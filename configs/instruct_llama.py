@@ -1,8 +1,9 @@
 """Instruction tuning of a Llama-type model: every linear layer, in its own chat template, on conversations.
 
-    python -m train configs/instruct_llama.py --model.path CHECKPOINT --data.train conversations.jsonl
+    python -m train configs/instruct_llama.py --model.path CHECKPOINT --data.train conversations.jsonl \
+        --data.validation None --data.holdout 0.05
     python -m train configs/instruct_llama.py --task.messages None --task.prompt question --task.completion answer \
-        --task.chat --data.train gsm8k.jsonl --data.holdout 0.05
+        --task.chat --data.train gsm8k.jsonl --data.validation None --data.holdout 0.05
     python -m train generate RUN --prompt "What is a low-rank update?"
     python -m train export RUN --to peft
 

@@ -141,6 +141,19 @@ def test_two_processes_are_stopped_and_one_goes_on(work, expected, tmp_path, lay
     assert_same_curve(records(folder), expected)
 
 
+def test_a_single_process_that_was_joined_heeds_sigterm(work, tmp_path):
+    """JAX takes the signal over as soon as processes are joined, also of one, which takes it back."""
+    own = ["--processes.coordinator", f"localhost:{free_port()}", "--processes.count", "1", "--processes.index", "0"]
+    one = start(*flags(work, tmp_path / "run"), *own, "--fit.epochs", "10000")
+    try:
+        wait_for(lambda: lines(tmp_path / "run") >= 1, [one])
+        one.send_signal(signal.SIGTERM)
+        printed = one.communicate(timeout=60)[0]
+    finally:
+        one.kill()
+    assert one.returncode == EXIT_CODE, printed
+
+
 def test_processes_that_differ_are_told(work, tmp_path):
     """Each would train something else, and nobody would know: both end at once, and one names the field."""
     port = free_port()

@@ -82,6 +82,7 @@ def base(job: Job, measure: Measure, log: Callable[[Record], None], stop: Stop) 
         examples=examples,
         config=config.base,
         learning_rate=config.learning_rate.base,
+        rate_flag="--learning-rate.base",
         seed=config.seed,
         pace=job.pace(config.base, examples),
         evaluate=evaluate,

@@ -242,6 +242,11 @@ def _across(config: TrainConfig) -> Iterator[str]:
     """Problems between fields, of parts that are what they should be."""
     yield from _across_computing(config.compute, config.processes)
     yield from _across_fit(config)
+    if config.data.validation is not None and config.data.holdout:
+        yield (
+            f"data.holdout: got {config.data.holdout} beside data.validation = {config.data.validation!r}, expected "
+            "one of them; pass --data.validation None, or --data.holdout 0"
+        )
     task, model = config.task, config.model
     if isinstance(model, PatchTransformer) and isinstance(model.width, int) and isinstance(model.heads, int):
         if model.heads > 0 and model.width % model.heads:

@@ -285,7 +285,7 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class ProcessesConfig:
-    """The processes that train together. Each runs the same command, and where they see different files the same data.
+    """The processes that train together. Each runs the same command on the same data, be it one file or a copy each.
 
     Attributes:
       coordinator: address and port of the first process, HOST:PORT.
@@ -338,8 +338,9 @@ class TrainConfig:
       compute: devices and memory.
       processes: that train together.
       save: checkpoints.
-      resume: go on with the run in run_dir, or with the newest unfinished one of this configuration under runs/ (auto);
-        begin anew (never); or go on from the checkpoint of this step, and give up later ones.
+      resume: go on with the run in run_dir, or with the newest unfinished one of this configuration under runs/ that
+        has a checkpoint (auto); train in a new directory only (never); or go on from the checkpoint of this step and
+        give up later ones (0: begin anew).
       log_every: steps between two lines of metrics; by default some fifty in a run.
       log: where metrics go beside metrics.jsonl.
       run_dir: where the run is written; by default a new directory under runs/.

@@ -38,6 +38,7 @@ class Training:
       examples: that it learns from.
       config: how.
       learning_rate: the peak.
+      rate_flag: the flag that sets it, for a message.
       seed: of the order of the examples and of dropout.
       pace: when something is due.
       buckets: the lengths to which batches are padded.
@@ -54,6 +55,7 @@ class Training:
     examples: Examples
     config: FitConfig
     learning_rate: float
+    rate_flag: str
     seed: int
     pace: Pace
     evaluate: Callable[[dict[str, Any]], dict[str, float]]
@@ -306,6 +308,6 @@ class _Loop:
         return (
             f"{self.t.phase}: the loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']} in step "
             f"{done} (epoch {(done - 1) // self.t.pace.epoch + 1}), of the training examples {shown}{good}. The "
-            "training diverged: pass a smaller --learning-rate, more --fit.warmup or --fit.clip 1.0, or take the "
-            "examples out"
+            f"training diverged: pass a smaller {self.t.rate_flag}, more --{self.t.phase}.warmup or "
+            f"--{self.t.phase}.clip 1.0, or take the examples out"
         )

@@ -1,7 +1,7 @@
 """Where a step is computed: one device, `jax.pmap` over copies, or a mesh with sharded weights.
 
-A `Layout` places things and compiles pure functions; nobody else knows where anything lies. The step, the loop and the
-measurements are the same for all of them, and so are the numbers.
+A `Layout` places things and compiles pure functions; the step, the loop and the measurements are the same for all of
+them, and so are the numbers, but for rounding and for the masks of dropout under pmap.
 """
 
 from __future__ import annotations

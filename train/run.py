@@ -61,6 +61,7 @@ def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
     validate(config)
     writers.check(config.log)
     processes.join(config.processes)
+    stop.joined()
     begun = time.perf_counter()
 
     job = make_job(config, stop.check)
@@ -113,6 +114,7 @@ def trained(job: Job, start: Base, measure: Measure, kept: Kept, stop: Stop) -> 
         examples=job.learnt,
         config=config.fit,
         learning_rate=getattr(config.learning_rate, config.mode),
+        rate_flag=f"--learning-rate.{config.mode}",
         seed=config.seed,
         pace=job.pace(config.fit, job.learnt),
         evaluate=evaluate,

@@ -19,7 +19,8 @@ from train.config import ConfigError, TrainConfig
 from train.processes import first_decides, is_first
 
 HOW = ("cache_dir", "compute", "log", "processes", "resume", "run_dir", "save")
-"""Fields that say how a run is computed and watched; what it learns does not depend on them."""
+"""Fields that say how a run is computed and watched; what it learns does not depend on them, but for rounding and the
+masks of dropout."""
 
 ASIDE = tuple(name for name in HOW if name != "compute")
 """Those of them that tell nothing of its speed and memory either."""
@@ -33,13 +34,11 @@ class RunDir:
 
     Attributes:
       path: of the directory.
-      resumed: whether there was a run of this configuration in it.
-      finished: whether that run came to its end.
+      finished: whether there is a run of this configuration in it that came to its end.
       lock: held as long as this process trains; None in processes that do not write.
     """
 
     path: Path
-    resumed: bool
     finished: bool
     lock: filelock.BaseFileLock | None
 
@@ -55,16 +54,16 @@ def open_run_dir(config: TrainConfig) -> RunDir:
 
     def choose() -> str:
         try:
-            path, resumed = _choose(config, locks)
+            path = _choose(config, locks)
         except OSError as error:
             raise ConfigError(f"run_dir: {error}; expected a directory that is writable; pass --run-dir DIR") from error
-        return json.dumps([str(path), resumed, (path / "summary.json").is_file()])
+        return json.dumps([str(path), (path / "summary.json").is_file()])
 
-    path, resumed, finished = json.loads(first_decides(choose))
-    return RunDir(Path(path), resumed, finished, locks[0] if is_first() else None)
+    path, finished = json.loads(first_decides(choose))
+    return RunDir(Path(path), finished, locks[0] if is_first() else None)
 
 
-def _choose(config: TrainConfig, locks: list[filelock.BaseFileLock]) -> tuple[Path, bool]:
+def _choose(config: TrainConfig, locks: list[filelock.BaseFileLock]) -> Path:
     path = config.run_dir or (_unfinished(config) if config.resume == "auto" else None)
     path = path or _new_below_runs(config)
     there = sorted(one.name for one in path.iterdir()) if path.is_dir() else []
@@ -86,7 +85,8 @@ def _choose(config: TrainConfig, locks: list[filelock.BaseFileLock]) -> tuple[Pa
         lock.acquire()
     except filelock.Timeout:
         raise ConfigError(
-            f"run_dir: {path} is in use by another process that trains in it; wait for it, or pass another --run-dir"
+            f"run_dir: {path} is in use by another process that trains in it; wait for it, or pass another --run-dir. "
+            f"If nothing does, the lock of a host that is lost is still on the file server: remove {path / LOCK}"
         ) from None
     locks.append(lock)
     if there and (differing := differences(_read(path), config)):
@@ -98,7 +98,7 @@ def _choose(config: TrainConfig, locks: list[filelock.BaseFileLock]) -> tuple[Pa
         store.write_json(path / "config.json", store.to_json(config))
     elif isinstance(config.resume, int):
         raise ConfigError(f"resume: got step {config.resume}, and {path} is finished; pass another --run-dir")
-    return path, bool(there)
+    return path
 
 
 def _below_runs(config: TrainConfig) -> Path:

@@ -22,8 +22,8 @@ class Stopped(Exception):
 class Stop:
     """A context in which the signals are a question that is asked with `asked`; a second one ends the process at once.
 
-    Several processes, once they are joined, leave SIGTERM to JAX: one that gets it is enough, and all learn of it at
-    the same time. So `asked` has to be called equally often in all of them; SIGINT is passed on as SIGTERM.
+    Several processes leave SIGTERM to JAX once they are joined: one that gets it is enough, and all learn of it at the
+    same time. So `asked` has to be called equally often in all of them; SIGINT is passed on as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -39,6 +39,11 @@ class Stop:
     def __exit__(self, *_: object) -> None:
         for number in list(self._before):
             self._restore(number)
+
+    def joined(self) -> None:
+        """Take SIGTERM back from JAX, which took it when it joined the processes, if this is the only one."""
+        if self._before and jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._note)
 
     def asked(self) -> bool:
         """Whether the run is to stop."""
@@ -59,10 +64,11 @@ class Stop:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._noted = True
-        self._restore(number)
+        self.__exit__()
 
     def _restore(self, number: int) -> None:
         handler = self._before.pop(number, None)
-        # JAX has put a handler of its own in the place of ours for SIGTERM when there are several processes.
-        if handler is not None and not (number == signal.SIGTERM and jax.distributed.is_initialized()):
+        # Of several processes JAX has put a handler of its own in the place of ours for SIGTERM.
+        several = jax.distributed.is_initialized() and jax.process_count() > 1
+        if handler is not None and not (several and number == signal.SIGTERM):
             signal.signal(number, handler)

@@ -37,11 +37,7 @@ STEPS = 320
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     """An encoder's checkpoint and sentences of many lengths."""
-    folder = tmp_path_factory.mktemp("survival")
-    tiny.write_checkpoint(folder / "encoder", tiny.ENCODER, task="features")
-    tiny.write_jsonl(folder / "train.jsonl", tiny.sentences(64))
-    tiny.write_jsonl(folder / "validation.jsonl", tiny.sentences(20, start=100))
-    return folder
+    return tiny.write_sentiment(tmp_path_factory.mktemp("survival"))
 
 
 def flags(work: Path, run_dir: Path | None, *more: str) -> list[str]:

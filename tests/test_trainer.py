@@ -30,11 +30,7 @@ from train.step import init_state, make_step
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     """An encoder's checkpoint and sentences of many lengths."""
-    folder = tmp_path_factory.mktemp("trainer")
-    tiny.write_checkpoint(folder / "encoder", tiny.ENCODER, task="features")
-    tiny.write_jsonl(folder / "train.jsonl", tiny.sentences(64))
-    tiny.write_jsonl(folder / "validation.jsonl", tiny.sentences(20, start=100))
-    return folder
+    return tiny.write_sentiment(tmp_path_factory.mktemp("trainer"))
 
 
 def flags(work: Path, run_dir: Path, more: str = "") -> list[str]:

@@ -109,6 +109,14 @@ def sentences(count: int, start: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def write_sentiment(folder: Path) -> Path:
+    """An encoder's checkpoint, and good and bad sentences of many lengths to train and validate on."""
+    write_checkpoint(folder / "encoder", ENCODER, task="features")
+    write_jsonl(folder / "train.jsonl", sentences(64))
+    write_jsonl(folder / "validation.jsonl", sentences(20, start=100))
+    return folder
+
+
 def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_CODE
     except (ConfigError, CheckpointError, ModelError, TensorError, OSError) as error:
         return leave(_refused(error))
-    except Exception:
+    except Exception:  # told as ever; but other processes must not wait for this one
         traceback.print_exc()
         return leave(1)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class Job:
         """The training examples."""
         return self.train[list(self.train)[-1]]
 
-    @property
+    @functools.cached_property
     def shapes(self) -> Any:
         """The base's shapes and dtypes, as the network makes them."""
         return jax.eval_shape(self.network.init, jax.random.key(0))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from train import store, writers
 from train.checkpoints import Checkpoints
 from train.config import ConfigError, TrainConfig
@@ -22,8 +20,6 @@ class Kept:
       records: its metrics.
       saving: its checkpoints, and where the training goes on.
     """
-
-    path: Path
 
     def __init__(self, config: TrainConfig, place: RunDir, plan: str):
         """Open them; ``plan`` is kept beside.

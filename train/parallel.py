@@ -222,7 +222,7 @@ class Mesh:
         if self.devices > jax.device_count() or config.data is None and jax.device_count() % others:
             raise ConfigError(
                 f"compute: a mesh of {' x '.join(f'{axis}={size}' for axis, size in sizes.items())} does not fit on "
-                f"{_all_devices()}; expected a product that divides them"
+                f"{_all_devices()}; expected fsdp x tensor to divide them, or a product with data that is no larger"
             )
         if self.devices < jax.device_count() and jax.process_count() > 1:
             raise ConfigError(

@@ -1,14 +1,12 @@
 """Adapters as Hugging Face's PEFT stores them, in both directions: PyTorch, vLLM and the hub read and write these.
 
->>> peft.save("my_adapter", params, adapters, config, names, base_model="FacebookAI/roberta-base")
+>>> names = models.names(model)
+>>> peft.save("my_adapter", names, params, adapters, config, base_model="FacebookAI/roberta-base")
 >>> adapters, config = peft.load("my_adapter", names, params)
 
 A folder has an ``adapter_config.json`` and an ``adapter_model.safetensors``. The name table (`jlora.names`, or
 `jlora.models.names` of a network from there) says which PyTorch module each leaf is; nothing is ever unpickled.
 Neither torch nor peft is needed.
-
-PEFT goes by the names of live modules. Those of ViT in transformers 5 are not those of its checkpoints: give
-``jlora.models.names(model, modules=True)``, which is right for every network there.
 
 One thing differs: a table that is also the output projection is one weight here, and what is trained acts in both of
 its uses. PEFT trains a copy for the lookup, and leaves the projection as it was.
@@ -60,10 +58,10 @@ _NO_VALUE = "goes into what PEFT stores beside the adapters, and the params are 
 
 def save(
     folder: str | Path,
+    names: Names,
     params: PyTree,
     adapters: Adapters,
     config: LoraConfig,
-    names: Names,
     *,
     uniform_rank: bool = False,
     base_model: str | None = None,
@@ -83,10 +81,10 @@ def save(
 
     Args:
       folder: made if it is not there; an adapter that is there is replaced, once the new one is written out.
+      names: of the leaves; see `jlora.names`.
       params: the base parameters.
       adapters: as from `jlora.init`.
       config: decides ``use_rslora``, which the factors do not record.
-      names: of the leaves; see `jlora.names`.
       uniform_rank: scales folded into B, factors padded with zeros to one rank, ``alpha = rank`` and no patterns, for
         readers such as vLLM that know one rank only.
       base_model: the id or folder of the base model.

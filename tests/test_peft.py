@@ -233,7 +233,7 @@ def test_adapters_made_here(case: str, tmp_path: Path) -> None:
     """What PEFT stores beyond what was trained comes from the params: the logits are ours, here again and there."""
     name, config, written = OURS[case]
     b, adapters = base(name), grown(name, config)
-    peft.save(tmp_path, b.params, adapters, config, b.names, base_model="x/y", task_type=written.get("task_type"))
+    peft.save(tmp_path, b.names, b.params, adapters, config, base_model="x/y", task_type=written.get("task_type"))
     found = json.loads((tmp_path / "adapter_config.json").read_text())
     found["rank_pattern"], found["alpha_pattern"] = (
         {key.replace("\\", ""): value for key, value in found[table].items()}
@@ -256,7 +256,7 @@ def test_a_scale_that_no_alpha_gives_is_folded(tmp_path: Path) -> None:
     adapters = grown("toy", config)
     odd = next(s for i in range(1, 99) if exact_alpha(s := 0.4 + i * 2**-54, 5, False) is None)
     adapters["up/kernel"] = dataclasses.replace(adapters["up/kernel"], scale=odd)
-    peft.save(tmp_path, b.params, adapters, config, b.names)
+    peft.save(tmp_path, b.names, b.params, adapters, config)
     again, _ = peft.load(tmp_path, b.names, b.params)
     assert [f.scale for f in factors(again).values()] == [1.0, 0.5]
     assert_close(plain("toy", jlora.merge(b.params, again)), plain("toy", jlora.merge(b.params, adapters)))
@@ -278,7 +278,7 @@ def test_dtypes_are_kept(tmp_path: Path) -> None:
     b = base("toy")
     config = jlora.LoraConfig(2, targets=("dense/kernel", "tokens"), dtype="bfloat16")
     adapters = grown("toy", config)
-    peft.save(tmp_path, b.params, adapters, config, b.names)
+    peft.save(tmp_path, b.names, b.params, adapters, config)
     again, found = peft.load(tmp_path, b.names, b.params)
     assert_same(again, {path: adapters[path] for path in again})
     assert found.dtype == "bfloat16"
@@ -309,7 +309,7 @@ def test_an_adapter_of_the_bare_network_fits_one_with_a_head_and_back(tmp_path: 
     assert {path.replace("params/", "params/encoder/"): f.scale for path, f in factors(less).items()} == {
         path: f.scale for path, f in factors(whole).items()
     }
-    peft.save(tmp_path, params, less, config, models.names(bare))
+    peft.save(tmp_path, models.names(bare), params, less, config)
     b = base("roberta")
     assert_same(peft.load(tmp_path, b.names, b.params)[0], whole)
 

@@ -42,17 +42,27 @@ def drawn(model: Any, params: Any, config: jlora.LoraConfig, batch: Any) -> dict
     return treedef.unflatten([x + jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype) for x in leaves])
 
 
-def test_names_of_modules() -> None:
-    """They differ from those in checkpoints for ViT alone."""
-    vit = models.build(VIT)
-    stored, live = models.names(vit), models.names(vit, modules=True)
-    assert list(stored) == list(live)
-    assert {live[path].tensors[0] for path in live if path.endswith("layer_0/" + path.split("/")[-2] + "/kernel")} == {
+def test_names_of_the_model_and_of_its_files() -> None:
+    """One table has both, and they differ for ViT alone."""
+    vit = models.names(models.build(VIT))
+    kernels = [path for path in vit if path.endswith("layer_0/" + path.split("/")[-2] + "/kernel")]
+    assert {vit[path].tensors[0] for path in kernels} == {
         f"layers.0.{part}.weight" for part in (*(f"attention.{p}_proj" for p in "qkvo"), "mlp.fc1", "mlp.fc2")
     }
-    assert live["params/layer_0/attention_norm/scale"].tensors == ("layers.0.layernorm_before.weight",)
-    gpt2 = models.build({"model_type": "gpt2", **SMALL})
-    assert models.names(gpt2) == models.names(gpt2, modules=True)
+    assert {vit[path].files[0] for path in kernels} == {
+        f"encoder.layer.0.{part}.weight"
+        for part in (
+            *(f"attention.attention.{p}" for p in ("query", "key", "value")),
+            *("attention.output.dense", "intermediate.dense", "output.dense"),
+        )
+    }
+    norm = vit["params/layer_0/attention_norm/scale"]
+    assert (norm.tensors, norm.files) == (
+        ("layers.0.layernorm_before.weight",),
+        ("encoder.layer.0.layernorm_before.weight",),
+    )
+    gpt2 = models.names(models.build({"model_type": "gpt2", **SMALL}))
+    assert all(name.files == name.tensors for name in gpt2.values())
 
 
 @needs_peft
@@ -69,7 +79,7 @@ def test_vit_in_both_directions(tmp_path: Path) -> None:
         tmp_path / "base"
     )
     model, params = models.load(tmp_path / "base")
-    names: Any = models.names(model, modules=True)
+    names: Any = models.names(model)
     images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 
     def fresh() -> Any:
@@ -85,7 +95,7 @@ def test_vit_in_both_directions(tmp_path: Path) -> None:
 
     config = jlora.LoraConfig(2, targets=("query", "attention_output", "intermediate", "output"))
     adapters = drawn(model, params, config, images)
-    peft.save(tmp_path / "ours", params, adapters, config, names)
+    peft.save(tmp_path / "ours", names, params, adapters, config)
     check(adapters, logits(theirs.PeftModel.from_pretrained(fresh(), str(tmp_path / "ours"))))
 
     targets = ["q_proj", "v_proj", "fc1", "fc2"]
@@ -114,7 +124,7 @@ def test_a_head_with_factors_is_written_whole(use_dora: bool, tmp_path: Path) ->
     adapters = drawn(model, params, config, ids)
     assert "params/score/kernel" in adapters
     expected = jax.jit(model.apply)(jlora.merge(params, adapters), ids)
-    peft.save(tmp_path / "ours", params, adapters, config, models.names(model), task_type="SEQ_CLS")
+    peft.save(tmp_path / "ours", models.names(model), params, adapters, config, task_type="SEQ_CLS")
     found = theirs.PeftModel.from_pretrained(network, str(tmp_path / "ours")).eval()
     with torch.no_grad():
         assert_close(found(torch.tensor(ids)).logits, expected)

@@ -144,7 +144,7 @@ def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
     before = kept.read_bytes()
 
     def failure(adapters: Any, error: type[Exception] = peft.PeftError, **options: Any) -> str:
-        return message(error, lambda: peft.save(tmp_path, b.params, adapters, config, b.names, **options))
+        return message(error, lambda: peft.save(tmp_path, b.names, b.params, adapters, config, **options))
 
     head, dense = adapters["head/kernel"], adapters["blocks/dense/kernel"]
     flipped = jlora.LoraFactors(head.b.T, head.a.T, axes=head.axes.flipped())
@@ -166,7 +166,7 @@ def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
     expect(failure({"head/bias": jnp.zeros(3)}), "no low-rank factors")
     shapes = jax.eval_shape(lambda: b.params)
     both = {"head/kernel": head, "up/bias": jnp.zeros(8), "blocks/norm/bias": jnp.zeros((2, 8))}
-    text = message(peft.PeftError, lambda: peft.save(tmp_path, shapes, both, config, b.names))
+    text = message(peft.PeftError, lambda: peft.save(tmp_path, b.names, shapes, both, config))
     expect(text, "the params are shapes", "'up/kernel'", "'blocks/norm/scale'")
     broken = dataclasses.replace(head, a=head.a.at[0, 0].set(jnp.nan))
     expect(
@@ -176,7 +176,7 @@ def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
     expect(
         message(
             KeyError,
-            lambda: peft.save(tmp_path, b.params, {"head/kernel": head}, config, {"hed": b.names["head/bias"]}),
+            lambda: peft.save(tmp_path, {"hed": b.names["head/bias"]}, b.params, {"head/kernel": head}, config),
         ),
         "hed",
     )
@@ -191,7 +191,7 @@ def test_factors_of_a_head_that_peft_trains_whole_alone_are_no_adapter(tmp_path:
     for params, part in ((b.params, "no low-rank factors"), (jax.eval_shape(lambda: b.params), "params are shapes")):
         text = message(
             peft.PeftError,
-            lambda p=params: peft.save(tmp_path / "x", p, adapters, config, b.names, task_type="SEQ_CLS"),
+            lambda p=params: peft.save(tmp_path / "x", b.names, p, adapters, config, task_type="SEQ_CLS"),
         )
         expect(text, part)
     assert not (tmp_path / "x").exists()

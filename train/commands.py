@@ -210,10 +210,10 @@ def export(
         _check_ties(opened)
         peft.save(
             folder,
+            models.names(network.model),
             opened.params,
             opened.adapters,
             config.lora,
-            models.names(network.model, modules=True),
             uniform_rank=uniform_rank,
             base_model=network.source,
             task_type={"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM"}.get(type(config.task).__name__),

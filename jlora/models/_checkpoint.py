@@ -149,10 +149,10 @@ def write(
         (
             one,
             partial(tensor, path, layer, name),
-            math.prod(shapes[path].shape) * np.dtype(shapes[path].dtype).itemsize // len(name.tensors),
+            math.prod(shapes[path].shape) * np.dtype(shapes[path].dtype).itemsize // len(name.files),
         )
         for path, name in names(model).items()
-        for layer, one in enumerate(name.tensors)
+        for layer, one in enumerate(name.files)
     )
     before = {*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")}
     written = write_checkpoint(folder, tensors, max_shard_bytes)
@@ -195,7 +195,7 @@ def _resolve(
     Raises:
       ModelError: naming every tensor that is missing, that the network does not have, or that has another shape.
     """
-    wanted = {tensor for name in names.values() for tensor in name.tensors}
+    wanted = {tensor for name in names.values() for tensor in name.files}
     have: dict[str, Tensor] = {}
     unexpected, twice = [], []
     for given, tensor in tensors.items():
@@ -215,15 +215,15 @@ def _resolve(
         name = names[path]
         expected = torch_shape(shape.shape, name)
         startable = may_start and re.search(family.heads, path)
-        absent = [t for t in name.tensors if t not in have]
-        other = [t for t in name.tensors if t in have and have[t].shape != expected]
+        absent = [t for t in name.files if t not in have]
+        other = [t for t in name.files if t in have and have[t].shape != expected]
         if startable and (absent or other):
             continue
         advice = "; pass key=jax.random.key(0) to start a new head" if re.search(family.heads, path) else ""
         missing += [f"{t!r} of shape {expected} is missing{advice}" for t in absent]
         misshapen += [f"{t!r} has shape {have[t].shape}, expected {expected}{advice}" for t in other]
         if not absent and not other:
-            found[path] = [have[t] for t in name.tensors]
+            found[path] = [have[t] for t in name.files]
     if wrong := missing + misshapen + unexpected + twice:
         raise ModelError(
             f"{where}: {len(wrong)} tensor(s) are not those of the network that its config.json describes:"

@@ -43,19 +43,10 @@ def build(
     return network_of(*family_of(hf, task, labels), dtype, param_dtype, remat)
 
 
-def names(model: nn.Module, *, modules: bool = False) -> Names:
-    """Where each leaf of a network of `jlora.models` lies in a checkpoint; see `jlora.names`.
-
-    Args:
-      model: the network.
-      modules: instead the names that its modules have in transformers 5. They differ for ViT, and PEFT goes by them:
-        `jlora.peft` is given these.
-    """
+def names(model: nn.Module) -> Names:
+    """Where each leaf of a network of `jlora.models` lies in transformers 5 and in checkpoints; see `jlora.names`."""
     family, task = family_and_task(model)
-    found = family.names(model.config, task)  # pyright: ignore[reportAttributeAccessIssue]
-    if not modules:
-        return found
-    return {path: name._replace(tensors=tuple(map(family.module, name.tensors))) for path, name in found.items()}
+    return family.names(model.config, task)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def rules(model: nn.Module) -> Rules:

@@ -33,12 +33,14 @@ class Name(NamedTuple):
       kind: of the module, which says how its array is laid out; ``array`` for biases, norms and all that is no matrix.
       stacked: whether the leaf has a leading axis of layers.
       stored: names in checkpoint files, where they are others; see `stored_as`.
+      tied: of an embedding, the weights of linear layers that are this same array: output projections, as ``lm_head``.
     """
 
     tensors: tuple[str, ...]
     kind: Kind = "array"
     stacked: bool = False
     stored: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -76,9 +78,18 @@ def norm(path: Path, module: str, *, bias: bool = True, layers: int | None = Non
     return _module(path, module, ("scale", "array"), bias, layers)
 
 
-def embedding(path: Path, module: str) -> dict[Path, Name]:
-    """``embedding`` [rows, features], of ``torch.nn.Embedding``."""
-    return _module(path, module, ("embedding", "embedding"), False, None)
+def embedding(path: Path, module: str, *, tied: str | None = None) -> dict[Path, Name]:
+    """``embedding`` [rows, features], of ``torch.nn.Embedding``.
+
+    Args:
+      path: of the module's parameters in our tree.
+      module: the name of PyTorch's module.
+      tied: that of the linear layer whose weight is this table too, where one leaf is both.
+    """
+    found = _module(path, module, ("embedding", "embedding"), False, None)
+    if tied is None:
+        return found
+    return {leaf: name._replace(tied=(f"{tied}.weight",)) for leaf, name in found.items()}
 
 
 def array(path: Path, tensor: str) -> dict[Path, Name]:

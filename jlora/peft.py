@@ -8,8 +8,9 @@ A folder has an ``adapter_config.json`` and an ``adapter_model.safetensors``. Th
 `jlora.models.names` of a network from there) says which PyTorch module each leaf is; nothing is ever unpickled.
 Neither torch nor peft is needed.
 
-One thing differs: a table that is also the output projection is one weight here, and what is trained acts in both of
-its uses. PEFT trains a copy for the lookup, and leaves the projection as it was.
+An embedding that is also the output projection is one leaf here, and one adapter acts in both of its uses. PEFT has two
+modules: `save` writes both, and `load` reads what trains both alike. For one of them alone, give the network a
+projection of its own: ``models.load(path, untie=True)``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _peft_layout as layout
+from jlora import _peft_tied as tied
 from jlora._factored import column_norm, factored
 from jlora._paths import bullets, check_paths, named_leaves, nearest
 from jlora._peft_config import (
@@ -85,8 +87,9 @@ def save(
       params: the base parameters.
       adapters: as from `jlora.init`.
       config: decides ``use_rslora``, which the factors do not record.
-      uniform_rank: scales folded into B, factors padded with zeros to one rank, ``alpha = rank`` and no patterns, for
-        readers such as vLLM that know one rank only.
+      uniform_rank: scales folded into B, factors padded with zeros to one rank, ``alpha = rank`` and no patterns: what
+        vLLM reads (give it a ``--max-lora-rank`` of at least that). It knows factors alone: DoRA, convolutions and
+        what was trained whole are refused.
       base_model: the id or folder of the base model.
       task_type: PEFT's, such as ``"SEQ_CLS"``; it decides which class ``AutoPeftModel`` makes.
 
@@ -104,6 +107,10 @@ def save(
     heads = TASK_HEADS.get(task_type or "", ())
     adapters = _with_whole_heads(adapters, leaves, names, heads)
     _check_writable(adapters, leaves, names, task_type)
+    if uniform_rank:
+        _check_plain(adapters, names, heads)
+    leaves, adapters = tied.split_leaves(leaves, names), tied.split_adapters(adapters, names)
+    names = tied.split_names(names)
 
     factors = {path: value for path in names if isinstance(value := adapters.get(path), LoraFactors)}
     use_rslora = config.use_rslora and not uniform_rank
@@ -193,7 +200,11 @@ def load(
     if params is not None:
         leaves, _ = named_leaves(params)
         check_paths(names, leaves, "peft.load")
-    found = sort_tensors(folder, theirs, open_adapter(folder), names, leaves)
+    tensors = open_adapter(folder)
+    theirs = theirs.tying(tied.projections(names, tensors))
+    own, names = names, tied.split_names(names)
+    leaves = None if leaves is None else tied.split_leaves(leaves, own)
+    found = sort_tensors(folder, theirs, tensors, names, leaves)
     leaves = found.leaves
     read = read_tensors(folder, found)
 
@@ -217,6 +228,7 @@ def load(
                 for i, tensor in enumerate(name.tensors)
             ]
             adapters[path] = jnp.asarray(np.stack(arrays) if name.stacked else arrays[0])
+    adapters = tied.join(adapters, own, theirs, folder)
     return adapters, _our_config(adapters, theirs)
 
 
@@ -249,6 +261,8 @@ def _check_writable(adapters: Adapters, leaves: Mapping[LeafPath, Any], names: N
                 wrong.append(f"{path!r} is of kind {name.kind!r}; PEFT adapts {', '.join(layout.NDIM)}")
             elif value.axes != (expected := layout.axes(name.kind, name.stacked)):
                 wrong.append(f"{path!r} has {value.axes}; PEFT adapts {name.kind!r} along {expected}")
+            if name.tied and value.magnitude is not None:
+                wrong.append(f"{path!r} has DoRA and is also {name.tied[0]!r}, whose magnitude in PEFT is by rows")
             if not math.isfinite(value.scale) or value.rank == 0:
                 wrong.append(f"{path!r} has scale {value.scale} and rank {value.rank}; expected finite, and above 0")
             if dora and value.magnitude is None and isinstance(leaves[path], jax.ShapeDtypeStruct):
@@ -265,11 +279,25 @@ def _check_writable(adapters: Adapters, leaves: Mapping[LeafPath, Any], names: N
     _raise(wrong)
 
 
-def _raise(wrong: Collection[str]) -> None:
+def _check_plain(adapters: Adapters, names: Names, heads: Collection[str]) -> None:
+    """Raises a PeftError that names everything but plain factors of linear layers and embeddings."""
+    wrong = []
+    for path, value in adapters.items():
+        if not isinstance(value, LoraFactors):
+            wrong.append(f"{path!r} is trained whole")
+        elif value.magnitude is not None:
+            wrong.append(f"{path!r} has DoRA")
+        elif names[path].kind == "conv2d":
+            wrong.append(f"{path!r} is a convolution")
+    stored = [path for path, name in names.items() if is_saved(name.tensors[0], heads) and path not in adapters]
+    _raise(wrong + [f"{path!r} is stored whole for this task_type" for path in stored], "vLLM")
+
+
+def _raise(wrong: Collection[str], reader: str = "PEFT") -> None:
     if wrong:
         raise PeftError(
-            f"peft.save: {len(wrong)} thing(s) that PEFT has no form for:{bullets(wrong)}\nNothing was written. Any "
-            "adapters can be merged: jlora.merge, then save the model."
+            f"peft.save: {len(wrong)} thing(s) that {reader} has no form for:{bullets(wrong)}\nNothing was written. "
+            "Any adapters can be merged: jlora.merge, then save the model."
         )
 
 
@@ -281,7 +309,7 @@ def _as_layers(
     dora = any(f.magnitude is not None for f in factors.values())
     for path, f in factors.items():
         if dora and f.magnitude is None:
-            norm = column_norm(factored(LoraWeight(leaves[path], f)), f.axes)
+            norm = column_norm(factored(LoraWeight(jnp.asarray(leaves[path]), f)), f.axes)
             f = dataclasses.replace(f, magnitude=norm.astype(f.b.dtype))
         for tensor, layer in zip(names[path].tensors, layout.layers_of(f, names[path].stacked), strict=True):
             writable = exact_alpha(layer.scale, layer.rank, use_rslora) is not None

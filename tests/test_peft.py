@@ -176,16 +176,31 @@ def test_peft_reads_what_we_write(case: str, tmp_path: Path) -> None:
 
 @every_case
 def test_one_rank_for_all(case: str, tmp_path: Path) -> None:
-    """With `uniform_rank` there is one rank, no scale and no pattern, and the same logits, here and there."""
+    """With `uniform_rank` there are plain factors of one rank, no scale and no pattern, and the same logits.
+
+    What vLLM's `PEFTHelper` refuses is refused here, by leaf.
+    """
     b, name = base(CASES[case].base), CASES[case].base
+    adapters, fields = loaded(case)[0], CASES[case].config
+    more = {path: "is trained whole" for path in adapters.keys() - factors(adapters).keys()}
+    more |= {path: "has DoRA" for path, f in factors(adapters).items() if f.magnitude is not None}
+    more |= {"conv/kernel": "is a convolution"} if case == "toy" else {}
+    if more:
+        text = message(peft.PeftError, lambda: save(tmp_path, case, uniform_rank=True))
+        expect(text, "vLLM", "merge", *(f"'{path}' {why}" for path, why in more.items()))
+        assert not list(tmp_path.iterdir())
+        return
+    assert not {"modules_to_save", "use_dora", "bias"} & fields.keys()
     save(tmp_path, case, uniform_rank=True)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == max(f.rank for f in factors(loaded(case)[0]).values())
     assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+    assert (config["modules_to_save"], config["bias"], config["use_dora"]) == (None, "none", False)
+    assert all(re.search(r"\.lora_(A|B)\.weight$", key) for key in load_file(tmp_path / "adapter_model.safetensors"))
     again, _ = peft.load(tmp_path, b.names, b.params)
     assert {f.scale for f in factors(again).values()} == {1.0}
     assert_close(plain(name, jlora.merge(b.params, again)), EXPECTED[case])
-    if importlib.util.find_spec("peft") and case in ("patterns", "llama", "toy-dora"):
+    if importlib.util.find_spec("peft"):
         assert_close(peft_logits(tmp_path, name), EXPECTED[case])
 
 

@@ -13,6 +13,7 @@ import pytest
 
 import jlora
 from jlora import models, peft
+from tests.messages import expect, message
 from tests.peft_cases import PRE, assert_close, base, edited, needs_peft
 from tests.small_checkpoints import VIT
 
@@ -105,6 +106,47 @@ def test_vit_in_both_directions(tmp_path: Path) -> None:
     )
     adapted.save_pretrained(str(tmp_path / "theirs"))
     check(peft.load(tmp_path / "theirs", names, params)[0], logits(adapted))
+
+
+@needs_peft
+def test_layers_trained_whole_and_by_factors(tmp_path: Path) -> None:
+    """In a stacked leaf they are refused, and what PEFT merges, as is advised, is loaded; an encoder has both."""
+    import peft as theirs
+    import torch
+    import transformers
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
+    sizes |= {"intermediate_size": 24, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 2}
+    ids = np.random.default_rng(0).integers(1, 32, (2, 6))
+    pairs: Any = (
+        (transformers.LlamaForCausalLM, transformers.LlamaConfig, "q_proj", "layers.1.self_attn"),
+        (transformers.BertForSequenceClassification, transformers.BertConfig, "query", "layer.1.attention.self"),
+    )
+    for network, config, query, whole in pairs:
+        torch.manual_seed(0)
+        base_ = network(config(**sizes))
+        base_.save_pretrained(tmp_path / query)
+        model, params = models.load(tmp_path / query)
+        adapted: Any = theirs.get_peft_model(
+            base_, theirs.LoraConfig(r=2, target_modules=[query], modules_to_save=[whole])
+        ).eval()
+        for value in adapted.parameters():
+            if value.requires_grad:
+                torch.nn.init.normal_(value, std=0.3)
+        folder = tmp_path / f"{query}-adapter"
+        adapted.save_pretrained(str(folder))
+        with torch.no_grad():
+            expected = adapted(torch.tensor(ids)).logits
+        if query == "query":
+            again: Any = peft.load(folder, models.names(model), params)[0]
+            params = jlora.merge(params, again)
+        else:
+            text = message(peft.PeftError, lambda f=folder, m=model, p=params: peft.load(f, models.names(m), p))
+            expect(text, "'params/model/layers/self_attn/q_proj/kernel'", "layers.1.self_attn.q_proj.weight")
+            assert "k_proj" not in text
+            adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+            model, params = models.load(tmp_path / "merged")
+        assert_close(jax.jit(model.apply)(params, ids), expected)
 
 
 @needs_peft

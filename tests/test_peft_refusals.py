@@ -131,6 +131,31 @@ def test_damaged_files_are_refused(case: str, tmp_path: Path) -> None:
     expect(message(TensorError, lambda: peft.load(folder, b.names, b.params)), *parts, str(folder))
 
 
+def test_a_stacked_leaf_is_trained_whole_or_by_factors(tmp_path: Path) -> None:
+    """PEFT trains each layer as it likes; where a leaf has several of them, both ways at once are refused."""
+    b = base("toy")
+
+    def mix(config: dict, tensors: dict) -> None:
+        config["modules_to_save"] = ["blocks.1.dense"]
+        for part in ("lora_A", "lora_B"):
+            del tensors[f"{PRE}blocks.1.dense.{part}.weight"]
+        tensors[f"{PRE}blocks.1.dense.weight"] = np.ones((8, 8), np.float32)
+        tensors[f"{PRE}blocks.1.dense.bias"] = np.ones(8, np.float32)
+
+    text = message(peft.PeftError, lambda: peft.load(edited(tmp_path / "it", "toy", mix), b.names, b.params))
+    expect(text, "1 tensor(s)", "'blocks/dense/kernel': 'blocks.1.dense.weight' is trained whole", "merge_and_unload")
+
+
+def test_a_head_is_nothing_that_vllm_reads(tmp_path: Path) -> None:
+    """It is stored for the task, trained or not."""
+    b, (adapters, config) = base("roberta"), loaded("plain")
+    text = message(
+        peft.PeftError,
+        lambda: peft.save(tmp_path, b.names, b.params, adapters, config, task_type="SEQ_CLS", uniform_rank=True),
+    )
+    expect(text, "vLLM", "'params/classifier/out_proj/kernel' is stored whole for this task_type", "jlora.merge")
+
+
 def test_an_id_on_the_hub_is_fetched_first() -> None:
     b = base("toy")
     text = message(peft.PeftError, lambda: peft.load("someone/adapter", b.names, b.params))

@@ -21,7 +21,7 @@ LAYERS = [
     {"_interpret", "trace"},
     {"apply"},
     {"_peft_config", "_peft_layout"},
-    {"_peft_read"},
+    {"_peft_read", "_peft_tied"},
     {"checkpoint", "peft"},
     {"__init__"},
     {"models._family"},

@@ -176,16 +176,31 @@ def test_peft_reads_what_we_write(case: str, tmp_path: Path) -> None:
 
 @every_case
 def test_one_rank_for_all(case: str, tmp_path: Path) -> None:
-    """With `uniform_rank` there is one rank, no scale and no pattern, and the same logits, here and there."""
+    """With `uniform_rank` there are plain factors of one rank, no scale and no pattern, and the same logits.
+
+    What vLLM's `PEFTHelper` refuses is refused here, by leaf.
+    """
     b, name = base(CASES[case].base), CASES[case].base
+    adapters, fields = loaded(case)[0], CASES[case].config
+    more = {path: "is trained whole" for path in adapters.keys() - factors(adapters).keys()}
+    more |= {path: "has DoRA" for path, f in factors(adapters).items() if f.magnitude is not None}
+    more |= {"conv/kernel": "is a convolution"} if case == "toy" else {}
+    if more:
+        text = message(peft.PeftError, lambda: save(tmp_path, case, uniform_rank=True))
+        expect(text, "vLLM", "merge", *(f"'{path}' {why}" for path, why in more.items()))
+        assert not list(tmp_path.iterdir())
+        return
+    assert not {"modules_to_save", "use_dora", "bias"} & fields.keys()
     save(tmp_path, case, uniform_rank=True)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == max(f.rank for f in factors(loaded(case)[0]).values())
     assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+    assert (config["modules_to_save"], config["bias"], config["use_dora"]) == (None, "none", False)
+    assert all(re.search(r"\.lora_(A|B)\.weight$", key) for key in load_file(tmp_path / "adapter_model.safetensors"))
     again, _ = peft.load(tmp_path, b.names, b.params)
     assert {f.scale for f in factors(again).values()} == {1.0}
     assert_close(plain(name, jlora.merge(b.params, again)), EXPECTED[case])
-    if importlib.util.find_spec("peft") and case in ("patterns", "llama", "toy-dora"):
+    if importlib.util.find_spec("peft"):
         assert_close(peft_logits(tmp_path, name), EXPECTED[case])
 
 
@@ -233,7 +248,7 @@ def test_adapters_made_here(case: str, tmp_path: Path) -> None:
     """What PEFT stores beyond what was trained comes from the params: the logits are ours, here again and there."""
     name, config, written = OURS[case]
     b, adapters = base(name), grown(name, config)
-    peft.save(tmp_path, b.params, adapters, config, b.names, base_model="x/y", task_type=written.get("task_type"))
+    peft.save(tmp_path, b.names, b.params, adapters, config, base_model="x/y", task_type=written.get("task_type"))
     found = json.loads((tmp_path / "adapter_config.json").read_text())
     found["rank_pattern"], found["alpha_pattern"] = (
         {key.replace("\\", ""): value for key, value in found[table].items()}
@@ -256,7 +271,7 @@ def test_a_scale_that_no_alpha_gives_is_folded(tmp_path: Path) -> None:
     adapters = grown("toy", config)
     odd = next(s for i in range(1, 99) if exact_alpha(s := 0.4 + i * 2**-54, 5, False) is None)
     adapters["up/kernel"] = dataclasses.replace(adapters["up/kernel"], scale=odd)
-    peft.save(tmp_path, b.params, adapters, config, b.names)
+    peft.save(tmp_path, b.names, b.params, adapters, config)
     again, _ = peft.load(tmp_path, b.names, b.params)
     assert [f.scale for f in factors(again).values()] == [1.0, 0.5]
     assert_close(plain("toy", jlora.merge(b.params, again)), plain("toy", jlora.merge(b.params, adapters)))
@@ -278,7 +293,7 @@ def test_dtypes_are_kept(tmp_path: Path) -> None:
     b = base("toy")
     config = jlora.LoraConfig(2, targets=("dense/kernel", "tokens"), dtype="bfloat16")
     adapters = grown("toy", config)
-    peft.save(tmp_path, b.params, adapters, config, b.names)
+    peft.save(tmp_path, b.names, b.params, adapters, config)
     again, found = peft.load(tmp_path, b.names, b.params)
     assert_same(again, {path: adapters[path] for path in again})
     assert found.dtype == "bfloat16"
@@ -309,7 +324,7 @@ def test_an_adapter_of_the_bare_network_fits_one_with_a_head_and_back(tmp_path: 
     assert {path.replace("params/", "params/encoder/"): f.scale for path, f in factors(less).items()} == {
         path: f.scale for path, f in factors(whole).items()
     }
-    peft.save(tmp_path, params, less, config, models.names(bare))
+    peft.save(tmp_path, models.names(bare), params, less, config)
     b = base("roberta")
     assert_same(peft.load(tmp_path, b.names, b.params)[0], whole)
 

@@ -134,15 +134,13 @@ class Family:
     Attributes:
       config: ``config(hf) -> ModelConfig``, from the content of a config.json.
       networks: the Flax module for each task; called with ``(config, dtype=..., param_dtype=..., remat=...)``.
-      names: ``names(config, task)``: where each leaf of that network lies in a checkpoint.
+      names: ``names(config, task)``: where each leaf of that network lies in transformers 5 and in its checkpoints.
       rules: how the leaves of all its networks are split over a mesh with the axes fsdp and tensor; one network need
         not have a leaf for each.
       prefix: what the names of the bare network have in front of them in a network with a head, such as ``bert.``.
       architecture: the stem of transformers' class names, such as ``Bert``.
       heads: a regular expression of paths that a checkpoint may lack, because they belong to a new head.
       unread: a regular expression of tensors in checkpoints that these networks do not have: other heads, buffers.
-      modules: what to replace, in this order, in a checkpoint's name for the one that the module has in transformers
-        5, where the two differ; PEFT goes by the module's.
     """
 
     config: Callable[[Mapping[str, Any]], ModelConfig]
@@ -153,13 +151,6 @@ class Family:
     architecture: str
     heads: str
     unread: str
-    modules: tuple[tuple[str, str], ...] = ()
-
-    def module(self, tensor: str) -> str:
-        """A tensor's name in a checkpoint, as transformers 5 names it in the model."""
-        for stored, live in self.modules:
-            tensor = tensor.replace(stored, live)
-        return tensor
 
 
 def check_length(network: str, length: int, most: int | None) -> None:

@@ -34,28 +34,20 @@ def build(
     param_dtype: Any = jnp.float32,
     remat: Remat = "none",
     revision: str | None = None,
+    untie: bool = False,
 ) -> nn.Module:
     """The network alone, from a folder, the id of a model on the hub, or the content of a config.json.
 
     The arguments are those of `load`. Its parameters' shapes are `abstract`'s; ``model.init`` draws new ones.
     """
     hf = config if isinstance(config, Mapping) else read_json(fetch(config, revision, FILES[:1]) / "config.json")
-    return network_of(*family_of(hf, task, labels), dtype, param_dtype, remat)
+    return network_of(*family_of(hf, task, labels, untie=untie), dtype, param_dtype, remat)
 
 
-def names(model: nn.Module, *, modules: bool = False) -> Names:
-    """Where each leaf of a network of `jlora.models` lies in a checkpoint; see `jlora.names`.
-
-    Args:
-      model: the network.
-      modules: instead the names that its modules have in transformers 5. They differ for ViT, and PEFT goes by them:
-        `jlora.peft` is given these.
-    """
+def names(model: nn.Module) -> Names:
+    """Where each leaf of a network of `jlora.models` lies in transformers 5 and in checkpoints; see `jlora.names`."""
     family, task = family_and_task(model)
-    found = family.names(model.config, task)  # pyright: ignore[reportAttributeAccessIssue]
-    if not modules:
-        return found
-    return {path: name._replace(tensors=tuple(map(family.module, name.tensors))) for path, name in found.items()}
+    return family.names(model.config, task)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def rules(model: nn.Module) -> Rules:
@@ -126,12 +118,12 @@ def family_and_task(model: nn.Module) -> tuple[Family, Task]:
 
 
 def family_of(
-    hf: Mapping[str, Any], task: Task | None, labels: int | Sequence[str] | None
+    hf: Mapping[str, Any], task: Task | None, labels: int | Sequence[str] | None, *, untie: bool = False
 ) -> tuple[Family, ModelConfig, Task]:
-    """What the content of a config.json describes; ``task`` and ``labels`` override what it says.
+    """What the content of a config.json describes; ``task``, ``labels`` and ``untie`` override what it says.
 
     Raises:
-      ModelError: if it is no network that there is here, or has no such task or labels.
+      ModelError: if it is no network that there is here, or has no such task, labels or head.
     """
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES:
@@ -161,7 +153,9 @@ def family_of(
         raise ModelError(
             f"{kind} has no network for the task {task!r}; expected one of {', '.join(family.networks)}: pass task=..."
         )
-    return family, family.config(hf), task
+    if untie and task != "causal-lm":
+        raise ModelError(f"untie: a network for {task!r} has no output projection that could be tied; leave it out")
+    return family, family.config({**hf, "tie_word_embeddings": False} if untie else hf), task
 
 
 def network_of(

@@ -53,7 +53,8 @@ def names(config: DecoderConfig, task: Task) -> dict[str, Name]:
     def stacked(part: str) -> tuple[str, str]:
         return f"{path}/layers/{part}", f"{module}layers.{{}}.{part.replace('/', '.')}"
 
-    found = embedding(f"{path}/embed_tokens", f"{module}embed_tokens")
+    tied = "lm_head" if task == "causal-lm" and config.tie_word_embeddings else None
+    found = embedding(f"{path}/embed_tokens", f"{module}embed_tokens", tied=tied)
     for part in ("q_proj", "k_proj", "v_proj"):
         found |= linear(*stacked(f"self_attn/{part}"), bias=config.qkv_bias, layers=layers)
     found |= linear(*stacked("self_attn/o_proj"), bias=config.output_bias, layers=layers)

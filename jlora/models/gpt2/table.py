@@ -28,7 +28,8 @@ def names(config: GPT2Config, task: Task) -> dict[str, Name]:
     """Every leaf of the network for ``task``, and its tensor's name in transformers' class for it."""
     bare, layers = task == "features", config.n_layer
     path, module = ("params", "") if bare else ("params/transformer", "transformer.")
-    found = embedding(f"{path}/wte", f"{module}wte") | embedding(f"{path}/wpe", f"{module}wpe")
+    tied = "lm_head" if task == "causal-lm" and config.tie_word_embeddings else None
+    found = embedding(f"{path}/wte", f"{module}wte", tied=tied) | embedding(f"{path}/wpe", f"{module}wpe")
     for part in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"):
         found |= conv1d(f"{path}/h/{part}", f"{module}h.{{}}.{part.replace('/', '.')}", layers=layers)
     for part in ("ln_1", "ln_2"):

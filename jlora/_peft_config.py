@@ -278,6 +278,37 @@ def make_config(
     )
 
 
+def whole_modules(
+    trained: set[str], adapted: Collection[str], tensors: Collection[str], heads: Collection[str]
+) -> tuple[str, tuple[str, ...]]:
+    """PEFT's ``bias`` and ``modules_to_save`` that cover the tensors trained whole."""
+    biases = {tensor for tensor in tensors if tensor.endswith(".bias")}
+    bias = "none"
+    if biases and biases <= trained:
+        bias, trained = "all", trained - biases
+    elif any(_module_of(tensor) in adapted for tensor in biases & trained):
+        bias, trained = "lora_only", {t for t in trained if t not in biases or _module_of(t) not in adapted}
+    modules = {_module_of(tensor) for tensor in trained}
+    for module in sorted({above for m in modules for above in modules_above(m)}, key=len):
+        inside = {_module_of(t) for t in tensors if t.startswith(f"{module}.")}
+        is_list = any(t.removeprefix(f"{module}.")[0].isdigit() for t in tensors if t.startswith(f"{module}."))
+        if inside <= modules and not is_list:  # PEFT wraps no ModuleList
+            modules = (modules - inside) | {module}
+    known = {above for tensor in tensors for above in modules_above(_module_of(tensor))}
+    modules |= {head for head in heads if any(module.endswith(head) for module in known)}
+    return bias, tuple(sorted(m for m in modules if not any(m.startswith(f"{other}.") for other in modules)))
+
+
+def modules_above(module: str) -> list[str]:
+    """A module and those that hold it."""
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _module_of(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
 def config_json(config: PeftConfig, *, fan_in_fan_out: bool, base_model: str | None, task_type: str | None) -> dict:
     """What to write: only keys that PEFT and its readers have long known."""
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}

@@ -77,6 +77,20 @@ def open_adapter(folder: Path) -> dict[str, Tensor]:
     return open_tensors(file)
 
 
+def named_as(names: Names, keys: Collection[str]) -> Names:
+    """The table by the names that an adapter has: those in PyTorch's model, or in files.
+
+    Older versions of transformers had the latter in the model too, and PEFT writes what is there.
+    """
+    stored = {path: name._replace(tensors=name.files) for path, name in names.items()}
+
+    def known(table: Names) -> int:
+        modules = {module_of(tensor) for name in table.values() for tensor in name.tensors}
+        return sum(any(f".{module}." in key for key in keys) for module in modules)
+
+    return names if stored == names else max((names, stored), key=known)
+
+
 def sort_tensors(
     folder: Path,
     config: PeftConfig,

@@ -42,9 +42,11 @@ from jlora._peft_config import (
     exact_alpha,
     is_saved,
     make_config,
+    modules_above,
     read_config,
+    whole_modules,
 )
-from jlora._peft_read import PREFIX, TENSORS, module_of, open_adapter, read_tensors, sort_tensors
+from jlora._peft_read import PREFIX, TENSORS, module_of, named_as, open_adapter, read_tensors, sort_tensors
 from jlora._tensors import write_json, write_tensors
 from jlora._types import Adapters, Array, LoraFactors, LoraWeight, PyTree
 from jlora._types import Path as LeafPath
@@ -124,12 +126,12 @@ def save(
     at = {tensor: (path, i) for path, name in names.items() for i, tensor in enumerate(name.tensors)}
     kinds: dict[str, Kind] = {module_of(t): names[path].kind for t, (path, _) in at.items() if path in factors}
     trained = {tensor for tensor, (path, _) in at.items() if path in adapters and path not in factors}
-    bias, saved = _whole_modules(trained, layers, at, heads)
+    bias, saved = whole_modules(trained, layers, at, heads)
     dropouts = [f.dropout for f in factors.values()]
     theirs = make_config(
         {module: layer.rank for module, layer in layers.items()},
         {module: exact_alpha(layer.scale, layer.rank, use_rslora) for module, layer in layers.items()},
-        {above for tensor in at for above in _above(module_of(tensor))},
+        {above for tensor in at for above in modules_above(module_of(tensor))},
         lora_dropout=max(dropouts, key=dropouts.count),
         bias=bias,
         use_rslora=use_rslora,
@@ -203,8 +205,9 @@ def load(
         leaves, _ = named_leaves(params)
         check_paths(names, leaves, "peft.load")
     tensors = open_adapter(folder)
-    theirs = theirs.tying(tied.projections(names, tensors))
-    own, names = names, tied.split_names(names)
+    own = named_as(names, tensors)
+    theirs = theirs.tying(tied.projections(own, tensors))
+    names = tied.split_names(own)
     leaves = None if leaves is None else tied.split_leaves(leaves, own)
     found = sort_tensors(folder, theirs, tensors, names, leaves)
     leaves = found.leaves
@@ -325,33 +328,6 @@ def _as_layers(
         for tensor, layer in zip(names[path].tensors, layout.layers_of(f, names[path].stacked), strict=True):
             found[module_of(tensor)] = layer
     return found
-
-
-def _whole_modules(
-    trained: set[str], adapted: Collection[str], tensors: Collection[str], heads: Collection[str]
-) -> tuple[str, tuple[str, ...]]:
-    """PEFT's ``bias`` and ``modules_to_save`` that cover the tensors trained whole."""
-    biases = {tensor for tensor in tensors if tensor.endswith(".bias")}
-    bias = "none"
-    if biases and biases <= trained:
-        bias, trained = "all", trained - biases
-    elif any(module_of(tensor) in adapted for tensor in biases & trained):
-        bias, trained = "lora_only", {t for t in trained if t not in biases or module_of(t) not in adapted}
-    modules = {module_of(tensor) for tensor in trained}
-    for module in sorted({above for m in modules for above in _above(m)}, key=len):
-        inside = {module_of(t) for t in tensors if t.startswith(f"{module}.")}
-        is_list = any(t.removeprefix(f"{module}.")[0].isdigit() for t in tensors if t.startswith(f"{module}."))
-        if inside <= modules and not is_list:  # PEFT wraps no ModuleList
-            modules = (modules - inside) | {module}
-    known = {above for tensor in tensors for above in _above(module_of(tensor))}
-    modules |= {head for head in heads if any(module.endswith(head) for module in known)}
-    return bias, tuple(sorted(m for m in modules if not any(m.startswith(f"{other}.") for other in modules)))
-
-
-def _above(module: str) -> list[str]:
-    """A module and those that hold it."""
-    parts = module.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> list[Path]:

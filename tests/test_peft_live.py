@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import jlora
 from jlora import models, peft
 from tests.messages import expect, message
 from tests.peft_cases import PRE, assert_close, base, edited, needs_peft
-from tests.small_checkpoints import VIT
+from tests.small_checkpoints import VIT, change
 
 SMALL: dict[str, Any] = {
     "vocab_size": 32,
@@ -106,6 +108,20 @@ def test_vit_in_both_directions(tmp_path: Path) -> None:
     )
     adapted.save_pretrained(str(tmp_path / "theirs"))
     check(peft.load(tmp_path / "theirs", names, params)[0], logits(adapted))
+
+    # transformers 4 had the names of files in the model, and so have the adapters of its time.
+    change(tmp_path / "theirs", in_transformers_4, "adapter_model.safetensors")
+    file = tmp_path / "theirs" / "adapter_config.json"
+    old = {"target_modules": ["query", "value", "intermediate.dense", "output.dense"]}
+    old |= {"exclude_modules": ["attention.output.dense"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | old))
+    check(peft.load(tmp_path / "theirs", names, params)[0], logits(adapted))
+
+
+def in_transformers_4(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    pairs = {"vit.layers.": "vit.encoder.layer.", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    pairs |= {"attention.q_proj": "attention.attention.query", "attention.v_proj": "attention.attention.value"}
+    return {functools.reduce(lambda n, p: n.replace(*p), pairs.items(), name): x for name, x in tensors.items()}
 
 
 @needs_peft

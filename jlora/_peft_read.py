@@ -287,8 +287,9 @@ def _wrong_whole(config: PeftConfig, found: Found, theirs: Mapping[str, str], at
 
 
 def _is_embedding(weight: str, kind: Kind) -> bool:
-    """Whether PEFT may have stored it because the vocabulary changed: a table, or the output projection."""
-    return kind == "embedding" or re.search(HEADS[0], weight.replace(".", "/")) is not None
+    """Whether ``save_embedding_layers`` stores it: a table, what embeds the patches of images, an output projection."""
+    looked_up = kind == "embedding" or ".patch_embeddings." in weight
+    return looked_up or re.search(HEADS[0], weight.replace(".", "/")) is not None
 
 
 def _is_tied(tensor: Tensor, stored: list[Tensor]) -> bool:

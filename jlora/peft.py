@@ -75,7 +75,8 @@ def save(
 
     The same adapters give the same bytes, and the factors decide: ranks, scales and dropout are theirs, not those of
     ``config``. PEFT's ``alpha`` is chosen so that it computes each factor's scale exactly; a scale that no alpha
-    gives is folded into B, rounded once. PEFT knows one dropout rate: the most common one is written.
+    gives is folded into B, in float32 unless its dtype holds the product. PEFT knows one dropout rate: the most common
+    one is written.
 
     Leaves trained whole become ``bias="all"`` or ``"lora_only"`` where they are those biases, and ``modules_to_save``
     otherwise. PEFT stores whole modules, and the heads of ``task_type``; what of them was not trained is taken from
@@ -111,15 +112,16 @@ def save(
     _check_writable(adapters, leaves, names, task_type)
     if uniform_rank:
         _check_plain(adapters, names, heads)
+    use_rslora = config.use_rslora and not uniform_rank
+    adapters = {path: _with_written_scale(value, use_rslora, uniform_rank) for path, value in adapters.items()}
     leaves, adapters = tied.split_leaves(leaves, names), tied.split_adapters(adapters, names)
     names = tied.split_names(names)
 
     factors = {path: value for path in names if isinstance(value := adapters.get(path), LoraFactors)}
-    use_rslora = config.use_rslora and not uniform_rank
-    layers = _as_layers(factors, leaves, names, use_rslora)
+    layers = _as_layers(factors, leaves, names)
     if uniform_rank:
         largest = max(layer.rank for layer in layers.values())
-        layers = {module: layer.folded(1.0).padded(largest) for module, layer in layers.items()}
+        layers = {module: layer.padded(largest) for module, layer in layers.items()}
 
     at = {tensor: (path, i) for path, name in names.items() for i, tensor in enumerate(name.tensors)}
     kinds: dict[str, Kind] = {module_of(t): names[path].kind for t, (path, _) in at.items() if path in factors}
@@ -183,8 +185,8 @@ def load(
         trains whole, or with DoRA, in some of their layers.
 
     Returns:
-      ``(adapters, config)``: the adapters in the dtypes in which they are stored, and a config with which `jlora.init`
-      would make such ones.
+      ``(adapters, config)``: the adapters in the dtypes in which they are stored (a B that a scale was folded into in
+      float32, unless its dtype holds the product), and a config with which `jlora.init` would make such ones.
 
     Raises:
       TensorError: if a file is missing, damaged or pickled.
@@ -304,10 +306,19 @@ def _raise(wrong: Collection[str], reader: str = "PEFT") -> None:
         )
 
 
+def _with_written_scale(value: LoraFactors | Array, use_rslora: bool, uniform: bool) -> LoraFactors | Array:
+    """The same adapter, with the scale of alpha = rank where it is asked for, or no alpha gives its own."""
+    if not isinstance(value, LoraFactors) or not (uniform or exact_alpha(value.scale, value.rank, use_rslora) is None):
+        return value
+    scale = value.rank / math.sqrt(value.rank) if use_rslora else 1.0
+    b = value.b if scale == value.scale else jnp.asarray(layout.scaled(np.asarray(value.b), value.scale / scale))
+    return dataclasses.replace(value, b=b, scale=scale)
+
+
 def _as_layers(
-    factors: Mapping[LeafPath, LoraFactors], leaves: Mapping[LeafPath, Any], names: Names, use_rslora: bool
+    factors: Mapping[LeafPath, LoraFactors], leaves: Mapping[LeafPath, Any], names: Names
 ) -> dict[str, layout.Layer]:
-    """The updates by PyTorch's module; scales that no alpha gives are folded, missing magnitudes filled in."""
+    """The updates by PyTorch's module; missing magnitudes are filled in."""
     found: dict[str, layout.Layer] = {}
     dora = any(f.magnitude is not None for f in factors.values())
     for path, f in factors.items():
@@ -315,9 +326,7 @@ def _as_layers(
             norm = column_norm(factored(LoraWeight(jnp.asarray(leaves[path]), f)), f.axes)
             f = dataclasses.replace(f, magnitude=norm.astype(f.b.dtype))
         for tensor, layer in zip(names[path].tensors, layout.layers_of(f, names[path].stacked), strict=True):
-            writable = exact_alpha(layer.scale, layer.rank, use_rslora) is not None
-            one = layer.rank / math.sqrt(layer.rank) if use_rslora else 1.0  # of alpha = rank
-            found[module_of(tensor)] = layer if writable else layer.folded(one)
+            found[module_of(tensor)] = layer
     return found
 
 

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 import jlora
 from jlora import models, peft
 from jlora._peft_config import PeftConfig, exact_alpha, read_config
+from jlora._peft_read import TENSORS
 from tests.messages import expect, message
 from tests.peft_cases import (
     EXPECTED,
@@ -275,6 +276,34 @@ def test_a_scale_that_no_alpha_gives_is_folded(tmp_path: Path) -> None:
     again, _ = peft.load(tmp_path, b.names, b.params)
     assert [f.scale for f in factors(again).values()] == [1.0, 0.5]
     assert_close(plain("toy", jlora.merge(b.params, again)), plain("toy", jlora.merge(b.params, adapters)))
+
+
+def test_folding_a_scale_rounds_nothing(tmp_path: Path) -> None:
+    """A bfloat16 B times the scale is stored in float32 where bfloat16 does not hold the product, both ways."""
+    b = base("toy")
+    config = jlora.LoraConfig(3, alpha=4, targets=("dense", "up/kernel"), dtype="bfloat16")
+    config = dataclasses.replace(config, rules=(jlora.Rule("up", alpha=6.0),))
+    adapters = grown("toy", config)
+    peft.save(tmp_path / "1", b.names, b.params, adapters, config, uniform_rank=True)
+    stored = {key.split(".")[-3] + key[-8]: x for key, x in load_file(tmp_path / "1" / TENSORS).items()}
+    assert {name: str(x.dtype) for name, x in stored.items()} == {
+        "denseA": "bfloat16", "denseB": "float32", "upA": "bfloat16", "upB": "bfloat16"
+    }  # fmt: skip
+    uniform, _ = peft.load(tmp_path / "1", b.names, b.params)
+    for path, f in factors(adapters).items():
+        other: Any = uniform[path]
+        np.testing.assert_array_equal(np.float32(f.scale) * np.float32(f.b), np.float32(other.b), path)
+
+    def unequal(c: dict, t: dict) -> None:
+        c["alpha_pattern"] = {"0.dense": 4}
+        t.update({key: x.astype(ml_dtypes.bfloat16) for key, x in t.items()})
+
+    folder = edited(tmp_path / "2", "toy", unequal)
+    dense: Any = peft.load(folder, b.names, b.params)[0]["blocks/dense/kernel"]
+    theirs = load_file(folder / TENSORS)
+    for i, alpha in enumerate((4, 7)):
+        expected = theirs[f"{PRE}blocks.{i}.dense.lora_B.weight"].astype(np.float32).T * (alpha / 3)
+        np.testing.assert_allclose(np.float32(dense.b[i]) * dense.scale, expected, rtol=1e-6)
 
 
 def test_alpha_gives_the_scale_back_exactly() -> None:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora import _compat
 from jlora._factored import Factored
 from jlora._named import RANK, Leg
-from jlora._rules import Decline, Rule
+from jlora._rules import Decline
 
 
 def jit(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
@@ -248,22 +248,3 @@ def all_gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 def _settled(scope: Any, eqn: Any, values: list[Any]) -> list[Any]:
     """Values that leave control flow: a factored one is materialized."""
     return [scope.settle(v, eqn, "it leaves control flow, changed or not, as a result") for v in values]
-
-
-CONTROL_FLOW: dict[str, Rule] = {
-    "jit": jit,
-    "pjit": jit,
-    "remat2": checkpoint,
-    "checkpoint": checkpoint,
-    "compute_on": compute_on,
-    "cond": cond,
-    "while": while_loop,
-    "scan": scan,
-    "shard_map": shard_map,
-    "custom_jvp_call": custom_rule,
-    "custom_vjp_call": custom_rule,
-    "pvary": vary,
-    "reshard": reshard,
-    "mesh_cast": reshard,
-    "all_gather": all_gather,
-}

@@ -17,13 +17,11 @@ from jax import lax
 from jax.extend import core
 
 from jlora import _compat
-from jlora._control_flow import CONTROL_FLOW
 from jlora._factored import Factored, dense
-from jlora._rearrange import REARRANGEMENTS
-from jlora._rules import PRODUCTS, Decline, Rule
+from jlora._primitives import PRIMITIVES
+from jlora._rules import Decline
 
 Policy = Literal["warn", "error", "allow", "explain"]
-RULES: dict[str, Rule] = {**REARRANGEMENTS, **PRODUCTS, **CONTROL_FLOW}
 
 
 class MaterializeWarning(UserWarning):
@@ -138,9 +136,9 @@ class _Scope:
                 self.spread[eqn.outvars[0]] = (values[0], eqn.params["broadcast_dimensions"])
             return results
         why = "it has no factored form"
-        if (rule := RULES.get(eqn.primitive.name)) is not None:
+        if (primitive := PRIMITIVES.get(eqn.primitive.name)) is not None:
             try:
-                return rule(self, eqn, list(values))
+                return primitive.rule(self, eqn, list(values))
             except Decline as reason:
                 why = str(reason)
         return _compat.bind(eqn, [self.settle(v, eqn, why) for v in values])

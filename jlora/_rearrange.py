@@ -12,7 +12,7 @@ from jax import lax
 from jlora import _compat
 from jlora._factored import Factored
 from jlora._named import RANK, Leg, wide
-from jlora._rules import Decline, Rule
+from jlora._rules import Decline
 
 
 def transpose(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
@@ -332,28 +332,3 @@ def select_n(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         return dataclasses.replace(weight, b=weight.b.times(mask, dims))
 
     return [_sum([chosen(i, v) for i, v in enumerate(cases) if isinstance(v, Factored)], base)]
-
-
-REARRANGEMENTS: dict[str, Rule] = {
-    "transpose": transpose,
-    "squeeze": squeeze,
-    "broadcast_in_dim": broadcast_in_dim,
-    "reshape": reshape,
-    "slice": slices,
-    "dynamic_slice": dynamic_slice,
-    "rev": rev,
-    "split": split,
-    "pad": pad,
-    "concatenate": concatenate,
-    "stack": stack,
-    "convert_element_type": convert_element_type,
-    "stop_gradient": stop_gradient,
-    "optimization_barrier": optimization_barrier,
-    "neg": neg,
-    "mul": scale,
-    "div": scale,
-    "add": add,
-    "sub": add,
-    "select_n": select_n,
-    **dict.fromkeys(("copy", "copy_p", "name", "sharding_constraint"), keep),
-}

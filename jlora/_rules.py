@@ -281,11 +281,3 @@ def _adapter_input(weight: Factored, x: Array, names: Sequence[Hashable]) -> Arr
     mask = _compat.reshard(mask, _compat.explicit_spec(x) or ())
     scaled = x / (1 - weight.rate)
     return jnp.where(mask, scaled, jnp.zeros_like(scaled)).astype(x.dtype)
-
-
-PRODUCTS: dict[str, Rule] = {
-    "dot_general": dot_general,
-    "ragged_dot_general": ragged_dot_general,
-    "conv_general_dilated": conv_general_dilated,
-    "gather": gather,
-}

@@ -18,6 +18,8 @@ LAYERS = [
     {"init"},
     {"_rules"},
     {"_rearrange", "_control_flow"},
+    {"_labels"},
+    {"_primitives"},
     {"_interpret", "trace"},
     {"apply"},
     {"_peft_config", "_peft_layout"},

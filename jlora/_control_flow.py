@@ -19,6 +19,9 @@ from jlora._factored import Factored
 from jlora._named import RANK, Leg
 from jlora._rules import Decline
 
+LEAVES = "it leaves control flow, changed or not, as a result"
+OWN_RULE = "it has its own derivative rule, which is kept (inline_custom_rules=True looks inside)"
+
 
 def jit(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """A nested ``jit`` under its own name, with its shardings; factored results stay factored."""
@@ -204,7 +207,7 @@ def shard_map(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 def custom_rule(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """``custom_jvp`` and ``custom_vjp`` keep their rule and get the weight whole, unless told to inline."""
     if not scope.session.inline_custom_rules:
-        raise Decline("it has its own derivative rule, which is kept (inline_custom_rules=True looks inside)")
+        raise Decline(OWN_RULE)
     jaxpr, consts = _compat.open_jaxpr(eqn.params["call_jaxpr"])
     return scope.session.run(jaxpr, consts, args)
 
@@ -247,4 +250,4 @@ def all_gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 def _settled(scope: Any, eqn: Any, values: list[Any]) -> list[Any]:
     """Values that leave control flow: a factored one is materialized."""
-    return [scope.settle(v, eqn, "it leaves control flow, changed or not, as a result") for v in values]
+    return [scope.settle(v, eqn, LEAVES) for v in values]

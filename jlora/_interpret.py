@@ -23,6 +23,12 @@ from jlora._rules import Decline
 
 Policy = Literal["warn", "error", "allow", "explain"]
 
+REARRANGING = frozenset(
+    "dot_general conv_general_dilated transpose reshape squeeze broadcast_in_dim convert_element_type copy copy_p name "
+    "slice rev neg sharding_constraint jit pjit remat2 checkpoint".split()
+)
+"""Primitives by which rows that constant indices picked are still a weight; by any other they are looked up."""
+
 
 class MaterializeWarning(UserWarning):
     """An adapted weight was summed to its full shape, because a primitive has no factored form."""
@@ -56,12 +62,14 @@ class Session:
     Attributes:
       policy: what to do where a weight must be materialized.
       inline_custom_rules: whether to look into functions with a derivative rule of their own.
+      constant: ids of the gather equations that pick the same entries at every call.
       repeats: how often the equations under evaluation run: the lengths of the scans around them.
       events: every consumption so far.
     """
 
     policy: Policy
     inline_custom_rules: bool
+    constant: set[int] = dataclasses.field(default_factory=set)
     repeats: int = 1
     events: list[Event] = dataclasses.field(default_factory=list)
 
@@ -136,6 +144,10 @@ class _Scope:
                 self.spread[eqn.outvars[0]] = (values[0], eqn.params["broadcast_dimensions"])
             return results
         why = "it has no factored form"
+        if eqn.primitive.name not in REARRANGING:
+            values = [self.settle(v, eqn, "") if isinstance(v, Factored) and v.picked else v for v in values]
+            if not any(isinstance(v, Factored) for v in values):
+                return self.equation(eqn, values)
         if (primitive := PRIMITIVES.get(eqn.primitive.name)) is not None:
             try:
                 return primitive.rule(self, eqn, list(values))
@@ -163,7 +175,7 @@ class _Scope:
         """``value`` as a plain array: a factored weight is materialized, as the policy says."""
         if not isinstance(value, Factored):
             return value
-        if _is_row(value):
+        if _is_row(value) or value.picked:
             self.factored(value, eqn, 2 * value.rank * value.base.size)
             return dense(value)
         return self.session.materialize(value, eqn.primitive.name, _compat.source_line(eqn), why)

@@ -12,7 +12,8 @@ import jax
 from jax.extend import core
 
 from jlora import _compat, _paths
-from jlora._factored import Factored, factored
+from jlora._constant import constant_gathers
+from jlora._factored import Factored, dense, factored
 from jlora._interpret import Event, Policy, Session
 from jlora._staging import is_array, stage
 from jlora._table import table
@@ -69,12 +70,15 @@ def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any) -> A
         factored(leaf) if isinstance(leaf, LoraWeight) else plain
         for leaf, plain in zip(staged.given, staged.plain, strict=True)
     ]
+    session.constant = constant_gathers(staged.jaxpr)
     results = session.run(staged.jaxpr, staged.consts, values)
 
     def finish(var: Any, result: Any) -> Any:
         leaf = given.get(var) if isinstance(var, core.Var) else None
         if is_attached(leaf):
             return leaf  # a weight that is handed through comes back as it was given, still attached
+        if isinstance(result, Factored) and result.picked:
+            return dense(result)  # looked-up rows
         if isinstance(result, Factored):
             why = "the function returns it, changed or through a jit or remat, and the caller gets it merged"
             return session.materialize(result, "return", getattr(fn, "__qualname__", repr(fn)), why)

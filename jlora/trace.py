@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax.extend import core
 
 from jlora import _compat, _paths
-from jlora._labels import CONST, DATA, Probe, Value
+from jlora._gradient import inexact, inside, reached
+from jlora._labels import CONST, DATA, PARAM, STILL, Demand, Found, Probe, Value, joined, probes
 from jlora._primitives import PRIMITIVES
 from jlora._staging import is_array, stage
-from jlora._types import Axes, Path, PyTree, Use, WeightUse, is_attached
+from jlora._types import NO_FORM, Path, PyTree, Use, WeightUse, is_attached
 
 
 def trace(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> dict[Path, WeightUse]:
@@ -20,7 +22,8 @@ def trace(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> 
 
     Abstract: nothing is computed, and arrays may be `jax.ShapeDtypeStruct`. A stacked layer axis, an expert
     axis and an axis indexed by a scalar are batch; contracted axes are inputs, the others outputs; the rows
-    of a looked-up table are its inputs. It sees through scan, cond, while, remat, jit, shard_map and custom
+    of a looked-up table are its inputs. Where products differ, the axes are those by which most is computed, so
+    trace with a batch of the usual size. It sees through scan, cond, while, remat, jit, shard_map and custom
     derivatives, and through casts, transposes, reshapes and other rearrangements of a weight.
 
     >>> uses = jlora.trace(model.apply, params, batch)
@@ -33,57 +36,137 @@ def trace(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> 
       *args, **kwargs: the rest of the arguments; what is not an array is static.
 
     Returns:
-      ``{path: WeightUse}`` in the tree's order.
+      ``{path: WeightUse}`` in the tree's order: every floating leaf, and each integer or complex one that a product
+      or a lookup consumes, as of a quantized base.
     """
     leaves, _ = _paths.named_leaves(params)
     staged = stage(fn, (params, *args), kwargs)
     weights = {path: leaf for path, leaf in leaves.items() if is_array(leaf) or is_attached(leaf)}
     values: list[Value] = [DATA] * len(staged.given)
     for i, (path, leaf) in enumerate(weights.items()):  # the parameters' arrays come first, in the tree's order
-        probe = Probe(path, leaf.ndim, tuple(frozenset({d}) for d in range(leaf.ndim)))
-        values[i] = (probe,) if jnp.issubdtype(leaf.dtype, jnp.floating) else CONST
+        dims = tuple(frozenset({d}) for d in range(leaf.ndim))
+        probe = Probe(path, tuple(leaf.shape), dims, plain=not jnp.issubdtype(leaf.dtype, jnp.floating))
+        values[i] = (probe,) if jnp.issubdtype(leaf.dtype, jnp.number) else PARAM
+    live = [inexact(v) for v in staged.jaxpr.outvars]
     walker = _Walker()
-    walker.walk(staged.jaxpr, [CONST] * len(staged.consts), values)
-    floating = {p: x for p, x in weights.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    return {p: WeightUse(tuple(x.shape), x.dtype, tuple(walker.uses.get(p, ()))) for p, x in floating.items()}
+    results = walker.walk(staged.jaxpr, [CONST] * len(staged.consts), values, live if any(live) else True)
+    walker.hand_back(results)
+    uses = {p: WeightUse(tuple(x.shape), x.dtype, tuple(walker.uses_of(p))) for p, x in weights.items()}
+    return {
+        path: use
+        for path, use in uses.items()
+        if jnp.issubdtype(use.dtype, jnp.floating) or (use.axes is not None and jnp.issubdtype(use.dtype, jnp.number))
+    }
 
 
 class _Walker:
-    """Follows weights through a jaxpr and its inner jaxprs, and notes where they are consumed."""
+    """Follows weights through a jaxpr and its inner jaxprs, and notes where they are consumed.
+
+    Attributes:
+      found: for each weight, its uses and what each demands of the roles of its axes.
+      live: whether the gradient of a result reaches the equation under way.
+      repeats: how often the equation runs: the lengths of the scans around it.
+    """
 
     def __init__(self) -> None:
-        self.uses: dict[Path, list[Use]] = {}
+        self.found: dict[Path, list[tuple[Use, tuple[Demand, ...]]]] = {}
+        self.live = True
+        self.repeats = 1
+        self._results: list[bool] = []
+        self._spread: dict[Any, tuple[Sequence[int], Sequence[int]]] = {}
 
-    def walk(self, jaxpr: Any, consts: Sequence[Value], args: Sequence[Value]) -> list[Value]:
+    def walk(
+        self, jaxpr: Any, consts: Sequence[Value], args: Sequence[Value], live: Sequence[bool] | bool
+    ) -> list[Value]:
+        """The values of an open jaxpr's results. ``live`` says by which of them a gradient enters, or that one
+        reaches all of it, or none."""
         env: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+        carrying = None if isinstance(live, bool) else reached(jaxpr, live)
 
         def read(atom: Any) -> Value:
             return CONST if isinstance(atom, core.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
+            self._results = [bool(live) if carrying is None else v in carrying for v in eqn.outvars]
+            self.live = any(self._results) or bool(eqn.effects)
             env.update(zip(eqn.outvars, self.equation(eqn, [read(v) for v in eqn.invars]), strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def inner(self, closed: Any, args: Sequence[Value]) -> list[Value]:
+    def inner(self, eqn: Any, closed: Any, args: Sequence[Value], live: bool | None = None) -> list[Value]:
+        """The results of a jaxpr inside ``eqn``; by default a gradient enters it as it enters ``eqn``."""
         jaxpr, consts = _compat.open_jaxpr(closed)
-        return self.walk(jaxpr, [CONST] * len(consts), args)
+        outside = self.live, self._results
+        entering = inside(eqn, self._results) if live is None else live
+        try:
+            return self.walk(jaxpr, [CONST] * len(consts), args, entering)
+        finally:
+            self.live, self._results = outside
+
+    @contextlib.contextmanager
+    def repeated(self, times: int) -> Iterator[None]:
+        """Count what happens inside ``times`` over."""
+        outside, self.repeats = self.repeats, self.repeats * times
+        try:
+            yield
+        finally:
+            self.repeats = outside
 
     def equation(self, eqn: Any, values: list[Value]) -> list[Value]:
-        if all(isinstance(v, str) for v in values):
-            return [DATA if DATA in values else CONST] * len(eqn.outvars)
+        if eqn.primitive.name == "broadcast_in_dim":
+            self._spread[eqn.outvars[0]] = (eqn.invars[0].aval.shape, eqn.params["broadcast_dimensions"])
+        if not any(map(probes, values)):
+            kind = joined(values)
+            return [STILL if kind == DATA and eqn.primitive.name == "stop_gradient" else kind] * len(eqn.outvars)
         primitive = PRIMITIVES.get(eqn.primitive.name)
         return self.consume(eqn, values) if primitive is None else primitive.label(self, eqn, values)
 
-    def consume(self, eqn: Any, values: list[Value], axes: Callable[[int, Probe], Any] | None = None) -> list[Value]:
-        """Notes a use of every weight among ``values``; ``axes(position, probe)`` gives `Axes`, or why not."""
-        source = _compat.source_line(eqn)
+    def support(self, atom: Any) -> list[int]:
+        """The dimensions along which an operand is not known to be constant."""
+        shape = atom.aval.shape
+        known = None if isinstance(atom, core.Literal) else self._spread.get(atom)
+        sizes, dims = known or (shape, range(len(shape)))
+        return [d for d, size in zip(dims, sizes, strict=True) if size != 1]
+
+    def consume(
+        self, eqn: Any, values: Sequence[Value], find: Callable[[int, Probe], Found | str] | None = None
+    ) -> list[Value]:
+        """Notes a use of every weight among ``values``; ``find(position, probe)`` says which, or why it is none."""
+        name, source = eqn.primitive.name, _compat.source_line(eqn)
         for position, value in enumerate(values):
-            for probe in () if isinstance(value, str) else value:
-                found = axes(position, probe) if axes else "the primitive has no matrix form"
-                if isinstance(found, Axes):
-                    use = Use(eqn.primitive.name, found, source)
-                else:
-                    use = probe.lookup or Use(eqn.primitive.name, None, source, str(found))
-                if not probe.stopped:
-                    self.uses.setdefault(probe.path, []).append(use)
-        return [DATA if DATA in values else CONST] * len(eqn.outvars)
+            for probe in probes(value):
+                found = find(position, probe) if find else NO_FORM
+                self.note(probe, name, found, source)
+        return [joined(values)] * len(eqn.outvars)
+
+    def note(self, probe: Probe, name: str, found: Found | str, source: str) -> None:
+        if probe.stopped:
+            return
+        demands: tuple[Demand, ...] = ()
+        live = self.live or probe.plain  # an integer has no gradient, whatever it is used for
+        if isinstance(found, Found):
+            whole, work = probe.whole or found.whole, found.work * self.repeats
+            use = Use(name, found.axes, source, whole, bool(whole), live, work)
+            demands = probe.demands + found.demands
+        elif probe.lookup is not None:
+            use = probe.lookup._replace(gradient=live)
+        else:
+            stops = name == "stop_gradient"
+            use = Use(name, None, source, found, not stops and not probe.is_row, live and not stops)
+        self.found.setdefault(probe.path, []).append((use, demands))
+
+    def hand_back(self, results: Sequence[Value]) -> None:
+        """Notes the lookups whose rows are results of the program."""
+        for probe in (p for value in results for p in probes(value)):
+            if probe.lookup is not None:
+                self.found.setdefault(probe.path, []).append((probe.lookup, ()))
+
+    def uses_of(self, path: Path) -> list[Use]:
+        """A weight's uses, each with what its roles make of it: they are known when all uses are."""
+        found = self.found.get(path, [])
+        roles = WeightUse((), None, tuple(use for use, _ in found)).axes
+
+        def settled(use: Use, demands: Sequence[Demand]) -> Use:
+            broken = [d.why for d in demands if roles is not None and not d.holds(roles)]
+            return use if use.summed or not broken else use._replace(summed=True, note=broken[0])
+
+        return [settled(use, demands) for use, demands in found]

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"_types", "_compat", "_table"},
     {"_paths", "_named"},
-    {"config", "_product", "_factored", "_staging", "names", "_tensors", "sharding"},
-    {"attach"},
+    {"_state"},
+    {"config", "_product", "_factored", "_staging", "_gradient", "names", "_tensors", "sharding"},
+    {"attach", "_constant"},
     {"targets", "merge", "optim"},
     {"init"},
     {"_rules"},

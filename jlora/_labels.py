@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,76 +17,29 @@ import numpy as np
 from jlora import _compat
 from jlora import _control_flow as flow
 from jlora import _rules as products
+from jlora._probes import (
+    CONST,
+    DATA,
+    UNIT,
+    Demand,
+    Found,
+    Probe,
+    Value,
+    axes_of,
+    broadcast,
+    demanding,
+    is_data,
+    joined,
+    moved,
+    probes,
+    restacked,
+    summed,
+    union,
+)
 from jlora._rearrange import reshape_groups
-from jlora._types import Axes, Path, Use
-
-
-class Demand(NamedTuple):
-    """What must hold of a weight's roles for it to stay factored on its way to a product.
-
-    Attributes:
-      axes: some of the weight's.
-      alike: whether they must all have one role; else they must be those of one factor (batch and inputs, or
-        batch and outputs).
-      why: what is said where it does not hold.
-    """
-
-    axes: frozenset[int]
-    alike: bool
-    why: str
-
-    def holds(self, roles: Axes) -> bool:
-        batch, inputs, outputs = map(frozenset, roles)
-        fits = (batch, inputs, outputs) if self.alike else (batch | inputs, batch | outputs)
-        return any(self.axes <= group for group in fits)
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """A weight on its way through the program.
-
-    Attributes:
-      path: of the weight.
-      shape: of the weight.
-      dims: for each current dimension, the weight's axes that it holds.
-      plain: whether it cannot be adapted (integer or complex) and is followed to say what it is used for.
-      stopped: whether it is behind a stop_gradient.
-      lookup: the use to report if it turns out to be a looked-up row rather than a weight.
-      demands: what must hold for it to be factored still.
-      whole: why it is summed already, whatever its roles; empty when it is not.
-    """
-
-    path: Path
-    shape: tuple[int, ...]
-    dims: tuple[frozenset[int], ...]
-    plain: bool = False
-    stopped: bool = False
-    lookup: Use | None = None
-    demands: tuple[Demand, ...] = ()
-    whole: str = ""
-
-    @property
-    def is_row(self) -> bool:
-        """Whether a single row or column of the weight is left, which is a result rather than a weight."""
-        return sum(any(self.shape[axis] > 1 for axis in axes) for axes in self.dims) < 2
-
-
-Value: TypeAlias = "tuple[Probe, ...] | str"
-"""A weight, or several joined ones; or what is none: DATA (depends on the other arguments), STILL (the same behind a
-stop_gradient), PARAM (depends on the parameters alone), or CONST (on nothing that is given)."""
-DATA, STILL, PARAM, CONST = "data", "still", "param", "const"
-UNIT: frozenset[int] = frozenset()
+from jlora._types import Axes, Use
 
 Label: TypeAlias = Callable[[Any, Any, list[Value]], list[Value]]
-
-
-class Found(NamedTuple):
-    """A product, as a label finds it: the axes and the work of a `Use`, demands on the roles, why it is summed."""
-
-    axes: Axes
-    work: int = 0
-    demands: tuple[Demand, ...] = ()
-    whole: str = ""
 
 
 # Products and lookups: the axes are read off the dimension numbers.
@@ -99,7 +52,7 @@ def dot_general(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
     def found(i: int, probe: Probe) -> Found | str:
         other = values[1 - i]
-        axes = _axes(probe, contracted[i], batch[i])
+        axes = axes_of(probe, contracted[i], batch[i])
         if isinstance(axes, str):
             return axes
         if probe.lookup and not is_data(other):
@@ -120,7 +73,7 @@ def ragged_dot_general(walker: Any, eqn: Any, values: list[Value]) -> list[Value
     def found(i: int, probe: Probe) -> Found | str:
         if i > 1:
             return "it is a group size"
-        axes = _axes(probe, contracted[i], groups[i])
+        axes = axes_of(probe, contracted[i], groups[i])
         if isinstance(axes, str):
             return axes
         why = "the factors do not split into the contracted and the kept axes"
@@ -135,7 +88,7 @@ def conv_general_dilated(walker: Any, eqn: Any, values: list[Value]) -> list[Val
     whole = products.NO_BATCH_GROUPS if eqn.params["batch_group_count"] != 1 else ""
 
     def found(i: int, probe: Probe) -> Found | str:
-        axes = _axes(probe, kernel[1:], ()) if i == 1 else "it is the image of a convolution"
+        axes = axes_of(probe, kernel[1:], ()) if i == 1 else "it is the image of a convolution"
         if isinstance(axes, str):
             return axes
         why = "the factors do not split into the kernel's inputs and its output channels"
@@ -167,7 +120,7 @@ def gather(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
         dims = [probe.dims[picked[0]] if constant else UNIT] * out.ndim
         for d, i in zip(kept, numbers.offset_dims, strict=True):
             dims[i] = UNIT if d in picked else probe.dims[d]
-        found = _axes(probe, picked, ())
+        found = axes_of(probe, picked, ())
         is_row = isinstance(found, Axes) and (rows == 1 or not scalar)
         lookup = Use("gather", found, source) if is_row and isinstance(found, Axes) else None
         return dataclasses.replace(probe, dims=tuple(dims), lookup=lookup)
@@ -198,17 +151,17 @@ def optimization_barrier(walker: Any, eqn: Any, values: list[Value]) -> list[Val
 
 
 def transpose(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    return [_moved(values[0], lambda dims: [dims[d] for d in eqn.params["permutation"]])]
+    return [moved(values[0], lambda dims: [dims[d] for d in eqn.params["permutation"]])]
 
 
 def squeeze(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     gone = eqn.params["dimensions"]
-    return [_moved(values[0], lambda dims: [axes for d, axes in enumerate(dims) if d not in gone])]
+    return [moved(values[0], lambda dims: [axes for d, axes in enumerate(dims) if d not in gone])]
 
 
 def broadcast_in_dim(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    return [_broadcast(values[0], before, after, eqn.params["broadcast_dimensions"])]
+    return [broadcast(values[0], before, after, eqn.params["broadcast_dimensions"])]
 
 
 def reshape(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
@@ -226,18 +179,18 @@ def reshape(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
     merged = [olds for olds, _ in groups if len(olds) > 1]
     why = f"reshape from {before} to {after} merges axes of different roles"
-    return [_moved(_demanding(values[0], merged, alike=True, why=why), move)]
+    return [moved(demanding(values[0], merged, alike=True, why=why), move)]
 
 
 def concatenate(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    return walker.consume(eqn, values) if any(map(is_data, values)) else [_union(values)]
+    return walker.consume(eqn, values) if any(map(is_data, values)) else [union(values)]
 
 
 def stack(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     at = eqn.params["axis"]
     if any(map(is_data, values)):
         return walker.consume(eqn, values)
-    return [_moved(_union(values), lambda dims: [*dims[:at], UNIT, *dims[at:]])]
+    return [moved(union(values), lambda dims: [*dims[:at], UNIT, *dims[at:]])]
 
 
 def scale(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
@@ -249,7 +202,7 @@ def scale(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
         other = values[1 - i]
         follows = walker.support(eqn.invars[1 - i])
         why = "a product with an array that follows inputs and outputs at once"
-        followed = _demanding(_broadcast(value, atom.aval.shape, shape), [follows], alike=False, why=why)
+        followed = demanding(broadcast(value, atom.aval.shape, shape), [follows], alike=False, why=why)
         for probe in probes(followed):
             entries = {d for d, axes in enumerate(probe.dims) if any(probe.shape[axis] > 1 for axis in axes)}
             if not probe.plain and (i and eqn.primitive.name == "div"):
@@ -266,7 +219,7 @@ def add(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     if _applied(eqn, values):
         return walker.consume(eqn, values)
     shape = eqn.outvars[0].aval.shape
-    return [_union([_broadcast(v, atom.aval.shape, shape) for atom, v in zip(eqn.invars, values, strict=True)])]
+    return [union([broadcast(v, atom.aval.shape, shape) for atom, v in zip(eqn.invars, values, strict=True)])]
 
 
 def select_n(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
@@ -275,7 +228,7 @@ def select_n(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     if _applied(eqn, values) or any(not probe.plain for probe in probes(which)):
         return walker.consume(eqn, values)
     why = "the condition does not follow the axes of one factor"
-    return [_demanding(_union(cases) or joined(values), [walker.support(eqn.invars[0])], alike=False, why=why)]
+    return [demanding(union(cases) or joined(values), [walker.support(eqn.invars[0])], alike=False, why=why)]
 
 
 def _applied(eqn: Any, values: list[Value]) -> bool:
@@ -302,12 +255,12 @@ def call(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
 def settled_call(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     """A call whose results are plain arrays."""
-    return [_whole(v, flow.LEAVES) for v in call(walker, eqn, values)]
+    return [summed(v, flow.LEAVES) for v in call(walker, eqn, values)]
 
 
 def custom_rule(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     """A function with a derivative rule of its own, which is taken to use all of its operands."""
-    inside = [_whole(v, flow.OWN_RULE) for v in values]
+    inside = [summed(v, flow.OWN_RULE) for v in values]
     return walker.inner(eqn, eqn.params["call_jaxpr"], inside, live=walker.live)
 
 
@@ -320,8 +273,8 @@ def _one_of(walker: Any, eqn: Any, choices: Sequence[Value]) -> Value:
     """What a branch returns: a weight, or one of several; among activations it is consumed."""
     if any(map(is_data, choices)) and any(map(probes, choices)):
         return walker.consume(eqn, list(choices), lambda *_: flow.LEAVES)[0]
-    found = _union(choices)
-    return _whole(found, flow.LEAVES) if found else joined(choices)
+    found = union(choices)
+    return summed(found, flow.LEAVES) if found else joined(choices)
 
 
 def while_loop(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
@@ -340,11 +293,11 @@ def scan(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     carried = values[n_consts : n_consts + n_carry]
     carry = _carry(walker, eqn, values, carried, jaxpr.invars[n_consts:], jaxpr.outvars)
     stacked = values[n_consts + n_carry :]
-    slices = [_moved(v, lambda dims: dims[1:]) for v in stacked]
+    slices = [moved(v, lambda dims: dims[1:]) for v in stacked]
     with walker.repeated(eqn.params["length"]):
         results = walker.inner(eqn, eqn.params["jaxpr"], [*values[:n_consts], *carry, *slices])
     lead = {probe.path: probe.dims[0] for v in stacked for probe in probes(v)}
-    return [*carry, *(_restacked(v, lead) for v in results[n_carry:])]
+    return [*carry, *(restacked(v, lead) for v in results[n_carry:])]
 
 
 def _carry(walker: Any, eqn: Any, values: list[Value], init: list[Value], invars: Any, outvars: Any) -> list[Value]:
@@ -357,79 +310,7 @@ def _carry(walker: Any, eqn: Any, values: list[Value], init: list[Value], invars
     return kept
 
 
-def _axes(probe: Probe, contracted: Sequence[int], batch: Sequence[int]) -> Axes | str:
-    """The weight's axes when these dimensions of the probe are contracted or batch, or why there are none."""
-    inputs = UNIT.union(*(probe.dims[d] for d in contracted))
-    stacked = UNIT.union(*(probe.dims[d] for d in batch))
-    free = [probe.dims[d] for d in range(len(probe.dims)) if d not in (*contracted, *batch)]
-    outputs = UNIT.union(*free)
-    if inputs & outputs or inputs & stacked or outputs & stacked:
-        return "a part of one axis is contracted and another part is kept"
-    if not inputs or not outputs:
-        return "it is contracted whole: a vector, not a matrix" if inputs else "nothing of it is contracted"
-    rest = frozenset(range(len(probe.shape))) - inputs - outputs
-    return Axes(tuple(sorted(rest)), tuple(sorted(inputs)), tuple(sorted(outputs)))
-
-
 def _work(eqn: Any, i: int, contracted: Sequence[int]) -> int:
     """The multiplications of a product: one for each entry of the result and each term that is summed for it."""
     shape = eqn.invars[i].aval.shape
     return math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[d] for d in contracted)
-
-
-def probes(value: Value) -> tuple[Probe, ...]:
-    return () if isinstance(value, str) else value
-
-
-def is_data(value: Value) -> bool:
-    """Whether a value depends on the other arguments."""
-    return value in (DATA, STILL)
-
-
-def joined(values: Sequence[Value]) -> str:
-    """What is made of values none of which is followed any further."""
-    kinds = {v if isinstance(v, str) else PARAM for v in values}
-    return next((kind for kind in (DATA, STILL, PARAM) if kind in kinds), CONST)
-
-
-def _demanding(value: Value, groups: Sequence[Sequence[int]], *, alike: bool, why: str) -> Value:
-    """A weight that stays factored only if the axes in each group of its dimensions go together."""
-    if isinstance(value, str):
-        return value
-
-    def demanding(probe: Probe) -> Probe:
-        held = [UNIT.union(*(probe.dims[d] for d in group)) for group in groups]
-        sized = [frozenset(axis for axis in axes if probe.shape[axis] > 1) for axes in held]
-        new = [Demand(axes, alike, why) for axes in sized if len(axes) > 1]
-        return dataclasses.replace(probe, demands=tuple(dict.fromkeys((*probe.demands, *new))))
-
-    return tuple(map(demanding, value))
-
-
-def _whole(value: Value, why: str) -> Value:
-    """A weight that has been summed, or will be for what is inside."""
-    return value if isinstance(value, str) else tuple(dataclasses.replace(p, whole=p.whole or why) for p in value)
-
-
-def _moved(value: Value, move: Callable[[Sequence[frozenset[int]]], Sequence[frozenset[int]]]) -> Value:
-    if isinstance(value, str):
-        return value
-    return tuple(dataclasses.replace(p, dims=tuple(move(p.dims))) for p in value)
-
-
-def _broadcast(value: Value, before: Sequence[int], after: Sequence[int], place: Sequence[int] | None = None) -> Value:
-    """A weight whose dimensions, by default its last ones, lie at ``place``; one spread from size 1 holds no axis."""
-    place = range(len(after) - len(before), len(after)) if place is None else place
-    olds = {new: old for old, new in enumerate(place) if before[old] == after[new]}
-    return _moved(value, lambda dims: [dims[olds[d]] if d in olds else UNIT for d in range(len(after))])
-
-
-def _restacked(value: Value, lead: dict[Path, frozenset[int]]) -> Value:
-    """What a scan hands on at every step: slices of a stacked weight are that stack again."""
-    if isinstance(value, str):
-        return value
-    return tuple(dataclasses.replace(p, dims=(lead.get(p.path, UNIT), *p.dims)) for p in value)
-
-
-def _union(values: Sequence[Value]) -> Value:
-    return tuple(dict.fromkeys(p for v in values if not isinstance(v, str) for p in v))

@@ -104,14 +104,16 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     _, w_spec, y_spec = p["dimension_numbers"]
     out, groups, rank = w_spec[0], p["feature_group_count"], weight.rank
     kernel_dims = [d for d in range(len(weight.shape)) if d != out]
-    if out in weight.a.dims or any(d in weight.b.dims for d in kernel_dims):
+    first, second = (weight.a, weight.b) if out in weight.b.dims else (weight.b, weight.a)
+    gained = [] if weight.gain is None else [d for d in weight.gain.dims if d != out]
+    if out in first.dims or gained or any(d in second.dims for d in kernel_dims):
         raise Decline("the factors do not split into the kernel's inputs and its output channels")
     (y,) = _compat.bind(eqn, [x, weight.base])
     # The kernel's own layout, with the rank in the place of the output channels, once for each group.
     order = [RANK if d == out else d for d in range(len(weight.shape))]
     shape = [rank if d == RANK else weight.shape[d] for d in order]
     dropped = _adapter_input(weight, x, [("x", i) for i in range(x.ndim)])
-    kernel = weight.a.spread(order, shape).astype(dropped.dtype)
+    kernel = first.spread(order, shape).astype(dropped.dtype)
     kernel = jnp.concatenate([kernel] * groups, axis=out)
     hidden = lax.conv_general_dilated(
         dropped,
@@ -124,7 +126,7 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     split = (*hidden.shape[:channel], groups, rank, *hidden.shape[channel + 1 :])
     names = [("y", i) for i in range(y.ndim)]
     h_names = [*names[:channel], "group", RANK, *names[channel + 1 :]]
-    b = weight.b.spread([RANK, out], (rank, weight.shape[out])).reshape(rank, groups, -1)
+    b = second.spread([RANK, out], (rank, weight.shape[out])).reshape(rank, groups, -1)
     y_names = [*names[:channel], "group", out, *names[channel + 1 :]]
     delta = widen(
         hidden.reshape(split), h_names, b.astype(hidden.dtype), [RANK, "group", out], y_names, p["precision"]

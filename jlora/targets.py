@@ -15,8 +15,6 @@ from jlora._table import table
 from jlora._types import NO_FORM, Axes, Path, PyTree, Target, Use, Uses, WeightUse
 from jlora.config import HEADS, LoraConfig
 
-_WAY_OUT = "to adapt it, attach to the dequantized tree, inside the loss"
-
 
 class Plan(dict[Path, Target]):
     """``{path: Target}`` in the tree's order; prints as a readable table.
@@ -118,7 +116,7 @@ class _Chooser:
             if self.collections and not path.startswith("params/"):
                 return "in another collection than params; name it in targets to adapt it"
             if not _floating(leaf):
-                return f"{leaf.dtype}, {_verb(use)}; {_WAY_OUT}"
+                return f"{leaf.dtype}, {_verb(use)}; {_way_out(leaf)}"
             return None if use.kind == "matmul" else f"{_verb(use)}; name it in targets to adapt it"
         expected = use.kind in ("unread", "stopped") or _odd(leaf, use)
         return _verb(use) if expected and path not in self.state else ""
@@ -129,7 +127,7 @@ class _Chooser:
         if path in self.state:
             self.refused[path] = f"{shape} is no parameter ({self.state[path]})"
         elif not _floating(leaf) or len(leaf.shape) < 2:
-            way_out = f"; {_WAY_OUT}" if len(leaf.shape) > 1 else ""
+            way_out = f"; {_way_out(leaf)}" if len(leaf.shape) > 1 else ""
             self.refused[path] = f"{shape} is no floating matrix{way_out}"
         elif use is None and len(leaf.shape) > 2:
             self.refused[path] = (
@@ -220,6 +218,13 @@ class _Chooser:
 
 def _matches(patterns: Any, path: Path) -> bool:
     return not isinstance(patterns, str) and any(re.search(p, path) for p in patterns)
+
+
+def _way_out(leaf: Any) -> str:
+    """How a weight that is no floating one can be adapted."""
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return "to adapt it, keep its real and imaginary parts as two leaves"
+    return "to adapt it, attach to the dequantized tree, inside the loss"
 
 
 def _floating(leaf: Any) -> bool:

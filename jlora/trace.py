@@ -11,8 +11,8 @@ from jax.extend import core
 
 from jlora import _compat, _paths
 from jlora._gradient import inexact, inside, reached
-from jlora._labels import CONST, DATA, PARAM, STILL, Demand, Found, Probe, Value, joined, probes
 from jlora._primitives import PRIMITIVES
+from jlora._probes import CONST, DATA, PARAM, STILL, Demand, Found, Probe, Value, joined, probes
 from jlora._staging import is_array, stage
 from jlora._types import NO_FORM, Path, PyTree, Use, WeightUse, is_attached
 

@@ -13,7 +13,7 @@ LAYERS = [
     {"_types", "_compat", "_table"},
     {"_paths", "_named"},
     {"_state"},
-    {"config", "_product", "_factored", "_staging", "_gradient", "names", "_tensors", "sharding"},
+    {"config", "_product", "_factored", "_staging", "_gradient", "_probes", "names", "_tensors", "sharding"},
     {"attach", "_constant"},
     {"targets", "merge", "optim"},
     {"init"},

@@ -42,7 +42,7 @@ def lora(fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = Fal
       fn: a function of pytrees. Arrays and keys among its arguments are traced, everything else
         (flags, strings, functions, Python numbers) is static; its result may hold non-arrays too.
       materialize: what to do where a weight meets a primitive that has no factored form, so that it must
-        be summed: ``"warn"`` once per weight and primitive, ``"error"``, or ``"allow"``.
+        be summed: ``"warn"`` once per weight, with every place, ``"error"``, or ``"allow"``.
       inline_custom_rules: whether to look into ``jax.custom_jvp`` and ``jax.custom_vjp`` functions that take an
         adapted weight. By default they keep their rule, and get the weight summed.
 
@@ -84,7 +84,9 @@ def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any) -> A
             return session.materialize(result, "return", getattr(fn, "__qualname__", repr(fn)), why)
         return result
 
-    return staged.rebuild(map(finish, staged.jaxpr.outvars, results))
+    rebuilt = staged.rebuild(map(finish, staged.jaxpr.outvars, results))
+    session.tell()
+    return rebuilt
 
 
 def _check_read(jaxpr: Any, given: dict[Any, Any]) -> None:

@@ -144,9 +144,9 @@ class _Walker:
         demands: tuple[Demand, ...] = ()
         live = self.live or probe.plain  # an integer has no gradient, whatever it is used for
         if isinstance(found, Found):
-            whole, work = probe.whole or found.whole, found.work * self.repeats
-            use = Use(name, found.axes, source, whole, bool(whole), live, work)
-            demands = probe.demands + found.demands
+            whole = "" if probe.plain else probe.whole or found.whole
+            use = Use(name, found.axes, source, whole, bool(whole), live, found.work * self.repeats)
+            demands = () if probe.plain else probe.demands + found.demands
         elif probe.lookup is not None:
             use = probe.lookup._replace(gradient=live)
         else:

@@ -401,7 +401,7 @@ def test_rows_picked_by_constants_are_a_weight_where_a_product_takes_them(name: 
 
 NORMALIZED: dict[str, Callable[[Any], Any]] = {
     "standardized": lambda w: (w - jnp.mean(w, (0, 1, 2))) / jnp.std(w, (0, 1, 2)),
-    "unit norm": lambda w: w / jnp.linalg.norm(w.reshape(-1, w.shape[-1]), axis=0),
+    "unit norm": lambda w: w * lax.rsqrt(jnp.sum(w**2, (0, 1, 2))),
 }
 
 
@@ -419,7 +419,7 @@ def test_a_normalized_weight_is_summed_with_one_warning(name: str) -> None:
         ours = jlora.lora(fn)(jlora.attach(params, adapters), x)
     assert len(told) == 2
     for path, warning in zip("kl", told, strict=True):
-        expect(str(warning.message), f"'{path}' of shape (3, 3, 4, 5)", "primitives:", "test_trace.py")
+        expect(str(warning.message), f"'{path}' of shape (3, 3, 4, 5)", "test_trace.py")
     np.testing.assert_allclose(ours, fn(jlora.merge(params, adapters), x), 1e-4, 1e-4)
 
 

@@ -12,7 +12,8 @@ import jax
 from jax.extend import core
 
 from jlora import _compat, _paths
-from jlora._factored import Factored, factored
+from jlora._constant import constant_gathers
+from jlora._factored import Factored, dense, factored
 from jlora._interpret import Event, Policy, Session
 from jlora._staging import is_array, stage
 from jlora._table import table
@@ -41,7 +42,7 @@ def lora(fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = Fal
       fn: a function of pytrees. Arrays and keys among its arguments are traced, everything else
         (flags, strings, functions, Python numbers) is static; its result may hold non-arrays too.
       materialize: what to do where a weight meets a primitive that has no factored form, so that it must
-        be summed: ``"warn"`` once per weight and primitive, ``"error"``, or ``"allow"``.
+        be summed: ``"warn"`` once per weight, with every place, ``"error"``, or ``"allow"``.
       inline_custom_rules: whether to look into ``jax.custom_jvp`` and ``jax.custom_vjp`` functions that take an
         adapted weight. By default they keep their rule, and get the weight summed.
 
@@ -69,18 +70,23 @@ def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any) -> A
         factored(leaf) if isinstance(leaf, LoraWeight) else plain
         for leaf, plain in zip(staged.given, staged.plain, strict=True)
     ]
+    session.constant = constant_gathers(staged.jaxpr)
     results = session.run(staged.jaxpr, staged.consts, values)
 
     def finish(var: Any, result: Any) -> Any:
         leaf = given.get(var) if isinstance(var, core.Var) else None
         if is_attached(leaf):
             return leaf  # a weight that is handed through comes back as it was given, still attached
+        if isinstance(result, Factored) and result.picked:
+            return dense(result)  # looked-up rows
         if isinstance(result, Factored):
             why = "the function returns it, changed or through a jit or remat, and the caller gets it merged"
             return session.materialize(result, "return", getattr(fn, "__qualname__", repr(fn)), why)
         return result
 
-    return staged.rebuild(map(finish, staged.jaxpr.outvars, results))
+    rebuilt = staged.rebuild(map(finish, staged.jaxpr.outvars, results))
+    session.tell()
+    return rebuilt
 
 
 def _check_read(jaxpr: Any, given: dict[Any, Any]) -> None:

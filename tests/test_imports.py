@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"_types", "_compat", "_table"},
     {"_paths", "_named"},
-    {"config", "_product", "_factored", "_staging", "names", "_tensors", "sharding"},
+    {"config", "_product", "_factored", "_staging", "names", "_tensors", "sharding", "stack", "_serialize"},
     {"attach"},
     {"targets", "merge", "optim"},
     {"init"},

@@ -77,6 +77,12 @@ _NOT_WRAPPED = (
 )
 
 
+_LABELS = (
+    "these are labels of jlora.labels, and they met a function at {path!r}. A module with a __call__ whose leaves are "
+    "labels is a function too, and optax calls it: give optax.partition the function `jlora.labels` itself."
+)
+
+
 class _Attached:
     """What attached leaves share: they show the base's shape and dtype, and refuse to be arrays."""
 
@@ -100,7 +106,8 @@ class _Attached:
         return self.base.dtype
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(_NOT_WRAPPED.format(path=self.path))
+        text = _LABELS if isinstance(self.base, str) else _NOT_WRAPPED
+        raise TypeError(text.format(path=self.path))
 
     __jax_array__ = __array__ = __getitem__ = __len__ = __iter__ = __neg__ = astype = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jlora._paths import bullets
+from jlora._paths import bullets, check_kinds
 from jlora._tensors import TensorError, read_json, write_json
 from jlora._types import Adapters, Array, Axes, LoraFactors
 from jlora._types import Path as LeafPath
@@ -130,6 +130,7 @@ def _check_savable(folder: Path, adapters: Adapters) -> None:
         raise ValueError(
             "save: there are no adapters, got {}; expected those of jlora.init. Choose targets that match a weight."
         )
+    check_kinds(adapters, "save")
     empty = [
         f"{path!r} of shape {tuple(leaf.shape)}"
         for path, value in adapters.items()

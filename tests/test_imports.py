@@ -14,7 +14,7 @@ LAYERS = [
     {"_paths", "_named"},
     {"_state"},
     {"config", "_product", "_factored", "_staging", "_gradient", "_probes", "names", "_tensors", "sharding"},
-    {"attach", "_constant"},
+    {"attach", "_constant", "stack", "_serialize"},
     {"targets", "merge", "optim"},
     {"init"},
     {"_rules"},

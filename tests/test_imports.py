@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"_types", "_compat", "_table"},
     {"_paths", "_named"},
-    {"config", "_product", "_factored", "_staging", "names", "_tensors", "sharding"},
-    {"attach"},
+    {"config", "_fields", "_product", "_factored", "_staging", "names", "_tensors", "sharding"},
+    {"attach", "_sums"},
     {"targets", "merge", "optim"},
     {"init"},
     {"_rules"},

@@ -39,8 +39,9 @@ def build(
 
     The arguments are those of `load`. Its parameters' shapes are `abstract`'s; ``model.init`` draws new ones.
     """
-    hf = config if isinstance(config, Mapping) else read_json(fetch(config, revision, FILES[:1]) / "config.json")
-    return network_of(*family_of(hf, task, labels), dtype, param_dtype, remat)
+    if isinstance(config, Mapping):
+        return network_of(*family_of(config, task, labels), dtype, param_dtype, remat)
+    return network_of(*described(fetch(config, revision, FILES[:1]), task, labels), dtype, param_dtype, remat)
 
 
 def names(model: nn.Module, *, modules: bool = False) -> Names:
@@ -125,6 +126,15 @@ def family_and_task(model: nn.Module) -> tuple[Family, Task]:
     return family, next(task for task, network in family.networks.items() if type(model) is network)
 
 
+def described(folder: Path, task: Task | None, labels: int | Sequence[str] | None) -> tuple[Family, ModelConfig, Task]:
+    """What a checkpoint's config.json describes; raises as `family_of`, naming the file."""
+    file = folder / "config.json"
+    try:
+        return family_of(read_json(file), task, labels)
+    except ModelError as error:
+        raise ModelError(f"{file}: {error}") from error
+
+
 def family_of(
     hf: Mapping[str, Any], task: Task | None, labels: int | Sequence[str] | None
 ) -> tuple[Family, ModelConfig, Task]:
@@ -156,12 +166,13 @@ def family_of(
             "label2id": {w: i for i, w in enumerate(words)},
         }
         hf = {**{n: v for n, v in hf.items() if n != "num_labels"}, **ids}
+    config = family.config(hf)
     task = task or task_of(hf)
     if task not in family.networks:
         raise ModelError(
             f"{kind} has no network for the task {task!r}; expected one of {', '.join(family.networks)}: pass task=..."
         )
-    return family, family.config(hf), task
+    return family, config, task
 
 
 def network_of(

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jlora._fields import FLOAT32, shown
 from jlora._paths import bullets
 from jlora._tensors import read_json
 from jlora.config import HEADS
@@ -149,7 +150,7 @@ class _Field(NamedTuple):
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -FLOAT32 <= value <= FLOAT32
 
 
 def _is_names(value: Any) -> bool:
@@ -171,6 +172,9 @@ def _is_regex(value: Any) -> bool:
         return False
     return isinstance(value, str)
 
+
+_NEVER_NULL = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")
+"""Keys for which PEFT itself has no other meaning than that of their values."""
 
 _NAMES_OR_REGEX = _Field("a list of names or a regular expression", lambda v: _is_names(v) or _is_regex(v))
 _FLAG = _Field("true or false", lambda v: type(v) is bool)
@@ -216,10 +220,11 @@ def read_config(file: Path) -> PeftConfig:
         )
     for name, value in given.items():
         if name in _FIELDS:
-            if value is None or (value in ("", [], {}) and name != "target_modules"):
+            nothing = value is None or (value in ("", [], {}) and name != "target_modules")
+            if nothing and name not in _NEVER_NULL:
                 continue
             if not _FIELDS[name].fits(value):
-                wrong.append(f"{name} = {value!r:.200}; expected {_FIELDS[name].expected}")
+                wrong.append(f"{name} = {shown(value)}; expected {_FIELDS[name].expected}")
             values[name] = value
         elif value and name not in _INERT:
             lacking.append(f"{name} = {value!r:.200}")

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._paths import bullets, named_leaves, nearest
-from jlora._tensors import Tensor, open_checkpoint, read_json, write_checkpoint, write_json
+from jlora._tensors import Tensor, open_checkpoint, write_checkpoint, write_json
 from jlora._types import Array, PyTree
 from jlora._types import Path as LeafPath
 from jlora.models._family import Family, ModelConfig, ModelError, Task
 from jlora.models._layers import Remat
-from jlora.models._network import abstract, class_of, draw, family_and_task, family_of, fetch, names, network_of
+from jlora.models._network import abstract, class_of, described, draw, family_and_task, fetch, names, network_of
 from jlora.models._reading import are_equal, read_leaf
 from jlora.names import Name, Names, to_torch, torch_shape
 
@@ -74,12 +74,11 @@ def load(
       TensorError: if a file is damaged, pickled or names files elsewhere, or a tensor holds NaN or infinity.
     """
     folder = fetch(path, revision)
-    hf = read_json(folder / "config.json")
-    family, config, task = family_of(hf, task, labels, untie=untie)
+    family, config, task = described(folder, task, labels, untie=untie)
     model = network_of(family, config, task, dtype, param_dtype or jnp.float32, remat)
     shapes, treedef = named_leaves(abstract(model))
     names = family.names(config, task)
-    stored = family.names(family_of(hf, task, labels)[1], task) if untie else names
+    stored = family.names(described(folder, task, labels)[1], task) if untie else names
     ties = {head: name.files[0] for name in stored.values() for head in name.tied}
     tensors = open_checkpoint(folder)
     found = _resolve(tensors, names, shapes, family, ties, may_start=key is not None, where=str(folder))

@@ -40,8 +40,10 @@ def build(
 
     The arguments are those of `load`. Its parameters' shapes are `abstract`'s; ``model.init`` draws new ones.
     """
-    hf = config if isinstance(config, Mapping) else read_json(fetch(config, revision, FILES[:1]) / "config.json")
-    return network_of(*family_of(hf, task, labels, untie=untie), dtype, param_dtype, remat)
+    if isinstance(config, Mapping):
+        return network_of(*family_of(config, task, labels, untie=untie), dtype, param_dtype, remat)
+    folder = fetch(config, revision, FILES[:1])
+    return network_of(*described(folder, task, labels, untie=untie), dtype, param_dtype, remat)
 
 
 def names(model: nn.Module) -> Names:
@@ -117,6 +119,17 @@ def family_and_task(model: nn.Module) -> tuple[Family, Task]:
     return family, next(task for task, network in family.networks.items() if type(model) is network)
 
 
+def described(
+    folder: Path, task: Task | None, labels: int | Sequence[str] | None, *, untie: bool = False
+) -> tuple[Family, ModelConfig, Task]:
+    """What a checkpoint's config.json describes; raises as `family_of`, naming the file."""
+    file = folder / "config.json"
+    try:
+        return family_of(read_json(file), task, labels, untie=untie)
+    except ModelError as error:
+        raise ModelError(f"{file}: {error}") from error
+
+
 def family_of(
     hf: Mapping[str, Any], task: Task | None, labels: int | Sequence[str] | None, *, untie: bool = False
 ) -> tuple[Family, ModelConfig, Task]:
@@ -148,6 +161,7 @@ def family_of(
             "label2id": {w: i for i, w in enumerate(words)},
         }
         hf = {**{n: v for n, v in hf.items() if n != "num_labels"}, **ids}
+    config = family.config({**hf, "tie_word_embeddings": False} if untie else hf)
     task = task or task_of(hf)
     if task not in family.networks:
         raise ModelError(
@@ -155,7 +169,7 @@ def family_of(
         )
     if untie and task != "causal-lm":
         raise ModelError(f"untie: a network for {task!r} has no output projection that could be tied; leave it out")
-    return family, family.config({**hf, "tie_word_embeddings": False} if untie else hf), task
+    return family, config, task
 
 
 def network_of(

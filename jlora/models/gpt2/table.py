@@ -8,7 +8,6 @@ from typing import Any
 from jax.sharding import PartitionSpec as P
 
 from jlora.models._family import Family, Task, read_config
-from jlora.models._layers import check_config
 from jlora.models.gpt2.modeling import GPT2, GPT2Config, GPT2ForCausalLM, GPT2ForSequenceClassification
 from jlora.names import Name, conv1d, embedding, linear, norm
 from jlora.sharding import Rules
@@ -43,16 +42,15 @@ def names(config: GPT2Config, task: Task) -> dict[str, Name]:
 
 
 def _read(hf: Mapping[str, Any]) -> GPT2Config:
-    config = read_config(
+    return read_config(
         GPT2Config,
         hf,
         ignored=frozenset(
             """n_ctx n_special predict_special_tokens reorder_and_upcast_attn summary_activation
             summary_first_dropout summary_proj_to_labels summary_type summary_use_proj""".split()
         ),
+        divides=[("n_head", "n_embd")],
     )
-    check_config(config, width="n_embd", heads="n_head", activations=("activation_function",))
-    return config
 
 
 GPT2_FAMILY = Family(

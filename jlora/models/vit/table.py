@@ -7,8 +7,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
-from jlora.models._family import Family, Task, read_config
-from jlora.models._layers import check_config
+from jlora.models._family import Family, ModelError, Task, read_config
 from jlora.models.vit.modeling import ViT, ViTConfig, ViTForImageClassification
 from jlora.names import Name, array, conv2d, linear, norm, stored_as
 from jlora.sharding import Rules
@@ -64,16 +63,17 @@ def names(config: ViTConfig, task: Task) -> dict[str, Name]:
 
 
 def _read(hf: Mapping[str, Any]) -> ViTConfig:
-    config = read_config(ViTConfig, hf, ignored=frozenset({"encoder_stride", "tie_word_embeddings"}))
-    wrong = [
-        f"{name} = {size!r}; expected one number of pixels, images and patches are square"
-        for name in ("image_size", "patch_size")
-        if not isinstance(size := getattr(config, name), int)
-    ]
-    if not wrong and config.image_size < config.patch_size:
-        wrong.append(f"patch_size = {config.patch_size}; expected at most image_size = {config.image_size}")
-    activations = ("hidden_act", "pooler_act")
-    check_config(config, width="hidden_size", heads="num_attention_heads", activations=activations, wrong=wrong)
+    for name in ("image_size", "patch_size"):
+        if isinstance(hf.get(name), list):
+            raise ModelError(f"{name} = {hf[name]}; expected one number of pixels, images and patches are square")
+    config = read_config(
+        ViTConfig,
+        hf,
+        ignored=frozenset({"encoder_stride", "tie_word_embeddings"}),
+        divides=[("num_attention_heads", "hidden_size")],
+    )
+    if config.image_size < config.patch_size:
+        raise ModelError(f"patch_size = {config.patch_size}; expected at most image_size = {config.image_size}")
     return config
 
 

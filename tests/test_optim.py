@@ -100,7 +100,7 @@ WITH_EXTRAS: dict[str, tuple[Any, Any]] = {
         value_and_functions,
     ),
     "sam": (
-        optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05), opaque_mode=True),
+        optax.contrib.sam(optax.sgd(0.01), optax.sgd(0.01), opaque_mode=True),
         lambda fn, value, grad: {"grad_fn": lambda params, _: jax.grad(fn)(params)},
     ),
     "polyak": (optax.polyak_sgd(), lambda fn, value, grad: {"value": value}),

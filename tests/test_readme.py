@@ -50,6 +50,22 @@ def test_its_claims_hold(ran: tuple[dict[str, Any], str]) -> None:
     assert any("fsdp" in place.spec for place in jax.tree.leaves(n["own"]))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_its_optimizer_is_for_adapters_and_attached_trees(ran: tuple[dict[str, Any], str], dora: bool) -> None:
+    """LoRA+ as the README has it: B moves 16 times as far as A, what is frozen not at all."""
+    n, _ = ran
+    jlora, params = n["jlora"], n["params"]
+    config = jlora.LoraConfig(rank=2, targets=("Dense_0/kernel",), train_also=("head",), use_dora=dora)
+    adapters = jlora.init(jax.random.key(0), params, config, n["uses"])
+    for tree in (adapters, jlora.attach(params, adapters)):
+        names = jlora.labels(tree)
+        updates, _ = n["lora_plus"].update(jax.tree.map(np.ones_like, tree), n["lora_plus"].init(tree), tree)
+        far = {"frozen": 0.0, "B": 16e-3}
+        for update, name in zip(*map(jax.tree.leaves, (updates, names)), strict=True):
+            np.testing.assert_allclose(update, -far.get(name, 1e-3), rtol=1e-5)
+        assert {"A", "B", "full"} | ({"magnitude"} if dora else set()) <= set(jax.tree.leaves(names))
+
+
 def test_there_are_exactly_two_set_up_commands() -> None:
     first = next(body for language, body in BLOCKS if language == "bash").strip().splitlines()
     commands = [line.split("#")[0].strip() for line in first]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"_types", "_compat", "_table"},
+    {"_types", "_compat", "_table", "_fields"},
     {"_paths", "_named"},
-    {"config", "_fields", "_product", "_factored", "_staging", "names", "_tensors", "sharding"},
+    {"config", "_product", "_factored", "_staging", "names", "_tensors", "sharding"},
     {"attach", "_sums"},
     {"targets", "merge", "optim"},
     {"init"},

@@ -80,7 +80,7 @@ def bad_pattern(pattern: Any) -> str | None:
     """What an error says of a pattern that is no regular expression; None for one that is."""
     try:
         re.compile(pattern)
-    except (re.error, TypeError) as error:
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
         return f"{pattern!r} is no regular expression ({error})"
     return None
 

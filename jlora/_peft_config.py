@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -166,11 +167,12 @@ def _is_table(value: Any, fits: Any) -> bool:
 
 
 def _is_regex(value: Any) -> bool:
-    try:
-        re.compile(f"({value})")
-    except re.error:
-        return False
-    return isinstance(value, str)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of a set in a set, which re would print
+        try:
+            return isinstance(value, str) and bool(re.compile(f"({value})"))
+        except (re.error, FutureWarning, OverflowError, RecursionError):
+            return False
 
 
 _NEVER_NULL = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")

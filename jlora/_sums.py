@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from jlora._paths import bullets
@@ -18,14 +18,18 @@ SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](?:\./)?(.+)")
 
 
-def write_sums(folder: Path, files: Iterable[Path] | None = None) -> None:
-    """Keep the sums of ``files``, which lie in ``folder``; by default of all."""
-    if files is None:
-        files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / SUMS)
-    lines = [f"{_sum(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
+def write_sums(folder: Path, files: Mapping[str, Path] | None = None) -> None:
+    """Keep the sums of ``files``, by the names under which they lie in ``folder``; by default of all that lie there."""
+    files = {name: file for name, file in files_in(folder).items() if name != SUMS} if files is None else files
+    lines = [f"{_sum(file)}  {name}\n" for name, file in files.items()]
     draft = folder / f"{SUMS}.draft"
     draft.write_text("".join(lines), encoding="utf-8")
     os.replace(draft, folder / SUMS)
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """All files below a folder, by their names in it."""
+    return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def check_sums(folder: Path) -> None:

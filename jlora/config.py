@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import re
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._fields import FLOAT32, shown
 from jlora._paths import bad_pattern, bullets, nearest
 
 HEADS = (r"(^|/)(lm_head|classifier|score|head)(/|$)",)
@@ -75,28 +77,33 @@ class LoraConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rules", tuple(self.rules))
         _plain_numbers(self)
         wrong = [*_out_of_range("", self)]
-        for i, rule in enumerate(self.rules):
-            wrong += _out_of_range(f"rules[{i}].", rule)
-            wrong += [f"rules[{i}].pattern: {problem}" for p in [rule.pattern] if (problem := bad_pattern(p))]
-        if isinstance(self.targets, str) and self.targets != "all-linear":
-            wrong.append(f"targets={self.targets!r}; expected 'all-linear' or a tuple of patterns: ({self.targets!r},)")
         for name in ("targets", "exclude", "train_also"):
             value = getattr(self, name)
-            if isinstance(value, str) and name != "targets":
-                wrong.append(f"{name}={value!r}; expected a tuple of patterns: ({value!r},)")
-            elif not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
-                wrong += [f"{name}: {problem}" for p in value if (problem := bad_pattern(p))]
+            if name == "targets" and value == "all-linear":
+                continue
+            if not isinstance(value, tuple | list):
+                instead = f": ({value!r},)" if isinstance(value, str) else ""
+                either = "'all-linear' or " if name == "targets" else ""
+                wrong.append(f"{name}={shown(value)}; expected {either}a tuple of patterns{instead}")
+                continue
+            object.__setattr__(self, name, tuple(value))
+            wrong += [f"{name}: {problem}" for p in value if (problem := bad_pattern(p))]
+        if isinstance(self.rules, tuple | list) and all(isinstance(rule, Rule) for rule in self.rules):
+            object.__setattr__(self, "rules", tuple(self.rules))
+            for i, rule in enumerate(self.rules):
+                wrong += _out_of_range(f"rules[{i}].", rule)
+                wrong += [f"rules[{i}].pattern: {problem}" for p in [rule.pattern] if (problem := bad_pattern(p))]
+        else:
+            wrong.append(f"rules={shown(self.rules)}; expected a tuple of Rules")
         try:
-            floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
-            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
-        except TypeError:
+            floating = self.dtype is not None and jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name if floating else self.dtype)
+        except (TypeError, ValueError):
             floating = False
         if not floating:
-            wrong.append(f"dtype={self.dtype!r}; expected the name of a float dtype, such as 'float32'")
+            wrong.append(f"dtype={shown(self.dtype)}; expected the name of a float dtype, such as 'float32'")
         if wrong:
             raise ValueError(f"LoraConfig: {len(wrong)} field(s) are out of range:{bullets(wrong)}")
 
@@ -129,14 +136,20 @@ class LoraConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LoraConfig:
         """A config from plain data, as in a JSON file; raises as `from_json`."""
+        if not isinstance(fields, dict):
+            raise ValueError(f"LoraConfig: got {shown(fields)}; expected an object of its fields")
+        rules = fields.get("rules", ())
+        if not isinstance(rules, tuple | list) or not all(isinstance(rule, dict) for rule in rules):
+            raise ValueError(f"LoraConfig: rules = {shown(rules)}; expected a list of objects")
         unknown = _unknown("", fields, cls)
-        for i, rule in enumerate(fields.get("rules", ())):
+        for i, rule in enumerate(rules):
             unknown += _unknown(f"rules[{i}].", rule, Rule)
+            unknown += [] if "pattern" in rule else [f"rules[{i}].pattern is missing"]
         if unknown:
             known = ", ".join(f.name for f in dataclasses.fields(cls))
-            raise ValueError(f"LoraConfig: unknown field(s):{bullets(unknown)}\nExpected among: {known}.")
+            raise ValueError(f"LoraConfig: unknown or missing field(s):{bullets(unknown)}\nExpected among: {known}.")
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        given["rules"] = tuple(Rule(**r) for r in fields.get("rules", ()))
+        given["rules"] = tuple(Rule(**r) for r in rules)
         return cls(**given)
 
 
@@ -151,21 +164,21 @@ def _plain_numbers(config: LoraConfig | Rule) -> None:
 def _out_of_range(prefix: str, config: LoraConfig | Rule) -> list[str]:
     expected = {
         "rank": (lambda x: type(x) is int and x > 0, "an integer above 0"),
-        "alpha": (lambda x: _number(x) and 0 < x < math.inf, "a number above 0"),
-        "dropout": (lambda x: _number(x) and 0 <= x < 1, "a rate in [0, 1)"),
+        "alpha": (lambda x: _is_number(x) and x > 0, "a number above 0"),
+        "dropout": (lambda x: _is_number(x) and 0 <= x < 1, "a rate in [0, 1)"),
         "use_rslora": (lambda x: type(x) is bool, "True or False"),
         "use_dora": (lambda x: type(x) is bool, "True or False"),
     }
     given = {name: getattr(config, name) for name in expected}
     return [
-        f"{prefix}{name}={value!r}; expected {expected[name][1]}"
+        f"{prefix}{name}={shown(value)}; expected {expected[name][1]}"
         for name, value in given.items()
         if not (expected[name][0](value) or (value is None and isinstance(config, Rule)))
     ]
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -FLOAT32 <= value <= FLOAT32
 
 
 def _unknown(prefix: str, fields: dict[str, Any], cls: type) -> list[str]:

@@ -10,21 +10,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"_types", "_compat", "_table"},
+    {"_types", "_compat", "_table", "_fields"},
     {"_paths", "_named"},
     {"_state"},
-    {
-        "config",
-        "_fields",
-        "_product",
-        "_factored",
-        "_mutation",
-        "_gradient",
-        "_probes",
-        "names",
-        "_tensors",
-        "sharding",
-    },
+    {"config", "_product", "_factored", "_mutation", "_gradient", "_probes", "names", "_tensors", "sharding"},
     {"attach", "_staging", "_constant", "stack", "_serialize", "_sums"},
     {"targets", "merge", "optim"},
     {"init"},

@@ -127,7 +127,9 @@ def load_config(path: Path) -> TrainConfig:
         known = ", ".join(sorted(str(file.relative_to(ROOT)) for file in (ROOT / "configs").glob("*.py")))
         raise ConfigError(f"no config file at {path}; there are: {known}")
     try:
-        config = runpy.run_path(str(path)).get("config")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SyntaxWarning)  # a mistake in the file, which Python would only print
+            config = runpy.run_path(str(path)).get("config")
     except Exception as error:
         raise ConfigError(_describe(path, error)) from error
     if not isinstance(config, TrainConfig):

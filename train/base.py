@@ -19,8 +19,10 @@ from typing import Any
 import jax
 
 import jlora
+from jlora._sums import check_sums, write_sums
+from jlora.models import TensorError
 from train import store
-from train.config import ImageClassification, TrainConfig
+from train.config import ConfigError, ImageClassification, TrainConfig
 from train.evaluate import Measure
 from train.job import Job
 from train.keys import random_key
@@ -100,7 +102,15 @@ def base(job: Job, measure: Measure, log: Callable[[Record], None], stop: Stop) 
 
 
 def load_params(path: Path, network: Network, shardings: Any = None) -> Any:
-    """The parameters of a cached base, at these places."""
+    """The parameters of a cached base, at these places.
+
+    Raises:
+      ConfigError: if a file of it is damaged.
+    """
+    try:
+        check_sums(path)
+    except TensorError as error:
+        raise ConfigError(f"{error}\nOr remove {path}: a run of this configuration trains the base again.") from error
     return store.load_tree(path / "params", jax.eval_shape(network.init, jax.random.key(0)), shardings)
 
 
@@ -145,6 +155,7 @@ def publish(path: Path, params: Any, records: list[Record], made_of: dict[str, A
         store.save_tree(draft / "params", params)
         store.write_json(draft / "records.json", records)
         store.write_json(draft / "identity.json", made_of)
+        write_sums(draft)
         draft.rename(path)
     except OSError:
         # Another run trained the same base meanwhile; its entry is as good as this one.

@@ -7,8 +7,10 @@
       position/     JSON: step, sums of metrics, best figure; the same on any number of devices
       factors/      JSON: scale, axes and rate of each adapter
       config/       JSON: the run's configuration
+      SHA256SUMS    of all files of these
 
-orbax writes them beside the training, in the background; one that was not finished does not count.
+orbax writes them beside the training, in the background; one that was not finished does not count, and one of which a
+bit changed since is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jlora.checkpoint import differences, record_of
+from jlora._sums import check_sums, files_in, write_sums
+from jlora.checkpoint import differences, one_line, record_of
+from jlora.models import TensorError
 from train.config import SaveConfig
 from train.parallel import Layout
 from train.progress import Position
@@ -51,12 +55,15 @@ class Checkpoints:
                 folder.resolve(),
                 item_names=ITEMS,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=self._policy, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                    preservation_policy=self._policy,
+                    cleanup_tmp_directories=True,
+                    enable_async_checkpointing=True,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
                 ),
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # orbax and tensorstore have no common class for what a disk may do
             raise CheckpointError(
-                f"{folder}: no checkpoints can be kept here ({_reason(error)}); expected a directory that is writable"
+                f"{folder}: no checkpoints can be kept here ({one_line(error)}); expected a directory that is writable"
             ) from error
 
     def steps(self) -> list[int]:
@@ -149,26 +156,33 @@ class Checkpoints:
         with contextlib.suppress(Exception):
             self._manager.close()
 
+    def _seal(self) -> None:
+        """Keep the sums of a checkpoint's files; orbax calls this, in the first process, before it calls it whole."""
+        for draft in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            # What lies beside the items is orbax's, which writes it once more.
+            write_sums(draft, {name: file for name, file in files_in(draft).items() if "/" in name})
+
     def _writing(self, write: Callable[[], Any]) -> None:
         try:
             write()
-        except Exception as error:  # orbax and tensorstore have no common class for what a disk may do
+        except Exception as error:  # as above
             raise CheckpointError(
-                f"{self.folder}: a checkpoint could not be written ({_reason(error)}). {_usable(self._whole())} Make "
+                f"{self.folder}: a checkpoint could not be written ({one_line(error)}). {_usable(self._whole())} Make "
                 "room or give the right to write, and run the same command again: it goes on from the newest"
             ) from error
 
     def _guarded(self, step: int, read: Callable[[], Any]) -> Any:
         try:
+            check_sums(self.folder / str(step))  # before orbax, which prints beside what it raises
             return read()
-        except Exception as error:  # whatever a damaged file makes orbax and tensorstore raise
+        except Exception as error:  # as above
+            told = f"{error}\n"  # by `check_sums`
+            if not isinstance(error, TensorError):
+                told = f"{self.folder / str(step)}: the checkpoint cannot be read ({one_line(error)}). "
             others = [one for one in self.steps() if one != step]
             older = [one for one in others if one < step]
             advice = f"pass --resume {max(older)} to go on from there" if older else "pass another --run-dir"
-            raise CheckpointError(
-                f"{self.folder / str(step)}: the checkpoint cannot be read ({_reason(error)}). {_usable(others)} "
-                f"Nothing was changed; {advice}"
-            ) from error
+            raise CheckpointError(f"{told}{_usable(others)} Nothing was changed; {advice}") from error
 
     def _whole(self) -> Sequence[int]:
         try:
@@ -196,12 +210,6 @@ def _target(x: Any) -> Any:
 
 def _key_data(key: jax.Array) -> dict[str, np.ndarray]:
     return {"key": np.asarray(jax.random.key_data(key))}
-
-
-def _reason(error: BaseException) -> str:
-    """An error in one line."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]:.300}" if lines else type(error).__name__
 
 
 def _usable(steps: Sequence[int]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jlora import LoraConfig
+from jlora._fields import expected, fits, shown
 from jlora._paths import bad_pattern
 from train.config import (
     CausalLM,
@@ -39,7 +39,9 @@ def validate(config: TrainConfig) -> None:
     Raises:
       ConfigError: with a line for each problem: the field, what was got, what was expected, and what to pass instead.
     """
-    refuse([*_walk(config, ""), *_across(config)])
+    parts = get_type_hints(TrainConfig)
+    whole = all(fits(getattr(config, name), hint) for name, hint in parts.items())  # else there is nothing to compare
+    refuse([*_walk(config, ""), *(_across(config) if whole else ())])
 
 
 def validate_for(config: TrainConfig, examples: int) -> None:
@@ -88,7 +90,7 @@ def _whole(least: int, example: int) -> _Expectation:
 
 def _number(words: str, test: Callable[[float], bool], example: str) -> _Expectation:
     def holds(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and test(value)
+        return fits(value, float) and test(value)
 
     return _Expectation(holds, words, example)
 
@@ -105,7 +107,10 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_dir(value: Any) -> bool:
-    return value is None or isinstance(value, Path) and (not value.exists() or value.is_dir())
+    try:
+        return value is None or isinstance(value, Path) and (not value.exists() or value.is_dir())
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _is_address(value: Any) -> bool:
@@ -138,7 +143,7 @@ _EXPECTATIONS: Mapping[type, Mapping[str, _Expectation]] = {
         ),
         "log_every": _whole(1, 10).or_none(),
         "log": _Expectation(
-            lambda x: isinstance(x, tuple | list) and set(x) <= set(get_args(Writer)),
+            lambda x: isinstance(x, tuple | list) and all(one in get_args(Writer) for one in x),
             "tensorboard, wandb",
             "tensorboard",
         ),
@@ -198,7 +203,7 @@ _EXPECTATIONS: Mapping[type, Mapping[str, _Expectation]] = {
         "labels": _LABELS,
         "side": _whole(1, 28).or_none(),
         "brightest": _RATE,
-        "domains": _Expectation(lambda x: isinstance(x, dict), "a dict of Domains by their names", "{}"),
+        "domains": _Expectation(lambda x: fits(x, dict[str, Domain]), "a dict of Domains by their names", "{}"),
     },
     Pretrained: {"path": _Expectation(lambda x: isinstance(x, str) and bool(x), "a folder or a model's id", "gpt2")},
     PatchTransformer: {
@@ -221,7 +226,7 @@ def _walk(part: Any, prefix: str) -> Iterator[str]:
         kinds = [kind for kind in _options(hint) if dataclasses.is_dataclass(kind)]
         if expectation := expectations.get(field.name):
             if not expectation.holds(value):
-                got = str(value) if isinstance(value, Path) else repr(value)
+                got = str(value) if isinstance(value, Path) else shown(value)
                 yield f"{path}: got {got}, expected {expectation.words}; pass {flag(path)} {expectation.example}"
         elif get_origin(hint) is Literal and value not in get_args(hint):
             options = get_args(hint)
@@ -230,6 +235,11 @@ def _walk(part: Any, prefix: str) -> Iterator[str]:
         elif kinds and not isinstance(value, _options(hint)):
             names = [getattr(kind, "__name__", "") for kind in kinds]
             yield f"{path}: got {value!r}, expected a {' or '.join(names)}; write {path} = {names[0]}(...)"
+        elif not kinds and get_origin(hint) is not dict and not fits(value, hint):
+            yield f"{path}: got {shown(value)}, expected {expected(hint)}; pass {flag(path)}"
+        if isinstance(value, dict):
+            for name, one in value.items():
+                yield from _walk(one, f"{path}.{name}.") if dataclasses.is_dataclass(one) else ()
         if dataclasses.is_dataclass(value) and not isinstance(value, LoraConfig):
             yield from _walk(value, f"{path}.")
 
@@ -296,7 +306,7 @@ def _across_computing(compute: ComputeConfig, processes: ProcessesConfig) -> Ite
     if missing := [name for name, value in given.items() if value is None]:
         if len(missing) < len(given):
             yield f"processes: got no {' and no '.join(missing)}; expected coordinator, count and index, or none"
-    elif processes.index is not None and processes.count is not None and processes.index >= processes.count:
+    elif fits(processes.index, int) and fits(processes.count, int) and processes.index >= processes.count:
         yield f"processes.index: got {processes.index}, expected less than processes.count = {processes.count}"
 
 

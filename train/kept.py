@@ -43,7 +43,7 @@ class Kept:
         def begin() -> None:
             checkpoints.delete_after(position.step)
             if self._resumed:
-                self.records.cut(position.metrics_bytes)
+                self.records.cut(position.metrics_bytes, position.metrics_digest)
 
         self.saving = Saving(
             checkpoints,

@@ -76,7 +76,7 @@ class Saving:
       position: where it goes on; at the start for a new one.
       identity: the run's configuration as JSON, kept with each checkpoint.
       begin: called when the position is restored: what was kept of later steps is given up.
-      sync: puts the records on disk, and returns their size.
+      sync: puts the records on disk, and returns their size and digest.
       keep_best: whether the best adapters are wanted in the end.
       again: the command that goes on, for a message.
     """
@@ -86,7 +86,7 @@ class Saving:
     position: Position
     identity: Mapping[str, Any]
     begin: Callable[[], None]
-    sync: Callable[[], int]
+    sync: Callable[[], tuple[int, str]]
     keep_best: bool
     again: str
 
@@ -286,7 +286,7 @@ class _Loop:
         if self.saving is None or self.saved_step == self.position.step:
             return
         self.fetch(0)
-        self.position.metrics_bytes = self.saving.sync()
+        self.position.metrics_bytes, self.position.metrics_digest = self.saving.sync()
         self.saving.checkpoints.save(self.layout, self.state, self.position, self.key, self.saving.identity)
         self.saved_step, self.saved_at = self.position.step, time.perf_counter()
 

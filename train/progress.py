@@ -116,7 +116,7 @@ class Position:
       line, epoch: since the last line of metrics, and since the epoch began.
       best, best_step: the best measured figure, larger is better, and where; None before the first measurement.
       stale: measurements since then.
-      metrics_bytes: the size of metrics.jsonl.
+      metrics_bytes, metrics_digest: the size of metrics.jsonl, and the SHA-256 of what it held.
       unmeasured: whether this step's measurement was due and is not done.
     """
 
@@ -128,6 +128,7 @@ class Position:
     best_step: int | None = None
     stale: int = 0
     metrics_bytes: int = 0
+    metrics_digest: str = ""
     unmeasured: bool = False
 
     def measured(self, figure: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -19,16 +20,24 @@ class Records:
     def __init__(self, file: Path, beside: Callable[[Record], None] = lambda _: None):
         self.file, self._beside = file, beside
 
-    def cut(self, size: int) -> None:
-        """Go on after the first ``size`` bytes of the file, or the lines that are left of these, and drop the rest."""
+    def cut(self, size: int, digest: str = "") -> None:
+        """Go on after the first ``size`` bytes of the file, and drop the rest.
+
+        Where these are not what `sync` told of them, it is said, and the records that can be read are kept.
+        """
         if not processes.is_first():
             return
-        there = self.file.stat().st_size if self.file.exists() else 0
-        if there < size:
-            print(f"{self.file} has {there:,} bytes, the checkpoint knows of {size:,}: the records between are lost")
-            size = self.file.read_bytes().rfind(b"\n") + 1 if there else 0
-        with self.file.open("ab") as stream:
-            stream.truncate(size)
+        there = self.file.read_bytes() if self.file.is_file() else b""
+        kept = there[:size]
+        if size and _digest(kept) != digest:
+            kept = b"".join(line for line in kept.splitlines(keepends=True) if _is_record(line))
+            print(
+                f"{self.file} is not as the checkpoint left it: of {size:,} bytes, {len(kept):,} of whole records are "
+                "kept, and the others are lost"
+            )
+        draft = self.file.with_name(self.file.name + ".draft")
+        draft.write_bytes(kept)
+        os.replace(draft, self.file)
 
     def write(self, record: Record) -> None:
         """Append a record, which survives this process from now on."""
@@ -44,14 +53,26 @@ class Records:
             ) from error
         self._beside(record)
 
-    def sync(self) -> int:
-        """The size of the file in bytes, of which all is on disk, so that it survives the machine too."""
+    def sync(self) -> tuple[int, str]:
+        """The size of the file in bytes and their digest; all is on disk, so that it survives the machine too."""
         if not processes.is_first():
-            return 0
+            return 0, ""
         with self.file.open("ab") as stream:
             os.fsync(stream.fileno())
-            return stream.tell()
+        content = self.file.read_bytes()
+        return len(content), _digest(content)
 
     def read(self) -> list[Record]:
         """All records, those of earlier processes of the run too; none in other processes than the first."""
         return [json.loads(line) for line in self.file.read_text().splitlines()] if processes.is_first() else []
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 import time
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from train.networks import make_network
 from train.parallel import Jit
 from train.processes import is_first, say
 from train.progress import Position
-from train.rundir import open_run_dir
+from train.rundir import finish, open_run_dir, read_summary
 from train.step import init_state, make_step
 from train.stop import Stop
 
@@ -69,7 +68,7 @@ def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
     place = open_run_dir(config)
     if place.finished:
         say(f"{place.path} is finished: nothing is left to train. Pass another --run-dir to train it again")
-        return json.loads((place.path / "summary.json").read_text())
+        return read_summary(place.path)
     say(f"{config.name}, mode {config.mode}, seed {config.seed}, {job.layout}\n\n{job.plan}\n")
     if isinstance(job.layout, Jit) and jax.device_count() > 1:
         say(f"{jax.device_count() - 1} devices are idle: --compute.layout mesh uses them all\n")
@@ -189,7 +188,7 @@ def told(job: Job, summary: dict[str, Any], kept: Kept) -> None:
     """Draw and print it, and write the summary last: a run with one is finished."""
     shown = [f"{name}_{job.task.primary}" for name in job.test]
     drawn = report.draw_curves(kept.path / "curves.png", kept.records.read(), shown)
-    store.write_json(kept.path / "summary.json", summary)
+    finish(kept.path, summary)
     print(f"\n{report.comparison_table(summary)}\n")
     for name in job.test:
         print(f"adapted, {name}: {report.figures_line(summary['metrics']['adapted'][name])}")

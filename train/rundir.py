@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from typing import Any
 import filelock
 
 from jlora._paths import bullets
+from jlora._sums import SUMS, check_sums, write_sums
+from jlora._tensors import read_json
+from jlora.models import TensorError
 from train import store
 from train.config import ConfigError, TrainConfig
 from train.processes import first_decides, is_first
@@ -26,6 +30,9 @@ ASIDE = tuple(name for name in HOW if name != "compute")
 """Those of them that tell nothing of its speed and memory either."""
 
 LOCK = "run.lock"
+SUMMARY = "summary.json"
+FINISHED = ("config.json", "metrics.jsonl", "plan.txt", f"adapters/{SUMS}")
+"""The files of a finished run whose sums are kept, beside the summary's; adapters have sums of their own."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def open_run_dir(config: TrainConfig) -> RunDir:
             path = _choose(config, locks)
         except OSError as error:
             raise ConfigError(f"run_dir: {error}; expected a directory that is writable; pass --run-dir DIR") from error
-        return json.dumps([str(path), (path / "summary.json").is_file()])
+        return json.dumps([str(path), (path / SUMMARY).is_file()])
 
     path, finished = json.loads(first_decides(choose))
     return RunDir(Path(path), finished, locks[0] if is_first() else None)
@@ -94,7 +101,7 @@ def _choose(config: TrainConfig, locks: list[filelock.BaseFileLock]) -> Path:
             f"run_dir: {path} holds a run with another configuration:{bullets(differing)}\nExpected the same, to go on "
             "with it; pass another --run-dir, or these values"
         )
-    if not (path / "summary.json").is_file():
+    if not (path / SUMMARY).is_file():
         store.write_json(path / "config.json", store.to_json(config))
     elif isinstance(config.resume, int):
         raise ConfigError(f"resume: got step {config.resume}, and {path} is finished; pass another --run-dir")
@@ -123,7 +130,7 @@ def _unfinished(config: TrainConfig) -> Path | None:
     """The newest run of this configuration under runs/ that has a checkpoint, is not finished, and not under way."""
     stem = _below_runs(config)
     for path in sorted(stem.parent.glob(f"{stem.name}-*"), reverse=True):
-        if (path / "summary.json").exists() or not any(path.glob("checkpoints/[0-9]*")):
+        if (path / SUMMARY).exists() or not any(path.glob("checkpoints/[0-9]*")):
             continue
         try:
             if differences(_read(path), config):
@@ -135,11 +142,32 @@ def _unfinished(config: TrainConfig) -> Path | None:
     return None
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}/config.json cannot be read: {error}") from error
+        return read_json(path / "config.json")
+    except TensorError as error:
+        raise ConfigError(str(error)) from error
+
+
+def finish(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write the summary, by which a run is a finished one, and the sums of its files just before."""
+    draft = path / f"{SUMMARY}.draft"
+    draft.write_text(store.text_of(summary))
+    write_sums(path, {**{name: path / name for name in FINISHED}, SUMMARY: draft})
+    os.replace(draft, path / SUMMARY)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The summary of a finished run.
+
+    Raises:
+      ConfigError: if a file of the run is not as it was when it finished, naming it.
+    """
+    try:
+        check_sums(path)
+        return read_json(path / SUMMARY)
+    except TensorError as error:
+        raise ConfigError(str(error)) from error
 
 
 def differences(written: Any, config: TrainConfig) -> list[str]:

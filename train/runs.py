@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jlora
+from jlora._tensors import read_json
 from jlora.models import TensorError
 from train import store
 from train.base import cached_at, identity, load_params
+from train.checks import validate
 from train.config import ConfigError, TrainConfig
 from train.keys import random_key
 from train.networks import Network, make_network
+from train.rundir import read_summary
 from train.tasks import Task, make_task
 
 
@@ -46,7 +48,7 @@ def open_run(folder: Path) -> Run:
     """The run in ``folder``.
 
     Raises:
-      ConfigError: if there is none, it is unfinished, or its base is gone.
+      ConfigError: if there is none, it is unfinished, a file of it is damaged or was changed, or its base is gone.
     """
     if not (folder / "config.json").is_file():
         found = sorted(str(file.parent) for file in folder.parent.glob("*/summary.json"))
@@ -55,34 +57,44 @@ def open_run(folder: Path) -> Run:
             + (f"; beside it there are {', '.join(found)}" if found else "; python -m train makes one below runs/")
         )
     try:
-        written = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ConfigError(f"{folder}/config.json cannot be read: {error}") from error
-    if not isinstance(written, dict) or written.get("kind") != TrainConfig.__name__:
+        written = read_json(folder / "config.json")
+    except TensorError as error:
+        raise ConfigError(str(error)) from error
+    if written.get("kind") != TrainConfig.__name__:
         raise ConfigError(f"{folder} is no run directory: its config.json is of something else, such as a checkpoint")
     if not (folder / "summary.json").is_file():
         raise ConfigError(
             f"{folder} has no summary.json: the run did not finish. Start it again with the same command, or with "
             f"--run-dir {folder}, and it goes on"
         )
-    try:
-        config = store.from_json(TrainConfig, written)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{folder}/config.json is no configuration of this version ({type(error).__name__}: {error})"
-        ) from error
+    summary = read_summary(folder)
+    config = read_config(folder / "config.json", written)
     network = make_network(config)
     try:
         adapters = jlora.load(folder / "adapters")
     except TensorError as error:
         raise ConfigError(str(error)) from error
-    return Run(folder, config, network, make_task(config, network), _params(folder, config, network), adapters)
+    return Run(folder, config, network, make_task(config, network), _params(folder, config, network, summary), adapters)
 
 
-def _params(folder: Path, config: TrainConfig, network: Network) -> Any:
+def read_config(file: Path, written: dict[str, Any]) -> TrainConfig:
+    """The configuration in a run's ``file``, which holds ``written``.
+
+    Raises:
+      ConfigError: naming the field of which it is none of this version.
+    """
+    try:
+        config = store.from_json(TrainConfig, written)
+        validate(config)
+    except ValueError as error:
+        raise ConfigError(f"{file} is no configuration of this version: {error}") from error
+    return config
+
+
+def _params(folder: Path, config: TrainConfig, network: Network, summary: dict[str, Any]) -> Any:
     if network.load is not None:
         return network.load(random_key(config.seed, "head"), None)
-    recorded = Path(json.loads((folder / "summary.json").read_text())["base"]["path"])
+    recorded = Path(summary["base"]["path"])
     for path in (recorded, cached_at(config, identity(config))):
         if (path / "params").is_dir():
             return load_params(path, network)

@@ -9,6 +9,7 @@
       merged/          of a network trained from scratch: plain parameters for the unmodified model (orbax)
       curves.png       when matplotlib is installed
       summary.json     the figures
+      SHA256SUMS       of what a finished run is used by: configuration, adapters, records, figures
       run.lock         held by the process that trains
 
 The summary is written last: a run directory without one is unfinished.
@@ -22,12 +23,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import jax
 import orbax.checkpoint as ocp
 
 from jlora import LoraConfig
+from jlora._fields import expected, fits, shown
+from jlora._paths import nearest
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -61,8 +64,13 @@ def _alone() -> ocp.StandardCheckpointer:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` so that ``path`` holds all of it or what it held before."""
     draft = path.with_name(path.name + ".draft")
-    draft.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    draft.write_text(text_of(value))
     os.replace(draft, path)
+
+
+def text_of(value: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, default=str) + "\n"
 
 
 def to_json(value: Any) -> Any:
@@ -95,25 +103,57 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def from_json(kind: Any, value: Any) -> Any:
-    """The configuration of type ``kind`` that `to_json` wrote as ``value``.
+def from_json(kind: Any, value: Any, path: str = "") -> Any:
+    """The configuration of type ``kind`` that `to_json` wrote as ``value``; ``path`` is its place in the whole.
 
     Raises:
-      KeyError, TypeError, ValueError: if it is none.
+      ValueError: if it is none, naming the field.
     """
-    if isinstance(kind, UnionType):
-        if value is None:
-            return None
+    if get_origin(kind) in (Union, UnionType):
         options: list[Any] = [one for one in get_args(kind) if one is not type(None)]
         named: dict[str, Any] = {getattr(one, "__name__", ""): one for one in options if dataclasses.is_dataclass(one)}
-        return from_json(named[value["kind"]] if named else options[0], value)
+        if value is None and len(options) < len(get_args(kind)):
+            return None
+        if len(options) > 1 and not named:
+            return _leaf(kind, value, path)
+        chosen = options[0]
+        if named:
+            chosen = named.get(str(value.get("kind"))) if isinstance(value, Mapping) else None
+            if chosen is None:
+                raise ValueError(f"{path} = {shown(value)}; expected the kind {' or '.join(named)}")
+        return from_json(chosen, value, path)
     if kind is LoraConfig:
-        return LoraConfig.from_json(json.dumps(value))
+        try:
+            return LoraConfig.from_dict(value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = get_type_hints(kind)
-        return kind(**{name: from_json(hints[name], one) for name, one in value.items() if name != "kind"})
-    if get_origin(kind) is dict:
-        return {name: from_json(get_args(kind)[1], one) for name, one in value.items()}
-    if get_origin(kind) is tuple:
-        return tuple(from_json(get_args(kind)[0], one) for one in value)
-    return Path(value) if kind is Path else value
+        return _part(kind, value, f"{path}." if path else "")
+    if get_origin(kind) is dict and isinstance(value, Mapping):
+        return {name: from_json(get_args(kind)[1], one, f"{path}.{name}") for name, one in value.items()}
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(from_json(get_args(kind)[0], one, f"{path}[{i}]") for i, one in enumerate(value))
+    return Path(_leaf(str, value, path)) if kind is Path else _leaf(kind, value, path)
+
+
+def _part(kind: type[Any], value: Any, prefix: str) -> Any:
+    """The dataclass ``kind`` that a configuration holds below ``prefix``."""
+    hints, fields = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
+    if not isinstance(value, Mapping) or value.get("kind", kind.__name__) != kind.__name__:
+        raise ValueError(f"{prefix or 'the file'} = {shown(value)}; expected a {kind.__name__}")
+    given = {name: one for name, one in value.items() if name != "kind"}
+    wrong = [f"{prefix}{name} is unknown{nearest(name, fields)}" for name in given if name not in fields]
+    wrong += [
+        f"{prefix}{name} is missing"
+        for name, field in fields.items()
+        if name not in given and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return kind(**{name: from_json(hints[name], one, prefix + name) for name, one in given.items()})
+
+
+def _leaf(kind: Any, value: Any, path: str) -> Any:
+    if not fits(value, kind):
+        raise ValueError(f"{path} = {shown(value)}; expected {expected(kind)}")
+    return value

@@ -78,11 +78,13 @@ def abstract(model: nn.Module) -> PyTree:
 
 
 def example_inputs(model: nn.Module, shape: tuple[int, int] = EXAMPLE) -> Array:
-    """The smallest input of a network, of zeros: tokens of ``shape`` [batch, length], or as many images."""
+    """A small input of a network, of zeros: tokens of ``shape`` [batch, length], no more than it has positions for, or
+    as many images."""
     config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
     if hasattr(config, "image_size"):
         return jnp.zeros((shape[0], config.image_size, config.image_size, config.num_channels))
-    return jnp.zeros(shape, jnp.int32)
+    most = getattr(config, "max_length", None)
+    return jnp.zeros(shape if most is None else (shape[0], min(shape[1], most)), jnp.int32)
 
 
 def fetch(path: str | Path, revision: str | None = None, files: Sequence[str] = FILES) -> Path:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from jlora._paths import bullets
+from jlora._sums import SUMS, check_sums
+from jlora.models import TensorError
 from train import store
 from train.config import ConfigError, TrainConfig
 from train.tasks.classify import Classification, Regression
@@ -106,6 +108,11 @@ def _read(folder: Path, name: str, problems: list[str]) -> RunFiles:
     elif config and config.get("kind") != TrainConfig.__name__:
         problems.append(f"{folder} is no run directory: its config.json is of something else, such as a checkpoint")
     config, summary = store.flat(config or {}), _read_json(folder / "summary.json", problems) or {}
+    if summary and (folder / SUMS).is_file():  # runs of older versions have none
+        try:
+            check_sums(folder)
+        except TensorError as error:
+            problems.append(str(error))
     plan = folder / "plan.txt"
     return RunFiles(
         name=name,

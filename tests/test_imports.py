@@ -20,6 +20,7 @@ LAYERS = [
     {"_rearrange", "_control_flow"},
     {"_interpret", "trace"},
     {"apply"},
+    {"_peft_options"},
     {"_peft_config", "_peft_layout"},
     {"_peft_read", "_peft_tied"},
     {"checkpoint", "peft"},

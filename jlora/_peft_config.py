@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jlora import _peft_options as options
 from jlora._fields import FLOAT32, shown
 from jlora._paths import bullets
 from jlora._tensors import read_json
@@ -27,17 +28,6 @@ TASK_HEADS: Mapping[str, tuple[str, ...]] = {
     "TOKEN_CLS": ("classifier", "score"),
 }
 """PEFT's task types, and the modules that it trains whole for each, unasked."""
-
-_INERT = frozenset(
-    """auto_mapping base_model_name_or_path corda_config eva_config fan_in_fan_out inference_mode init_lora_weights
-    lora_ga_config loftq_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
-    task_type""".split()
-)
-"""Keys that are checked apart, or that change nothing once the adapter is trained."""
-
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of ``init_lora_weights`` that leave the base weights as they are."""
-
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 """The modules by whose names ``ensure_weight_tying`` finds out whether it has anything to do."""
@@ -211,30 +201,21 @@ def read_config(file: Path) -> PeftConfig:
       PeftError: naming every key whose value cannot be, or that asks for a computation that we lack.
     """
     given = read_json(file)
-    wrong, lacking = [], []
-    values: dict[str, Any] = {}
-    if given.get("peft_type") != "LORA":
-        lacking.append(f"peft_type = {given.get('peft_type')!r}; expected 'LORA'")
-    if (start := given.get("init_lora_weights", True)) not in _PLAIN_INITS:
-        lacking.append(
-            f"init_lora_weights = {start!r}, which changed the base weights too; have PEFT convert it with "
-            "`save_pretrained(folder, path_initial_model_for_weight_conversion=...)`"
-        )
+    wrong, values = [], {}
     for name, value in given.items():
-        if name in _FIELDS:
-            nothing = value is None or (value in ("", [], {}) and name != "target_modules")
-            if nothing and name not in _NEVER_NULL:
-                continue
-            if not _FIELDS[name].fits(value):
-                wrong.append(f"{name} = {shown(value)}; expected {_FIELDS[name].expected}")
-            values[name] = value
-        elif value and name not in _INERT:
-            lacking.append(f"{name} = {value!r:.200}")
-    if lacking:
+        if name not in _FIELDS:
+            continue
+        nothing = value is None or (value in ("", [], {}) and name != "target_modules")
+        if nothing and name not in _NEVER_NULL:
+            continue
+        if not _FIELDS[name].fits(value):
+            wrong.append(f"{name} = {shown(value)}; expected {_FIELDS[name].expected}")
+        values[name] = value
+    if lacking := options.lacking({name: value for name, value in given.items() if name not in _FIELDS}):
         raise PeftError(
             f"{file}: the adapter computes what jlora does not have:{bullets(lacking + wrong)}\nExpected LoRA, rsLoRA "
-            "or DoRA. Merge it where it was trained (`model.merge_and_unload().save_pretrained(folder)`) and load the "
-            "merged model."
+            "or DoRA. To merge is `PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained("
+            "new_folder)` in PyTorch; models.load reads the new folder."
         )
     if wrong:
         raise PeftError(

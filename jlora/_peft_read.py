@@ -24,6 +24,10 @@ TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MAX_LISTED = 40
 _FACTOR = re.compile(rf"(.+)\.({'|'.join(map(re.escape, layout.SUFFIXES))})")
+_ADAPTER = re.compile(
+    r"(?<=\.lora_[AB])\.[^.]+(?=\.weight$)|(?<=\.lora_embedding_[AB])\.[^.]+$|(?<=\.lora_magnitude_vector)(\.[^.]+)?\.weight$"
+)
+"""The adapter's name in a key of ``state_dict()``, which `PeftModel.from_pretrained` reads as it does its own keys."""
 _COPY = re.compile(r"\.(original_module|modules_to_save)\.")
 
 
@@ -104,7 +108,7 @@ def sort_tensors(
       PeftError: naming every tensor that is missing, superfluous, of another shape, rank or dtype.
     """
     at = {tensor: (path, name) for path, name in names.items() for tensor in name.tensors}
-    stems = {key: key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in tensors}
+    stems = {key: _ADAPTER.sub("", key.removeprefix(PREFIX).replace(".base_layer.", ".")) for key in tensors}
     if config.modules_to_save:  # beside bias="all" PEFT stores some biases again, under the names of its wrapper
         stems = {key: stem for key, stem in stems.items() if not _COPY.search(stem)}
     weights = {key: f"{m[1]}.weight" if (m := _FACTOR.fullmatch(stem)) else stem for key, stem in stems.items()}

@@ -23,6 +23,7 @@ LAYERS = [
     {"_primitives"},
     {"_interpret", "trace"},
     {"apply"},
+    {"_peft_options"},
     {"_peft_config", "_peft_layout"},
     {"_peft_read", "_peft_tied"},
     {"checkpoint", "peft"},

@@ -33,6 +33,7 @@ from tests.peft_cases import (
     EXPECTED,
     PRE,
     WORDS,
+    A,
     adapted,
     assert_close,
     assert_same,
@@ -379,6 +380,35 @@ def test_stored_embeddings_beside_factors_say_nothing_new(tmp_path: Path) -> Non
 
     b = base("roberta")
     assert_same(peft.load(edited(tmp_path / "2", "dora", beside), b.names, b.params)[0], loaded("dora")[0])
+
+
+@pytest.mark.parametrize("name", ["default", "policy"])
+def test_keys_with_the_adapters_name(name: str, tmp_path: Path) -> None:
+    """Of a model's own `state_dict`; peft reads them under the same name, and so they are read here."""
+
+    def named(config: dict, tensors: dict) -> None:
+        for key in [key for key in tensors if "lora_" in key]:
+            module, part = re.fullmatch(r"(.+\.lora_\w+?)(\.weight)?", key).groups()  # pyright: ignore
+            new = f"{module}.{name}{'.weight' if module.endswith('vector') else part or ''}"
+            tensors[new] = tensors.pop(key)
+
+    folder = edited(tmp_path / "it", "dora", named)
+    b = base("roberta")
+    assert_same(peft.load(folder, b.names, b.params)[0], loaded("dora")[0])
+    if importlib.util.find_spec("peft"):
+        import copy
+
+        import peft as theirs
+
+        with quiet():
+            model = theirs.PeftModel.from_pretrained(copy.deepcopy(torch_state("roberta")), str(folder), name).eval()
+            assert_close(torch_logits(model, "roberta"), EXPECTED["dora"])
+
+    def second(config: dict, tensors: dict) -> None:
+        tensors[A.replace(".weight", ".other.weight")] = tensors[A]
+
+    text = message(peft.PeftError, lambda: peft.load(edited(tmp_path / "2", "plain", second), b.names, b.params))
+    expect(text, f"'{A}' and '{A[:-7]}.other.weight' are one tensor")
 
 
 # ---- peft's own matching

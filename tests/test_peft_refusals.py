@@ -63,6 +63,11 @@ WRONG: dict[str, tuple[Callable[[dict, dict], Any], tuple[str, ...]]] = {
         ("use_qalora = True", "layer_replication", "lora_bias", "trainable_token_indices", "alora_invocation_tokens",
          "megatron_config", "target_parameters", "new = 1"),
     ),
+    "empty features": (
+        lambda c, t: c.update(kasa_config={}, velora_config={}, monteclora_config={}, use_bdlora={}, new=0, other=""),
+        ("kasa_config = {}", "velora_config = {}", "monteclora_config", "use_bdlora = {}", "new = 0", "other = ''"),
+    ),
+    "prompts": (lambda c, t: c.update(peft_type="PROMPT_TUNING"), ("no merged weights compute it; use it in PyTorch",)),
     "init": (lambda c, t: c.update(init_lora_weights="pissa"), ("'pissa', which changed the base weights", "save_")),
     "values": (
         lambda c, t: c.update(r=0, lora_alpha="8", lora_dropout=1, bias="some", use_dora="yes", target_modules="(",

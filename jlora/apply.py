@@ -30,6 +30,14 @@ _RETURN_IT = (
     "needs is changed on a copy in the function: `dict(batch)`, or `nnx.clone(m)`."
 )
 
+_FORWARD_MODE = (
+    "lora: forward mode (jax.jvp, jax.jacfwd, jax.hessian) came from outside to a jax.custom_vjp function: the low-rank "
+    "product of an adapter, which has a reverse mode only, or one of the model's own. What works: jax.grad, jax.vjp and "
+    "jax.jacrev; Hessian-vector products as jax.grad of a jax.grad; forward mode inside the function, "
+    "`jlora.lora(lambda p, x, t: jax.jvp(lambda x: fn(p, x), (x,), (t,)))`; and any mode through the merged weights, "
+    "`fn(jlora.merge(params, adapters), x)`, also in the adapters."
+)
+
 
 def lora(
     fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = False, frozen_gradients: bool = False
@@ -43,7 +51,11 @@ def lora(
 
     Composes with ``jit``, ``grad``, ``vmap``, ``jax.checkpoint``, ``scan``, ``cond``, ``while``, ``shard_map``
     and ``pmap``, outside or inside ``fn``. Put it under ``jax.jit``: like every transform, it traces ``fn``
-    again at each call. Reverse-mode differentiation only (see `low_rank_product`).
+    again at each call.
+
+    Reverse mode only, and reverse over reverse: the low-rank product is a ``custom_vjp``, to which JAX "can't apply
+    forward-mode autodiff". ``jax.jvp``, ``linearize`` and ``jacfwd`` work inside ``fn`` in all that is no weight, and
+    from outside through ``fn(jlora.merge(params, adapters), x)``.
 
     What ``fn`` mutates, it mutates in a copy. A function that changes an object among its arguments (the statistics
     of a Flax NNX BatchNorm, a dropout counter, a dict, a list) has to return the object, or the new array:
@@ -70,6 +82,7 @@ def lora(
         something that trains (or is adapted by another `lora` around this one).
 
     Raises:
+      TypeError: under forward-mode differentiation from outside.
       MaterializeError: under ``"error"``, naming path, primitive and source line.
       ValueError: when ``fn`` never reads an attached weight, as when it closes over its parameters; or mutates its
         arguments without returning what it changed, naming each place.
@@ -79,7 +92,14 @@ def lora(
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return _call(Session(materialize, inline_custom_rules), fn, args, kwargs, frozen_gradients)
+        try:
+            return _call(Session(materialize, inline_custom_rules), fn, args, kwargs, frozen_gradients)
+        except TypeError as error:
+            if "forward-mode" in str(error) and "custom_vjp" in str(
+                error
+            ):  # JAX's; behind a jit around this it is seen as it is
+                raise TypeError(_FORWARD_MODE) from error
+            raise
 
     return wrapped  # pyright: ignore[reportReturnType]
 

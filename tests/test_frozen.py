@@ -192,7 +192,7 @@ def test_a_plain_loop_over_the_tree_trains_the_adapters_alone(name: str, loop: A
     params, found = jlora.detach(loop(tree, OPTIMIZERS[name]))
     for path, leaf in MLP.params.items():
         np.testing.assert_array_equal(params[path], leaf)
-    adapters = jlora.detach(tree)[1]
+    adapters: Any = jlora.detach(tree)[1]
     tx = OPTIMIZERS[name]
     state = tx.init(adapters)
     for _ in range(3):

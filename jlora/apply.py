@@ -31,9 +31,9 @@ _RETURN_IT = (
 )
 
 _FORWARD_MODE = (
-    "lora: forward mode (jax.jvp, jax.jacfwd, jax.hessian) came from outside to a jax.custom_vjp function: the low-rank "
-    "product of an adapter, which has a reverse mode only, or one of the model's own. What works: jax.grad, jax.vjp and "
-    "jax.jacrev; Hessian-vector products as jax.grad of a jax.grad; forward mode inside the function, "
+    "lora: forward mode (jax.jvp, jax.jacfwd, jax.hessian) came from outside to a jax.custom_vjp function: the "
+    "low-rank product of an adapter, which has a reverse mode only, or one of the model's own. What works: jax.grad, "
+    "jax.vjp and jax.jacrev; Hessian-vector products as jax.grad of a jax.grad; forward mode inside the function, "
     "`jlora.lora(lambda p, x, t: jax.jvp(lambda x: fn(p, x), (x,), (t,)))`; and any mode through the merged weights, "
     "`fn(jlora.merge(params, adapters), x)`, also in the adapters."
 )

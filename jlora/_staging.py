@@ -28,6 +28,7 @@ class Staged:
       jaxpr, consts: the open jaxpr of the plain function.
       given: for each of the jaxpr's arguments, the leaf as the caller gave it: an array, or an attached leaf.
       plain: the same with the base, or the whole value, of attached leaves.
+      frozen: for each of them, whether it lies in an argument that carries attached leaves.
       rebuild: puts the jaxpr's results back into the function's own structure.
       lost: what the function mutated in its arguments and does not return, one line each.
     """
@@ -36,6 +37,7 @@ class Staged:
     consts: tuple[Any, ...]
     given: list[Any]
     plain: list[Any]
+    frozen: list[bool]
     rebuild: Callable[[Iterable[Any]], Any]
     lost: list[str]
 
@@ -84,7 +86,17 @@ def stage(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
         rest = iter(arrays)
         return out["treedef"].unflatten([next(rest) if s is None else s for s in out["static"]])
 
-    return Staged(jaxpr, consts, given, values, rebuild, lost)
+    frozen = _with_attached(leaves, treedef)
+    return Staged(jaxpr, consts, given, values, [frozen[i] for i in traced], rebuild, lost)
+
+
+def _with_attached(leaves: list[Any], treedef: Any) -> list[bool]:
+    """For each leaf of ``(args, kwargs)``, whether its argument has an attached leaf."""
+    found: list[bool] = []
+    for argument in (one for part in treedef.children() for one in part.children()):
+        own = leaves[len(found) : len(found) + argument.num_leaves]
+        found += [any(map(is_attached, own))] * len(own)
+    return found
 
 
 def _lost(found: list[tuple[int | None, bool, str]], handed_on: list[int | None], values: list[Any]) -> list[str]:

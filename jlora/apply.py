@@ -9,14 +9,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+from jax import lax
 
 from jlora import _compat, _paths
 from jlora._constant import constant_gathers
 from jlora._factored import Factored, dense, factored
 from jlora._interpret import Event, Policy, Session
-from jlora._staging import is_array, stage
+from jlora._staging import Staged, is_array, stage
 from jlora._table import table
-from jlora._types import LoraWeight, PyTree, is_attached
+from jlora._types import FullWeight, LoraWeight, PyTree, is_attached
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,8 +31,18 @@ _RETURN_IT = (
     "needs is changed on a copy in the function: `dict(batch)`, or `nnx.clone(m)`."
 )
 
+_FORWARD_MODE = (
+    "lora: forward mode (jax.jvp, jax.jacfwd, jax.hessian) came from outside to a jax.custom_vjp function: the "
+    "low-rank product of an adapter, which has a reverse mode only, or one of the model's own. What works: jax.grad, "
+    "jax.vjp and jax.jacrev; Hessian-vector products as jax.grad of a jax.grad; forward mode inside the function, "
+    "`jlora.lora(lambda p, x, t: jax.jvp(lambda x: fn(p, x), (x,), (t,)))`; and any mode through the merged weights, "
+    "`fn(jlora.merge(params, adapters), x)`, also in the adapters."
+)
 
-def lora(fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = False) -> F:
+
+def lora(
+    fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = False, frozen_gradients: bool = False
+) -> F:
     """The same function, with the same signature, that also understands attached trees.
 
     ``fn`` is traced on the plain weights and its jaxpr evaluated with the adapted ones kept factored:
@@ -41,7 +52,11 @@ def lora(fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = Fal
 
     Composes with ``jit``, ``grad``, ``vmap``, ``jax.checkpoint``, ``scan``, ``cond``, ``while``, ``shard_map``
     and ``pmap``, outside or inside ``fn``. Put it under ``jax.jit``: like every transform, it traces ``fn``
-    again at each call. Reverse-mode differentiation only (see `low_rank_product`).
+    again at each call.
+
+    Reverse mode only, and reverse over reverse: the low-rank product is a ``custom_vjp``, to which JAX "can't apply
+    forward-mode autodiff". ``jax.jvp``, ``linearize`` and ``jacfwd`` work inside ``fn`` in all that is no weight, and
+    from outside through ``fn(jlora.merge(params, adapters), x)``.
 
     What ``fn`` mutates, it mutates in a copy. A function that changes an object among its arguments (the statistics
     of a Flax NNX BatchNorm, a dropout counter, a dict, a list) has to return the object, or the new array:
@@ -52,6 +67,11 @@ def lora(fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = Fal
     >>> loss = lambda adapters: loss_fn(apply(jlora.attach(params, adapters), batch))
     >>> grads = jax.grad(loss)(adapters)
 
+    Differentiate with respect to the adapters, as here. The gradient with respect to a whole attached tree is that of
+    the adapters and zero for the rest: the weights under the adapters, and every other leaf of an argument that
+    carries some. The other arguments, such as the inputs, and a run-time strength have their true gradients. A zero
+    gradient is no zero update: weight decay still moves what is frozen, unless the optimizer is `freeze`'s.
+
     Args:
       fn: a function of pytrees. Arrays and keys among its arguments are traced, everything else
         (flags, strings, functions, Python numbers) is static; its result may hold non-arrays too.
@@ -59,8 +79,11 @@ def lora(fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = Fal
         be summed: ``"warn"`` once per weight, with every place, ``"error"``, or ``"allow"``.
       inline_custom_rules: whether to look into ``jax.custom_jvp`` and ``jax.custom_vjp`` functions that take an
         adapted weight. By default they keep their rule, and get the weight summed.
+      frozen_gradients: whether frozen leaves have their true gradients, as where the base itself is computed from
+        something that trains (or is adapted by another `lora` around this one).
 
     Raises:
+      TypeError: under forward-mode differentiation from outside.
       MaterializeError: under ``"error"``, naming path, primitive and source line.
       ValueError: when ``fn`` never reads an attached weight, as when it closes over its parameters; or mutates its
         arguments without returning what it changed, naming each place.
@@ -70,25 +93,38 @@ def lora(fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = Fal
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return _call(Session(materialize, inline_custom_rules), fn, args, kwargs)
+        try:
+            return _call(Session(materialize, inline_custom_rules), fn, args, kwargs, frozen_gradients)
+        except TypeError as error:
+            if "forward-mode" in str(error) and "custom_vjp" in str(
+                error
+            ):  # JAX's; behind a jit around this it is seen as it is
+                raise TypeError(_FORWARD_MODE) from error
+            raise
 
     return wrapped  # pyright: ignore[reportReturnType]
 
 
-def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any, frozen_gradients: bool = True) -> Any:
     if not any(map(is_attached, jax.tree.leaves((args, kwargs), is_leaf=is_attached))):
         return fn(*args, **kwargs)
     staged = stage(fn, args, kwargs)
     if staged.lost and session.policy != "explain":
         raise ValueError(_MUTATES + _paths.bullets(staged.lost) + _RETURN_IT)
-    given = dict(zip(staged.jaxpr.invars, staged.given, strict=True))
-    _check_read(staged.jaxpr, given)
-    values = [
-        factored(leaf) if isinstance(leaf, LoraWeight) else plain
-        for leaf, plain in zip(staged.given, staged.plain, strict=True)
-    ]
+    _check_read(staged)
+    stop = (lambda x: x) if frozen_gradients else lax.stop_gradient
+
+    def value(leaf: Any, plain: Any, frozen: bool) -> Any:
+        match leaf:
+            case LoraWeight():
+                return factored(dataclasses.replace(leaf, base=stop(leaf.base)))
+            case FullWeight():
+                return plain
+            case _:
+                return stop(plain) if frozen else plain
+
     session.constant = constant_gathers(staged.jaxpr)
-    results = session.run(staged.jaxpr, staged.consts, values)
+    results = session.run(staged.jaxpr, staged.consts, list(map(value, staged.given, staged.plain, staged.frozen)))
 
     def finish(place: int | None, result: Any) -> Any:
         leaf = None if place is None else staged.given[place]
@@ -106,10 +142,11 @@ def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any) -> A
     return rebuilt
 
 
-def _check_read(jaxpr: Any, given: dict[Any, Any]) -> None:
+def _check_read(staged: Staged) -> None:
     """Raises a ValueError that names every attached weight which the function never reads."""
-    live = _compat.live_inputs(jaxpr)
-    unread = [leaf.path for var, leaf in given.items() if is_attached(leaf) and var not in live]
+    live = _compat.live_inputs(staged.jaxpr)
+    given = zip(staged.jaxpr.invars, staged.given, strict=True)
+    unread = [leaf.path for var, leaf in given if is_attached(leaf) and var not in live]
     if unread:
         raise ValueError(
             f"lora: the function never reads {len(unread)} attached weight(s), so training them would silently do "

@@ -23,9 +23,15 @@ def attach(
 ) -> PyTree:
     """The tree with adapted leaves in the place of the weights: what a `lora` function takes.
 
-    Pure and cheap: nothing is copied or summed, so it can be called inside the loss.
+    Pure and cheap: nothing is copied or summed, so it is called inside the loss, and the adapters are what is
+    differentiated and given to the optimizer:
 
-    >>> logits = apply(jlora.attach(params, adapters), batch)
+    >>> loss = lambda adapters: loss_fn(apply(jlora.attach(params, adapters), batch))
+    >>> grads = jax.grad(loss)(adapters)
+
+    A loop that keeps one tree of parameters keeps the attached one, and gives its optimizer to `freeze`. Without
+    `freeze`, the gradients of frozen leaves are zero (see `lora`), so that plain SGD or Adam leave them as they are;
+    what does not come from a gradient, such as the weight decay of AdamW, moves them all the same.
 
     Args:
       params: any pytree of arrays.

@@ -34,7 +34,7 @@ def model(params: Any, x: Any) -> Any:
     return jnp.tanh(x @ params["in"]) @ params["out"] @ params["frozen"] + params["bias"]
 
 
-APPLY = jlora.lora(model)
+APPLY = jlora.lora(model, frozen_gradients=True)  # so that there is something to be frozen
 
 
 def loss(tree: Any) -> Any:

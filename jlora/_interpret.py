@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -60,12 +61,14 @@ class Session:
       inline_custom_rules: whether to look into functions with a derivative rule of their own.
       repeats: how often the equations under evaluation run: the lengths of the scans around them.
       events: every consumption so far.
+      masks: how many dropout masks were drawn for each weight.
     """
 
     policy: Policy
     inline_custom_rules: bool
     repeats: int = 1
     events: list[Event] = dataclasses.field(default_factory=list)
+    masks: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """The results of an open jaxpr; arguments and results may be `Factored`."""
@@ -94,6 +97,11 @@ class Session:
             hint = 'Results stay exact, at the cost of a full-size sum; pass materialize="allow" to silence this.'
             warnings.warn(text + hint + dropped, MaterializeWarning, stacklevel=2)
         return dense(value)
+
+    def next_mask(self, path: str) -> int:
+        """The number of a weight's dropout mask, in program order: uses of one weight drop different entries."""
+        self.masks[path] += 1
+        return self.masks[path] - 1
 
     def note(self, event: Event) -> bool:
         """Keep an event; whether it is the first of its weight, primitive and source line."""

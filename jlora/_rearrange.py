@@ -11,7 +11,7 @@ from jax import lax
 
 from jlora import _compat
 from jlora._factored import Factored
-from jlora._named import RANK, Leg, wide
+from jlora._named import RANK, Leg, joined, wide
 from jlora._rules import Decline, Rule
 
 
@@ -180,7 +180,7 @@ def _joined_gain(args: list[Any], axis: int) -> Leg | None:
         gain = v.gain if isinstance(v, Factored) else None
         return jnp.ones([v.shape[d] for d in dims], given[0].array.dtype) if gain is None else gain.array
 
-    return Leg(jnp.concatenate([own(v) for v in args], dims.index(axis)), dims)
+    return Leg(joined([own(v) for v in args], dims.index(axis)), dims)
 
 
 def stack(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
@@ -202,18 +202,18 @@ def _longer(weights: list[Factored], axis: int, base: Any) -> Factored:
     """Weights that carry ``axis`` as a batch axis, joined along it; smaller ranks are padded with zeros."""
     rank = max(v.rank for v in weights)
 
-    def joined(name: str) -> Leg | None:
+    def longer(name: str) -> Leg | None:
         legs = [getattr(v, name) for v in weights]
         if all(leg is None for leg in legs):
             return None
         if any(leg is None or leg.dims != legs[0].dims for leg in legs):
             raise Decline("the weights are not adapted alike")
         arrays = [leg.along(RANK, lambda x, at: _grown(x, at, 0, rank)).array for leg in legs]
-        return Leg(jnp.concatenate(arrays, legs[0].dims.index(axis)), legs[0].dims)
+        return Leg(joined(arrays, legs[0].dims.index(axis)), legs[0].dims)
 
     if len({v.rate for v in weights if v.key is not None}) > 1:
         raise Decline("the weights have different dropout rates")
-    legs = {name: joined(name) for name in ("a", "b", "gain", "key")}
+    legs = {name: longer(name) for name in ("a", "b", "gain", "key")}
     return dataclasses.replace(weights[0], base=base, path=_paths(weights), **legs)
 
 
@@ -245,11 +245,12 @@ def _sum(weights: list[Factored], base: Any) -> Factored:
     if any(set(v.a.dims) != set(first.a.dims) or set(v.b.dims) != set(first.b.dims) for v in weights):
         raise Decline("the weights are not adapted alike")
 
-    def joined(name: str) -> Leg:
+    def side_by_side(name: str) -> Leg:
         dims = getattr(first, name).dims
-        return Leg(jnp.concatenate([getattr(v, name).ordered(dims) for v in weights], dims.index(RANK)), dims)
+        return Leg(joined([getattr(v, name).ordered(dims) for v in weights], dims.index(RANK)), dims)
 
-    return dataclasses.replace(first, base=base, a=joined("a"), b=joined("b"), path=_paths(weights))
+    a, b = side_by_side("a"), side_by_side("b")
+    return dataclasses.replace(first, base=base, a=a, b=b, path=_paths(weights))
 
 
 def _paths(weights: list[Factored]) -> str:
@@ -328,8 +329,7 @@ def select_n(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
     def chosen(i: int, weight: Factored) -> Factored:
         on = Leg(pick == i, tuple(dims)) if pick.dtype != jnp.bool_ else Leg(pick if i else ~pick, tuple(dims))
-        mask = on.array.astype(weight.b.array.dtype)
-        return dataclasses.replace(weight, b=weight.b.times(mask, dims))
+        return dataclasses.replace(weight, b=weight.b.times(on.array, dims))
 
     return [_sum([chosen(i, v) for i, v in enumerate(cases) if isinstance(v, Factored)], base)]
 

@@ -66,7 +66,7 @@ def stage(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
 def _plain(leaf: Any) -> Any:
     match leaf:
         case FullWeight(base=base, value=value):
-            return value.astype(base.dtype)
+            return _compat.beside(value.astype(base.dtype), base)
         case LoraWeight(base=base):
             return base
         case _:

@@ -74,7 +74,7 @@ DATA, CONST = "data", "const"
 UNIT: frozenset[int] = frozenset()
 
 _SAME_DIMS = frozenset(
-    "convert_element_type copy copy_p name optimization_barrier sharding_constraint reduce_precision pvary "
+    "convert_element_type copy copy_p name sharding_constraint reduce_precision pvary "
     "reshard mesh_cast slice dynamic_slice rev pad neg split".split()
 )
 _ELEMENTWISE = frozenset("mul div add sub select_n".split())
@@ -107,8 +107,10 @@ class _Walker:
         handler = getattr(self, f"on_{name}", None)
         if handler is not None:
             return handler(eqn, values)
+        if name in ("optimization_barrier", "device_put"):
+            return values
         if name in _SAME_DIMS:
-            kept = values[: len(eqn.outvars)] if name == "optimization_barrier" else [values[0]] * len(eqn.outvars)
+            kept = [values[0]] * len(eqn.outvars)
             return kept if not isinstance(values[0], str) else self.consume(eqn, values)
         if name in _ELEMENTWISE and self.in_weight_space(eqn, values):
             shape = eqn.outvars[0].aval.shape

@@ -251,12 +251,12 @@ def check_laws(mode: Mode, case: Case, method: str) -> None:
         assert y.dtype == z.dtype
         if mode.x == "float32" and method != "dora":
             np.testing.assert_array_equal(np.asarray(y), np.asarray(z))
-    close(*found["adapted"], mode.x)
-    for name in ("folded", "bases"):
-        close(*found[name], mode.base)
+    dtypes = {"adapted": mode.x, "folded": mode.base, "bases": mode.base}
     if mode.x == "float32":
-        close(*found["scores"], "float32")
-        close(*found["gradients"], mode.factors)
+        dtypes |= {"scores": "float32", "gradients": mode.factors}
+    for name, dtype in dtypes.items():
+        got, want = found[name]
+        close(got, want, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])

@@ -1,5 +1,6 @@
 """LoRA for any JAX program: a pure transform of parameter trees. See the README for the first five lines."""
 
+from jlora import _serialize as _serialize
 from jlora._interpret import MaterializeError, MaterializeWarning
 from jlora._product import low_rank_product
 from jlora._types import Adapters, Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
@@ -11,6 +12,7 @@ from jlora.init import init
 from jlora.merge import Rounding, merge, rounding, unmerge
 from jlora.optim import combine, freeze, labels, partition, trainable_mask
 from jlora.sharding import Rules, adapter_shardings, shardings
+from jlora.stack import stack, unstack
 from jlora.targets import Plan, plan
 from jlora.trace import trace
 
@@ -50,7 +52,9 @@ __all__ = [
     "rounding",
     "save",
     "shardings",
+    "stack",
     "trace",
     "trainable_mask",
     "unmerge",
+    "unstack",
 ]

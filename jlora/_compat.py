@@ -13,6 +13,9 @@ from jax.experimental import compute_on as places
 from jax.extend import core, source_info_util
 from jax.sharding import NamedSharding, PartitionSpec
 
+_CALLS = ("jit", "pjit", "remat2", "checkpoint", "scan")
+"""Primitives with an inner ``jaxpr`` whose inputs and outputs are theirs."""
+
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
     """The jaxpr and its constants, for a `Jaxpr`, a `ClosedJaxpr`, or the one class that 0.12 has for both."""
@@ -112,9 +115,26 @@ def live_inputs(jaxpr: Any) -> set[Any]:
         if not eqn.effects and not any(v in live for v in eqn.outvars):
             continue
         used = eqn.invars
-        if eqn.primitive.name in ("jit", "pjit", "remat2", "checkpoint", "scan", "shard_map"):
+        if eqn.primitive.name in (*_CALLS, "shard_map"):
             inner, _ = open_jaxpr(eqn.params["jaxpr"])
             inside = live_inputs(inner)
             used = [v for v, inner_v in zip(eqn.invars, inner.invars, strict=True) if inner_v in inside]
         live |= {v for v in used if isinstance(v, core.Var)}
     return live
+
+
+def handed_on(jaxpr: Any) -> list[int | None]:
+    """For each result of an open jaxpr, which of its inputs it is, unchanged, through any jit, remat or scan."""
+    place: dict[Any, int] = {v: i for i, v in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name not in _CALLS:
+            continue
+        inner, _ = open_jaxpr(eqn.params["jaxpr"])
+        consts, carried = scan_split(eqn.params) if eqn.primitive.name == "scan" else (0, 0)
+        for i, (out, source) in enumerate(zip(eqn.outvars, handed_on(inner), strict=True)):
+            if source is None or not isinstance(eqn.invars[source], core.Var) or eqn.invars[source] not in place:
+                continue
+            # A scan carries it to itself, or slices it and stacks it again.
+            if eqn.primitive.name != "scan" or (source - consts == i if i < carried else source >= consts + carried):
+                place[out] = place[eqn.invars[source]]
+    return [place.get(v) if isinstance(v, core.Var) else None for v in jaxpr.outvars]

@@ -20,7 +20,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora import _compat
 from jlora._factored import Factored, folded
 from jlora._named import RANK, Leg
-from jlora._rules import Decline, Rule
+from jlora._rules import Decline
+
+LEAVES = "it leaves control flow, changed or not, as a result"
+OWN_RULE = "it has its own derivative rule, which is kept (inline_custom_rules=True looks inside)"
 
 
 def jit(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
@@ -223,7 +226,7 @@ def shard_map(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 def custom_rule(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """``custom_jvp`` and ``custom_vjp`` keep their rule and get the weight whole, unless told to inline."""
     if not scope.session.inline_custom_rules:
-        raise Decline("it has its own derivative rule, which is kept (inline_custom_rules=True looks inside)")
+        raise Decline(OWN_RULE)
     jaxpr, consts = _compat.open_jaxpr(eqn.params["call_jaxpr"])
     return scope.session.run(jaxpr, consts, args)
 
@@ -284,24 +287,4 @@ def all_gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 def _settled(scope: Any, eqn: Any, values: list[Any]) -> list[Any]:
     """Values that leave control flow: a factored one is materialized."""
-    return [scope.settle(v, eqn, "it leaves control flow, changed or not, as a result") for v in values]
-
-
-CONTROL_FLOW: dict[str, Rule] = {
-    "jit": jit,
-    "pjit": jit,
-    "remat2": checkpoint,
-    "checkpoint": checkpoint,
-    "compute_on": compute_on,
-    "cond": cond,
-    "while": while_loop,
-    "scan": scan,
-    "shard_map": shard_map,
-    "custom_jvp_call": custom_rule,
-    "custom_vjp_call": custom_rule,
-    "pvary": vary,
-    "reshard": reshard,
-    "mesh_cast": reshard,
-    "device_put": device_put,
-    "all_gather": all_gather,
-}
+    return [scope.settle(v, eqn, LEAVES) for v in values]

@@ -28,6 +28,8 @@ class Factored:
       key: None, or the dropout keys, which follow the batch dimensions.
       rate: dropout rate. Static.
       path: of the weight, for messages. Static.
+      picked: whether it is rows of a table picked by constant indices: a rearranged weight where a product takes
+        them, else rows that are looked up. Static.
     """
 
     base: Any
@@ -37,6 +39,7 @@ class Factored:
     key: Leg | None = None
     rate: float = dataclasses.field(default=0.0, metadata={"static": True})
     path: Path = dataclasses.field(default="", metadata={"static": True})
+    picked: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:

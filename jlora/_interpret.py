@@ -17,14 +17,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from jlora import _compat
-from jlora._control_flow import CONTROL_FLOW
+from jlora import _compat, _paths
 from jlora._factored import Factored, dense
-from jlora._rearrange import REARRANGEMENTS
-from jlora._rules import PRODUCTS, Decline, Rule
+from jlora._primitives import PRIMITIVES
+from jlora._rules import Decline
+from jlora._types import Path
 
 Policy = Literal["warn", "error", "allow", "explain"]
-RULES: dict[str, Rule] = {**REARRANGEMENTS, **PRODUCTS, **CONTROL_FLOW}
+
+REARRANGING = frozenset(
+    "dot_general conv_general_dilated transpose reshape squeeze broadcast_in_dim convert_element_type copy copy_p name "
+    "slice rev neg sharding_constraint jit pjit remat2 checkpoint".split()
+)
+"""Primitives by which rows that constant indices picked are still a weight; by any other they are looked up."""
 
 
 class MaterializeWarning(UserWarning):
@@ -59,16 +64,20 @@ class Session:
     Attributes:
       policy: what to do where a weight must be materialized.
       inline_custom_rules: whether to look into functions with a derivative rule of their own.
+      constant: ids of the gather equations that pick the same entries at every call.
       repeats: how often the equations under evaluation run: the lengths of the scans around them.
       events: every consumption so far.
       masks: how many dropout masks were drawn for each weight.
+      told: what there is to warn of: for each weight that was summed, two parts of the text, and the places.
     """
 
     policy: Policy
     inline_custom_rules: bool
+    constant: set[int] = dataclasses.field(default_factory=set)
     repeats: int = 1
     events: list[Event] = dataclasses.field(default_factory=list)
     masks: Counter[str] = dataclasses.field(default_factory=Counter)
+    told: dict[Path, tuple[str, str, list[str]]] = dataclasses.field(default_factory=dict)
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """The results of an open jaxpr; arguments and results may be `Factored`."""
@@ -86,22 +95,31 @@ class Session:
     def materialize(self, value: Factored, primitive: str, source: str, why: str) -> Any:
         """The weight summed, after the policy has had its say."""
         new = self.note(Event(value.path, primitive, source, why, 2 * value.rank * value.base.size * self.repeats))
-        text = (
-            f"the adapted weight {value.path!r} of shape {value.shape} is materialized (its update is summed "
-            f"to full size) for the primitive {primitive!r} at {source}: {why}. "
+        what = (
+            f"the adapted weight {value.path!r} of shape {value.shape} is materialized (its update is summed to full "
         )
+        what += "size) for "
+        place = f"the primitive {primitive!r} at {source}: {why}"
         if self.policy == "error":
-            raise MaterializeError(text + 'Exclude the weight from the targets, or pass materialize="allow".')
+            advice = 'Exclude the weight from the targets, or pass materialize="allow".'
+            raise MaterializeError(f"{what}{place}. {advice}")
         if self.policy == "warn" and new:
             dropped = " Dropout does not act on it." if value.key is not None else ""
-            hint = 'Results stay exact, at the cost of a full-size sum; pass materialize="allow" to silence this.'
-            warnings.warn(text + hint + dropped, MaterializeWarning, stacklevel=2)
+            self.told.setdefault(value.path, (what, dropped, []))[2].append(place)
         return dense(value)
 
     def next_mask(self, path: str) -> int:
         """The number of a weight's dropout mask, in program order: uses of one weight drop different entries."""
         self.masks[path] += 1
         return self.masks[path] - 1
+
+    def tell(self) -> None:
+        """Warn of each materialized weight once, with every place where it was."""
+        for what, dropped, places in self.told.values():
+            where = f"{places[0]}. " if len(places) == 1 else f"{len(places)} primitives:{_paths.bullets(places)}\n"
+            hint = 'Results stay exact, at the cost of a full-size sum; pass materialize="allow" to silence this.'
+            warnings.warn(what + where + hint + dropped, MaterializeWarning, stacklevel=4)
+        self.told.clear()
 
     def note(self, event: Event) -> bool:
         """Keep an event; whether it is the first of its weight, primitive and source line."""
@@ -146,9 +164,13 @@ class _Scope:
                 self.spread[eqn.outvars[0]] = (values[0], eqn.params["broadcast_dimensions"])
             return results
         why = "it has no factored form"
-        if (rule := RULES.get(eqn.primitive.name)) is not None:
+        if eqn.primitive.name not in REARRANGING:
+            values = [self.settle(v, eqn, "") if isinstance(v, Factored) and v.picked else v for v in values]
+            if not any(isinstance(v, Factored) for v in values):
+                return self.equation(eqn, values)
+        if (primitive := PRIMITIVES.get(eqn.primitive.name)) is not None:
             try:
-                return rule(self, eqn, list(values))
+                return primitive.rule(self, eqn, list(values))
             except Decline as reason:
                 why = str(reason)
         return _compat.bind(eqn, [self.settle(v, eqn, why) for v in values])
@@ -173,7 +195,7 @@ class _Scope:
         """``value`` as a plain array: a factored weight is materialized, as the policy says."""
         if not isinstance(value, Factored):
             return value
-        if _is_row(value):
+        if _is_row(value) or value.picked:
             self.factored(value, eqn, 2 * value.rank * value.base.size)
             return dense(value)
         return self.session.materialize(value, eqn.primitive.name, _compat.source_line(eqn), why)

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
+from jax.sharding import Sharding
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from jlora._types import Path, PyTree, is_attached
+from jlora._types import LoraFactors, Path, PyTree, is_attached
 
 T = TypeVar("T")
 
@@ -93,3 +94,28 @@ def check_paths(adapters: Mapping[Path, Any], leaves: Mapping[Path, Any], what: 
             + f"\nExpected paths of the given tree, which has {len(leaves)} leaves. Give the same tree that "
             "`jlora.init` was given."
         )
+
+
+def check_kinds(adapters: Mapping[Path, Any], what: str) -> None:
+    """Raises a TypeError that names every value of ``adapters`` that is neither `LoraFactors` nor an array."""
+    parts = {path: (v.a, v.b) if isinstance(v, LoraFactors) else (v,) for path, v in adapters.items()}
+    odd = {path: part for path, found in parts.items() for part in found if not hasattr(part, "shape")}
+    if odd:
+        hint = restored_hint(odd)
+        if any(isinstance(part, Sharding) for part in odd.values()):
+            hint = " The shardings of an attached tree are jlora.adapter_shardings(tree, shardings)."
+        raise TypeError(
+            f"{what}: {len(odd)} of {len(adapters)} values are no adapters:"
+            f"{bullets(f'{path!r}: got a {type(part).__name__}' for path, part in odd.items())}\nExpected LoraFactors "
+            f"of arrays, or arrays for leaves that are trained whole, as jlora.init makes them.{hint}"
+        )
+
+
+def restored_hint(tree: Mapping[Any, Any]) -> str:
+    """What an error adds when orbax or flax restored adapters as plain dictionaries; else nothing."""
+    if not any(isinstance(v, Mapping) and {"a", "b"} <= set(v) for v in tree.values()):
+        return ""
+    return (
+        " Got factors that were restored without a target, so that their scale, axes and dropout are lost: read what "
+        "jlora.save wrote with jlora.load, or restore with a target, which is adapters of jlora.init or their shapes."
+    )

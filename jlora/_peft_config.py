@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jlora._fields import FLOAT32, shown
 from jlora._paths import bullets
 from jlora._tensors import read_json
 from jlora.config import HEADS
@@ -37,6 +38,10 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base weights as they are."""
 
 
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+"""The modules by whose names ``ensure_weight_tying`` finds out whether it has anything to do."""
+
+
 class PeftError(ValueError):
     """An adapter that PEFT and we do not both understand; the message names every part of it, and the way out."""
 
@@ -61,6 +66,7 @@ class PeftConfig:
     layers_pattern: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ensure_weight_tying: bool = False
 
     def rank(self, module: str) -> int:
         """The rank of a module's factors."""
@@ -92,6 +98,21 @@ class PeftConfig:
         patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
         found = next((match for p in patterns if (match := re.match(p, module))), None)
         return found is not None and int(found[1]) in self.layers_to_transform
+
+    def tying(self, projections: Collection[str]) -> PeftConfig:
+        """What ``ensure_weight_tying`` makes of this config: what it asks of the embedding, of these modules too."""
+        targets = self.target_modules or ()
+        if not self.ensure_weight_tying or not projections:
+            return self
+        if any(module.split(".")[-1] in _EMBEDDINGS for module in self.modules_to_save):
+            return dataclasses.replace(self, modules_to_save=(*self.modules_to_save, *projections))
+        if isinstance(targets, str):
+            if not any(re.fullmatch(targets, name) for name in _EMBEDDINGS):
+                return self
+            return dataclasses.replace(self, target_modules="|".join((f"(?:{targets})", *map(re.escape, projections))))
+        if not any(module.split(".")[-1] in _EMBEDDINGS for module in targets):
+            return self
+        return dataclasses.replace(self, target_modules=(*targets, *projections))
 
     def whole(self, tensors: Iterable[str], adapted: Collection[str]) -> set[str]:
         """Those of a model's tensors that PEFT trains and stores whole, given the modules that have factors."""
@@ -129,7 +150,7 @@ class _Field(NamedTuple):
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -FLOAT32 <= value <= FLOAT32
 
 
 def _is_names(value: Any) -> bool:
@@ -152,6 +173,9 @@ def _is_regex(value: Any) -> bool:
     return isinstance(value, str)
 
 
+_NEVER_NULL = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")
+"""Keys for which PEFT itself has no other meaning than that of their values."""
+
 _NAMES_OR_REGEX = _Field("a list of names or a regular expression", lambda v: _is_names(v) or _is_regex(v))
 _FLAG = _Field("true or false", lambda v: type(v) is bool)
 _FIELDS = {
@@ -163,6 +187,7 @@ _FIELDS = {
     "bias": _Field("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
     "use_rslora": _FLAG,
     "use_dora": _FLAG,
+    "ensure_weight_tying": _FLAG,
     "modules_to_save": _Field("a list of names", _is_names),
     "layers_to_transform": _Field(
         "an integer or a list of them",
@@ -195,10 +220,11 @@ def read_config(file: Path) -> PeftConfig:
         )
     for name, value in given.items():
         if name in _FIELDS:
-            if value is None or (value in ("", [], {}) and name != "target_modules"):
+            nothing = value is None or (value in ("", [], {}) and name != "target_modules")
+            if nothing and name not in _NEVER_NULL:
                 continue
             if not _FIELDS[name].fits(value):
-                wrong.append(f"{name} = {value!r:.200}; expected {_FIELDS[name].expected}")
+                wrong.append(f"{name} = {shown(value)}; expected {_FIELDS[name].expected}")
             values[name] = value
         elif value and name not in _INERT:
             lacking.append(f"{name} = {value!r:.200}")
@@ -257,10 +283,41 @@ def make_config(
     )
 
 
+def whole_modules(
+    trained: set[str], adapted: Collection[str], tensors: Collection[str], heads: Collection[str]
+) -> tuple[str, tuple[str, ...]]:
+    """PEFT's ``bias`` and ``modules_to_save`` that cover the tensors trained whole."""
+    biases = {tensor for tensor in tensors if tensor.endswith(".bias")}
+    bias = "none"
+    if biases and biases <= trained:
+        bias, trained = "all", trained - biases
+    elif any(_module_of(tensor) in adapted for tensor in biases & trained):
+        bias, trained = "lora_only", {t for t in trained if t not in biases or _module_of(t) not in adapted}
+    modules = {_module_of(tensor) for tensor in trained}
+    for module in sorted({above for m in modules for above in modules_above(m)}, key=len):
+        inside = {_module_of(t) for t in tensors if t.startswith(f"{module}.")}
+        is_list = any(t.removeprefix(f"{module}.")[0].isdigit() for t in tensors if t.startswith(f"{module}."))
+        if inside <= modules and not is_list:  # PEFT wraps no ModuleList
+            modules = (modules - inside) | {module}
+    known = {above for tensor in tensors for above in modules_above(_module_of(tensor))}
+    modules |= {head for head in heads if any(module.endswith(head) for module in known)}
+    return bias, tuple(sorted(m for m in modules if not any(m.startswith(f"{other}.") for other in modules)))
+
+
+def modules_above(module: str) -> list[str]:
+    """A module and those that hold it."""
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _module_of(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
 def config_json(config: PeftConfig, *, fan_in_fan_out: bool, base_model: str | None, task_type: str | None) -> dict:
     """What to write: only keys that PEFT and its readers have long known."""
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    del fields["exclude_modules"]
+    del fields["exclude_modules"], fields["ensure_weight_tying"]
     empty = {name: fields[name] or None for name in ("modules_to_save", "layers_to_transform", "layers_pattern")}
     return {
         **fields,

@@ -42,17 +42,22 @@ class Layer(NamedTuple):
         return self.b.shape[0]
 
     def folded(self, scale: float) -> Layer:
-        """The same update with another scale; the quotient goes into ``b``, rounded once to its dtype."""
-        if scale == self.scale:
-            return self
-        b = (self.b.astype(np.float32) * np.float32(self.scale / scale)).astype(self.b.dtype)
-        return self._replace(b=b, scale=scale)
+        """The same update with another scale; the quotient goes into ``b``."""
+        return self if scale == self.scale else self._replace(b=scaled(self.b, self.scale / scale), scale=scale)
 
     def padded(self, rank: int) -> Layer:
         """The same update with zeros up to ``rank``."""
         more = rank - self.rank
         a = np.pad(self.a, [(0, 0)] * (self.a.ndim - 1) + [(0, more)])
         return self._replace(a=a, b=np.pad(self.b, [(0, more), (0, 0)]))
+
+
+def scaled(b: np.ndarray, factor: float) -> np.ndarray:
+    """The product, in the dtype of ``b`` where that rounds nothing, and else in float32."""
+    wide = np.promote_types(b.dtype, np.float32) if b.dtype.kind == "f" else np.dtype(np.float32)
+    product = b.astype(wide) * wide.type(factor)
+    narrow = product.astype(b.dtype)
+    return narrow if np.array_equal(narrow.astype(wide), product) else product
 
 
 def parts(kind: Kind) -> Mapping[Part, str]:

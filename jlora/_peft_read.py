@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,20 @@ def open_adapter(folder: Path) -> dict[str, Tensor]:
     return open_tensors(file)
 
 
+def named_as(names: Names, keys: Collection[str]) -> Names:
+    """The table by the names that an adapter has: those in PyTorch's model, or in files.
+
+    Older versions of transformers had the latter in the model too, and PEFT writes what is there.
+    """
+    stored = {path: name._replace(tensors=name.files) for path, name in names.items()}
+
+    def known(table: Names) -> int:
+        modules = {module_of(tensor) for name in table.values() for tensor in name.tensors}
+        return sum(any(f".{module}." in key for key in keys) for module in modules)
+
+    return names if stored == names else max((names, stored), key=known)
+
+
 def sort_tensors(
     folder: Path,
     config: PeftConfig,
@@ -118,6 +132,7 @@ def sort_tensors(
             wrong += [f"{key!r} and {here[part].name!r} are one tensor of the model"] if part in here else []
             here[part] = tensors[key]
     wrong += [] if tensors else [f"{TENSORS} holds no tensor at all"]
+    wrong += _mixed(layers, whole, names)
     leaves = _shapes_in(layers, whole, names) if leaves is None else leaves
     found = Found(layers, whole, spelling, leaves)
 
@@ -167,6 +182,19 @@ def _spelling(weights: Iterable[str], ours: Mapping[str, Any]) -> Spelling:
 
     candidates = [Spelling(), *(Spelling(put=p) for p in first(ours)), *(Spelling(cut=c) for c in first(weights))]
     return max(candidates, key=lambda s: sum(s.ours(weight) in ours for weight in weights))
+
+
+def _mixed(layers: Collection[str], whole: Collection[str], names: Names) -> list[str]:
+    """Stacked leaves of which PEFT trained some layers whole and others by factors; here a leaf is one or the other."""
+    return [
+        f"{path!r}: {next(t for t in name.tensors if t in whole)!r} is trained whole, and other layers of this leaf by "
+        "factors; merge it where it was trained (`model.merge_and_unload().save_pretrained(folder)`) and load the "
+        "merged model"
+        for path, name in names.items()
+        if name.stacked
+        and any(tensor in whole for tensor in name.tensors)
+        and any(module_of(tensor) in layers and tensor.endswith(".weight") for tensor in name.tensors)
+    ]
 
 
 def _shapes_in(
@@ -259,8 +287,9 @@ def _wrong_whole(config: PeftConfig, found: Found, theirs: Mapping[str, str], at
 
 
 def _is_embedding(weight: str, kind: Kind) -> bool:
-    """Whether PEFT may have stored it because the vocabulary changed: a table, or the output projection."""
-    return kind == "embedding" or re.search(HEADS[0], weight.replace(".", "/")) is not None
+    """Whether ``save_embedding_layers`` stores it: a table, what embeds the patches of images, an output projection."""
+    looked_up = kind == "embedding" or ".patch_embeddings." in weight
+    return looked_up or re.search(HEADS[0], weight.replace(".", "/")) is not None
 
 
 def _is_tied(tensor: Tensor, stored: list[Tensor]) -> bool:

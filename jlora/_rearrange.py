@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import core
 
 from jlora import _compat
 from jlora._factored import Factored
 from jlora._named import RANK, Leg, joined, wide
-from jlora._rules import Decline, Rule
+from jlora._rules import Decline
 
 
 def transpose(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
@@ -46,8 +48,12 @@ def reshape(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if groups is None:
         raise Decline(f"reshape from {weight.shape} to {base.shape} mixes the axes")
 
+    constant = [d for d in range(len(weight.shape)) if d not in weight.a.dims and d not in weight.b.dims]
+
     def reshaped(leg: Leg) -> Leg:
         leg = leg.renamed({d: d for d, size in enumerate(weight.shape) if size != 1})
+        merged = [d for old, _ in groups if any(d in leg.dims for d in old) for d in old if d in constant]
+        leg = _following(leg, merged, weight.shape)
         carried = {old[0]: (old, new) for old, new in groups if any(d in leg.dims for d in old)}
         if any(d not in leg.dims for old, _ in carried.values() for d in old):
             raise Decline(f"reshape from {weight.shape} to {base.shape} merges axes of different roles")
@@ -62,6 +68,25 @@ def reshape(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         return Leg(array.reshape(sizes), tuple(dims))
 
     return [weight.with_legs(base, reshaped)]
+
+
+def _following(leg: Leg, dims: list[int], shape: tuple[int, ...]) -> Leg:
+    """``leg`` with an axis for each of ``dims`` more, along which it is constant."""
+    if not dims:
+        return leg
+    sizes = (*(shape[d] for d in dims), *leg.array.shape)
+    return Leg(lax.broadcast_in_dim(leg.array, sizes, range(len(dims), len(sizes))), (*dims, *leg.dims))
+
+
+def _carried(weight: Factored, dims: Sequence[int]) -> tuple[str | None, Factored]:
+    """The factor that follows all of ``dims``, and the weight in which it does: where the whole update is constant
+    along a dimension, either factor may follow it. None when two factors share ``dims`` between them."""
+    own = [d for d in dims if d in weight.a.dims or d in weight.b.dims]
+    name = next((n for n in ("b", "a") if set(own) <= set(getattr(weight, n).dims)), None)
+    if name is None:
+        return None, weight
+    leg = _following(getattr(weight, name), [d for d in dims if d not in own], weight.shape)
+    return name, dataclasses.replace(weight, **{name: leg})
 
 
 def reshape_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
@@ -143,15 +168,21 @@ def pad(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     (base,) = _compat.bind(eqn, [weight.base, value])
     config = eqn.params["padding_config"]
     spread = [d for d, widths in enumerate(config) if any(widths)]
-    carried = all(d in weight.a.dims or d in weight.b.dims for d in spread)
-    if not carried or weight.gain is not None or weight.key is not None:
-        raise Decline("padding of DoRA, of active dropout, or along an axis where the update is constant")
+    for d in spread:
+        _, weight = _carried(weight, [d])
+    gain, key = weight.gain, weight.key
+    if key is not None and any(d in key.dims for d in spread):
+        raise Decline("padding of a stack of weights with active dropout")
+    zero = isinstance(eqn.invars[1], core.Literal) and eqn.invars[1].val == 0
+    if gain is not None and not zero and not set(spread) <= set(gain.dims):
+        raise Decline("padding of DoRA along another axis than its outputs, with a value that is not known to be zero")
 
-    def padded(leg: Leg) -> Leg:
+    def padded(leg: Leg, value: float) -> Leg:
         widths = [config[d] if d in spread else (0, 0, 0) for d in leg.dims]
-        return Leg(lax.pad(leg.array, jnp.zeros((), leg.array.dtype), widths), leg.dims)
+        return Leg(lax.pad(leg.array, jnp.full((), value, leg.array.dtype), widths), leg.dims)
 
-    return [dataclasses.replace(weight, base=base, a=padded(weight.a), b=padded(weight.b))]
+    gain = None if gain is None else padded(gain, 1)
+    return [dataclasses.replace(weight, base=base, a=padded(weight.a, 0), b=padded(weight.b, 0), gain=gain)]
 
 
 def concatenate(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
@@ -187,15 +218,17 @@ def stack(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """Weights stacked along a new axis, which is a batch axis."""
     axis = eqn.params["axis"]
     (base,) = _compat.bind(eqn, [v.base if isinstance(v, Factored) else v for v in args])
-    if not all(isinstance(v, Factored) for v in args):
-        raise Decline("adapted and plain weights are stacked together")
     place = {d: d + (d >= axis) for d in range(base.ndim - 1)}
 
     def expanded(leg: Leg) -> Leg:
         leg = leg.renamed(place)
         return Leg(jnp.expand_dims(leg.array, 0), (axis, *leg.dims))
 
-    return [_longer([v.with_legs(base, expanded) for v in args], axis, base)]
+    parts = [v.with_legs(jnp.expand_dims(v.base, axis), expanded) if isinstance(v, Factored) else v for v in args]
+    weights = [v for v in parts if isinstance(v, Factored)]
+    if len(weights) == len(parts):
+        return [_longer(weights, axis, base)]
+    return [_sum([_block(v, axis, i, base) for i, v in enumerate(parts) if isinstance(v, Factored)], base)]
 
 
 def _longer(weights: list[Factored], axis: int, base: Any) -> Factored:
@@ -206,9 +239,9 @@ def _longer(weights: list[Factored], axis: int, base: Any) -> Factored:
         legs = [getattr(v, name) for v in weights]
         if all(leg is None for leg in legs):
             return None
-        if any(leg is None or leg.dims != legs[0].dims for leg in legs):
+        if any(leg is None or set(leg.dims) != set(legs[0].dims) for leg in legs):
             raise Decline("the weights are not adapted alike")
-        arrays = [leg.along(RANK, lambda x, at: _grown(x, at, 0, rank)).array for leg in legs]
+        arrays = [leg.along(RANK, lambda x, at: _grown(x, at, 0, rank)).ordered(legs[0].dims) for leg in legs]
         return Leg(joined(arrays, legs[0].dims.index(axis)), legs[0].dims)
 
     if len({v.rate for v in weights if v.key is not None}) > 1:
@@ -219,8 +252,7 @@ def _longer(weights: list[Factored], axis: int, base: Any) -> Factored:
 
 def _block(weight: Factored, axis: int, start: int, base: Any) -> Factored:
     """The weight as a block of a larger one along ``axis``: its update is zero outside."""
-    if axis not in weight.a.dims and axis not in weight.b.dims:
-        raise Decline("joined along an axis where the update is constant")
+    _, weight = _carried(weight, [axis])
 
     def placed(leg: Leg) -> Leg:
         return leg.along(axis, lambda x, at: _grown(x, at, start, base.shape[axis]))
@@ -297,7 +329,7 @@ def scale(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if base.shape != weight.shape:
         raise Decline("the weight is broadcast by the product")
     factor, dims = scope.support(eqn.invars[1 - at], other)
-    name = next((n for n in ("b", "a") if set(dims) <= set(getattr(weight, n).dims)), None)
+    name, weight = _carried(weight, dims)
     if name is None:
         raise Decline("a product with an array that follows inputs and outputs at once")
     factor = factor if eqn.primitive.name == "mul" else 1 / factor.astype(wide(factor.dtype))
@@ -323,37 +355,12 @@ def select_n(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     which, *cases = args
     (base,) = _compat.bind(eqn, [which, *(v.base if isinstance(v, Factored) else v for v in cases)])
     pick, dims = scope.support(eqn.invars[0], which)
-    weights = [v for v in cases if isinstance(v, Factored)]
-    if not all(set(dims) <= set(v.b.dims) for v in weights):
-        raise Decline("the condition does not follow the axes of one factor")
 
     def chosen(i: int, weight: Factored) -> Factored:
-        on = Leg(pick == i, tuple(dims)) if pick.dtype != jnp.bool_ else Leg(pick if i else ~pick, tuple(dims))
-        return dataclasses.replace(weight, b=weight.b.times(on.array, dims))
+        name, weight = _carried(weight, dims)
+        if name is None:
+            raise Decline("the condition does not follow the axes of one factor")
+        mask = pick == i if pick.dtype != jnp.bool_ else pick if i else ~pick
+        return dataclasses.replace(weight, **{name: getattr(weight, name).times(mask, dims)})
 
     return [_sum([chosen(i, v) for i, v in enumerate(cases) if isinstance(v, Factored)], base)]
-
-
-REARRANGEMENTS: dict[str, Rule] = {
-    "transpose": transpose,
-    "squeeze": squeeze,
-    "broadcast_in_dim": broadcast_in_dim,
-    "reshape": reshape,
-    "slice": slices,
-    "dynamic_slice": dynamic_slice,
-    "rev": rev,
-    "split": split,
-    "pad": pad,
-    "concatenate": concatenate,
-    "stack": stack,
-    "convert_element_type": convert_element_type,
-    "stop_gradient": stop_gradient,
-    "optimization_barrier": optimization_barrier,
-    "neg": neg,
-    "mul": scale,
-    "div": scale,
-    "add": add,
-    "sub": add,
-    "select_n": select_n,
-    **dict.fromkeys(("copy", "copy_p", "name", "sharding_constraint"), keep),
-}

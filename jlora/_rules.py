@@ -7,6 +7,7 @@ materialize policy. Rules that only move a weight about are in `_rearrange`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Hashable, Sequence
@@ -24,6 +25,10 @@ from jlora._types import Array
 
 Rule = Callable[[Any, Any, list[Any]], list[Any]]
 
+IN_BOUNDS = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+NO_RAGGED_FORM = "only the ragged form [rows, inputs] x [groups, inputs, outputs] has a factored form"
+NO_BATCH_GROUPS = "only the kernel of a convolution without batch groups has a factored form"
+
 
 class Decline(Exception):  # noqa: N818 (not an error: it asks for the materialize policy)
     """A rule has no factored form for this case; the text says why."""
@@ -32,7 +37,7 @@ class Decline(Exception):  # noqa: N818 (not an error: it asks for the materiali
 def dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """Any contracting and batch dimensions, the weight on either side, used straight or transposed."""
     if all(isinstance(v, Factored) for v in args):
-        smaller = min((0, 1), key=lambda i: math.prod(args[i].shape))
+        smaller = min((0, 1), key=lambda i: (not args[i].picked, math.prod(args[i].shape)))
         args[smaller] = scope.settle(args[smaller], eqn, "the other operand is an adapted weight too")
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     on_left = isinstance(args[0], Factored)
@@ -54,12 +59,11 @@ def dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """Experts: rows of the left operand meet the group of the weight that they are assigned to."""
     x, weight, *rest = args
+    if isinstance(x, Factored) or not is_standard_ragged(eqn):
+        raise Decline(NO_RAGGED_FORM)
     numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (xc, wc), (xb, wb) = numbers.dot_dimension_numbers
-    (group,) = numbers.rhs_group_dimensions or (None,)
-    if isinstance(x, Factored) or group is None or wb or len(wc) != 1:
-        raise Decline("only the ragged form [rows, inputs] x [groups, inputs, outputs] has a factored form")
     weight = _beside(weight, x)
+    ((xc, wc), _), (group,) = numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
     (k,), (n,) = wc, [d for d in range(3) if d not in (*wc, group)]
     first, second = (weight.a, weight.b) if k in weight.a.dims else (weight.b, weight.a)
     if n in first.dims or k in second.dims or (weight.gain is not None and k in weight.gain.dims):
@@ -88,24 +92,33 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     return [_total(y, product(hidden, b, standard), gain, (0, 1))]
 
 
+def is_standard_ragged(eqn: Any) -> bool:
+    """Whether a ragged product is one of rows with the matrix of their group."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    return len(numbers.rhs_group_dimensions) == 1 and not batch and len(contracted) == 1
+
+
 def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """A convolution with ``a`` to ``rank`` channels, then a 1x1 one with ``b``; any stride, dilation, groups."""
     x, weight = args
     p = eqn.params
     if isinstance(x, Factored) or p["batch_group_count"] != 1:
-        raise Decline("only the kernel of a convolution without batch groups has a factored form")
+        raise Decline(NO_BATCH_GROUPS)
     _, w_spec, y_spec = p["dimension_numbers"]
     out, groups, rank = w_spec[0], p["feature_group_count"], weight.rank
     kernel_dims = [d for d in range(len(weight.shape)) if d != out]
-    if out in weight.a.dims or any(d in weight.b.dims for d in kernel_dims):
-        raise Decline("the factors do not split into the kernel's inputs and its output channels")
     weight = _beside(weight, x)
+    first, second = (weight.a, weight.b) if out in weight.b.dims else (weight.b, weight.a)
+    gained = [] if weight.gain is None else [d for d in weight.gain.dims if d != out]
+    if out in first.dims or gained or any(d in second.dims for d in kernel_dims):
+        raise Decline("the factors do not split into the kernel's inputs and its output channels")
     (y,) = _compat.bind(eqn, [x, weight.base])
     # The kernel's own layout, with the rank in the place of the output channels, once for each group.
     order = [RANK if d == out else d for d in range(len(weight.shape))]
     shape = [rank if d == RANK else weight.shape[d] for d in order]
     dropped = _adapter_input(scope, weight, x, [("x", i) for i in range(x.ndim)])
-    kernel = weight.a.spread(order, shape).astype(dropped.dtype)
+    kernel = first.spread(order, shape).astype(dropped.dtype)
     kernel = jnp.concatenate([kernel] * groups, axis=out)
     hidden = lax.conv_general_dilated(
         dropped,
@@ -118,7 +131,7 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     split = (*hidden.shape[:channel], groups, rank, *hidden.shape[channel + 1 :])
     names = [("y", i) for i in range(y.ndim)]
     h_names = [*names[:channel], "group", RANK, *names[channel + 1 :]]
-    b = weight.b.spread([RANK, out], (rank, weight.shape[out])).reshape(rank, groups, -1)
+    b = second.spread([RANK, out], (rank, weight.shape[out])).reshape(rank, groups, -1)
     y_names = [*names[:channel], "group", out, *names[channel + 1 :]]
     delta = widen(
         hidden.reshape(split), h_names, b.astype(hidden.dtype), [RANK, "group", out], y_names, p["precision"]
@@ -133,14 +146,10 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     weight, indices = args
     p = eqn.params
     numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
-    if isinstance(indices, Factored) or numbers.operand_batching_dims:
-        raise Decline("a batched gather has no factored form")
-    picked = [d for d, size in enumerate(sizes) if size == 1 != weight.shape[d] or d in numbers.collapsed_slice_dims]
-    clipped = p["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
-    whole = [d for d in range(len(sizes)) if d not in picked]
-    if any(sizes[d] != weight.shape[d] or (d in numbers.start_index_map and not clipped) for d in whole):
-        raise Decline("only whole slices can be gathered")
-
+    if isinstance(indices, Factored):
+        raise Decline("an adapted weight is the index")
+    picked = picked_dims(eqn)
+    clipped = p["mode"] in IN_BOUNDS
     if not clipped and weight.gain is not None and any(d in weight.gain.dims for d in picked):
         raise Decline("DoRA's gain cannot be looked up out of bounds")
 
@@ -172,6 +181,8 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     looked_up = weight.with_legs(base, pick)
     if all(d in weight.a.dims and d in weight.b.dims for d in picked):
         return [looked_up]
+    if len(picked) == 1 and id(eqn) in scope.session.constant:
+        return [dataclasses.replace(looked_up, picked=True)]
     # A row of the table is a result: sum it now. Lookups are not dropped.
     dims = range(base.ndim)
     names = [d for d in dims if d in looked_up.a.dims or d in looked_up.b.dims]
@@ -179,6 +190,24 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     delta = Leg(widen(a, looked_up.a.dims, b, looked_up.b.dims, names), tuple(names)).spread(dims, base.shape)
     scope.factored(weight, eqn, 2 * weight.rank * base.size)
     return [_total(base, delta, looked_up.gain, dims)]
+
+
+def picked_dims(eqn: Any) -> list[int]:
+    """The dimensions along which a gather picks single entries; along the others it takes all.
+
+    Raises:
+      Decline: when it takes a part of another dimension.
+    """
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    shape = eqn.invars[0].aval.shape
+    if numbers.operand_batching_dims:
+        raise Decline("a batched gather has no factored form")
+    picked = [d for d, size in enumerate(sizes) if size == 1 != shape[d] or d in numbers.collapsed_slice_dims]
+    whole = [d for d in range(len(sizes)) if d not in picked]
+    moved = eqn.params["mode"] not in IN_BOUNDS and any(d in numbers.start_index_map for d in whole)
+    if moved or any(sizes[d] != shape[d] for d in whole):
+        raise Decline("only whole slices can be gathered")
+    return picked
 
 
 def low_rank(
@@ -302,11 +331,3 @@ def _adapter_input(scope: Any, weight: Factored, x: Array, names: Sequence[Hasha
     mask = _compat.reshard(mask, _compat.explicit_spec(x) or ())
     scaled = x / (1 - weight.rate)
     return jnp.where(mask, scaled, jnp.zeros_like(scaled)).astype(x.dtype)
-
-
-PRODUCTS: dict[str, Rule] = {
-    "dot_general": dot_general,
-    "ragged_dot_general": ragged_dot_general,
-    "conv_general_dilated": conv_general_dilated,
-    "gather": gather,
-}

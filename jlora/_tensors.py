@@ -148,13 +148,23 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-      TensorError: if there is none, it is absurdly large, or holds no JSON object.
+      TensorError: if there is none, it is absurdly large, holds no JSON object, or one that has a key twice.
     """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise TensorError(f"{file} has these keys twice: {twice}; expected each once, as readers take either")
+        return found
+
     try:
         if (size := file.stat().st_size) > MAX_INDEX_BYTES:
             raise TensorError(f"{file} has {size:,} bytes; expected at most {MAX_INDEX_BYTES:,}")
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
+    except TensorError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # ValueError also of a number of thousands of digits
         raise TensorError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise TensorError(f"{file}: expected a JSON object, got {type(value).__name__}")

@@ -77,6 +77,12 @@ _NOT_WRAPPED = (
 )
 
 
+_LABELS = (
+    "these are labels of jlora.labels, and they met a function at {path!r}. A module with a __call__ whose leaves are "
+    "labels is a function too, and optax calls it: give optax.partition the function `jlora.labels` itself."
+)
+
+
 class _Attached:
     """What attached leaves share: they show the base's shape and dtype, and refuse to be arrays."""
 
@@ -100,7 +106,8 @@ class _Attached:
         return self.base.dtype
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(_NOT_WRAPPED.format(path=self.path))
+        text = _LABELS if isinstance(self.base, str) else _NOT_WRAPPED
+        raise TypeError(text.format(path=self.path))
 
     __jax_array__ = __array__ = __getitem__ = __len__ = __iter__ = __neg__ = astype = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
@@ -156,15 +163,24 @@ class Use(NamedTuple):
       primitive: the JAX primitive, such as ``dot_general``.
       axes: the weight's axes in this use, or None when the use has no matrix form.
       source: file and line of the user's code.
-      note: what happened, when ``axes`` is None.
+      note: what happened, when ``axes`` is None; or why the weight is summed for this product.
+      summed: whether an adapted weight is summed to its full shape for it.
+      gradient: whether the gradient of a floating result reaches the weight through this use.
+      work: multiplications of a product with data, by which uses are weighed. 0 for any other use, and where the
+        other operand is no live data, as the vectors of a power iteration.
     """
 
     primitive: str
     axes: Axes | None
     source: str
     note: str = ""
+    summed: bool = False
+    gradient: bool = True
+    work: int = 0
 
 
+NO_FORM = "the primitive has no matrix form"
+"""The note of a use by a primitive that is no product, nor anything that moves a weight."""
 MATMULS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"})
 
 
@@ -182,32 +198,45 @@ class WeightUse:
     uses: tuple[Use, ...] = ()
 
     @property
+    def learning(self) -> tuple[Use, ...]:
+        """The uses through which a gradient reaches the weight."""
+        return tuple(use for use in self.uses if use.gradient)
+
+    @property
     def axes(self) -> Axes | None:
-        """The axes of the first use that has a matrix form; None when there is none."""
-        return next((use.axes for use in self.uses if use.axes is not None), None)
+        """The axes by which most is computed: products of the same axes are weighed together, by their
+        multiplications; of equal ones the first counts. For a table that is looked up first, those of the lookup.
+        None when no use has a matrix form."""
+        first = next((use for use in self.learning if use.axes is not None), None)
+        if first is None or first.primitive not in MATMULS:
+            return first and first.axes
+        work: dict[Axes, int] = {}
+        for use in self.uses:
+            if use.primitive in MATMULS and use.axes is not None:
+                work[use.axes] = work.get(use.axes, 0) + use.work
+        return max(work, key=lambda axes: work[axes])  # the first of equals
 
     @property
     def kind(self) -> str:
-        """``matmul``, ``lookup``, ``stopped``, ``unread`` or ``other``: decided by the first matrix use."""
-        for use in self.uses:
+        """``matmul``, ``lookup``, ``stopped`` (no gradient reaches it), ``unread`` or ``other``: decided by the
+        first matrix use through which a gradient reaches the weight."""
+        for use in self.learning:
             if use.axes is not None:
                 return "matmul" if use.primitive in MATMULS else "lookup"
         if not self.uses:
             return "unread"
-        return "stopped" if all(u.primitive == "stop_gradient" for u in self.uses) else "other"
+        return "other" if self.learning else "stopped"
 
     @property
     def flipped(self) -> bool:
-        """Whether a later use contracts the outputs, as a tied output projection does."""
+        """Whether another use contracts the outputs, as a tied output projection does."""
         axes = self.axes
         return axes is not None and any(u.axes == axes.flipped() for u in self.uses)
 
     @property
-    def incompatible(self) -> tuple[Use, ...]:
-        """Uses whose axes fit neither the first use nor its transpose: the materialize policy applies."""
-        axes = self.axes
-        fits = () if axes is None else (axes, axes.flipped())
-        return tuple(u for u in self.uses if u.axes not in fits and u.primitive != "stop_gradient")
+    def materialized(self) -> tuple[Use, ...]:
+        """Uses for which an adapted weight is summed to its full shape: the materialize policy applies."""
+        return tuple(use for use in self.uses if use.summed)
 
 
 Uses: TypeAlias = Mapping[Path, WeightUse]

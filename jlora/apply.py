@@ -9,16 +9,26 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-from jax.extend import core
 
 from jlora import _compat, _paths
-from jlora._factored import Factored, factored
+from jlora._constant import constant_gathers
+from jlora._factored import Factored, dense, factored
 from jlora._interpret import Event, Policy, Session
 from jlora._staging import is_array, stage
 from jlora._table import table
 from jlora._types import LoraWeight, PyTree, is_attached
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_MUTATES = (
+    "lora: the function mutates its arguments and does not return what it changed. It is traced on copies of them, so "
+    "these changes would be lost:"
+)
+_RETURN_IT = (
+    "\nReturn the changed object, and go on with it: `y, tree = jlora.lora(lambda m, x: (m(x), m))(tree, x)`; or pass "
+    "a Flax NNX module in parts: `nnx.split` it, `nnx.merge` it in the function, and return its new state. What nobody "
+    "needs is changed on a copy in the function: `dict(batch)`, or `nnx.clone(m)`."
+)
 
 
 def lora(fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = False) -> F:
@@ -33,6 +43,11 @@ def lora(fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = Fal
     and ``pmap``, outside or inside ``fn``. Put it under ``jax.jit``: like every transform, it traces ``fn``
     again at each call. Reverse-mode differentiation only (see `low_rank_product`).
 
+    What ``fn`` mutates, it mutates in a copy. A function that changes an object among its arguments (the statistics
+    of a Flax NNX BatchNorm, a dropout counter, a dict, a list) has to return the object, or the new array:
+
+    >>> y, tree = jlora.lora(lambda module, x: (module(x), module))(tree, x)
+
     >>> apply = jlora.lora(model.apply)
     >>> loss = lambda adapters: loss_fn(apply(jlora.attach(params, adapters), batch))
     >>> grads = jax.grad(loss)(adapters)
@@ -41,13 +56,14 @@ def lora(fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = Fal
       fn: a function of pytrees. Arrays and keys among its arguments are traced, everything else
         (flags, strings, functions, Python numbers) is static; its result may hold non-arrays too.
       materialize: what to do where a weight meets a primitive that has no factored form, so that it must
-        be summed: ``"warn"`` once per weight and primitive, ``"error"``, or ``"allow"``.
+        be summed: ``"warn"`` once per weight, with every place, ``"error"``, or ``"allow"``.
       inline_custom_rules: whether to look into ``jax.custom_jvp`` and ``jax.custom_vjp`` functions that take an
         adapted weight. By default they keep their rule, and get the weight summed.
 
     Raises:
       MaterializeError: under ``"error"``, naming path, primitive and source line.
-      ValueError: when ``fn`` never reads an attached weight, as when it closes over its parameters.
+      ValueError: when ``fn`` never reads an attached weight, as when it closes over its parameters; or mutates its
+        arguments without returning what it changed, naming each place.
     """
     if materialize not in ("warn", "error", "allow"):
         raise ValueError(f'lora: materialize={materialize!r}; expected "warn", "error" or "allow"')
@@ -63,24 +79,31 @@ def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any) -> A
     if not any(map(is_attached, jax.tree.leaves((args, kwargs), is_leaf=is_attached))):
         return fn(*args, **kwargs)
     staged = stage(fn, args, kwargs)
+    if staged.lost and session.policy != "explain":
+        raise ValueError(_MUTATES + _paths.bullets(staged.lost) + _RETURN_IT)
     given = dict(zip(staged.jaxpr.invars, staged.given, strict=True))
     _check_read(staged.jaxpr, given)
     values = [
         factored(leaf) if isinstance(leaf, LoraWeight) else plain
         for leaf, plain in zip(staged.given, staged.plain, strict=True)
     ]
+    session.constant = constant_gathers(staged.jaxpr)
     results = session.run(staged.jaxpr, staged.consts, values)
 
-    def finish(var: Any, result: Any) -> Any:
-        leaf = given.get(var) if isinstance(var, core.Var) else None
+    def finish(place: int | None, result: Any) -> Any:
+        leaf = None if place is None else staged.given[place]
         if is_attached(leaf):
             return leaf  # a weight that is handed through comes back as it was given, still attached
+        if isinstance(result, Factored) and result.picked:
+            return dense(result)  # looked-up rows
         if isinstance(result, Factored):
-            why = "the function returns it, changed or through a jit or remat, and the caller gets it merged"
+            why = "the function returns it, changed, and the caller gets it merged"
             return session.materialize(result, "return", getattr(fn, "__qualname__", repr(fn)), why)
         return result
 
-    return staged.rebuild(map(finish, staged.jaxpr.outvars, results))
+    rebuilt = staged.rebuild(map(finish, _compat.handed_on(staged.jaxpr), results))
+    session.tell()
+    return rebuilt
 
 
 def _check_read(jaxpr: Any, given: dict[Any, Any]) -> None:

@@ -46,6 +46,7 @@ def attach(
     Raises:
       KeyError: when a path is not in ``params``, or in ``strength`` but not in ``adapters``.
       ValueError: when a shape does not fit, or something is attached already; all offenders are named.
+      TypeError: when a value is neither factors nor an array, as adapters are that orbax restored without a target.
     """
     leaves, treedef = _paths.named_leaves(params)
     _paths.check_paths(adapters, leaves, "attach")
@@ -100,7 +101,8 @@ def detach(tree: PyTree) -> tuple[PyTree, dict[Path, LoraFactors | Array]]:
 
 
 def check_adapters(leaves: Mapping[Path, Any], adapters: Adapters, what: str) -> None:
-    """Raises a ValueError that lists every adapter that does not fit its leaf."""
+    """Raises a ValueError that lists every adapter that does not fit its leaf, a TypeError for what is none."""
+    _paths.check_kinds(adapters, what)
     wrong = []
     for path, value in adapters.items():
         leaf = leaves[path]

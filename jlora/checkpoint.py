@@ -3,6 +3,7 @@
 folder/
   arrays/         the factors a, b and magnitude, or whole leaves, by number
   adapters.json   by path: that number, shapes and dtypes; of factors also scale, axes and dropout
+  SHA256SUMS      of all these files, so that no change of a bit goes unseen
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jlora._paths import bullets
+from jlora._paths import bullets, check_kinds
+from jlora._sums import SUMS, check_sums, write_sums
 from jlora._tensors import TensorError, read_json, write_json
 from jlora._types import Adapters, Array, Axes, LoraFactors
 from jlora._types import Path as LeafPath
 
 PARTS = ("a", "b", "magnitude")
-CONTENT = {"arrays", "adapters.json"}
+CONTENT = {"arrays", "adapters.json", SUMS}
 
 
 def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
@@ -49,6 +51,7 @@ def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
             checkpointer.save(draft / "arrays", {keys[path]: _arrays(value) for path, value in adapters.items()})
         if jax.process_index() == 0:
             write_json(draft / "adapters.json", {p: {"key": keys[p], **record_of(v)} for p, v in adapters.items()})
+            write_sums(draft)
             _replace(draft, folder)
         _one_for_all("done")
     finally:
@@ -66,12 +69,13 @@ def load(
       shardings: where the arrays go: one sharding, or a tree like the adapters; by default JAX's default device.
 
     Raises:
-      TensorError: if there are none, or they are not whole.
+      TensorError: if there are none, or a file is missing or not, bit for bit, as it was written; all are named.
       ValueError: if they differ from ``like``, naming every path with what was got and expected.
     """
     folder = Path(folder).resolve()
     if not (folder / "adapters.json").is_file():
         raise TensorError(f"{folder} holds no adapters: adapters.json is missing. Expected a folder of jlora.save.")
+    check_sums(folder)
     records = _read_records(folder / "adapters.json")
     expected = {path: _shapes(record) for path, record in records.items()}
     if like is not None:
@@ -88,9 +92,11 @@ def load(
         with ocp.StandardCheckpointer() as checkpointer:
             wanted = {records[path]["key"]: _arrays(value) for path, value in target.items()}
             arrays = checkpointer.restore(folder / "arrays", wanted)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise TensorError(f"{folder}: the adapters are not whole ({reason}). Save them again.") from error
+    except Exception as error:  # orbax and tensorstore have no common class for what a disk may do
+        raise TensorError(
+            f"{folder / 'arrays'}: orbax cannot read the arrays of the adapters ({one_line(error)}). Expected those of "
+            "adapters.json; save them again."
+        ) from error
     return {path: _rebuilt(arrays[record["key"]], record) for path, record in records.items()}
 
 
@@ -117,6 +123,12 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
     return wrong
 
 
+def one_line(error: BaseException) -> str:
+    """An error in one line."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]:.300}" if lines else type(error).__name__
+
+
 def _one_for_all(text: str) -> str:
     """The first process's text, in all of them, once all have come here."""
     if jax.process_count() == 1:
@@ -130,6 +142,7 @@ def _check_savable(folder: Path, adapters: Adapters) -> None:
         raise ValueError(
             "save: there are no adapters, got {}; expected those of jlora.init. Choose targets that match a weight."
         )
+    check_kinds(adapters, "save")
     empty = [
         f"{path!r} of shape {tuple(leaf.shape)}"
         for path, value in adapters.items()

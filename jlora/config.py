@@ -8,7 +8,9 @@ import math
 import re
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora._paths import bad_pattern, bullets, nearest
 
@@ -33,6 +35,9 @@ class Rule:
     dropout: float | None = None
     use_rslora: bool | None = None
     use_dora: bool | None = None
+
+    def __post_init__(self) -> None:
+        _plain_numbers(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +75,8 @@ class LoraConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        _plain_numbers(self)
         wrong = [*_out_of_range("", self)]
         for i, rule in enumerate(self.rules):
             wrong += _out_of_range(f"rules[{i}].", rule)
@@ -83,7 +90,6 @@ class LoraConfig:
             elif not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
                 wrong += [f"{name}: {problem}" for p in value if (problem := bad_pattern(p))]
-        object.__setattr__(self, "rules", tuple(self.rules))
         try:
             floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
@@ -134,15 +140,32 @@ class LoraConfig:
         return cls(**given)
 
 
+def _plain_numbers(config: LoraConfig | Rule) -> None:
+    """Makes NumPy's scalars, and arrays of one number, Python's numbers: hashable, and the same after JSON."""
+    for name in ("rank", "alpha", "dropout", "use_rslora", "use_dora"):
+        value = getattr(config, name)
+        if isinstance(value, np.generic | np.ndarray | jax.Array) and np.ndim(value) == 0:
+            object.__setattr__(config, name, value.item())
+
+
 def _out_of_range(prefix: str, config: LoraConfig | Rule) -> list[str]:
-    wrong = []
-    if config.rank is not None and (type(config.rank) is not int or config.rank <= 0):
-        wrong.append(f"{prefix}rank={config.rank!r}; expected an integer above 0")
-    if config.alpha is not None and not 0 < config.alpha < math.inf:
-        wrong.append(f"{prefix}alpha={config.alpha!r}; expected a number above 0")
-    if config.dropout is not None and not 0 <= config.dropout < 1:
-        wrong.append(f"{prefix}dropout={config.dropout!r}; expected a rate in [0, 1)")
-    return wrong
+    expected = {
+        "rank": (lambda x: type(x) is int and x > 0, "an integer above 0"),
+        "alpha": (lambda x: _number(x) and 0 < x < math.inf, "a number above 0"),
+        "dropout": (lambda x: _number(x) and 0 <= x < 1, "a rate in [0, 1)"),
+        "use_rslora": (lambda x: type(x) is bool, "True or False"),
+        "use_dora": (lambda x: type(x) is bool, "True or False"),
+    }
+    given = {name: getattr(config, name) for name in expected}
+    return [
+        f"{prefix}{name}={value!r}; expected {expected[name][1]}"
+        for name, value in given.items()
+        if not (expected[name][0](value) or (value is None and isinstance(config, Rule)))
+    ]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _unknown(prefix: str, fields: dict[str, Any], cls: type) -> list[str]:

@@ -28,8 +28,8 @@ def merge(params: PyTree, adapters: Adapters) -> PyTree:
       adapters: as from `init`.
 
     Returns:
-      A tree like ``params``, each leaf in the memory of its base; leaves without an adapter are the very same arrays,
-      the others are new ones.
+      A tree like ``params``, each leaf in the memory of its base. Leaves without an adapter are the very same arrays,
+      so that donating one of both trees deletes them in the other; the others are new ones.
 
     Raises:
       KeyError, ValueError: when an adapter does not fit the params, or holds NaN or infinity (found only
@@ -45,6 +45,7 @@ def unmerge(merged: PyTree, adapters: Adapters) -> PyTree:
       KeyError, ValueError: as `merge`; and for adapters that cannot be undone, all of them named: leaves
         trained whole, whose base is gone, and DoRA, whose norms are.
     """
+    _paths.check_kinds(adapters, "unmerge")
     undoable = [
         f"{path!r}: " + ("DoRA scales the base by norms that are not stored" if isinstance(v, LoraFactors)
                          else "it was trained whole, and the base's value is gone")

@@ -1,13 +1,15 @@
 """Where a leaf lies in the PyTorch world: its tensor names there, and how the array is laid out.
 
 One table of these serves loading, saving, merged export and PEFT adapters in both directions. The families of
-`jlora.models` bring theirs (`jlora.models.names`); for a model of your own, write one with the functions below:
+`jlora.models` bring theirs (`jlora.models.names`); for a model of your own, write one with the functions below, by the
+names that the parameters have in PyTorch's model:
 
 >>> names = {**linear("params/Dense_0", "model.up"), **embedding("params/Embed_0", "model.tokens")}
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -26,14 +28,24 @@ class Name(NamedTuple):
     """Where one leaf lies.
 
     Attributes:
-      tensors: PyTorch's tensor names: one, or one for each layer of a stacked leaf.
+      tensors: names in PyTorch's model, as ``named_parameters()`` gives them, by which PEFT goes too: one, or one for
+        each layer of a stacked leaf.
       kind: of the module, which says how its array is laid out; ``array`` for biases, norms and all that is no matrix.
       stacked: whether the leaf has a leading axis of layers.
+      stored: names in checkpoint files, where they are others; see `stored_as`.
+      tied: of an embedding, the weights of linear layers that are this same array: output projections, as ``lm_head``.
     """
 
     tensors: tuple[str, ...]
     kind: Kind = "array"
     stacked: bool = False
+    stored: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names in checkpoint files."""
+        return self.stored or self.tensors
 
 
 Names: TypeAlias = Mapping[Path, Name]
@@ -66,14 +78,37 @@ def norm(path: Path, module: str, *, bias: bool = True, layers: int | None = Non
     return _module(path, module, ("scale", "array"), bias, layers)
 
 
-def embedding(path: Path, module: str) -> dict[Path, Name]:
-    """``embedding`` [rows, features], of ``torch.nn.Embedding``."""
-    return _module(path, module, ("embedding", "embedding"), False, None)
+def embedding(path: Path, module: str, *, tied: str | None = None) -> dict[Path, Name]:
+    """``embedding`` [rows, features], of ``torch.nn.Embedding``.
+
+    Args:
+      path: of the module's parameters in our tree.
+      module: the name of PyTorch's module.
+      tied: that of the linear layer whose weight is this table too, where one leaf is both.
+    """
+    found = _module(path, module, ("embedding", "embedding"), False, None)
+    if tied is None:
+        return found
+    return {leaf: name._replace(tied=(f"{tied}.weight",)) for leaf, name in found.items()}
 
 
 def array(path: Path, tensor: str) -> dict[Path, Name]:
     """A leaf that is the same array on both sides."""
     return {path: Name((tensor,))}
+
+
+def stored_as(names: Names, *replacements: tuple[str, str]) -> dict[Path, Name]:
+    """The same table, for a model whose checkpoint files name some tensors otherwise than the model itself.
+
+    Args:
+      names: by the names in the model.
+      replacements: pairs of a text in these names and what stands for it in files; each is replaced, in this order.
+    """
+
+    def in_file(tensor: str) -> str:
+        return functools.reduce(lambda name, pair: name.replace(*pair), replacements, tensor)
+
+    return {path: name._replace(stored=tuple(map(in_file, name.tensors))) for path, name in names.items()}
 
 
 def _module(path: Path, module: str, weight: tuple[str, Kind], bias: bool, layers: int | None) -> dict[Path, Name]:

@@ -1,17 +1,16 @@
 """Adapters as Hugging Face's PEFT stores them, in both directions: PyTorch, vLLM and the hub read and write these.
 
->>> peft.save("my_adapter", params, adapters, config, names, base_model="FacebookAI/roberta-base")
+>>> names = models.names(model)
+>>> peft.save("my_adapter", names, params, adapters, config, base_model="FacebookAI/roberta-base")
 >>> adapters, config = peft.load("my_adapter", names, params)
 
 A folder has an ``adapter_config.json`` and an ``adapter_model.safetensors``. The name table (`jlora.names`, or
 `jlora.models.names` of a network from there) says which PyTorch module each leaf is; nothing is ever unpickled.
 Neither torch nor peft is needed.
 
-PEFT goes by the names of live modules. Those of ViT in transformers 5 are not those of its checkpoints: give
-``jlora.models.names(model, modules=True)``, which is right for every network there.
-
-One thing differs: a table that is also the output projection is one weight here, and what is trained acts in both of
-its uses. PEFT trains a copy for the lookup, and leaves the projection as it was.
+An embedding that is also the output projection is one leaf here, and one adapter acts in both of its uses. PEFT has two
+modules: `save` writes both, and `load` reads what trains both alike. For one of them alone, give the network a
+projection of its own: ``models.load(path, untie=True)``.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _peft_layout as layout
+from jlora import _peft_tied as tied
 from jlora._factored import column_norm, factored
 from jlora._named import promoted
 from jlora._paths import bullets, check_paths, named_leaves, nearest
@@ -42,9 +42,11 @@ from jlora._peft_config import (
     exact_alpha,
     is_saved,
     make_config,
+    modules_above,
     read_config,
+    whole_modules,
 )
-from jlora._peft_read import PREFIX, TENSORS, module_of, open_adapter, read_tensors, sort_tensors
+from jlora._peft_read import PREFIX, TENSORS, module_of, named_as, open_adapter, read_tensors, sort_tensors
 from jlora._tensors import write_json, write_tensors
 from jlora._types import Adapters, Array, LoraFactors, LoraWeight, PyTree
 from jlora._types import Path as LeafPath
@@ -60,10 +62,10 @@ _NO_VALUE = "goes into what PEFT stores beside the adapters, and the params are 
 
 def save(
     folder: str | Path,
+    names: Names,
     params: PyTree,
     adapters: Adapters,
     config: LoraConfig,
-    names: Names,
     *,
     uniform_rank: bool = False,
     base_model: str | None = None,
@@ -73,7 +75,8 @@ def save(
 
     The same adapters give the same bytes, and the factors decide: ranks, scales and dropout are theirs, not those of
     ``config``. PEFT's ``alpha`` is chosen so that it computes each factor's scale exactly; a scale that no alpha
-    gives is folded into B, rounded once. PEFT knows one dropout rate: the most common one is written.
+    gives is folded into B, in float32 unless its dtype holds the product. PEFT knows one dropout rate: the most common
+    one is written.
 
     Leaves trained whole become ``bias="all"`` or ``"lora_only"`` where they are those biases, and ``modules_to_save``
     otherwise. PEFT stores whole modules, and the heads of ``task_type``; what of them was not trained is taken from
@@ -83,12 +86,13 @@ def save(
 
     Args:
       folder: made if it is not there; an adapter that is there is replaced, once the new one is written out.
+      names: of the leaves; see `jlora.names`.
       params: the base parameters.
       adapters: as from `jlora.init`.
       config: decides ``use_rslora``, which the factors do not record.
-      names: of the leaves; see `jlora.names`.
-      uniform_rank: scales folded into B, factors padded with zeros to one rank, ``alpha = rank`` and no patterns, for
-        readers such as vLLM that know one rank only.
+      uniform_rank: scales folded into B, factors padded with zeros to one rank, ``alpha = rank`` and no patterns: what
+        vLLM reads (give it a ``--max-lora-rank`` of at least that). It knows factors alone: DoRA, convolutions and
+        what was trained whole are refused.
       base_model: the id or folder of the base model.
       task_type: PEFT's, such as ``"SEQ_CLS"``; it decides which class ``AutoPeftModel`` makes.
 
@@ -106,23 +110,28 @@ def save(
     heads = TASK_HEADS.get(task_type or "", ())
     adapters = _with_whole_heads(adapters, leaves, names, heads)
     _check_writable(adapters, leaves, names, task_type)
+    if uniform_rank:
+        _check_plain(adapters, names, heads)
+    use_rslora = config.use_rslora and not uniform_rank
+    adapters = {path: _with_written_scale(value, use_rslora, uniform_rank) for path, value in adapters.items()}
+    leaves, adapters = tied.split_leaves(leaves, names), tied.split_adapters(adapters, names)
+    names = tied.split_names(names)
 
     factors = {path: value for path in names if isinstance(value := adapters.get(path), LoraFactors)}
-    use_rslora = config.use_rslora and not uniform_rank
-    layers = _as_layers(factors, leaves, names, use_rslora)
+    layers = _as_layers(factors, leaves, names)
     if uniform_rank:
         largest = max(layer.rank for layer in layers.values())
-        layers = {module: layer.folded(1.0).padded(largest) for module, layer in layers.items()}
+        layers = {module: layer.padded(largest) for module, layer in layers.items()}
 
     at = {tensor: (path, i) for path, name in names.items() for i, tensor in enumerate(name.tensors)}
     kinds: dict[str, Kind] = {module_of(t): names[path].kind for t, (path, _) in at.items() if path in factors}
     trained = {tensor for tensor, (path, _) in at.items() if path in adapters and path not in factors}
-    bias, saved = _whole_modules(trained, layers, at, heads)
+    bias, saved = whole_modules(trained, layers, at, heads)
     dropouts = [f.dropout for f in factors.values()]
     theirs = make_config(
         {module: layer.rank for module, layer in layers.items()},
         {module: exact_alpha(layer.scale, layer.rank, use_rslora) for module, layer in layers.items()},
-        {above for tensor in at for above in _above(module_of(tensor))},
+        {above for tensor in at for above in modules_above(module_of(tensor))},
         lora_dropout=max(dropouts, key=dropouts.count),
         bias=bias,
         use_rslora=use_rslora,
@@ -176,8 +185,8 @@ def load(
         trains whole, or with DoRA, in some of their layers.
 
     Returns:
-      ``(adapters, config)``: the adapters in the dtypes in which they are stored, and a config with which `jlora.init`
-      would make such ones.
+      ``(adapters, config)``: the adapters in the dtypes in which they are stored (a B that a scale was folded into in
+      float32, unless its dtype holds the product), and a config with which `jlora.init` would make such ones.
 
     Raises:
       TensorError: if a file is missing, damaged or pickled.
@@ -195,7 +204,12 @@ def load(
     if params is not None:
         leaves, _ = named_leaves(params)
         check_paths(names, leaves, "peft.load")
-    found = sort_tensors(folder, theirs, open_adapter(folder), names, leaves)
+    tensors = open_adapter(folder)
+    own = named_as(names, tensors)
+    theirs = theirs.tying(tied.projections(own, tensors))
+    names = tied.split_names(own)
+    leaves = None if leaves is None else tied.split_leaves(leaves, own)
+    found = sort_tensors(folder, theirs, tensors, names, leaves)
     leaves = found.leaves
     read = read_tensors(folder, found)
 
@@ -219,6 +233,7 @@ def load(
                 for i, tensor in enumerate(name.tensors)
             ]
             adapters[path] = jnp.asarray(np.stack(arrays) if name.stacked else arrays[0])
+    adapters = tied.join(adapters, own, theirs, folder)
     return adapters, _our_config(adapters, theirs)
 
 
@@ -251,6 +266,8 @@ def _check_writable(adapters: Adapters, leaves: Mapping[LeafPath, Any], names: N
                 wrong.append(f"{path!r} is of kind {name.kind!r}; PEFT adapts {', '.join(layout.NDIM)}")
             elif value.axes != (expected := layout.axes(name.kind, name.stacked)):
                 wrong.append(f"{path!r} has {value.axes}; PEFT adapts {name.kind!r} along {expected}")
+            if name.tied and value.magnitude is not None:
+                wrong.append(f"{path!r} has DoRA and is also {name.tied[0]!r}, whose magnitude in PEFT is by rows")
             if not math.isfinite(value.scale) or value.rank == 0:
                 wrong.append(f"{path!r} has scale {value.scale} and rank {value.rank}; expected finite, and above 0")
             if dora and value.magnitude is None and isinstance(leaves[path], jax.ShapeDtypeStruct):
@@ -267,56 +284,50 @@ def _check_writable(adapters: Adapters, leaves: Mapping[LeafPath, Any], names: N
     _raise(wrong)
 
 
-def _raise(wrong: Collection[str]) -> None:
+def _check_plain(adapters: Adapters, names: Names, heads: Collection[str]) -> None:
+    """Raises a PeftError that names everything but plain factors of linear layers and embeddings."""
+    wrong = []
+    for path, value in adapters.items():
+        if not isinstance(value, LoraFactors):
+            wrong.append(f"{path!r} is trained whole")
+        elif value.magnitude is not None:
+            wrong.append(f"{path!r} has DoRA")
+        elif names[path].kind == "conv2d":
+            wrong.append(f"{path!r} is a convolution")
+    stored = [path for path, name in names.items() if is_saved(name.tensors[0], heads) and path not in adapters]
+    _raise(wrong + [f"{path!r} is stored whole for this task_type" for path in stored], "vLLM")
+
+
+def _raise(wrong: Collection[str], reader: str = "PEFT") -> None:
     if wrong:
         raise PeftError(
-            f"peft.save: {len(wrong)} thing(s) that PEFT has no form for:{bullets(wrong)}\nNothing was written. Any "
-            "adapters can be merged: jlora.merge, then save the model."
+            f"peft.save: {len(wrong)} thing(s) that {reader} has no form for:{bullets(wrong)}\nNothing was written. "
+            "Any adapters can be merged: jlora.merge, then save the model."
         )
 
 
+def _with_written_scale(value: LoraFactors | Array, use_rslora: bool, uniform: bool) -> LoraFactors | Array:
+    """The same adapter, with the scale of alpha = rank where it is asked for, or no alpha gives its own."""
+    if not isinstance(value, LoraFactors) or not (uniform or exact_alpha(value.scale, value.rank, use_rslora) is None):
+        return value
+    scale = value.rank / math.sqrt(value.rank) if use_rslora else 1.0
+    b = value.b if scale == value.scale else jnp.asarray(layout.scaled(np.asarray(value.b), value.scale / scale))
+    return dataclasses.replace(value, b=b, scale=scale)
+
+
 def _as_layers(
-    factors: Mapping[LeafPath, LoraFactors], leaves: Mapping[LeafPath, Any], names: Names, use_rslora: bool
+    factors: Mapping[LeafPath, LoraFactors], leaves: Mapping[LeafPath, Any], names: Names
 ) -> dict[str, layout.Layer]:
-    """The updates by PyTorch's module; scales that no alpha gives are folded, missing magnitudes filled in."""
+    """The updates by PyTorch's module; missing magnitudes are filled in."""
     found: dict[str, layout.Layer] = {}
     dora = any(f.magnitude is not None for f in factors.values())
     for path, f in factors.items():
         if dora and f.magnitude is None:
-            norm = column_norm(factored(LoraWeight(leaves[path], f)), f.axes)
+            norm = column_norm(factored(LoraWeight(jnp.asarray(leaves[path]), f)), f.axes)
             f = dataclasses.replace(f, magnitude=norm.astype(f.b.dtype))
         for tensor, layer in zip(names[path].tensors, layout.layers_of(f, names[path].stacked), strict=True):
-            writable = exact_alpha(layer.scale, layer.rank, use_rslora) is not None
-            one = layer.rank / math.sqrt(layer.rank) if use_rslora else 1.0  # of alpha = rank
-            found[module_of(tensor)] = layer if writable else layer.folded(one)
+            found[module_of(tensor)] = layer
     return found
-
-
-def _whole_modules(
-    trained: set[str], adapted: Collection[str], tensors: Collection[str], heads: Collection[str]
-) -> tuple[str, tuple[str, ...]]:
-    """PEFT's ``bias`` and ``modules_to_save`` that cover the tensors trained whole."""
-    biases = {tensor for tensor in tensors if tensor.endswith(".bias")}
-    bias = "none"
-    if biases and biases <= trained:
-        bias, trained = "all", trained - biases
-    elif any(module_of(tensor) in adapted for tensor in biases & trained):
-        bias, trained = "lora_only", {t for t in trained if t not in biases or module_of(t) not in adapted}
-    modules = {module_of(tensor) for tensor in trained}
-    for module in sorted({above for m in modules for above in _above(m)}, key=len):
-        inside = {module_of(t) for t in tensors if t.startswith(f"{module}.")}
-        is_list = any(t.removeprefix(f"{module}.")[0].isdigit() for t in tensors if t.startswith(f"{module}."))
-        if inside <= modules and not is_list:  # PEFT wraps no ModuleList
-            modules = (modules - inside) | {module}
-    known = {above for tensor in tensors for above in _above(module_of(tensor))}
-    modules |= {head for head in heads if any(module.endswith(head) for module in known)}
-    return bias, tuple(sorted(m for m in modules if not any(m.startswith(f"{other}.") for other in modules)))
-
-
-def _above(module: str) -> list[str]:
-    """A module and those that hold it."""
-    parts = module.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> list[Path]:

@@ -8,11 +8,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jlora._paths import bad_pattern, bullets, check_paths, named_leaves, nearest
-from jlora._types import Adapters, LoraFactors, Path, PyTree, is_attached
+from jlora._paths import bad_pattern, bullets, check_kinds, check_paths, named_leaves, nearest
+from jlora._types import Adapters, FullWeight, LoraFactors, LoraWeight, Path, PyTree, is_attached
 
 Rules: TypeAlias = Sequence[tuple[str, PartitionSpec]]
 """``(pattern, spec)`` pairs; a pattern is searched (`re.search`) in the ``/``-joined path, and the first match wins."""
@@ -52,7 +53,7 @@ def shardings(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
     return treedef.unflatten([NamedSharding(mesh, rules[i][1]) for i in taker.values() if i is not None])
 
 
-def adapter_shardings(adapters: Adapters, shardings: PyTree) -> dict[Path, Any]:
+def adapter_shardings(adapters: Adapters | PyTree, shardings: PyTree) -> Any:
     """Where adapters lie, so that each factor is split as the axes of its weight that it follows.
 
     A has the weight's batch and input axes, B its batch and output axes, DoRA's magnitude batch and outputs; the rank
@@ -62,26 +63,48 @@ def adapter_shardings(adapters: Adapters, shardings: PyTree) -> dict[Path, Any]:
     >>> places = jlora.adapter_shardings(jax.eval_shape(start), jlora.shardings(params, mesh, rules))
     >>> adapters = jax.jit(start, out_shardings=places)()
 
+    Of an attached tree, all leaves are told: its weights lie as ``shardings`` say, strengths and dropout keys on every
+    device. Flax's boxes stay: ``flax.linen.get_sharding(params, mesh)`` of the boxed params tells where they lie.
+
+    >>> step = jax.jit(step, in_shardings=jlora.adapter_shardings(tree, jlora.shardings(params, mesh, rules)))
+
     Args:
-      adapters: from `init`, or their shapes.
+      adapters: from `init`, or an attached tree; or the shapes of one.
       shardings: of the weights: a tree like the params of `NamedSharding`, or one for all.
 
     Returns:
-      ``{path: LoraFactors of NamedSharding, or a NamedSharding}``: a tree like ``adapters``, for ``out_shardings`` and
-      `jax.device_put`.
+      A tree like ``adapters`` of `NamedSharding`, for ``in_shardings``, ``out_shardings`` and `jax.device_put`.
 
     Raises:
       KeyError: naming every path that ``shardings`` lack.
-      TypeError: naming every weight whose sharding is of another kind, which does not tell what splits its axes.
+      TypeError: naming every weight whose sharding is of another kind, which does not tell what splits its axes, and
+        every value that is no adapter.
       ValueError: naming every weight that is not split evenly, or has fewer axes than its sharding.
     """
+    leaves, treedef = named_leaves(adapters)
+    if any(map(is_attached, leaves.values())):
+        places = _places({path: _trained(leaf) for path, leaf in leaves.items()}, shardings)
+        return treedef.unflatten([_follow(leaf, places[path]) for path, leaf in leaves.items()])
+    check_kinds(adapters, "adapter_shardings")
+    places = _places(adapters, shardings)
+    return {path: _follow(value, places[path]) for path, value in adapters.items()}
+
+
+def _trained(leaf: Any) -> Any:
+    """The adapter of a leaf of an attached tree; any other leaf lies as one that is trained whole."""
+    return leaf.factors if isinstance(leaf, LoraWeight) else leaf.value if isinstance(leaf, FullWeight) else leaf
+
+
+def _places(adapters: Adapters, shardings: PyTree) -> dict[Path, NamedSharding]:
+    """The shardings of the weights that these adapters belong to."""
     given = dict.fromkeys(adapters, shardings) if isinstance(shardings, Sharding) else named_leaves(shardings)[0]
     check_paths(adapters, given, "adapter_shardings")
     places: dict[Path, Any] = {path: given[path] for path in adapters}
     if odd := {path: place for path, place in places.items() if not isinstance(place, NamedSharding)}:
         raise TypeError(
             f"adapter_shardings: these weights have no NamedSharding:{bullets(f'{p!r}: {x!r}' for p, x in odd.items())}"
-            "\nExpected the result of jlora.shardings(params, mesh, rules), or one NamedSharding for all."
+            "\nExpected the result of jlora.shardings(params, mesh, rules), of flax.linen.get_sharding(params, mesh), "
+            "or one NamedSharding for all."
         )
     wrong = [
         problem
@@ -93,13 +116,25 @@ def adapter_shardings(adapters: Adapters, shardings: PyTree) -> dict[Path, Any]:
             f"adapter_shardings: {len(wrong)} weight(s) cannot lie so:{bullets(wrong)}\nExpected the shardings of the "
             "weights that these adapters were made for: jlora.shardings(params, mesh, rules)."
         )
-    return {
-        path: _follow(leaf, places[path]) if isinstance(leaf, LoraFactors) else places[path]
-        for path, leaf in adapters.items()
-    }
+    return places
 
 
-def _follow(factors: LoraFactors, place: NamedSharding) -> LoraFactors:
+def _follow(leaf: Any, place: NamedSharding) -> Any:
+    """An adapter or a leaf of a tree, with shardings in the place of its arrays; its weight lies at ``place``."""
+    match leaf:
+        case LoraFactors():
+            return _follow_axes(leaf, place)
+        case LoraWeight(factors=f, path=path):
+            everywhere = NamedSharding(place.mesh, PartitionSpec())
+            strength, key = jax.tree.map(lambda _: everywhere, (leaf.strength, leaf.dropout_key))
+            return LoraWeight(place, _follow_axes(f, place), strength, key, path)
+        case FullWeight(path=path):
+            return FullWeight(place, place, path)  # pyright: ignore[reportArgumentType]
+        case _:
+            return place
+
+
+def _follow_axes(factors: LoraFactors, place: NamedSharding) -> LoraFactors:
     """The same factors, with shardings in the place of their arrays."""
     padded: Any = (*place.spec, *(None,) * (sum(map(len, factors.axes)) - len(place.spec)))
     batch, inputs, outputs = factors.axes.sizes(padded)
@@ -114,7 +149,7 @@ def _follow(factors: LoraFactors, place: NamedSharding) -> LoraFactors:
 def _weight_shape(leaf: Any) -> tuple[int, ...]:
     """The shape of the weight that an adapter belongs to."""
     if not isinstance(leaf, LoraFactors):
-        return tuple(leaf.shape)
+        return np.shape(leaf)
     batch = len(leaf.axes.batch)
     sizes = (*leaf.a.shape[:-1], *leaf.b.shape[batch + 1 :])
     order = (axis for group in leaf.axes for axis in group)
@@ -130,7 +165,7 @@ def _untaken(leaves: Mapping[Path, Any], taker: Mapping[Path, int | None], rules
     patterns = [pattern for pattern, _ in rules]
     for path, leaf in leaves.items():
         if is_attached(leaf):
-            yield f"{path!r} is attached; give the plain params, jlora.detach(tree)[0]"
+            yield f"{path!r} is attached; give the plain params, jlora.detach(tree)[0], then adapter_shardings(tree, …)"
         elif taker[path] is None:
             yield f"{path!r} of shape {np.shape(leaf)} is matched by no rule{nearest(path, patterns)}"
 

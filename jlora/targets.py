@@ -10,8 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora import _paths
+from jlora._state import is_linen, state
 from jlora._table import table
-from jlora._types import Axes, Path, PyTree, Target, Uses, WeightUse
+from jlora._types import NO_FORM, Axes, Path, PyTree, Target, Use, Uses, WeightUse
 from jlora.config import HEADS, LoraConfig
 
 
@@ -20,7 +21,8 @@ class Plan(dict[Path, Target]):
 
     Attributes:
       total: number of parameters in the tree.
-      left_out: ``{path: why}`` for matrices that were excluded or are only looked up, and unread leaves.
+      left_out: ``{path: why}`` for what a product consumes and gets no adapter (excluded, integer or complex, state, or
+        without a gradient), and for tables that are looked up, matrices that are used oddly, and unread leaves.
     """
 
     def __init__(self, targets: dict[Path, Target], total: int, left_out: dict[Path, str]):
@@ -61,7 +63,7 @@ def plan(params: PyTree, config: LoraConfig, uses: Uses | None = None) -> Plan:
     """
     leaves, _ = _paths.named_leaves(params)
     leaves = {p: x for p, x in leaves.items() if hasattr(x, "shape") and hasattr(x, "dtype")}
-    chooser = _Chooser(leaves, config, uses)
+    chooser = _Chooser(leaves, config, uses, params)
     targets: dict[Path, Target] = {}
     for path, leaf in leaves.items():
         if (target := chooser.choose(path, leaf)) is not None:
@@ -73,8 +75,9 @@ def plan(params: PyTree, config: LoraConfig, uses: Uses | None = None) -> Plan:
 class _Chooser:
     """One pass over the leaves, which keeps what matched and what is wrong."""
 
-    def __init__(self, leaves: dict[Path, Any], config: LoraConfig, uses: Uses | None):
+    def __init__(self, leaves: dict[Path, Any], config: LoraConfig, uses: Uses | None, params: PyTree):
         self.leaves, self.config, self.uses = leaves, config, uses
+        self.state, self.collections = state(params), is_linen(params)
         self.left_out: dict[Path, str] = {}
         self.wrong: list[str] = []
         self.refused: dict[Path, str] = {}
@@ -89,18 +92,13 @@ class _Chooser:
 
     def choose(self, path: Path, leaf: Any) -> Target | None:
         if _matches(self.config.train_also, path):
-            if _floating(leaf):
-                return self.whole(path, leaf)
-            self.wrong.append(f"train_also matches {path!r} of dtype {leaf.dtype}; expected a floating leaf")
-            return None
+            return self.trained(path, leaf)
         use = None if self.uses is None else self.uses.get(path)
-        explicit = self.config.targets != "all-linear"
-        wanted = _matches(self.config.targets, path) if explicit else use is not None and use.kind == "matmul"
-        if not wanted:
-            if not explicit and use is not None and use.kind == "lookup":
-                self.left_out[path] = f"{_verb(use)}; name it in targets to adapt it"
-            elif not explicit and use is not None and (use.kind in ("unread", "stopped") or _odd(leaf, use)):
-                self.left_out[path] = _verb(use)
+        if self.config.targets == "all-linear":
+            if (why := self.unwanted(path, leaf, use)) is not None:
+                self.left_out |= {path: why} if why else {}
+                return None
+        elif not _matches(self.config.targets, path):
             return None
         if _matches(self.config.exclude, path):
             self.left_out[path] = "excluded"
@@ -108,11 +106,29 @@ class _Chooser:
         axes = self.axes(path, leaf, use)
         return None if axes is None else self.adapted(path, leaf, axes, use)
 
+    def unwanted(self, path: Path, leaf: Any, use: WeightUse | None) -> str | None:
+        """Why ``"all-linear"`` does not take a leaf, or ``""`` where nobody would expect it to; None if it does."""
+        if use is None:
+            return ""
+        if use.kind in ("matmul", "lookup"):
+            if path in self.state:
+                return self.state[path]
+            if self.collections and not path.startswith("params/"):
+                return "in another collection than params; name it in targets to adapt it"
+            if not _floating(leaf):
+                return f"{leaf.dtype}, {_verb(use)}; {_way_out(leaf)}"
+            return None if use.kind == "matmul" else f"{_verb(use)}; name it in targets to adapt it"
+        expected = use.kind in ("unread", "stopped") or _odd(leaf, use)
+        return _verb(use) if expected and path not in self.state else ""
+
     def axes(self, path: Path, leaf: Any, use: WeightUse | None) -> Axes | None:
         """The axes of a wanted weight; None when it cannot be adapted, with the reason kept."""
         shape = f"of shape {tuple(leaf.shape)} and dtype {leaf.dtype}"
-        if not _floating(leaf) or len(leaf.shape) < 2:
-            self.refused[path] = f"{shape} is no floating matrix"
+        if path in self.state:
+            self.refused[path] = f"{shape} is no parameter ({self.state[path]})"
+        elif not _floating(leaf) or len(leaf.shape) < 2:
+            way_out = f"; {_way_out(leaf)}" if len(leaf.shape) > 1 else ""
+            self.refused[path] = f"{shape} is no floating matrix{way_out}"
         elif use is None and len(leaf.shape) > 2:
             self.refused[path] = (
                 f"{shape} is ambiguous: which axes are inputs? Pass uses=jlora.trace(fn, params, batch)"
@@ -121,6 +137,16 @@ class _Chooser:
             self.refused[path] = f"{shape}: {_verb(use)}"
         else:
             return Axes() if use is None else use.axes
+        return None
+
+    def trained(self, path: Path, leaf: Any) -> Target | None:
+        """A leaf that ``train_also`` matches; state stays as it is, and is named."""
+        if path in self.state:
+            self.left_out[path] = self.state[path]
+        elif _floating(leaf):
+            return self.whole(path, leaf)
+        else:
+            self.wrong.append(f"train_also matches {path!r} of dtype {leaf.dtype}; expected a floating leaf")
         return None
 
     def adapted(self, path: Path, leaf: Any, axes: Axes, use: WeightUse | None) -> Target:
@@ -166,6 +192,10 @@ class _Chooser:
                 for pattern in patterns
                 if not any(re.search(pattern, p) for p in pool)
             ]
+        for pattern in config.train_also:
+            hits = [p for p in self.leaves if re.search(pattern, p)]
+            if hits and all(p in self.state for p in hits):
+                wrong += [f"train_also {pattern!r} matches {p!r}, which is {self.state[p]}" for p in hits]
         if not targets and not wrong:
             wrong.append(
                 f"nothing is left to train among {len(self.leaves)} leaves"
@@ -190,14 +220,29 @@ def _matches(patterns: Any, path: Path) -> bool:
     return not isinstance(patterns, str) and any(re.search(p, path) for p in patterns)
 
 
+def _way_out(leaf: Any) -> str:
+    """How a weight that is no floating one can be adapted."""
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return "to adapt it, keep its real and imaginary parts as two leaves"
+    return "to adapt it, attach to the dequantized tree, inside the loss"
+
+
 def _floating(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _counting(use: WeightUse) -> Use:
+    """The use by which one says what a weight is for: the first that a gradient passes, if there is one."""
+    return (use.learning or use.uses)[0]
 
 
 def _odd(leaf: Any, use: WeightUse) -> bool:
     """Whether a matrix is consumed by something that is neither a product nor a bias or scale of activations."""
     matrix = sum(size > 1 for size in leaf.shape) > 1
-    return matrix and use.kind == "other" and use.uses[0].primitive not in ("add", "sub", "mul", "div")
+    if not matrix or use.kind != "other":
+        return False
+    one = _counting(use)
+    return one.note != NO_FORM or one.primitive not in ("add", "sub", "mul", "div")
 
 
 def _verb(use: WeightUse) -> str:
@@ -206,10 +251,12 @@ def _verb(use: WeightUse) -> str:
         case "unread":
             return "never read"
         case "stopped":
-            return "behind stop_gradient"
+            direct = all(u.primitive == "stop_gradient" for u in use.uses)
+            used = next((u.primitive for u in use.uses if u.primitive != "stop_gradient"), "")
+            return "behind stop_gradient" if direct else f"{used}, but no gradient of a result reaches it"
         case "other":
-            return f"consumed by {use.uses[0].primitive}: {use.uses[0].note}"
-    first = next(u for u in use.uses if u.axes is not None)
-    word = "looked up" if use.kind == "lookup" else first.primitive
+            return f"consumed by {_counting(use).primitive}: {_counting(use).note}"
+    axes = use.axes
+    word = "looked up" if use.kind == "lookup" else next(u.primitive for u in use.uses if u.axes == axes)
     flipped = ", transposed too" if use.flipped else ""
-    return word + flipped + (", materialized for some uses" if use.incompatible else "")
+    return word + flipped + (", materialized for some uses" if use.materialized else "")

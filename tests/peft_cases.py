@@ -111,7 +111,7 @@ def assert_close(got: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
 def save(folder: Path, case: str, **options: Any) -> Path:
     """What we write of a golden case."""
     b = base(CASES[case].base)
-    peft.save(folder, b.params, *loaded(case), b.names, task_type=CASES[case].config.get("task_type"), **options)
+    peft.save(folder, b.names, b.params, *loaded(case), task_type=CASES[case].config.get("task_type"), **options)
     return folder
 
 

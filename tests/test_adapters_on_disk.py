@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
+from jlora._sums import write_sums
 from jlora.models import TensorError
 
 
@@ -95,7 +97,12 @@ def test_a_folder_without_whole_adapters_is_refused(tmp_path: Path) -> None:
     for file in (tmp_path / "adapters" / "arrays").rglob("*"):
         if file.is_file() and file.name in ("manifest.ocdbt", "_METADATA"):
             os.remove(file)
-    with pytest.raises(TensorError, match="the adapters are not whole"):
+    with pytest.raises(
+        TensorError, match=r"damaged(.|\n)*arrays/_METADATA is missing(.|\n)*arrays/manifest.ocdbt is mis"
+    ):
+        jlora.load(tmp_path / "adapters")
+    write_sums(tmp_path / "adapters")
+    with pytest.raises(TensorError, match="adapters/arrays: orbax cannot read the arrays"):
         jlora.load(tmp_path / "adapters")
 
 
@@ -168,5 +175,28 @@ def test_damaged_records_are_named(damage: Any, part: str, tmp_path: Path) -> No
     records = json.loads(file.read_text())
     damage(records)
     file.write_text(json.dumps(records))
+    with pytest.raises(TensorError, match=r"damaged(.|\n)*adapters\.json differs(.|\n)*sha256sum"):
+        jlora.load(tmp_path / "adapters")
+    write_sums(tmp_path / "adapters")
     with pytest.raises(TensorError, match=rf"adapters\.json is damaged:\n.*{part}"):
+        jlora.load(tmp_path / "adapters")
+
+
+def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    """The tool accepts them; and a change of one's own is taken once they are written anew, as the error says."""
+    jlora.save(tmp_path / "adapters", made())
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path / "adapters", check=True)
+    file = tmp_path / "adapters" / "adapters.json"
+    file.write_text(file.read_text().replace('"scale": 0.5', '"scale": 0.25'))
+    with pytest.raises(TensorError, match="adapters.json differs") as error:
+        jlora.load(tmp_path / "adapters")
+    command = str(error.value).split("`")[1]
+    subprocess.run(command, shell=True, cwd=tmp_path / "adapters", check=True)
+    assert jlora.load(tmp_path / "adapters")["a"].scale == 0.25
+    for content in ("", "x", "0" * 64 + "  adapters.json\n", "0" * 64 + "  ../x\0\n"):
+        (tmp_path / "adapters" / "SHA256SUMS").write_text(content)
+        with pytest.raises(TensorError, match="is damaged"):
+            jlora.load(tmp_path / "adapters")
+    (tmp_path / "adapters" / "SHA256SUMS").unlink()
+    with pytest.raises(TensorError, match="SHA256SUMS cannot be read.*No such file"):
         jlora.load(tmp_path / "adapters")

@@ -159,7 +159,7 @@ def test_images_of_another_size_are_refused() -> None:
         ({"patch_size": 13}, "patch_size = 13; expected at most image_size = 12"),
         ({"num_attention_heads": 3}, "num_attention_heads = 3; expected a divisor of hidden_size = 16"),
         ({"pool_size": 2, "qkv_bais": True}, r"2 attribute.*\n.*pool_size = 2 is unknown.*\n.*qkv_bais.*'qkv_bias'"),
-        ({"hidden_act": "relu6"}, "activation 'relu6' is unknown; expected one of gelu"),
+        ({"hidden_act": "relu6"}, "hidden_act = 'relu6'; expected one of gelu"),
     ],
 )
 def test_what_a_vit_cannot_be_is_refused_by_name(change: dict[str, Any], message: str) -> None:

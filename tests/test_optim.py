@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -9,6 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from flax.core import freeze as freeze_dict
+from haiku.data_structures import to_immutable_dict as FlatMap
+from toys import assert_close
 
 import jlora
 
@@ -79,6 +86,111 @@ def test_only_trainables_move_and_as_if_they_were_alone(name: str, adapters: Any
         assert not np.array_equal(a, start)
     sizes = [sum(x.size for x in jax.tree.leaves(s)) for s in (state, whole_state)]
     assert sizes[0] == sizes[1]
+
+
+def value_and_functions(fn: Any, value: Any, grad: Any) -> Any:
+    """What a line search is given of the loss."""
+    return {"value": value, "grad": grad, "value_fn": fn}
+
+
+WITH_EXTRAS: dict[str, tuple[Any, Any]] = {
+    "lbfgs": (optax.lbfgs(), value_and_functions),
+    "backtracking": (
+        optax.chain(optax.sgd(0.1), optax.scale_by_backtracking_linesearch(5)),
+        value_and_functions,
+    ),
+    "sam": (
+        optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05), opaque_mode=True),
+        lambda fn, value, grad: {"grad_fn": lambda params, _: jax.grad(fn)(params)},
+    ),
+    "polyak": (optax.polyak_sgd(), lambda fn, value, grad: {"value": value}),
+    "plateau": (
+        optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau()),
+        lambda fn, value, grad: {"value": value},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(WITH_EXTRAS))
+def test_functions_and_gradients_given_to_an_update_are_of_the_whole_tree(name: str, adapters: Any, tree: Any) -> None:
+    """freeze(tx) takes value, grad and functions of the whole tree, and moves the adapters as tx moves them alone."""
+    tx, extra = WITH_EXTRAS[name]
+
+    def train(tx: Any, fn: Any, params: Any) -> Any:
+        state = tx.init(params)
+        for _ in range(2):
+            value, grad = jax.value_and_grad(fn)(params)
+            updates, state = tx.update(grad, state, params, **extra(fn, value, grad))
+            params = optax.apply_updates(params, updates)
+        return params
+
+    alone = jax.jit(lambda a: train(tx, lambda a: loss(jlora.attach(PARAMS, a)), a))(adapters)
+    params, together = jlora.detach(jax.jit(lambda t: train(jlora.freeze(tx), loss, t))(tree))
+    assert_close(together, alone)
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+    assert any(not np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (alone, adapters)), strict=True))
+
+
+def test_schedule_free_reads_its_state_beside_the_trainable_part(adapters: Any, tree: Any) -> None:
+    """The averaged parameters of a whole tree are those of the adapters alone, taken from partition(tree)[0]."""
+    tx = optax.contrib.schedule_free_adamw(0.1)
+    whole = jlora.freeze(tx)
+    state, whole_state = tx.init(adapters), whole.init(tree)
+    updates, state = tx.update(jax.grad(lambda a: loss(jlora.attach(PARAMS, a)))(adapters), state, adapters)
+    alone = optax.contrib.schedule_free_eval_params(state, optax.apply_updates(adapters, updates))
+    updates, whole_state = whole.update(jax.grad(loss)(tree), whole_state, tree)
+    trainable, frozen = jlora.partition(optax.apply_updates(tree, updates))
+    averaged: Any = optax.contrib.schedule_free_eval_params(whole_state, trainable)
+    assert_close(jlora.detach(jlora.combine(averaged, frozen))[1], alone)
+
+
+RATES = {"A": 1e-3, "B": 16e-3, "magnitude": 1e-3, "full": 1e-3, "frozen": 0.0}
+LORA_PLUS: Any = {name: optax.adam(rate) if rate else optax.set_to_zero() for name, rate in RATES.items()}
+
+
+@pytest.mark.parametrize("labels", ["function", "tree"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_one_partition_is_for_adapters_and_for_attached_trees(labels: str, dora: bool) -> None:
+    """LoRA+ with a transformation for every label: Adam's first step is the rate of the label, and 0 where frozen."""
+    fresh = jlora.init(KEY, PARAMS, dataclasses.replace(CONFIG, use_dora=dora))
+    trees: Any = (fresh, jlora.attach(PARAMS, fresh))
+    for tree in trees:
+        names = jlora.labels(tree)
+        tx = optax.partition(LORA_PLUS, jlora.labels if labels == "function" else names)
+        state = tx.init(tree)
+        updates, _ = tx.update(jax.tree.map(jnp.ones_like, tree), state, tree)
+        jax.tree.map(lambda u, name: np.testing.assert_allclose(u, -RATES[name], rtol=1e-5), updates, names)
+        trainable = sum(x.size for x in jax.tree.leaves(fresh))
+        assert sum(x.size for x in jax.tree.leaves(state)) == 2 * trainable + 4  # two moments, and four counts
+
+
+@pytest.mark.parametrize("name", ["freeze", "partition", "partition of adapters"])
+def test_states_are_mapped_beside_the_trainable_part(name: str, adapters: Any, tree: Any) -> None:
+    """tree_map_params finds the copies of the parameters in the state, and takes trees like the trainable part."""
+    if name == "freeze":
+        tx, params, rest = jlora.freeze(optax.adam(0.1)), tree, [jlora.partition(tree)[0]]
+    else:
+        tx, params, rest = optax.partition(LORA_PLUS, jlora.labels), tree if name == "partition" else adapters, []
+    state = tx.init(params)
+    mapped = optax.tree_utils.tree_map_params(
+        tx, lambda x, *like: [y.shape for y in like] + [x.shape], state, *rest, transform_non_params=lambda _: None
+    )
+    moments = [x for x in jax.tree.leaves(mapped, is_leaf=lambda x: isinstance(x, list)) if isinstance(x, list)]
+    assert len(moments) == 2 * len(jax.tree.leaves(adapters))
+    assert all(len(shapes) == 1 + len(rest) and len(set(shapes)) == 1 for shapes in moments)
+
+
+@pytest.mark.parametrize("kind", [collections.OrderedDict, MappingProxyType, freeze_dict, nnx.State, FlatMap])
+def test_labels_know_adapters_in_any_mapping(kind: Any, adapters: Any) -> None:
+    """The same labels in the same kind of Mapping, whether JAX knows it as a tree or not."""
+    names = jlora.labels(kind(adapters))
+    assert type(names) is type(kind(adapters))
+    assert jax.tree.structure(names) == jax.tree.structure(kind(adapters)) or kind is MappingProxyType
+    assert {path: (v.a, v.b, v.magnitude) if path != "bias" else v for path, v in names.items()} == {
+        "in": ("A", "B", "magnitude"),
+        "out": ("A", "B", "magnitude"),
+        "bias": "full",
+    }
 
 
 def test_holes_in_the_gradient_are_accepted(tree: Any) -> None:

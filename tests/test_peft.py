@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 import jlora
 from jlora import models, peft
 from jlora._peft_config import PeftConfig, exact_alpha, read_config
+from jlora._peft_read import TENSORS
 from tests.messages import expect, message
 from tests.peft_cases import (
     EXPECTED,
@@ -176,16 +177,31 @@ def test_peft_reads_what_we_write(case: str, tmp_path: Path) -> None:
 
 @every_case
 def test_one_rank_for_all(case: str, tmp_path: Path) -> None:
-    """With `uniform_rank` there is one rank, no scale and no pattern, and the same logits, here and there."""
+    """With `uniform_rank` there are plain factors of one rank, no scale and no pattern, and the same logits.
+
+    What vLLM's `PEFTHelper` refuses is refused here, by leaf.
+    """
     b, name = base(CASES[case].base), CASES[case].base
+    adapters, fields = loaded(case)[0], CASES[case].config
+    more = {path: "is trained whole" for path in adapters.keys() - factors(adapters).keys()}
+    more |= {path: "has DoRA" for path, f in factors(adapters).items() if f.magnitude is not None}
+    more |= {"conv/kernel": "is a convolution"} if case == "toy" else {}
+    if more:
+        text = message(peft.PeftError, lambda: save(tmp_path, case, uniform_rank=True))
+        expect(text, "vLLM", "merge", *(f"'{path}' {why}" for path, why in more.items()))
+        assert not list(tmp_path.iterdir())
+        return
+    assert not {"modules_to_save", "use_dora", "bias"} & fields.keys()
     save(tmp_path, case, uniform_rank=True)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == max(f.rank for f in factors(loaded(case)[0]).values())
     assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+    assert (config["modules_to_save"], config["bias"], config["use_dora"]) == (None, "none", False)
+    assert all(re.search(r"\.lora_(A|B)\.weight$", key) for key in load_file(tmp_path / "adapter_model.safetensors"))
     again, _ = peft.load(tmp_path, b.names, b.params)
     assert {f.scale for f in factors(again).values()} == {1.0}
     assert_close(plain(name, jlora.merge(b.params, again)), EXPECTED[case])
-    if importlib.util.find_spec("peft") and case in ("patterns", "llama", "toy-dora"):
+    if importlib.util.find_spec("peft"):
         assert_close(peft_logits(tmp_path, name), EXPECTED[case])
 
 
@@ -233,7 +249,7 @@ def test_adapters_made_here(case: str, tmp_path: Path) -> None:
     """What PEFT stores beyond what was trained comes from the params: the logits are ours, here again and there."""
     name, config, written = OURS[case]
     b, adapters = base(name), grown(name, config)
-    peft.save(tmp_path, b.params, adapters, config, b.names, base_model="x/y", task_type=written.get("task_type"))
+    peft.save(tmp_path, b.names, b.params, adapters, config, base_model="x/y", task_type=written.get("task_type"))
     found = json.loads((tmp_path / "adapter_config.json").read_text())
     found["rank_pattern"], found["alpha_pattern"] = (
         {key.replace("\\", ""): value for key, value in found[table].items()}
@@ -256,10 +272,38 @@ def test_a_scale_that_no_alpha_gives_is_folded(tmp_path: Path) -> None:
     adapters = grown("toy", config)
     odd = next(s for i in range(1, 99) if exact_alpha(s := 0.4 + i * 2**-54, 5, False) is None)
     adapters["up/kernel"] = dataclasses.replace(adapters["up/kernel"], scale=odd)
-    peft.save(tmp_path, b.params, adapters, config, b.names)
+    peft.save(tmp_path, b.names, b.params, adapters, config)
     again, _ = peft.load(tmp_path, b.names, b.params)
     assert [f.scale for f in factors(again).values()] == [1.0, 0.5]
     assert_close(plain("toy", jlora.merge(b.params, again)), plain("toy", jlora.merge(b.params, adapters)))
+
+
+def test_folding_a_scale_rounds_nothing(tmp_path: Path) -> None:
+    """A bfloat16 B times the scale is stored in float32 where bfloat16 does not hold the product, both ways."""
+    b = base("toy")
+    config = jlora.LoraConfig(3, alpha=4, targets=("dense", "up/kernel"), dtype="bfloat16")
+    config = dataclasses.replace(config, rules=(jlora.Rule("up", alpha=6.0),))
+    adapters = grown("toy", config)
+    peft.save(tmp_path / "1", b.names, b.params, adapters, config, uniform_rank=True)
+    stored = {key.split(".")[-3] + key[-8]: x for key, x in load_file(tmp_path / "1" / TENSORS).items()}
+    assert {name: str(x.dtype) for name, x in stored.items()} == {
+        "denseA": "bfloat16", "denseB": "float32", "upA": "bfloat16", "upB": "bfloat16"
+    }  # fmt: skip
+    uniform, _ = peft.load(tmp_path / "1", b.names, b.params)
+    for path, f in factors(adapters).items():
+        other: Any = uniform[path]
+        np.testing.assert_array_equal(np.float32(f.scale) * np.float32(f.b), np.float32(other.b), path)
+
+    def unequal(c: dict, t: dict) -> None:
+        c["alpha_pattern"] = {"0.dense": 4}
+        t.update({key: x.astype(ml_dtypes.bfloat16) for key, x in t.items()})
+
+    folder = edited(tmp_path / "2", "toy", unequal)
+    dense: Any = peft.load(folder, b.names, b.params)[0]["blocks/dense/kernel"]
+    theirs = load_file(folder / TENSORS)
+    for i, alpha in enumerate((4, 7)):
+        expected = theirs[f"{PRE}blocks.{i}.dense.lora_B.weight"].astype(np.float32).T * (alpha / 3)
+        np.testing.assert_allclose(np.float32(dense.b[i]) * dense.scale, expected, rtol=1e-6)
 
 
 def test_alpha_gives_the_scale_back_exactly() -> None:
@@ -278,7 +322,7 @@ def test_dtypes_are_kept(tmp_path: Path) -> None:
     b = base("toy")
     config = jlora.LoraConfig(2, targets=("dense/kernel", "tokens"), dtype="bfloat16")
     adapters = grown("toy", config)
-    peft.save(tmp_path, b.params, adapters, config, b.names)
+    peft.save(tmp_path, b.names, b.params, adapters, config)
     again, found = peft.load(tmp_path, b.names, b.params)
     assert_same(again, {path: adapters[path] for path in again})
     assert found.dtype == "bfloat16"
@@ -309,7 +353,7 @@ def test_an_adapter_of_the_bare_network_fits_one_with_a_head_and_back(tmp_path: 
     assert {path.replace("params/", "params/encoder/"): f.scale for path, f in factors(less).items()} == {
         path: f.scale for path, f in factors(whole).items()
     }
-    peft.save(tmp_path, params, less, config, models.names(bare))
+    peft.save(tmp_path, models.names(bare), params, less, config)
     b = base("roberta")
     assert_same(peft.load(tmp_path, b.names, b.params)[0], whole)
 

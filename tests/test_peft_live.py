@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ import pytest
 
 import jlora
 from jlora import models, peft
+from tests.messages import expect, message
 from tests.peft_cases import PRE, assert_close, base, edited, needs_peft
-from tests.small_checkpoints import VIT
+from tests.small_checkpoints import VIT, change
 
 SMALL: dict[str, Any] = {
     "vocab_size": 32,
@@ -42,17 +45,27 @@ def drawn(model: Any, params: Any, config: jlora.LoraConfig, batch: Any) -> dict
     return treedef.unflatten([x + jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype) for x in leaves])
 
 
-def test_names_of_modules() -> None:
-    """They differ from those in checkpoints for ViT alone."""
-    vit = models.build(VIT)
-    stored, live = models.names(vit), models.names(vit, modules=True)
-    assert list(stored) == list(live)
-    assert {live[path].tensors[0] for path in live if path.endswith("layer_0/" + path.split("/")[-2] + "/kernel")} == {
+def test_names_of_the_model_and_of_its_files() -> None:
+    """One table has both, and they differ for ViT alone."""
+    vit = models.names(models.build(VIT))
+    kernels = [path for path in vit if path.endswith("layer_0/" + path.split("/")[-2] + "/kernel")]
+    assert {vit[path].tensors[0] for path in kernels} == {
         f"layers.0.{part}.weight" for part in (*(f"attention.{p}_proj" for p in "qkvo"), "mlp.fc1", "mlp.fc2")
     }
-    assert live["params/layer_0/attention_norm/scale"].tensors == ("layers.0.layernorm_before.weight",)
-    gpt2 = models.build({"model_type": "gpt2", **SMALL})
-    assert models.names(gpt2) == models.names(gpt2, modules=True)
+    assert {vit[path].files[0] for path in kernels} == {
+        f"encoder.layer.0.{part}.weight"
+        for part in (
+            *(f"attention.attention.{p}" for p in ("query", "key", "value")),
+            *("attention.output.dense", "intermediate.dense", "output.dense"),
+        )
+    }
+    norm = vit["params/layer_0/attention_norm/scale"]
+    assert (norm.tensors, norm.files) == (
+        ("layers.0.layernorm_before.weight",),
+        ("encoder.layer.0.layernorm_before.weight",),
+    )
+    gpt2 = models.names(models.build({"model_type": "gpt2", **SMALL}))
+    assert all(name.files == name.tensors for name in gpt2.values())
 
 
 @needs_peft
@@ -69,7 +82,7 @@ def test_vit_in_both_directions(tmp_path: Path) -> None:
         tmp_path / "base"
     )
     model, params = models.load(tmp_path / "base")
-    names: Any = models.names(model, modules=True)
+    names: Any = models.names(model)
     images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 
     def fresh() -> Any:
@@ -85,7 +98,7 @@ def test_vit_in_both_directions(tmp_path: Path) -> None:
 
     config = jlora.LoraConfig(2, targets=("query", "attention_output", "intermediate", "output"))
     adapters = drawn(model, params, config, images)
-    peft.save(tmp_path / "ours", params, adapters, config, names)
+    peft.save(tmp_path / "ours", names, params, adapters, config)
     check(adapters, logits(theirs.PeftModel.from_pretrained(fresh(), str(tmp_path / "ours"))))
 
     targets = ["q_proj", "v_proj", "fc1", "fc2"]
@@ -95,6 +108,61 @@ def test_vit_in_both_directions(tmp_path: Path) -> None:
     )
     adapted.save_pretrained(str(tmp_path / "theirs"))
     check(peft.load(tmp_path / "theirs", names, params)[0], logits(adapted))
+
+    # transformers 4 had the names of files in the model, and so have the adapters of its time.
+    change(tmp_path / "theirs", in_transformers_4, "adapter_model.safetensors")
+    file = tmp_path / "theirs" / "adapter_config.json"
+    old = {"target_modules": ["query", "value", "intermediate.dense", "output.dense"]}
+    old |= {"exclude_modules": ["attention.output.dense"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | old))
+    check(peft.load(tmp_path / "theirs", names, params)[0], logits(adapted))
+
+
+def in_transformers_4(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    pairs = {"vit.layers.": "vit.encoder.layer.", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    pairs |= {"attention.q_proj": "attention.attention.query", "attention.v_proj": "attention.attention.value"}
+    return {functools.reduce(lambda n, p: n.replace(*p), pairs.items(), name): x for name, x in tensors.items()}
+
+
+@needs_peft
+def test_layers_trained_whole_and_by_factors(tmp_path: Path) -> None:
+    """In a stacked leaf they are refused, and what PEFT merges, as is advised, is loaded; an encoder has both."""
+    import peft as theirs
+    import torch
+    import transformers
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
+    sizes |= {"intermediate_size": 24, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 2}
+    ids = np.random.default_rng(0).integers(1, 32, (2, 6))
+    pairs: Any = (
+        (transformers.LlamaForCausalLM, transformers.LlamaConfig, "q_proj", "layers.1.self_attn"),
+        (transformers.BertForSequenceClassification, transformers.BertConfig, "query", "layer.1.attention.self"),
+    )
+    for network, config, query, whole in pairs:
+        torch.manual_seed(0)
+        base_ = network(config(**sizes))
+        base_.save_pretrained(tmp_path / query)
+        model, params = models.load(tmp_path / query)
+        adapted: Any = theirs.get_peft_model(
+            base_, theirs.LoraConfig(r=2, target_modules=[query], modules_to_save=[whole])
+        ).eval()
+        for value in adapted.parameters():
+            if value.requires_grad:
+                torch.nn.init.normal_(value, std=0.3)
+        folder = tmp_path / f"{query}-adapter"
+        adapted.save_pretrained(str(folder))
+        with torch.no_grad():
+            expected = adapted(torch.tensor(ids)).logits
+        if query == "query":
+            again: Any = peft.load(folder, models.names(model), params)[0]
+            params = jlora.merge(params, again)
+        else:
+            text = message(peft.PeftError, lambda f=folder, m=model, p=params: peft.load(f, models.names(m), p))
+            expect(text, "'params/model/layers/self_attn/q_proj/kernel'", "layers.1.self_attn.q_proj.weight")
+            assert "k_proj" not in text
+            adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+            model, params = models.load(tmp_path / "merged")
+        assert_close(jax.jit(model.apply)(params, ids), expected)
 
 
 @needs_peft
@@ -114,7 +182,7 @@ def test_a_head_with_factors_is_written_whole(use_dora: bool, tmp_path: Path) ->
     adapters = drawn(model, params, config, ids)
     assert "params/score/kernel" in adapters
     expected = jax.jit(model.apply)(jlora.merge(params, adapters), ids)
-    peft.save(tmp_path / "ours", params, adapters, config, models.names(model), task_type="SEQ_CLS")
+    peft.save(tmp_path / "ours", models.names(model), params, adapters, config, task_type="SEQ_CLS")
     found = theirs.PeftModel.from_pretrained(network, str(tmp_path / "ours")).eval()
     with torch.no_grad():
         assert_close(found(torch.tensor(ids)).logits, expected)

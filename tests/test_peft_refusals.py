@@ -131,6 +131,31 @@ def test_damaged_files_are_refused(case: str, tmp_path: Path) -> None:
     expect(message(TensorError, lambda: peft.load(folder, b.names, b.params)), *parts, str(folder))
 
 
+def test_a_stacked_leaf_is_trained_whole_or_by_factors(tmp_path: Path) -> None:
+    """PEFT trains each layer as it likes; where a leaf has several of them, both ways at once are refused."""
+    b = base("toy")
+
+    def mix(config: dict, tensors: dict) -> None:
+        config["modules_to_save"] = ["blocks.1.dense"]
+        for part in ("lora_A", "lora_B"):
+            del tensors[f"{PRE}blocks.1.dense.{part}.weight"]
+        tensors[f"{PRE}blocks.1.dense.weight"] = np.ones((8, 8), np.float32)
+        tensors[f"{PRE}blocks.1.dense.bias"] = np.ones(8, np.float32)
+
+    text = message(peft.PeftError, lambda: peft.load(edited(tmp_path / "it", "toy", mix), b.names, b.params))
+    expect(text, "1 tensor(s)", "'blocks/dense/kernel': 'blocks.1.dense.weight' is trained whole", "merge_and_unload")
+
+
+def test_a_head_is_nothing_that_vllm_reads(tmp_path: Path) -> None:
+    """It is stored for the task, trained or not."""
+    b, (adapters, config) = base("roberta"), loaded("plain")
+    text = message(
+        peft.PeftError,
+        lambda: peft.save(tmp_path, b.names, b.params, adapters, config, task_type="SEQ_CLS", uniform_rank=True),
+    )
+    expect(text, "vLLM", "'params/classifier/out_proj/kernel' is stored whole for this task_type", "jlora.merge")
+
+
 def test_an_id_on_the_hub_is_fetched_first() -> None:
     b = base("toy")
     text = message(peft.PeftError, lambda: peft.load("someone/adapter", b.names, b.params))
@@ -144,7 +169,7 @@ def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
     before = kept.read_bytes()
 
     def failure(adapters: Any, error: type[Exception] = peft.PeftError, **options: Any) -> str:
-        return message(error, lambda: peft.save(tmp_path, b.params, adapters, config, b.names, **options))
+        return message(error, lambda: peft.save(tmp_path, b.names, b.params, adapters, config, **options))
 
     head, dense = adapters["head/kernel"], adapters["blocks/dense/kernel"]
     flipped = jlora.LoraFactors(head.b.T, head.a.T, axes=head.axes.flipped())
@@ -166,7 +191,7 @@ def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
     expect(failure({"head/bias": jnp.zeros(3)}), "no low-rank factors")
     shapes = jax.eval_shape(lambda: b.params)
     both = {"head/kernel": head, "up/bias": jnp.zeros(8), "blocks/norm/bias": jnp.zeros((2, 8))}
-    text = message(peft.PeftError, lambda: peft.save(tmp_path, shapes, both, config, b.names))
+    text = message(peft.PeftError, lambda: peft.save(tmp_path, b.names, shapes, both, config))
     expect(text, "the params are shapes", "'up/kernel'", "'blocks/norm/scale'")
     broken = dataclasses.replace(head, a=head.a.at[0, 0].set(jnp.nan))
     expect(
@@ -176,7 +201,7 @@ def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
     expect(
         message(
             KeyError,
-            lambda: peft.save(tmp_path, b.params, {"head/kernel": head}, config, {"hed": b.names["head/bias"]}),
+            lambda: peft.save(tmp_path, {"hed": b.names["head/bias"]}, b.params, {"head/kernel": head}, config),
         ),
         "hed",
     )
@@ -191,7 +216,7 @@ def test_factors_of_a_head_that_peft_trains_whole_alone_are_no_adapter(tmp_path:
     for params, part in ((b.params, "no low-rank factors"), (jax.eval_shape(lambda: b.params), "params are shapes")):
         text = message(
             peft.PeftError,
-            lambda p=params: peft.save(tmp_path / "x", p, adapters, config, b.names, task_type="SEQ_CLS"),
+            lambda p=params: peft.save(tmp_path / "x", b.names, p, adapters, config, task_type="SEQ_CLS"),
         )
         expect(text, part)
     assert not (tmp_path / "x").exists()

@@ -43,6 +43,8 @@ def test_its_claims_hold(ran: tuple[dict[str, Any], str]) -> None:
     np.testing.assert_allclose(n["answers"][0], n["served"], atol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, n["again"], n["learnt"])
     assert max(n["report"].values()) < 1e-3
+    with pytest.raises(n["peft"].PeftError, match=r"vLLM(.|\n)*classifier/dense/kernel' is trained whole"):
+        n["peft"].save("nowhere", n["names"], n["weights"], n["learnt"], n["config"], uniform_rank=True)
     for one, place in zip(jax.tree.leaves(n["divided"]), jax.tree.leaves(n["own"]), strict=True):
         assert one.sharding == place
     assert any("fsdp" in place.spec for place in jax.tree.leaves(n["own"]))

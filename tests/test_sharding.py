@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from golden import make_decoders, make_encoders
 from hypothesis import given
 from hypothesis import strategies as st
@@ -151,6 +152,43 @@ def test_one_sharding_for_all_and_leaves_that_are_trained_whole() -> None:
     split = NamedSharding(mesh(1, 8, 1), P("fsdp"))
     found = jlora.adapter_shardings(adapters, split)
     assert (found["w"].a.spec, found["w"].b.spec, found["bias"]) == (P("fsdp", None), P(None, None), split)
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"strength": 0.5, "dropout_key": jax.random.key(1)}])
+def test_an_attached_tree_lies_as_its_weights_and_adapters(boxed: bool, options: Any) -> None:
+    """Each leaf of an attached tree lies as the plain params' sharding and adapter_shardings say, strengths and keys on
+    every device; flax's boxes stay. A jit that pins these shardings computes the same."""
+    grid = mesh(1, 4, 2)
+    init = nn.initializers.lecun_normal()
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            h = nn.Dense(8, name="up", kernel_init=nn.with_partitioning(init, ("fsdp", "tensor")))(x)
+            return nn.Dense(4, name="down", kernel_init=nn.with_partitioning(init, ("tensor", None)))(jnp.tanh(h))
+
+    model, x = Model(), jnp.ones((2, 12))
+    params: Any = model.init(jax.random.key(0), x)
+    places = nn.get_sharding(params, grid)
+    params = params if boxed else nn.meta.unbox(params)
+    config = jlora.LoraConfig(rank=3, dropout=0.1, train_also=("down/bias",), use_dora=True, exclude=())
+    adapters = jlora.init(jax.random.key(0), params, config, jlora.trace(model.apply, params, x))
+    tree = jlora.attach(params, adapters, **options)
+    found = jlora.adapter_shardings(tree, places)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    alone, own = jlora.detach(found)
+    assert own == jlora.adapter_shardings(adapters, places)
+    assert named_leaves(alone)[0] == named_leaves(places)[0]
+    rest = [
+        place for keys, place in jax.tree.leaves_with_path(found) if "strength" in str(keys) or "key" in str(keys[-1])
+    ]
+    assert all(place == NamedSharding(grid, P()) for place in rest) and len(rest) == 2 * len(options)
+    put = jax.device_put(tree, found)
+    apply = jlora.lora(model.apply)
+    assert_close(jax.jit(apply, in_shardings=(found, None))(put, x), apply(tree, x))
+    with pytest.raises(TypeError, match="jlora.adapter_shardings"):
+        jlora.attach(places, own)
 
 
 # ---- what is split computes what is whole

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora import models
+from jlora import models, peft
 from tests import tiny
 from tests.runs import program
 from train import batches, data, metrics, store
@@ -151,8 +151,6 @@ def test_exports_are_the_adapted_model(text_run, work):
         code, printed = program("export", str(folder), "--to", to)
         assert code == 0, printed
         assert f"written to {folder / to}" in printed
-
-    from jlora import peft
 
     assert run.network.model is not None
     adapters, _ = peft.load(folder / "peft", models.names(run.network.model), run.params)
@@ -382,9 +380,35 @@ def test_a_language_model_learns_and_continues(language_run):
 
 
 def test_conversations_are_packed_and_trained_on(work, tmp_path):
-    code, printed = program(*language_flags(work), "--run-dir", str(tmp_path), "--fit.batch-size", "2")
+    targets = "--lora.targets embed_tokens q_proj".split()
+    code, printed = program(*language_flags(work), "--run-dir", str(tmp_path), "--fit.batch-size", "2", *targets)
     assert code == 0, printed
     assert "token_accuracy" in printed
+
+    # Its table is the output projection too, and the adapter is written for both.
+    code, printed = program("export", str(tmp_path))
+    assert code == 0, printed
+    run = open_run(tmp_path)
+    assert run.network.model is not None
+    found, _ = peft.load(tmp_path / "peft", models.names(run.network.model), run.params)
+    assert set(found) == set(run.adapters) >= {"params/model/embed_tokens/embedding"}
+    for path, factors in found.items():
+        jax.tree.map(np.testing.assert_array_equal, factors, run.adapters[path])
+
+
+def test_an_untied_language_model_is_trained_and_exported(work, tmp_path):
+    """`--model.untie`: the projection is a leaf of its own, and so are what is learnt of it, and the merged file."""
+    flags = "--model.untie --lora.train-also lm_head --fit.epochs 1".split()
+    code, printed = program(*language_flags(work), "--run-dir", str(tmp_path), *flags)
+    assert code == 0, printed
+    for to in ("hf", "peft"):
+        code, printed = program("export", str(tmp_path), "--to", to)
+        assert code == 0, printed
+    run = open_run(tmp_path)
+    model: Any
+    model, params = models.load(tmp_path / "hf")
+    assert isinstance(run.network.model, type(model)) and not model.config.tie_word_embeddings
+    np.testing.assert_allclose(params["params"]["lm_head"]["kernel"], run.adapters["params/lm_head/kernel"], atol=1e-6)
 
 
 # Images
@@ -540,6 +564,7 @@ def test_a_template_that_fails_is_told(work):
         (["predcit", "{0}/text-run"], "there is no command 'predcit'; did you mean 'predict'?"),
         (["eval", "{0}/text-run", "--limit", "0"], "got --limit 0"),
         (["export", "{0}/text-run", "--out", "{0}/data/train.jsonl"], "File exists|is a file"),
+        (["export", "{0}/text-run", "--uniform-rank"], "vLLM.*is trained whole.*jlora.merge"),
         (["inspect", "{0}/data"], "has no config.json"),
         (["inspect", "{0}/encoder", "--lora.targets", "qeury"], "qeury.*closest"),
     ],

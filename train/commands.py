@@ -207,13 +207,12 @@ def export(
     elif network.model is None:
         raise ConfigError(f"export: a {type(config.model).__name__} exists in JAX alone; pass --to orbax")
     elif to == "peft":
-        _check_ties(opened)
         peft.save(
             folder,
+            models.names(network.model),
             opened.params,
             opened.adapters,
             config.lora,
-            models.names(network.model, modules=True),
             uniform_rank=uniform_rank,
             base_model=network.source,
             task_type={"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM"}.get(type(config.task).__name__),
@@ -240,18 +239,6 @@ def _pictures(run: Run) -> str | None:
     """The checkpoint, if it says how it wants its images."""
     assert isinstance(run.config.model, Pretrained)
     return run.network.source if read_settings(run.config.model, "preprocessor_config.json") else None
-
-
-def _check_ties(run: Run) -> None:
-    """Refuse what peft would compute otherwise: its factors of a tied embedding act on the lookup alone."""
-    model = run.network.model
-    assert model is not None
-    uses = jlora.trace(model.apply, run.params, models.example_inputs(model))
-    if tied := [path for path in run.adapters if uses[path].flipped]:
-        raise ConfigError(
-            f"export: {', '.join(tied)} is looked up and is the output projection too. Here the adapter acts in both "
-            "places, in peft in the first alone; pass --to hf to write the merged model"
-        )
 
 
 def inspect(

@@ -138,6 +138,7 @@ class Pretrained:
       dtype: in which it computes.
       param_dtype: of its frozen weights; by default as they are stored.
       dropout: apply the network's own dropout while training, beside the adapters'.
+      untie: give a language model an output projection of its own where its config.json ties it to the embedding.
     """
 
     path: str
@@ -145,6 +146,7 @@ class Pretrained:
     dtype: Dtype = "float32"
     param_dtype: Dtype | None = None
     dropout: bool = False
+    untie: bool = False
 
 
 @dataclass(frozen=True)

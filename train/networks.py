@@ -110,6 +110,7 @@ def _pretrained(config: Pretrained, task: TaskConfig, remat: Remat) -> Network:
         "labels": labels,
         "dtype": jnp.dtype(config.dtype),
         "revision": config.revision,
+        "untie": config.untie,
     }
     dtype = None if config.param_dtype is None else jnp.dtype(config.param_dtype)
     model: Any = models.build(config.path, **options, param_dtype=dtype or jnp.float32, remat=remat)

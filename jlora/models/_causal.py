@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.models._family import ModelConfig
+from jlora.models._family import ModelConfig, Positive, Size, Spread, Token
 from jlora.models._layers import Remat, recomputed
 
 
@@ -26,11 +26,11 @@ class CausalConfig(ModelConfig):
       pad_token_id: the token that a classifier does not take for the last one.
     """
 
-    vocab_size: int = dataclasses.field(kw_only=True)
-    initializer_range: float = dataclasses.field(default=0.02, kw_only=True)
+    vocab_size: Size = dataclasses.field(kw_only=True)
+    initializer_range: Spread = dataclasses.field(default=0.02, kw_only=True)
     tie_word_embeddings: bool = dataclasses.field(default=True, kw_only=True)
-    final_logit_softcapping: float | None = dataclasses.field(default=None, kw_only=True)
-    pad_token_id: int | None = dataclasses.field(default=None, kw_only=True)
+    final_logit_softcapping: Positive | None = dataclasses.field(default=None, kw_only=True)
+    pad_token_id: Token | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:

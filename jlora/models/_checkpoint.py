@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._paths import bullets, named_leaves, nearest
-from jlora._tensors import Tensor, open_checkpoint, read_json, write_checkpoint, write_json
+from jlora._tensors import Tensor, open_checkpoint, write_checkpoint, write_json
 from jlora._types import Array, PyTree
 from jlora._types import Path as LeafPath
 from jlora.models._family import Family, ModelConfig, ModelError, Task
 from jlora.models._layers import Remat
-from jlora.models._network import abstract, class_of, draw, family_and_task, family_of, fetch, names, network_of
-from jlora.models._reading import read_leaf
+from jlora.models._network import abstract, class_of, described, draw, family_and_task, fetch, names, network_of
+from jlora.models._reading import are_equal, read_leaf
 from jlora.names import Name, Names, to_torch, torch_shape
 
 Shardings: TypeAlias = Any
@@ -39,6 +39,7 @@ def load(
     shardings: Shardings = None,
     key: Array | None = None,
     revision: str | None = None,
+    untie: bool = False,
 ) -> tuple[nn.Module, PyTree]:
     """A network and its parameters, from a checkpoint as Hugging Face's transformers writes it.
 
@@ -60,21 +61,27 @@ def load(
         ``(path, shape) -> sharding``; by default JAX's default device.
       key: a PRNG key for a head that the checkpoint lacks or has for other labels: it starts anew from it.
       revision: of a model on the hub: branch, tag or commit.
+      untie: give a language model an output projection of its own also where config.json ties it to the embedding
+        (``tie_word_embeddings``). It starts as the file's ``lm_head.weight``, or else as the embedding. `save` writes
+        both, and an adapter of either acts there alone.
 
     Returns:
       ``(model, params)`` such that ``model.apply(params, ...)`` computes what the class of transformers computes.
 
     Raises:
-      ModelError: if the configuration is of no known network, or the tensors are not those of it; all are named.
+      ModelError: if the configuration is of no known network, or the tensors are not those of it; all are named. So
+        is an output projection that is tied by config.json, and has other values than the embedding in the file.
       TensorError: if a file is damaged, pickled or names files elsewhere, or a tensor holds NaN or infinity.
     """
     folder = fetch(path, revision)
-    hf = read_json(folder / "config.json")
-    family, config, task = family_of(hf, task, labels)
+    family, config, task = described(folder, task, labels, untie=untie)
     model = network_of(family, config, task, dtype, param_dtype or jnp.float32, remat)
     shapes, treedef = named_leaves(abstract(model))
     names = family.names(config, task)
-    found = _resolve(open_checkpoint(folder), names, shapes, family, may_start=key is not None, where=str(folder))
+    stored = family.names(described(folder, task, labels)[1], task) if untie else names
+    ties = {head: name.files[0] for name in stored.values() for head in name.tied}
+    tensors = open_checkpoint(folder)
+    found = _resolve(tensors, names, shapes, family, ties, may_start=key is not None, where=str(folder))
     place = _placement(shardings, shapes, treedef)
     params = {
         path: read_leaf(found[path], names[path], shape.shape, param_dtype or found[path][0].dtype, place(path))
@@ -149,10 +156,10 @@ def write(
         (
             one,
             partial(tensor, path, layer, name),
-            math.prod(shapes[path].shape) * np.dtype(shapes[path].dtype).itemsize // len(name.tensors),
+            math.prod(shapes[path].shape) * np.dtype(shapes[path].dtype).itemsize // len(name.files),
         )
         for path, name in names(model).items()
-        for layer, one in enumerate(name.tensors)
+        for layer, one in enumerate(name.files)
     )
     before = {*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")}
     written = write_checkpoint(folder, tensors, max_shard_bytes)
@@ -186,16 +193,22 @@ def _resolve(
     names: Names,
     shapes: Mapping[LeafPath, Any],
     family: Family,
+    ties: Mapping[str, str],
     *,
     may_start: bool,
     where: str,
 ) -> dict[LeafPath, list[Tensor]]:
     """The tensors of each leaf. Leaves of a head that may start anew are left out when the checkpoint lacks them.
 
+    Of output projections and the embeddings that they are tied to (``ties``), one stands for both where a file lacks
+    the other.
+
     Raises:
-      ModelError: naming every tensor that is missing, that the network does not have, or that has another shape.
+      ModelError: naming every tensor that is missing, that the network does not have, that has another shape, or that
+        is tied to one of other values.
     """
-    wanted = {tensor for name in names.values() for tensor in name.tensors}
+    own = {tensor for name in names.values() for tensor in name.files}
+    wanted = own | set(ties)
     have: dict[str, Tensor] = {}
     unexpected, twice = [], []
     for given, tensor in tensors.items():
@@ -209,22 +222,32 @@ def _resolve(
         elif not re.search(family.unread, modern):
             unexpected.append(f"{given!r} of shape {tensor.shape}: the network has no such tensor")
 
+    loose = [
+        f"{head!r} and {table!r} have different values, and config.json ties them (tie_word_embeddings): transformers "
+        "computes with both; pass untie=True"
+        for head, table in ties.items()
+        if head not in own and head in have and table in have and not are_equal(have[head], have[table])
+    ]
+    for pair in ties.items():
+        for lacking, there in (pair, pair[::-1]):
+            if lacking not in have and there in have:
+                have[lacking] = have[there]
     found: dict[LeafPath, list[Tensor]] = {}
     missing, misshapen = [], []
     for path, shape in shapes.items():
         name = names[path]
         expected = torch_shape(shape.shape, name)
         startable = may_start and re.search(family.heads, path)
-        absent = [t for t in name.tensors if t not in have]
-        other = [t for t in name.tensors if t in have and have[t].shape != expected]
+        absent = [t for t in name.files if t not in have]
+        other = [t for t in name.files if t in have and have[t].shape != expected]
         if startable and (absent or other):
             continue
         advice = "; pass key=jax.random.key(0) to start a new head" if re.search(family.heads, path) else ""
         missing += [f"{t!r} of shape {expected} is missing{advice}" for t in absent]
         misshapen += [f"{t!r} has shape {have[t].shape}, expected {expected}{advice}" for t in other]
         if not absent and not other:
-            found[path] = [have[t] for t in name.tensors]
-    if wrong := missing + misshapen + unexpected + twice:
+            found[path] = [have[t] for t in name.files]
+    if wrong := missing + misshapen + unexpected + twice + loose:
         raise ModelError(
             f"{where}: {len(wrong)} tensor(s) are not those of the network that its config.json describes:"
             f"{bullets(wrong[:40])}"

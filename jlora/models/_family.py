@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import flax.linen as nn
 
+from jlora._fields import Within, faults, fits, shown
 from jlora._paths import bullets, nearest
 from jlora.names import Names
 from jlora.sharding import Rules
@@ -52,8 +53,27 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
 """Attributes that would change it, with the values for which they do not, in any family."""
 
 
+SHARED: Mapping[str, Any] = {
+    "architectures": list[str] | None,
+    "id2label": dict[str, str] | None,
+    "num_labels": Annotated[int, Within(1, 2**31 - 1)] | None,
+}
+"""Attributes that tell task and labels, in any family."""
+
 INTERNAL = {"internal": True}
 """Metadata of a configuration's field that no config.json has: the family works it out."""
+
+DERIVED = {"derived": True}
+"""Metadata of one that a config.json may leave out, or have as null: then the family works it out."""
+
+# What attributes may be. Sizes index an axis; layers are bounded so that a damaged file makes no endless loop.
+Size = Annotated[int, Within(1, 2**31 - 1)]
+Layers = Annotated[int, Within(1, 1000)]
+Token = Annotated[int, Within(-(2**31), 2**31 - 1)]
+Rate = Annotated[float, Within(0, 1)]
+Epsilon = Annotated[float, Within(0, 1)]
+Spread = Annotated[float, Within(0)]
+Positive = Annotated[float, Within(0, above=True)]
 
 
 class ModelError(ValueError):
@@ -64,7 +84,7 @@ class ModelError(ValueError):
 class ModelConfig:
     """What determines a network. A family's own fields carry the names that they have in its ``config.json``.
 
-    Those with the metadata `INTERNAL` are in no config.json.
+    Their type hints say what may stand there. Those with the metadata `INTERNAL` are in no config.json.
 
     Attributes:
       hf: the config.json that it was read from, as JSON text; `to_hf` returns it with the changes made since.
@@ -87,44 +107,60 @@ def read_config(
     kind: type[Config],
     hf: Mapping[str, Any],
     *,
+    others: Mapping[str, Any] | None = None,
     ignored: frozenset[str] = frozenset(),
     fixed: Mapping[str, tuple[Any, ...]] | None = None,
-    derived: Mapping[str, Any] | None = None,
+    divides: Iterable[tuple[str, str]] = (),
+    derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf: {},
 ) -> Config:
     """A family's configuration from the content of a ``config.json``.
 
     Args:
       kind: the family's class; a field that ``hf`` lacks has its default.
+      others: the types of attributes that are no fields, from which ``derive`` works some out.
       ignored: further attributes that do not change what the network computes.
       fixed: further attributes that would, with the values that are accepted.
-      derived: fields that the family worked out itself, from attributes that are then in ``ignored``.
+      divides: pairs of attributes, of which the first divides the second.
+      derive: fields that the family works out itself; it is called when all attributes are of their types.
 
     Raises:
-      ModelError: naming every attribute that is unknown, missing or has a value that the network does not have.
+      ModelError: naming every attribute that is unknown, missing, of another type or out of its range, or has a value
+        that the network does not have.
     """
     fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in ("hf", "num_labels")}
     internal = {name for name, field in fields.items() if field.metadata.get("internal")}
-    public = [name for name in fields if name not in internal]
+    hints = get_type_hints(kind, include_extras=True)
+    hints = {n: hints[n] | None if f.metadata.get("derived") else hints[n] for n, f in fields.items()}
+    hints = {name: hint for name, hint in hints.items() if name not in internal} | dict(others or {}) | SHARED
     fixed = {**FIXED, **(fixed or {})}
-    derived = dict(derived or {})
-    wrong = []
-    for name, value in hf.items():
-        if name in fixed:
-            if value not in fixed[name]:
-                wrong.append(f"{name} = {value!r}; this network computes with {' or '.join(map(repr, fixed[name]))}")
-        elif name not in public and name not in ignored and name not in NOT_COMPUTED:
-            wrong.append(f"{name} = {value!r} is unknown{nearest(name, public)}")
-    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in derived}
-    wrong += [f"{name} is missing" for name in sorted(required - set(hf))]
-    if wrong:
+    known = {*hints, *fixed, *ignored, *NOT_COMPUTED}
+    wrong = [f"{name} = {shown(hf[name])} is unknown{nearest(name, hints)}" for name in hf if name not in known]
+    wrong += [
+        f"{name} = {shown(hf[name])}; this network computes with {' or '.join(map(repr, values))}"
+        for name, values in fixed.items()
+        if name in hf and not any(type(hf[name]) is type(one) and hf[name] == one for one in values)
+    ]
+    wrong += [
+        f"{name} is missing"
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and not field.metadata and name not in hf
+    ]
+    odd = faults({name: value for name, value in hf.items() if name not in fixed}, hints)
+    sizes = {name: hf.get(name, field.default) for name, field in fields.items()}
+    odd += [
+        f"{part} = {sizes[part]}; expected a divisor of {whole} = {sizes[whole]}"
+        for part, whole in divides
+        if all(fits(sizes[name], Size) for name in (part, whole)) and sizes[whole] % sizes[part]
+    ]
+    if wrong or odd:
         raise ModelError(
-            f"{kind.__name__}: {len(wrong)} attribute(s) of config.json may change what the network computes:"
-            f"{bullets(wrong)}\nExpected only attributes that it knows. If one has no effect, take it out of the "
-            "config.json."
+            f"{kind.__name__}: {len(wrong) + len(odd)} attribute(s) of config.json cannot be used, or may change what "
+            f"the network computes:{bullets(wrong + odd)}\nExpected only attributes that it knows"
+            + (". If one has no effect, take it out of the config.json." if wrong else ", with such values.")
         )
-    values = {name: hf[name] for name in public if name in hf} | derived
+    stated = {name: hf[name] for name in fields if name in hf and name not in internal} | dict(derive(hf))
     labels = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))
-    return kind(**values, num_labels=labels, hf=json.dumps(dict(hf), sort_keys=True))
+    return kind(**stated, num_labels=labels, hf=json.dumps(dict(hf), sort_keys=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,15 +170,13 @@ class Family:
     Attributes:
       config: ``config(hf) -> ModelConfig``, from the content of a config.json.
       networks: the Flax module for each task; called with ``(config, dtype=..., param_dtype=..., remat=...)``.
-      names: ``names(config, task)``: where each leaf of that network lies in a checkpoint.
+      names: ``names(config, task)``: where each leaf of that network lies in transformers 5 and in its checkpoints.
       rules: how the leaves of all its networks are split over a mesh with the axes fsdp and tensor; one network need
         not have a leaf for each.
       prefix: what the names of the bare network have in front of them in a network with a head, such as ``bert.``.
       architecture: the stem of transformers' class names, such as ``Bert``.
       heads: a regular expression of paths that a checkpoint may lack, because they belong to a new head.
       unread: a regular expression of tensors in checkpoints that these networks do not have: other heads, buffers.
-      modules: what to replace, in this order, in a checkpoint's name for the one that the module has in transformers
-        5, where the two differ; PEFT goes by the module's.
     """
 
     config: Callable[[Mapping[str, Any]], ModelConfig]
@@ -153,13 +187,6 @@ class Family:
     architecture: str
     heads: str
     unread: str
-    modules: tuple[tuple[str, str], ...] = ()
-
-    def module(self, tensor: str) -> str:
-        """A tensor's name in a checkpoint, as transformers 5 names it in the model."""
-        for stored, live in self.modules:
-            tensor = tensor.replace(stored, live)
-        return tensor
 
 
 def check_length(network: str, length: int, most: int | None) -> None:

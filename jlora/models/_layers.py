@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jlora._paths import bullets
-from jlora.models._family import ModelConfig, ModelError
+from jlora._fields import OneOf
+from jlora.models._family import ModelError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(nn.gelu, approximate=False),
@@ -26,6 +26,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": nn.silu,
     "tanh": jnp.tanh,
 }
+
+Activation: TypeAlias = Annotated[str, OneOf(tuple(ACTIVATIONS))]
+"""The name of one, as a config.json gives it."""
 
 Remat: TypeAlias = Literal["none", "dots", "full"]
 """What the backward pass computes again of each layer: nothing; all but its matrix products with weights; or all."""
@@ -51,39 +54,8 @@ def dense(config: Any, features: int, name: str, **made: Any) -> nn.Dense:
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The activation that a config.json names.
-
-    Raises:
-      ModelError: if there is none of that name.
-    """
-    if name not in ACTIVATIONS:
-        raise ModelError(f"the activation {name!r} is unknown; expected one of {', '.join(ACTIVATIONS)}")
+    """The activation that a config.json names."""
     return ACTIVATIONS[name]
-
-
-def check_config(
-    config: ModelConfig, *, width: str, heads: str, activations: Sequence[str], wrong: Sequence[str] = ()
-) -> None:
-    """Raises a ModelError that names every attribute of which no network can be made.
-
-    Args:
-      config: a family's.
-      width, heads: the names of its attributes; the heads divide the width.
-      activations: the names of those that name one.
-      wrong: what the family found itself.
-    """
-    wrong, total, count = list(wrong), getattr(config, width), getattr(config, heads)
-    if count < 1 or total % count:
-        wrong.append(f"{heads} = {count}; expected a divisor of {width} = {total}")
-    for name in activations:
-        try:
-            activation(getattr(config, name))
-        except ModelError as error:
-            wrong.append(f"{name}: {error}")
-    if wrong:
-        raise ModelError(
-            f"{type(config).__name__}: {len(wrong)} attribute(s) of config.json cannot be used:{bullets(wrong)}"
-        )
 
 
 def layer_norm(epsilon: float, name: str | None = None, **made: Any) -> nn.LayerNorm:

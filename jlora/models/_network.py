@@ -34,28 +34,22 @@ def build(
     param_dtype: Any = jnp.float32,
     remat: Remat = "none",
     revision: str | None = None,
+    untie: bool = False,
 ) -> nn.Module:
     """The network alone, from a folder, the id of a model on the hub, or the content of a config.json.
 
     The arguments are those of `load`. Its parameters' shapes are `abstract`'s; ``model.init`` draws new ones.
     """
-    hf = config if isinstance(config, Mapping) else read_json(fetch(config, revision, FILES[:1]) / "config.json")
-    return network_of(*family_of(hf, task, labels), dtype, param_dtype, remat)
+    if isinstance(config, Mapping):
+        return network_of(*family_of(config, task, labels, untie=untie), dtype, param_dtype, remat)
+    folder = fetch(config, revision, FILES[:1])
+    return network_of(*described(folder, task, labels, untie=untie), dtype, param_dtype, remat)
 
 
-def names(model: nn.Module, *, modules: bool = False) -> Names:
-    """Where each leaf of a network of `jlora.models` lies in a checkpoint; see `jlora.names`.
-
-    Args:
-      model: the network.
-      modules: instead the names that its modules have in transformers 5. They differ for ViT, and PEFT goes by them:
-        `jlora.peft` is given these.
-    """
+def names(model: nn.Module) -> Names:
+    """Where each leaf of a network of `jlora.models` lies in transformers 5 and in checkpoints; see `jlora.names`."""
     family, task = family_and_task(model)
-    found = family.names(model.config, task)  # pyright: ignore[reportAttributeAccessIssue]
-    if not modules:
-        return found
-    return {path: name._replace(tensors=tuple(map(family.module, name.tensors))) for path, name in found.items()}
+    return family.names(model.config, task)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def rules(model: nn.Module) -> Rules:
@@ -125,13 +119,24 @@ def family_and_task(model: nn.Module) -> tuple[Family, Task]:
     return family, next(task for task, network in family.networks.items() if type(model) is network)
 
 
-def family_of(
-    hf: Mapping[str, Any], task: Task | None, labels: int | Sequence[str] | None
+def described(
+    folder: Path, task: Task | None, labels: int | Sequence[str] | None, *, untie: bool = False
 ) -> tuple[Family, ModelConfig, Task]:
-    """What the content of a config.json describes; ``task`` and ``labels`` override what it says.
+    """What a checkpoint's config.json describes; raises as `family_of`, naming the file."""
+    file = folder / "config.json"
+    try:
+        return family_of(read_json(file), task, labels, untie=untie)
+    except ModelError as error:
+        raise ModelError(f"{file}: {error}") from error
+
+
+def family_of(
+    hf: Mapping[str, Any], task: Task | None, labels: int | Sequence[str] | None, *, untie: bool = False
+) -> tuple[Family, ModelConfig, Task]:
+    """What the content of a config.json describes; ``task``, ``labels`` and ``untie`` override what it says.
 
     Raises:
-      ModelError: if it is no network that there is here, or has no such task or labels.
+      ModelError: if it is no network that there is here, or has no such task, labels or head.
     """
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES:
@@ -156,12 +161,15 @@ def family_of(
             "label2id": {w: i for i, w in enumerate(words)},
         }
         hf = {**{n: v for n, v in hf.items() if n != "num_labels"}, **ids}
+    config = family.config({**hf, "tie_word_embeddings": False} if untie else hf)
     task = task or task_of(hf)
     if task not in family.networks:
         raise ModelError(
             f"{kind} has no network for the task {task!r}; expected one of {', '.join(family.networks)}: pass task=..."
         )
-    return family, family.config(hf), task
+    if untie and task != "causal-lm":
+        raise ModelError(f"untie: a network for {task!r} has no output projection that could be tied; leave it out")
+    return family, config, task
 
 
 def network_of(

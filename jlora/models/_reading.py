@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,20 @@ def read_leaf(tensors: Sequence[Tensor], name: Name, shape: tuple[int, ...], dty
     return jax.make_array_from_callback(shape, sharding, part)
 
 
+def are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values; they are read a few rows at a time."""
+    if one.shape != other.shape:
+        return False
+    return all(np.array_equal(one.read(rows), other.read(rows)) for rows in _chunks(one, range(one.shape[0])))
+
+
+def _chunks(tensor: Tensor, rows: range) -> Iterator[tuple[slice]]:
+    """Slices that together are ``rows``, each of about `CHUNK_BYTES`."""
+    count = max(1, CHUNK_BYTES // max(1, tensor.dtype.itemsize * math.prod(tensor.shape[1:])))
+    for start in range(0, len(rows), count):
+        yield (slice(rows[start], rows[min(start + count, len(rows)) - 1] + 1),)
+
+
 def _read_into(out: np.ndarray, tensor: Tensor, name: Name, index: Sequence[slice]) -> None:
     """Fill ``out`` with ``tensor[index]`` in our layout, a few rows of PyTorch's at a time."""
     if not tensor.shape:
@@ -46,11 +60,9 @@ def _read_into(out: np.ndarray, tensor: Tensor, name: Name, index: Sequence[slic
         return
     target = to_torch(out, name.kind)
     rows = range(tensor.shape[0])[index[0]]
-    count = max(1, CHUNK_BYTES // max(1, tensor.dtype.itemsize * math.prod(tensor.shape[1:])))
-    for start in range(0, len(rows), count):
-        stop = min(start + count, len(rows))
-        part = tensor.read((slice(rows[start], rows[stop - 1] + 1), *index[1:]))
-        _cast_into(target[start:stop], part, tensor)
+    for (part,) in _chunks(tensor, rows):
+        array = tensor.read((part, *index[1:]))
+        _cast_into(target[part.start - rows.start : part.stop - rows.start], array, tensor)
 
 
 def _cast_into(out: np.ndarray, array: np.ndarray, tensor: Tensor) -> None:

@@ -9,8 +9,28 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.models._family import INTERNAL, ModelConfig, check_length
-from jlora.models._layers import Encoded, Remat, activation, attend, dense, layer_norm, recomputed, split_batch
+from jlora.models._family import (
+    INTERNAL,
+    Epsilon,
+    Layers,
+    ModelConfig,
+    Rate,
+    Size,
+    Spread,
+    Token,
+    check_length,
+)
+from jlora.models._layers import (
+    Activation,
+    Encoded,
+    Remat,
+    activation,
+    attend,
+    dense,
+    layer_norm,
+    recomputed,
+    split_batch,
+)
 
 
 @dataclass(frozen=True)
@@ -21,20 +41,20 @@ class BertConfig(ModelConfig):
       roberta: positions count from ``pad_token_id + 1`` and skip padding; the head is two layers on the first token.
     """
 
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    classifier_dropout: float | None = None
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int | None = 0
+    vocab_size: Size = 30522
+    hidden_size: Size = 768
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Size = 12
+    intermediate_size: Size = 3072
+    hidden_act: Activation = "gelu"
+    hidden_dropout_prob: Rate = 0.1
+    attention_probs_dropout_prob: Rate = 0.1
+    classifier_dropout: Rate | None = None
+    max_position_embeddings: Size = 512
+    type_vocab_size: Size = 2
+    initializer_range: Spread = 0.02
+    layer_norm_eps: Epsilon = 1e-12
+    pad_token_id: Token | None = 0
     roberta: bool = field(default=False, metadata=INTERNAL)
 
     @property

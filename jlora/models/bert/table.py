@@ -8,7 +8,6 @@ from typing import Any
 from jax.sharding import PartitionSpec as P
 
 from jlora.models._family import Family, ModelError, Task, read_config
-from jlora.models._layers import check_config
 from jlora.models.bert.modeling import Bert, BertConfig, BertForSequenceClassification
 from jlora.names import Name, embedding, linear, norm
 from jlora.sharding import Rules
@@ -61,8 +60,6 @@ def names(config: BertConfig, task: Task) -> dict[str, Name]:
 
 def _read(hf: Mapping[str, Any]) -> BertConfig:
     roberta = hf["model_type"] == "roberta"
-    if roberta and hf.get("pad_token_id", 1) is None:
-        raise ModelError("pad_token_id = None: RoBERTa counts its positions from it; expected a number, usually 1")
     defaults = {n: v for n, v in (("pad_token_id", 1), ("vocab_size", 50265)) if roberta and n not in hf}
     config = read_config(
         BertConfig,
@@ -72,9 +69,14 @@ def _read(hf: Mapping[str, Any]) -> BertConfig:
             tie_word_embeddings""".split()
         ),
         fixed={"pooler_type": ("first_token_transform",), "position_embedding_type": ("absolute",)},
-        derived={"roberta": roberta, **defaults},
+        divides=[("num_attention_heads", "hidden_size")],
+        derive=lambda hf: {"roberta": roberta, **defaults},
     )
-    check_config(config, width="hidden_size", heads="num_attention_heads", activations=("hidden_act",))
+    if roberta and (config.pad_token_id is None or config.pad_token_id < 0 or (config.max_length or 0) < 1):
+        raise ModelError(
+            f"pad_token_id = {config.pad_token_id}: RoBERTa counts its {config.max_position_embeddings} positions "
+            "(max_position_embeddings) from it; expected a number that leaves some, usually 1"
+        )
     return config
 
 

@@ -25,8 +25,8 @@ from jlora.models._causal import (
     sight,
     unembed,
 )
-from jlora.models._family import INTERNAL
-from jlora.models._layers import Remat, activation, attend, split_batch
+from jlora.models._family import DERIVED, INTERNAL, Epsilon, Layers, Positive, Rate, Size
+from jlora.models._layers import Activation, Remat, activation, attend, split_batch
 from jlora.models.decoder.rope import Rope, rotate, rotations
 
 
@@ -47,18 +47,18 @@ class DecoderConfig(CausalConfig):
       attn_logit_softcapping: None, or the bound of the scores (Gemma 2).
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_act: str
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size = field(metadata=DERIVED)
+    head_dim: Size = field(metadata=DERIVED)
+    hidden_act: Activation = field(metadata=DERIVED)
     rope: Rope = field(metadata=INTERNAL)
     windows: tuple[int | None, ...] = field(metadata=INTERNAL)
-    query_pre_attn_scalar: float
-    rms_norm_eps: float = 1e-6
-    attention_dropout: float = 0.0
+    query_pre_attn_scalar: Positive = field(metadata=DERIVED)
+    rms_norm_eps: Epsilon = 1e-6
+    attention_dropout: Rate = 0.0
     qkv_bias: bool = field(default=False, metadata=INTERNAL)
     output_bias: bool = field(default=False, metadata=INTERNAL)
     mlp_bias: bool = False
@@ -66,7 +66,7 @@ class DecoderConfig(CausalConfig):
     norm_offset: bool = field(default=False, metadata=INTERNAL)
     scaled_embedding: bool = field(default=False, metadata=INTERNAL)
     sandwich_norms: bool = field(default=False, metadata=INTERNAL)
-    attn_logit_softcapping: float | None = None
+    attn_logit_softcapping: Positive | None = None
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:

@@ -5,16 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._fields import Within, faults
 from jlora._paths import bullets
-from jlora.models._family import ModelError
+from jlora.models._family import ModelError, Positive, Size, Spread
 
-# Which parameters each kind needs, and which it may have.
+# What parameters may be; which of them each kind needs, and which it may have.
+_PARAMETERS: dict[str, Any] = {
+    "rope_theta": Annotated[float, Within(1, above=True)],
+    "rope_type": str,
+    "type": str,
+    "partial_rotary_factor": float,
+    "original_max_position_embeddings": Size,
+    "mscale": Spread,
+    "mscale_all_dim": Spread,
+    "truncate": bool,
+    **dict.fromkeys(
+        ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"), Positive
+    ),
+}
 _KINDS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
@@ -61,19 +75,27 @@ class Rope:
     truncate: bool = True
 
 
-def read_rope(hf: Mapping[str, Any]) -> Rope:
+def read_rope(hf: Mapping[str, Any], size: int) -> Rope:
     """From a config.json: of ``rope_parameters`` (transformers 5), or of ``rope_theta`` and ``rope_scaling`` (4).
 
+    Args:
+      hf: the content of the file, whose own attributes are of their types.
+      size: of a head.
+
     Raises:
-      ModelError: for another kind, or parameters that it lacks or does not have.
+      ModelError: for another kind, parameters that it lacks or does not have, or that are of another type.
     """
     stated = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     given = {name: value for name, value in stated.items() if value is not None}
-    theta = given.pop("rope_theta", hf.get("rope_theta") or 10000.0)
+    given.setdefault("rope_theta", hf.get("rope_theta") or 10000.0)
+    wrong = faults(given, _PARAMETERS)
+    theta = given.pop("rope_theta")
     legacy = given.pop("type", "default")
     kind = given.pop("rope_type", legacy)
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+    if given.pop("partial_rotary_factor", 1.0) != 1.0 and not wrong:
         raise ModelError("partial_rotary_factor: this network rotates whole heads; expected 1 or none")
+    if wrong:
+        raise ModelError(f"rotary positions, in rope_theta or {stated}:{bullets(wrong)}")
     if kind not in _KINDS:
         raise ModelError(
             f"rotary positions of the kind {kind!r} in {stated} are unknown; expected one of {', '.join(_KINDS)}"
@@ -89,7 +111,13 @@ def read_rope(hf: Mapping[str, Any]) -> Rope:
     # `dynamic` starts at the length of the configuration, whatever it was before.
     trained = length if kind == "dynamic" else given.get("original_max_position_embeddings", length)
     factor = given.get("factor", length / trained)
+    if size % 2 or kind == "dynamic" and size == 2:
+        raise ModelError(
+            f"head_dim = {size}; expected an even size, as positions turn pairs, and above 2 for 'dynamic'"
+        )
     if kind == "llama3":
+        if given["low_freq_factor"] >= given["high_freq_factor"]:
+            raise ModelError(f"low_freq_factor in {stated}; expected less than high_freq_factor")
         return Rope(kind, theta, factor, trained, given["low_freq_factor"], given["high_freq_factor"])
     if kind == "yarn":
         low, high = given.get("beta_slow") or 1.0, given.get("beta_fast") or 32.0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 from jax.sharding import PartitionSpec as P
 
-from jlora.models._family import Family, ModelError, Task, read_config
-from jlora.models._layers import check_config
+from jlora._fields import Within
+from jlora.models._family import Family, ModelError, Positive, Size, Task, read_config
+from jlora.models._layers import Activation
 from jlora.models.decoder.modeling import (
     Decoder,
     DecoderConfig,
@@ -19,9 +20,17 @@ from jlora.models.decoder.rope import read_rope
 from jlora.names import Name, embedding, linear, norm
 from jlora.sharding import Rules
 
-_COMMON = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings"})
-_SLIDING = frozenset({"sliding_window", "layer_types"})
-_QWEN = _COMMON | _SLIDING | {"use_sliding_window", "max_window_layers"}
+# Attributes that are no fields, and what they may be; fields are worked out from them.
+_COMMON: dict[str, Any] = {
+    "rope_theta": Positive | None,
+    "rope_scaling": dict[str, Any] | None,
+    "rope_parameters": dict[str, Any] | None,
+    "max_position_embeddings": Size | None,
+}
+_BIAS: dict[str, Any] = {"attention_bias": bool}
+_WINDOW: dict[str, Any] = {"sliding_window": Size | None}
+_SLIDING: dict[str, Any] = {**_WINDOW, "layer_types": list[Literal["full_attention", "sliding_attention"]] | None}
+_QWEN: dict[str, Any] = {**_SLIDING, "use_sliding_window": bool, "max_window_layers": Annotated[int, Within(0)]}
 _GEMMA: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False)}
 _TANH = (None, "gelu_pytorch_tanh")
 # Parts that only some families have: another's config.json must not switch them on.
@@ -53,7 +62,8 @@ def names(config: DecoderConfig, task: Task) -> dict[str, Name]:
     def stacked(part: str) -> tuple[str, str]:
         return f"{path}/layers/{part}", f"{module}layers.{{}}.{part.replace('/', '.')}"
 
-    found = embedding(f"{path}/embed_tokens", f"{module}embed_tokens")
+    tied = "lm_head" if task == "causal-lm" and config.tie_word_embeddings else None
+    found = embedding(f"{path}/embed_tokens", f"{module}embed_tokens", tied=tied)
     for part in ("q_proj", "k_proj", "v_proj"):
         found |= linear(*stacked(f"self_attn/{part}"), bias=config.qkv_bias, layers=layers)
     found |= linear(*stacked("self_attn/o_proj"), bias=config.output_bias, layers=layers)
@@ -74,112 +84,126 @@ def names(config: DecoderConfig, task: Task) -> dict[str, Name]:
 
 def _read(
     hf: Mapping[str, Any],
+    derive: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda hf: {},
     *,
-    ignored: frozenset[str] = _COMMON,
+    others: Mapping[str, Any] | None = None,
+    ignored: frozenset[str] = frozenset(),
     fixed: Mapping[str, tuple[Any, ...]] | None = None,
     own: frozenset[str] = frozenset(),
     head_dim: int | None = None,
     key_heads: int | None = None,
-    windows: tuple[int | None, ...] | None = None,
-    **derived: Any,
 ) -> DecoderConfig:
     """The configuration, with what is common to all; ``head_dim`` and ``key_heads`` are the family's
-    defaults, ``own`` the parts that it has of those which others lack."""
-    width, heads, layers = (hf.get(n) for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    own_size = hf.get("head_dim") or head_dim
-    head_dim = own_size or (width // heads if width and heads else 0)
-    common = {
-        "head_dim": head_dim,
-        "num_key_value_heads": hf.get("num_key_value_heads") or key_heads or heads,
-        "hidden_act": hf.get("hidden_act") or "silu",
-        "rope": read_rope(hf),
-        "windows": windows or (None,) * (layers or 0),
-        "query_pre_attn_scalar": head_dim,
-        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
-    }
-    fixed = {name: values for name, values in _ABSENT.items() if name not in own} | dict(fixed or {})
-    config = read_config(DecoderConfig, hf, ignored=ignored, fixed=fixed, derived=common | derived)
-    wrong = []
-    if config.num_key_value_heads < 1 or config.num_attention_heads % config.num_key_value_heads:
-        wrong.append(
+    defaults, ``own`` the parts that it has of those which others lack, ``derive`` and ``others`` what it works out."""
+
+    def derived(hf: Mapping[str, Any]) -> dict[str, Any]:
+        heads = hf["num_attention_heads"]
+        size = hf.get("head_dim") or head_dim or hf["hidden_size"] // heads
+        return {
+            "head_dim": size,
+            "num_key_value_heads": hf.get("num_key_value_heads") or key_heads or heads,
+            "hidden_act": hf.get("hidden_act") or "silu",
+            "rope": read_rope(hf, size),
+            "windows": (None,) * hf["num_hidden_layers"],
+            "query_pre_attn_scalar": size,
+            "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+            **derive(hf),
+        }
+
+    config = read_config(
+        DecoderConfig,
+        hf,
+        others=_COMMON | dict(others or {}),
+        ignored=ignored,
+        fixed={name: values for name, values in _ABSENT.items() if name not in own} | dict(fixed or {}),
+        # A size of its own may make the heads wider or narrower than the network.
+        divides=[] if hf.get("head_dim") or head_dim else [("num_attention_heads", "hidden_size")],
+        derive=derived,
+    )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ModelError(
             f"num_key_value_heads = {config.num_key_value_heads}; expected a divisor of num_attention_heads = "
             f"{config.num_attention_heads}"
         )
-    # A size of its own may make the heads wider or narrower than the network.
-    width = "num_attention_heads" if own_size else "hidden_size"
-    check_config(config, width=width, heads="num_attention_heads", activations=("hidden_act",), wrong=wrong)
     return config
 
 
+def _biases(hf: Mapping[str, Any]) -> dict[str, Any]:
+    bias = hf.get("attention_bias", False)
+    return {"qkv_bias": bias, "output_bias": bias}
+
+
 def _llama(hf: Mapping[str, Any]) -> DecoderConfig:
-    bias = bool(hf.get("attention_bias", False))
-    own = frozenset({"mlp_bias"})
-    ignored = _COMMON | {"attention_bias", "is_llama_config", "max_sequence_length"}
+    ignored = frozenset({"is_llama_config", "max_sequence_length"})
     fixed = {"rope_interleaved": (False,)}
-    return _read(hf, ignored=ignored, fixed=fixed, own=own, qkv_bias=bias, output_bias=bias)
+    return _read(hf, _biases, others=_BIAS, ignored=ignored, fixed=fixed, own=frozenset({"mlp_bias"}))
 
 
 def _mistral(hf: Mapping[str, Any]) -> DecoderConfig:
-    windows = (hf.get("sliding_window", 4096),) * hf.get("num_hidden_layers", 0)
-    return _read(hf, ignored=_COMMON | {"sliding_window"}, key_heads=8, windows=windows)
+    def windows(hf: Mapping[str, Any]) -> dict[str, Any]:
+        return {"windows": (hf.get("sliding_window", 4096),) * hf["num_hidden_layers"]}
+
+    return _read(hf, windows, others=_WINDOW, key_heads=8)
 
 
 def _qwen2(hf: Mapping[str, Any]) -> DecoderConfig:
-    return _read(hf, ignored=_QWEN, fixed={"use_mrope": (False,)}, windows=_qwen_windows(hf), qkv_bias=True)
+    def own(hf: Mapping[str, Any]) -> dict[str, Any]:
+        return {"windows": _qwen_windows(hf), "qkv_bias": True}
+
+    return _read(hf, own, others=_QWEN, fixed={"use_mrope": (False,)})
 
 
 def _qwen3(hf: Mapping[str, Any]) -> DecoderConfig:
-    bias = bool(hf.get("attention_bias", False))
-    ignored = _QWEN | {"attention_bias"}
-    windows = _qwen_windows(hf)
-    return _read(hf, ignored=ignored, head_dim=128, windows=windows, qkv_bias=bias, output_bias=bias, qk_norm=True)
+    def own(hf: Mapping[str, Any]) -> dict[str, Any]:
+        return {"windows": _qwen_windows(hf), "qk_norm": True, **_biases(hf)}
+
+    return _read(hf, own, others=_QWEN | _BIAS, head_dim=128)
 
 
 def _gemma(hf: Mapping[str, Any]) -> DecoderConfig:
-    bias = bool(hf.get("attention_bias", False))
-    # The first files say "gelu", and mean its approximation.
-    stated = hf.get("hidden_act") or "gelu"
-    return _read(
-        hf,
-        ignored=_COMMON | {"attention_bias"},
-        fixed=_GEMMA | {"hidden_activation": _TANH},
-        head_dim=256,
-        hidden_act="gelu_pytorch_tanh" if stated == "gelu" else stated,
-        tie_word_embeddings=hf.get("tie_word_embeddings", True),
-        norm_offset=True,
-        scaled_embedding=True,
-        qkv_bias=bias,
-        output_bias=bias,
-    )
+    def own(hf: Mapping[str, Any]) -> dict[str, Any]:
+        # The first files say "gelu", and mean its approximation.
+        stated = hf.get("hidden_act") or "gelu"
+        return {
+            "hidden_act": "gelu_pytorch_tanh" if stated == "gelu" else stated,
+            "tie_word_embeddings": hf.get("tie_word_embeddings", True),
+            "norm_offset": True,
+            "scaled_embedding": True,
+            **_biases(hf),
+        }
+
+    return _read(hf, own, others=_BIAS, fixed=_GEMMA | {"hidden_activation": _TANH}, head_dim=256)
 
 
 def _gemma2(hf: Mapping[str, Any]) -> DecoderConfig:
-    bias = bool(hf.get("attention_bias", False))
-    layers, window = hf.get("num_hidden_layers", 0), hf.get("sliding_window", 4096)
-    alternating = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    def own(hf: Mapping[str, Any]) -> dict[str, Any]:
+        alternating = ["full_attention" if i % 2 else "sliding_attention" for i in range(hf["num_hidden_layers"])]
+        return {
+            "hidden_act": hf.get("hidden_activation") or "gelu_pytorch_tanh",
+            "windows": _windows(hf, alternating, hf.get("sliding_window", 4096)),
+            "tie_word_embeddings": hf.get("tie_word_embeddings", True),
+            "query_pre_attn_scalar": hf.get("query_pre_attn_scalar") or 256,
+            "attn_logit_softcapping": hf.get("attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": hf.get("final_logit_softcapping", 30.0),
+            "norm_offset": True,
+            "scaled_embedding": True,
+            "sandwich_norms": True,
+            **_biases(hf),
+        }
+
     return _read(
         hf,
-        ignored=_COMMON | _SLIDING | {"attention_bias", "hidden_act", "hidden_activation"},
-        fixed=_GEMMA | {"sliding_window_size": (window,)},
+        own,
+        others=_SLIDING | _BIAS | {"hidden_activation": Activation | None},
+        fixed=_GEMMA | {"sliding_window_size": (hf.get("sliding_window", 4096),)},
         own=frozenset({"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"}),
         head_dim=256,
         key_heads=4,
-        hidden_act=hf.get("hidden_activation") or "gelu_pytorch_tanh",
-        windows=_windows(hf, alternating, window),
-        tie_word_embeddings=hf.get("tie_word_embeddings", True),
-        query_pre_attn_scalar=hf.get("query_pre_attn_scalar", 256),
-        attn_logit_softcapping=hf.get("attn_logit_softcapping", 50.0),
-        final_logit_softcapping=hf.get("final_logit_softcapping", 30.0),
-        norm_offset=True,
-        scaled_embedding=True,
-        sandwich_norms=True,
-        qkv_bias=bias,
-        output_bias=bias,
     )
 
 
 def _qwen_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
-    layers, first = hf.get("num_hidden_layers", 0), hf.get("max_window_layers", 28)
+    layers, first = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
     kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
     return _windows(hf, kinds, window)
@@ -189,17 +213,14 @@ def _windows(hf: Mapping[str, Any], default: list[str], window: int | None) -> t
     """For each layer its window, by the ``layer_types`` of a config.json.
 
     Raises:
-      ModelError: if these are not as many as the layers, are of another kind, or slide without a window.
+      ModelError: if these are not as many as the layers, or slide without a window.
     """
     kinds = hf.get("layer_types") or default
-    known = {"full_attention": None, "sliding_attention": window}
-    if odd := sorted(set(kinds) - set(known)):
-        raise ModelError(f"layer_types holds {odd}; expected {' or '.join(known)}")
     if len(kinds) != len(default):
         raise ModelError(f"layer_types has {len(kinds)} entries for {len(default)} layers (num_hidden_layers)")
     if window is None and "sliding_attention" in kinds:
         raise ModelError("layer_types holds 'sliding_attention', but sliding_window is not set or not used; set it")
-    return tuple(known[kind] for kind in kinds)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _family(config: Any, architecture: str) -> Family:

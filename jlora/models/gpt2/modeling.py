@@ -25,24 +25,24 @@ from jlora.models._causal import (
     sight,
     unembed,
 )
-from jlora.models._family import check_length
-from jlora.models._layers import Remat, activation, attend, layer_norm, split_batch
+from jlora.models._family import Epsilon, Layers, Rate, Size, check_length
+from jlora.models._layers import Activation, Remat, activation, attend, layer_norm, split_batch
 
 
 @dataclass(frozen=True)
 class GPT2Config(CausalConfig):
     """As in a config.json of ``model_type`` gpt2."""
 
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None
-    activation_function: str = "gelu_new"
-    resid_pdrop: float = 0.1
-    embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    layer_norm_epsilon: float = 1e-5
+    n_positions: Size = 1024
+    n_embd: Size = 768
+    n_layer: Layers = 12
+    n_head: Size = 12
+    n_inner: Size | None = None
+    activation_function: Activation = "gelu_new"
+    resid_pdrop: Rate = 0.1
+    embd_pdrop: Rate = 0.1
+    attn_pdrop: Rate = 0.1
+    layer_norm_epsilon: Epsilon = 1e-5
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
 

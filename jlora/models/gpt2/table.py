@@ -8,7 +8,6 @@ from typing import Any
 from jax.sharding import PartitionSpec as P
 
 from jlora.models._family import Family, Task, read_config
-from jlora.models._layers import check_config
 from jlora.models.gpt2.modeling import GPT2, GPT2Config, GPT2ForCausalLM, GPT2ForSequenceClassification
 from jlora.names import Name, conv1d, embedding, linear, norm
 from jlora.sharding import Rules
@@ -28,7 +27,8 @@ def names(config: GPT2Config, task: Task) -> dict[str, Name]:
     """Every leaf of the network for ``task``, and its tensor's name in transformers' class for it."""
     bare, layers = task == "features", config.n_layer
     path, module = ("params", "") if bare else ("params/transformer", "transformer.")
-    found = embedding(f"{path}/wte", f"{module}wte") | embedding(f"{path}/wpe", f"{module}wpe")
+    tied = "lm_head" if task == "causal-lm" and config.tie_word_embeddings else None
+    found = embedding(f"{path}/wte", f"{module}wte", tied=tied) | embedding(f"{path}/wpe", f"{module}wpe")
     for part in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"):
         found |= conv1d(f"{path}/h/{part}", f"{module}h.{{}}.{part.replace('/', '.')}", layers=layers)
     for part in ("ln_1", "ln_2"):
@@ -42,16 +42,15 @@ def names(config: GPT2Config, task: Task) -> dict[str, Name]:
 
 
 def _read(hf: Mapping[str, Any]) -> GPT2Config:
-    config = read_config(
+    return read_config(
         GPT2Config,
         hf,
         ignored=frozenset(
             """n_ctx n_special predict_special_tokens reorder_and_upcast_attn summary_activation
             summary_first_dropout summary_proj_to_labels summary_type summary_use_proj""".split()
         ),
+        divides=[("n_head", "n_embd")],
     )
-    check_config(config, width="n_embd", heads="n_head", activations=("activation_function",))
-    return config
 
 
 GPT2_FAMILY = Family(

@@ -9,8 +9,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.models._family import ModelConfig, ModelError
-from jlora.models._layers import Encoded, Remat, activation, attend, dense, layer_norm, recomputed, split_batch
+from jlora.models._family import Epsilon, Layers, ModelConfig, ModelError, Rate, Size, Spread
+from jlora.models._layers import (
+    Activation,
+    Encoded,
+    Remat,
+    activation,
+    attend,
+    dense,
+    layer_norm,
+    recomputed,
+    split_batch,
+)
 
 
 @dataclass(frozen=True)
@@ -23,21 +33,21 @@ class ViTConfig(ModelConfig):
       pooler_output_size: by default ``hidden_size``.
     """
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.0
-    attention_probs_dropout_prob: float = 0.0
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    image_size: int = 224
-    patch_size: int = 16
-    num_channels: int = 3
+    hidden_size: Size = 768
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Size = 12
+    intermediate_size: Size = 3072
+    hidden_act: Activation = "gelu"
+    hidden_dropout_prob: Rate = 0.0
+    attention_probs_dropout_prob: Rate = 0.0
+    initializer_range: Spread = 0.02
+    layer_norm_eps: Epsilon = 1e-12
+    image_size: Size = 224
+    patch_size: Size = 16
+    num_channels: Size = 3
     qkv_bias: bool = True
-    pooler_output_size: int | None = None
-    pooler_act: str = "tanh"
+    pooler_output_size: Size | None = None
+    pooler_act: Activation = "tanh"
 
 
 class ViT(nn.Module):

@@ -7,17 +7,30 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
-from jlora.models._family import Family, Task, read_config
-from jlora.models._layers import check_config
+from jlora.models._family import Family, ModelError, Task, read_config
 from jlora.models.vit.modeling import ViT, ViTConfig, ViTForImageClassification
-from jlora.names import Name, array, conv2d, linear, norm
+from jlora.names import Name, array, conv2d, linear, norm, stored_as
 from jlora.sharding import Rules
 
 _MODULES = {
-    "attention_output": "attention.output.dense",
-    "intermediate": "intermediate.dense",
-    "output": "output.dense",
+    "query": "attention.q_proj",
+    "key": "attention.k_proj",
+    "value": "attention.v_proj",
+    "attention_output": "attention.o_proj",
+    "intermediate": "mlp.fc1",
+    "output": "mlp.fc2",
 }
+
+_STORED = (
+    ("layers.", "encoder.layer."),
+    ("attention.q_proj", "attention.attention.query"),
+    ("attention.k_proj", "attention.attention.key"),
+    ("attention.v_proj", "attention.attention.value"),
+    ("attention.o_proj", "attention.output.dense"),
+    ("mlp.fc1", "intermediate.dense"),
+    ("mlp.fc2", "output.dense"),
+)
+"""The names of modules in transformers 5, and those in checkpoints."""
 
 RULES: Rules = (
     (r"/patch_embeddings/kernel$", P(None, None, None, "fsdp")),
@@ -31,35 +44,36 @@ RULES: Rules = (
 
 
 def names(config: ViTConfig, task: Task) -> dict[str, Name]:
-    """Every leaf of the network for ``task``, and its tensor's name in a checkpoint of transformers' class for it."""
+    """Every leaf of the network for ``task``, and its tensor's name in transformers' class for it."""
     bare = task == "features"
     path, module = ("params", "") if bare else ("params/encoder", "vit.")
     found = conv2d(f"{path}/patch_embeddings", f"{module}embeddings.patch_embeddings.projection")
     for leaf in ("cls_token", "position_embeddings"):
         found |= array(f"{path}/{leaf}", f"{module}embeddings.{leaf}")
     for i in range(config.num_hidden_layers):
-        here, there = f"{path}/layer_{i}", f"{module}encoder.layer.{i}"
-        for name in ("query", "key", "value"):
-            found |= linear(f"{here}/{name}", f"{there}.attention.attention.{name}", bias=config.qkv_bias)
+        here, there = f"{path}/layer_{i}", f"{module}layers.{i}"
         for ours, theirs in _MODULES.items():
-            found |= linear(f"{here}/{ours}", f"{there}.{theirs}")
+            bias = config.qkv_bias or ours not in ("query", "key", "value")
+            found |= linear(f"{here}/{ours}", f"{there}.{theirs}", bias=bias)
         found |= norm(f"{here}/attention_norm", f"{there}.layernorm_before")
         found |= norm(f"{here}/output_norm", f"{there}.layernorm_after")
     found |= norm(f"{path}/final_norm", f"{module}layernorm")
-    return found | (linear(f"{path}/pooler", "pooler.dense") if bare else linear("params/classifier", "classifier"))
+    found |= linear(f"{path}/pooler", "pooler.dense") if bare else linear("params/classifier", "classifier")
+    return stored_as(found, *_STORED)
 
 
 def _read(hf: Mapping[str, Any]) -> ViTConfig:
-    config = read_config(ViTConfig, hf, ignored=frozenset({"encoder_stride", "tie_word_embeddings"}))
-    wrong = [
-        f"{name} = {size!r}; expected one number of pixels, images and patches are square"
-        for name in ("image_size", "patch_size")
-        if not isinstance(size := getattr(config, name), int)
-    ]
-    if not wrong and config.image_size < config.patch_size:
-        wrong.append(f"patch_size = {config.patch_size}; expected at most image_size = {config.image_size}")
-    activations = ("hidden_act", "pooler_act")
-    check_config(config, width="hidden_size", heads="num_attention_heads", activations=activations, wrong=wrong)
+    for name in ("image_size", "patch_size"):
+        if isinstance(hf.get(name), list):
+            raise ModelError(f"{name} = {hf[name]}; expected one number of pixels, images and patches are square")
+    config = read_config(
+        ViTConfig,
+        hf,
+        ignored=frozenset({"encoder_stride", "tie_word_embeddings"}),
+        divides=[("num_attention_heads", "hidden_size")],
+    )
+    if config.image_size < config.patch_size:
+        raise ModelError(f"patch_size = {config.patch_size}; expected at most image_size = {config.image_size}")
     return config
 
 
@@ -72,13 +86,4 @@ VIT = Family(
     architecture="ViT",
     heads=r"^params/(classifier|pooler)/",
     unread=r"^(classifier|decoder)\.|^(vit\.)?(pooler\.|embeddings\.mask_token$)",
-    modules=(
-        ("encoder.layer.", "layers."),
-        ("attention.attention.query", "attention.q_proj"),
-        ("attention.attention.key", "attention.k_proj"),
-        ("attention.attention.value", "attention.v_proj"),
-        ("attention.output.dense", "attention.o_proj"),
-        ("intermediate.dense", "mlp.fc1"),
-        ("output.dense", "mlp.fc2"),
-    ),
 )

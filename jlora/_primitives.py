@@ -1,0 +1,69 @@
+"""The table of primitives: how `trace` labels each one, and how `lora` computes it.
+
+There is no other: a primitive that `trace` follows has a factored form, and the reverse. What a rule declines for a
+certain case, its label must say of that case.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jlora import _control_flow as flow
+from jlora import _labels as labels
+from jlora import _rearrange as moves
+from jlora import _rules as products
+from jlora._labels import Label
+from jlora._rules import Rule
+
+
+class Primitive(NamedTuple):
+    """A primitive that a weight can meet without being summed.
+
+    Attributes:
+      label: how `trace` follows the weight's axes through it.
+      rule: how `lora` evaluates it on factored weights.
+    """
+
+    label: Label
+    rule: Rule
+
+
+PRIMITIVES: dict[str, Primitive] = {
+    "dot_general": Primitive(labels.dot_general, products.dot_general),
+    "ragged_dot_general": Primitive(labels.ragged_dot_general, products.ragged_dot_general),
+    "conv_general_dilated": Primitive(labels.conv_general_dilated, products.conv_general_dilated),
+    "gather": Primitive(labels.gather, products.gather),
+    "transpose": Primitive(labels.transpose, moves.transpose),
+    "squeeze": Primitive(labels.squeeze, moves.squeeze),
+    "broadcast_in_dim": Primitive(labels.broadcast_in_dim, moves.broadcast_in_dim),
+    "reshape": Primitive(labels.reshape, moves.reshape),
+    "slice": Primitive(labels.keep, moves.slices),
+    "dynamic_slice": Primitive(labels.keep, moves.dynamic_slice),
+    "rev": Primitive(labels.keep, moves.rev),
+    "split": Primitive(labels.keep, moves.split),
+    "pad": Primitive(labels.keep, moves.pad),
+    "concatenate": Primitive(labels.concatenate, moves.concatenate),
+    "stack": Primitive(labels.stack, moves.stack),
+    "convert_element_type": Primitive(labels.convert_element_type, moves.convert_element_type),
+    "stop_gradient": Primitive(labels.stop_gradient, moves.stop_gradient),
+    "optimization_barrier": Primitive(labels.each, moves.optimization_barrier),
+    "neg": Primitive(labels.keep, moves.neg),
+    **dict.fromkeys(("mul", "div"), Primitive(labels.scale, moves.scale)),
+    **dict.fromkeys(("add", "sub"), Primitive(labels.add, moves.add)),
+    "select_n": Primitive(labels.select_n, moves.select_n),
+    **dict.fromkeys(
+        ("copy", "copy_p", "name", "sharding_constraint", "reduce_precision"), Primitive(labels.keep, moves.keep)
+    ),
+    **dict.fromkeys(("jit", "pjit"), Primitive(labels.call, flow.jit)),
+    **dict.fromkeys(("remat2", "checkpoint"), Primitive(labels.call, flow.checkpoint)),
+    "compute_on": Primitive(labels.settled_call, flow.compute_on),
+    "cond": Primitive(labels.cond, flow.cond),
+    "while": Primitive(labels.while_loop, flow.while_loop),
+    "scan": Primitive(labels.scan, flow.scan),
+    "shard_map": Primitive(labels.settled_call, flow.shard_map),
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), Primitive(labels.custom_rule, flow.custom_rule)),
+    "pvary": Primitive(labels.keep, flow.vary),
+    **dict.fromkeys(("reshard", "mesh_cast"), Primitive(labels.keep, flow.reshard)),
+    "all_gather": Primitive(labels.all_gather, flow.all_gather),
+    "device_put": Primitive(labels.each, flow.device_put),
+}

@@ -92,6 +92,22 @@ def reshard(x: Any, spec: Iterable[Any]) -> Any:
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*entries)))
 
 
+def put(x: Any, to: Any) -> Any:
+    """`jax.device_put`, whose gradient comes back into the memory of ``x``; JAX's own stays in the host's."""
+    return jax.device_put(x, to, src=jax.typeof(x).memory_space)
+
+
+def beside(x: Any, other: Any) -> Any:
+    """``x`` in the memory, the device's or the host's, in which ``other`` lies."""
+    space = jax.typeof(other).memory_space
+    return x if jax.typeof(x).memory_space == space else put(x, space)
+
+
+def on_device(x: Any) -> Any:
+    """``x`` in the device's memory."""
+    return x if jax.typeof(x).memory_space == jax.memory.Space.Device else put(x, jax.memory.Space.Device)
+
+
 def live_inputs(jaxpr: Any) -> set[Any]:
     """The input variables that some result or effect of an open jaxpr depends on, or that it returns."""
     live = {v for v in jaxpr.outvars if isinstance(v, core.Var)}

@@ -7,15 +7,18 @@ A `Factored` is a pytree, so it passes through ``lax.scan``, ``lax.switch``, ``l
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Format
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _compat
-from jlora._factored import Factored
+from jlora._factored import Factored, folded
 from jlora._named import RANK, Leg
 from jlora._rules import Decline
 
@@ -108,13 +111,18 @@ def while_loop(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     (cond_jaxpr, cond_own), (body_jaxpr, body_own) = map(_compat.open_jaxpr, (p["cond_jaxpr"], p["body_jaxpr"]))
     carry = _Carry(scope, eqn, args[n_cond + n_body :], body_jaxpr.invars[n_body:], body_jaxpr.outvars)
 
-    def going(moving: list[Any]) -> Any:
-        return _settled(scope, eqn, scope.session.run(cond_jaxpr, cond_own, [*cond_consts, *carry.whole(moving)]))[0]
+    def going(state: tuple[Any, list[Any]]) -> Any:
+        step, moving = state
+        values = _at_step(step, [*cond_consts, *carry.whole(moving)])
+        return _settled(scope, eqn, scope.session.run(cond_jaxpr, cond_own, values))[0]
 
-    def body(moving: list[Any]) -> list[Any]:
-        return carry.moving(scope.session.run(body_jaxpr, body_own, [*body_consts, *carry.whole(moving)]))
+    def body(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+        step, moving = state
+        values = _at_step(step, [*body_consts, *carry.whole(moving)])
+        return None if step is None else step + 1, carry.moving(scope.session.run(body_jaxpr, body_own, values))
 
-    return carry.whole(lax.while_loop(going, body, carry.init))
+    first = jnp.int32(0) if any(map(_drops, args)) else None
+    return carry.whole(lax.while_loop(going, body, (first, carry.init))[1])
 
 
 def scan(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
@@ -126,13 +134,15 @@ def scan(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     carry = _Carry(scope, eqn, args[n_consts : n_consts + n_carry], jaxpr.invars[n_consts:], jaxpr.outvars[:n_carry])
     sliced = [_leading(x) if isinstance(x, Factored) else x for x in xs]
 
-    def body(moving: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+    def body(moving: list[Any], step_and_slices: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
+        step, slices = step_and_slices
         values = [_one(x, s) if isinstance(x, Factored) else s for x, s in zip(xs, slices, strict=True)]
-        out = scope.session.run(jaxpr, own, [*consts, *carry.whole(moving), *values])
+        out = scope.session.run(jaxpr, own, _at_step(step, [*consts, *carry.whole(moving), *values]))
         return carry.moving(out[:n_carry]), out[n_carry:]
 
+    steps = jnp.arange(p["length"]) if any(map(_drops, args)) else None
     with scope.session.repeated(p["length"]):
-        final, ys = lax.scan(body, carry.init, sliced, p["length"], reverse=p["reverse"], unroll=p["unroll"])
+        final, ys = lax.scan(body, carry.init, (steps, sliced), p["length"], reverse=p["reverse"], unroll=p["unroll"])
     return [*carry.whole(final), *map(_restacked, ys)]
 
 
@@ -153,6 +163,15 @@ class _Carry:
     def whole(self, moving: list[Any]) -> list[Any]:
         rest = iter(moving)
         return [v if fixed else next(rest) for v, fixed in zip(self.given, self.fixed, strict=True)]
+
+
+def _drops(value: Any) -> bool:
+    return isinstance(value, Factored) and value.key is not None
+
+
+def _at_step(step: Any, values: list[Any]) -> list[Any]:
+    """What a loop's body gets at one of its steps: weights that drop entries drop others at every step."""
+    return [dataclasses.replace(v, key=Leg(folded(v.key.array, step), v.key.dims)) if _drops(v) else v for v in values]
 
 
 def _leading(weight: Factored) -> dict[str, Any]:
@@ -233,6 +252,24 @@ def reshard(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         return _compat.bind(eqn, [array], dst_sharding=NamedSharding(to.mesh, spec))[0]
 
     return [_following(weight, to.spec, base, move)]
+
+
+def device_put(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """Weights that are fetched from the host's memory, or laid elsewhere: legs follow that do not lie there already."""
+    bases = _compat.bind(eqn, [v.base if isinstance(v, Factored) else v for v in args])
+
+    def moved(value: Factored, base: Any, to: Any) -> Factored:
+        if isinstance(to, Format):
+            to = to.sharding  # a layout is the base's own
+        if isinstance(to, NamedSharding):
+            sharding = functools.partial(NamedSharding, to.mesh, memory_kind=to.memory_kind)
+            return _following(value, to.spec, base, lambda array, spec: _compat.put(array, sharding(spec)))
+        if isinstance(to, jax.sharding.Sharding | jax.Device):
+            return value.with_legs(base, lambda leg: Leg(_compat.put(leg.array, to), leg.dims))
+        return value.with_legs(base, lambda leg: Leg(_compat.beside(leg.array, base), leg.dims))
+
+    moves = zip(args, bases, eqn.params["devices"], strict=True)
+    return [moved(v, base, to) if isinstance(v, Factored) else base for v, base, to in moves]
 
 
 def all_gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora._named import RANK, Leg, contract, wide
+from jlora import _compat
+from jlora._named import RANK, Leg, contract, low_rank_dtype, wide, widened
 from jlora._types import Array, Axes, LoraFactors, LoraWeight, Path
 
 
@@ -67,11 +68,15 @@ class Factored:
 
 
 def factored(weight: LoraWeight) -> Factored:
-    """The interpreter's value for an attached weight; scale and strength are folded into ``b``."""
+    """The interpreter's value for an attached weight; scale and strength are folded into ``b``, in float32 at least:
+    in bfloat16 a scale that is no power of two would round every entry once more."""
     f = weight.factors
     batch, inputs, outputs = f.axes
-    scale = f.scale if weight.strength is None else f.scale * weight.strength
-    b = f.b if isinstance(scale, float) and scale == 1.0 else (f.b * scale).astype(f.b.dtype)
+    b = f.b
+    if f.scale != 1.0 or weight.strength is not None:
+        b = b.astype(wide(low_rank_dtype(b.dtype, weight.dtype)))
+        strength = 1.0 if weight.strength is None else _compat.beside(weight.strength, b).astype(b.dtype)
+        b = b * (f.scale * strength)
     key = None
     if weight.dropout_key is not None and f.dropout > 0:
         key = Leg(_batch_keys(weight.dropout_key, f.axes.sizes(weight.shape)[0]), batch)
@@ -85,8 +90,8 @@ def factored(weight: LoraWeight) -> Factored:
     )
     if f.magnitude is None:
         return value
-    norm = lax.stop_gradient(column_norm(value, f.axes))
-    return dataclasses.replace(value, gain=Leg(f.magnitude / norm, (*batch, *outputs)))
+    norm, magnitude = widened(lax.stop_gradient(column_norm(value, f.axes)), f.magnitude)
+    return dataclasses.replace(value, gain=Leg(magnitude / norm, (*batch, *outputs)))
 
 
 def column_norm(value: Factored, axes: Axes) -> Array:
@@ -96,7 +101,7 @@ def column_norm(value: Factored, axes: Axes) -> Array:
     """
     batch, inputs, outputs = axes
     dims = range(len(value.shape))
-    base, a, b = (x.astype(jnp.float32) for x in (value.base, value.a.array, value.b.array))
+    base, a, b = (_compat.on_device(x).astype(jnp.float32) for x in (value.base, value.a.array, value.b.array))
     names, b_names, other = (*batch, *outputs), value.b.dims, "other rank"
     a_other = [other if d == RANK else d for d in value.a.dims]
     cross = contract(contract(a, value.a.dims, base, dims, b_names), b_names, b, b_names, names)
@@ -109,16 +114,17 @@ def column_norm(value: Factored, axes: Axes) -> Array:
 
 
 def dense(value: Factored) -> Array:
-    """The value summed: accumulated in float32, rounded once to its dtype. Without dropout."""
-    dims = range(len(value.shape))
+    """The value summed in float32 and rounded once to its dtype, in the memory of its base. Without dropout."""
+    dims, given = range(len(value.shape)), value.base
+    value = jax.tree.map(_compat.on_device, value)
     dtype = wide(value.dtype)
     names = [d for d in dims if d in value.a.dims or d in value.b.dims]
     a, b = (leg.array.astype(dtype) for leg in (value.a, value.b))
     delta = Leg(contract(a, value.a.dims, b, value.b.dims, names), tuple(names))
     total = value.base.astype(dtype) + delta.spread(dims, value.shape)
     if value.gain is not None:
-        total = total * value.gain.spread(dims, value.shape)
-    return total.astype(value.dtype)
+        total = total * value.gain.spread(dims, value.shape).astype(dtype)
+    return _compat.beside(total.astype(value.dtype), given)
 
 
 def check_fit(shape: tuple[int, ...], f: LoraFactors) -> str | None:
@@ -142,3 +148,11 @@ def _batch_keys(key: Array, batch: tuple[int, ...]) -> Array:
         return key
     n = int(np.prod(batch))
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n)).reshape(batch)
+
+
+def folded(keys: Array, data: Any) -> Array:
+    """Keys of any shape, each with the integer ``data`` folded in."""
+    fold = jax.random.fold_in
+    for _ in range(keys.ndim):
+        fold = jax.vmap(fold, (0, None))
+    return fold(keys, data)

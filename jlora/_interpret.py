@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -66,6 +67,7 @@ class Session:
       constant: ids of the gather equations that pick the same entries at every call.
       repeats: how often the equations under evaluation run: the lengths of the scans around them.
       events: every consumption so far.
+      masks: how many dropout masks were drawn for each weight.
       told: what there is to warn of: for each weight that was summed, two parts of the text, and the places.
     """
 
@@ -74,6 +76,7 @@ class Session:
     constant: set[int] = dataclasses.field(default_factory=set)
     repeats: int = 1
     events: list[Event] = dataclasses.field(default_factory=list)
+    masks: Counter[str] = dataclasses.field(default_factory=Counter)
     told: dict[Path, tuple[str, str, list[str]]] = dataclasses.field(default_factory=dict)
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -104,6 +107,11 @@ class Session:
             dropped = " Dropout does not act on it." if value.key is not None else ""
             self.told.setdefault(value.path, (what, dropped, []))[2].append(place)
         return dense(value)
+
+    def next_mask(self, path: str) -> int:
+        """The number of a weight's dropout mask, in program order: uses of one weight drop different entries."""
+        self.masks[path] += 1
+        return self.masks[path] - 1
 
     def tell(self) -> None:
         """Warn of each materialized weight once, with every place where it was."""

@@ -146,7 +146,8 @@ def convert_element_type(walker: Any, eqn: Any, values: list[Value]) -> list[Val
     return values
 
 
-def optimization_barrier(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+def each(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    """As many results as operands, each of which stays what it is."""
     return values
 
 

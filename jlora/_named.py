@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -52,15 +53,51 @@ class Leg:
         return lax.broadcast_in_dim(self.ordered(own), tuple(shape), [dims.index(d) for d in own])
 
     def times(self, factor: Any, dims: Sequence[int]) -> Leg:
-        """This leg multiplied by an array whose axes follow ``dims``, each of them the leg's own."""
+        """This leg multiplied by an array whose axes follow ``dims``, each of them the leg's own.
+
+        The product is kept in float32 at least: it is rounded once, where an activation meets it.
+        """
         order = [d for d in self.dims if d in dims]
         factor = jnp.expand_dims(transposed(factor, dims, order), [i for i, d in enumerate(self.dims) if d not in dims])
-        return Leg((self.array * factor).astype(self.array.dtype), self.dims)
+        array, factor = widened(self.array, factor)
+        return Leg(array * factor, self.dims)
 
 
 def wide(dtype: Any) -> Any:
     """The dtype in which sums of ``dtype`` are accumulated: float32 at least."""
     return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
+
+
+def promoted(*dtypes: Any) -> Any:
+    """The dtype to which JAX promotes these, also in a program that allows no promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
+def low_rank_dtype(*dtypes: Any) -> Any:
+    """The dtype in which a low-rank product of an activation and a weight of these dtypes runs: bfloat16 at least.
+
+    It is the one to which JAX promotes them. A float of 8 bits or less has too few digits for factors, and gives way
+    to any other float.
+    """
+    met = {jnp.dtype(d) for d in dtypes}
+    kept = [d for d in met if not (jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits <= 8)]
+    if not any(jnp.issubdtype(d, jnp.inexact) for d in kept):
+        kept.append(jnp.dtype(jnp.bfloat16))
+    return promoted(*kept)
+
+
+def widened(*arrays: Array) -> list[Array]:
+    """``arrays`` in the one dtype, float32 at least, and the one memory in which they are multiplied."""
+    dtype = wide(low_rank_dtype(*(x.dtype for x in arrays)))
+    return [_compat.beside(x, arrays[0]).astype(dtype) for x in arrays]
+
+
+def joined(arrays: Sequence[Array], axis: int) -> Array:
+    """``arrays`` one after the other along ``axis``, in a dtype that holds them all."""
+    if len({x.dtype for x in arrays}) > 1:  # factors, of which some were multiplied: see `Leg.times`
+        arrays = widened(*arrays)
+    return jnp.concatenate(arrays, axis)
 
 
 def transposed(x: Array, names: Sequence[Hashable], order: Sequence[Hashable]) -> Array:

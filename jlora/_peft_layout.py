@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._named import promoted
 from jlora._types import Array, Axes, LoraFactors
 from jlora.names import Kind, from_torch, to_torch
 
@@ -134,5 +134,5 @@ def join(layers: Sequence[Layer], kind: Kind, stacked: bool, dropout: float) -> 
 
 
 def _stack(arrays: Sequence[np.ndarray], stacked: bool) -> Array:
-    dtype = functools.reduce(jnp.promote_types, (x.dtype for x in arrays))
+    dtype = promoted(*(x.dtype for x in arrays))
     return jnp.asarray(np.stack([x.astype(dtype) for x in arrays]) if stacked else arrays[0])

@@ -46,7 +46,7 @@ PRIMITIVES: dict[str, Primitive] = {
     "stack": Primitive(labels.stack, moves.stack),
     "convert_element_type": Primitive(labels.convert_element_type, moves.convert_element_type),
     "stop_gradient": Primitive(labels.stop_gradient, moves.stop_gradient),
-    "optimization_barrier": Primitive(labels.optimization_barrier, moves.optimization_barrier),
+    "optimization_barrier": Primitive(labels.each, moves.optimization_barrier),
     "neg": Primitive(labels.keep, moves.neg),
     **dict.fromkeys(("mul", "div"), Primitive(labels.scale, moves.scale)),
     **dict.fromkeys(("add", "sub"), Primitive(labels.add, moves.add)),
@@ -65,4 +65,5 @@ PRIMITIVES: dict[str, Primitive] = {
     "pvary": Primitive(labels.keep, flow.vary),
     **dict.fromkeys(("reshard", "mesh_cast"), Primitive(labels.keep, flow.reshard)),
     "all_gather": Primitive(labels.all_gather, flow.all_gather),
+    "device_put": Primitive(labels.each, flow.device_put),
 }

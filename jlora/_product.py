@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jlora import _compat
-from jlora._named import contract
+from jlora._named import contract, low_rank_dtype
 from jlora._types import Array
 
 Names = tuple[Hashable, ...]
@@ -41,13 +41,14 @@ def low_rank_product(x: Array, a: Array, b: Array, *, inputs: int = 1) -> Array:
     >>> y = x @ w + scale * jlora.low_rank_product(x, a, b)
 
     Args:
-      x: activations ``[..., *inputs]``, any float dtype. Products run in it with float32 accumulation.
+      x: activations ``[..., *inputs]``, any float dtype. Products run in it, or in bfloat16 if it is narrower, with
+        float32 accumulation.
       a: ``[*inputs, rank]``.
       b: ``[rank, *outputs]``.
       inputs: how many trailing axes of ``x`` are contracted.
 
     Returns:
-      ``[..., *outputs]`` in the dtype of ``x``.
+      ``[..., *outputs]`` in the dtype of the products.
 
     Raises:
       ValueError: when the shapes do not fit.
@@ -61,7 +62,7 @@ def low_rank_product(x: Array, a: Array, b: Array, *, inputs: int = 1) -> Array:
     ins = tuple(("in", i) for i in range(inputs))
     outs = tuple(("out", i) for i in range(b.ndim - 1))
     names = Contraction((*lead, *ins), (*ins, "r"), (*lead, "r"), ("r", *outs), (*lead, *outs))
-    return contract_factors(names, x, a, b)
+    return contract_factors(names, x.astype(low_rank_dtype(x.dtype)), a, b)
 
 
 def contract_factors(names: Contraction, x: Array, first: Array, second: Array) -> Array:

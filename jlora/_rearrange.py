@@ -13,7 +13,7 @@ from jax.extend import core
 
 from jlora import _compat
 from jlora._factored import Factored
-from jlora._named import RANK, Leg, wide
+from jlora._named import RANK, Leg, joined, wide
 from jlora._rules import Decline
 
 
@@ -211,7 +211,7 @@ def _joined_gain(args: list[Any], axis: int) -> Leg | None:
         gain = v.gain if isinstance(v, Factored) else None
         return jnp.ones([v.shape[d] for d in dims], given[0].array.dtype) if gain is None else gain.array
 
-    return Leg(jnp.concatenate([own(v) for v in args], dims.index(axis)), dims)
+    return Leg(joined([own(v) for v in args], dims.index(axis)), dims)
 
 
 def stack(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
@@ -235,18 +235,18 @@ def _longer(weights: list[Factored], axis: int, base: Any) -> Factored:
     """Weights that carry ``axis`` as a batch axis, joined along it; smaller ranks are padded with zeros."""
     rank = max(v.rank for v in weights)
 
-    def joined(name: str) -> Leg | None:
+    def longer(name: str) -> Leg | None:
         legs = [getattr(v, name) for v in weights]
         if all(leg is None for leg in legs):
             return None
         if any(leg is None or set(leg.dims) != set(legs[0].dims) for leg in legs):
             raise Decline("the weights are not adapted alike")
         arrays = [leg.along(RANK, lambda x, at: _grown(x, at, 0, rank)).ordered(legs[0].dims) for leg in legs]
-        return Leg(jnp.concatenate(arrays, legs[0].dims.index(axis)), legs[0].dims)
+        return Leg(joined(arrays, legs[0].dims.index(axis)), legs[0].dims)
 
     if len({v.rate for v in weights if v.key is not None}) > 1:
         raise Decline("the weights have different dropout rates")
-    legs = {name: joined(name) for name in ("a", "b", "gain", "key")}
+    legs = {name: longer(name) for name in ("a", "b", "gain", "key")}
     return dataclasses.replace(weights[0], base=base, path=_paths(weights), **legs)
 
 
@@ -277,11 +277,12 @@ def _sum(weights: list[Factored], base: Any) -> Factored:
     if any(set(v.a.dims) != set(first.a.dims) or set(v.b.dims) != set(first.b.dims) for v in weights):
         raise Decline("the weights are not adapted alike")
 
-    def joined(name: str) -> Leg:
+    def side_by_side(name: str) -> Leg:
         dims = getattr(first, name).dims
-        return Leg(jnp.concatenate([getattr(v, name).ordered(dims) for v in weights], dims.index(RANK)), dims)
+        return Leg(joined([getattr(v, name).ordered(dims) for v in weights], dims.index(RANK)), dims)
 
-    return dataclasses.replace(first, base=base, a=joined("a"), b=joined("b"), path=_paths(weights))
+    a, b = side_by_side("a"), side_by_side("b")
+    return dataclasses.replace(first, base=base, a=a, b=b, path=_paths(weights))
 
 
 def _paths(weights: list[Factored]) -> str:
@@ -359,7 +360,7 @@ def select_n(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         name, weight = _carried(weight, dims)
         if name is None:
             raise Decline("the condition does not follow the axes of one factor")
-        mask, leg = (pick == i if pick.dtype != jnp.bool_ else pick if i else ~pick), getattr(weight, name)
-        return dataclasses.replace(weight, **{name: leg.times(mask.astype(leg.array.dtype), dims)})
+        mask = pick == i if pick.dtype != jnp.bool_ else pick if i else ~pick
+        return dataclasses.replace(weight, **{name: getattr(weight, name).times(mask, dims)})
 
     return [_sum([chosen(i, v) for i, v in enumerate(cases) if isinstance(v, Factored)], base)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
-from jlora._factored import Factored
-from jlora._named import RANK, Leg, transposed, wide
+from jlora._factored import Factored, folded
+from jlora._named import RANK, Leg, low_rank_dtype, transposed, wide, widened
 from jlora._product import Contraction, contract_factors, explicit_specs, widen
 from jlora._types import Array
 
@@ -42,6 +43,7 @@ def dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     on_left = isinstance(args[0], Factored)
     weight, x = args if on_left else args[::-1]
     (wc, xc), (wb, xb) = ((lc, rc), (lb, rb)) if on_left else ((rc, lc), (rb, lb))
+    weight = _beside(weight, x)
     partner = dict(zip((*xc, *xb), (*wc, *wb), strict=True))
     x_names = [partner.get(i, ("x", i)) for i in range(x.ndim)]
     x_free = [n for i, n in enumerate(x_names) if i not in partner]
@@ -60,6 +62,7 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if isinstance(x, Factored) or not is_standard_ragged(eqn):
         raise Decline(NO_RAGGED_FORM)
     numbers = eqn.params["ragged_dot_dimension_numbers"]
+    weight = _beside(weight, x)
     ((xc, wc), _), (group,) = numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
     (k,), (n,) = wc, [d for d in range(3) if d not in (*wc, group)]
     first, second = (weight.a, weight.b) if k in weight.a.dims else (weight.b, weight.a)
@@ -67,7 +70,8 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         raise Decline("the factors do not split into the contracted and the kept axes")
     rank = weight.rank
     groups, inputs, outputs = (weight.shape[d] for d in (group, k, n))
-    dropped = _adapter_input(weight, x, [("x", i) for i in range(x.ndim)])  # a row meets one group: one mask is enough
+    # A row meets one group: one mask is enough.
+    dropped = _adapter_input(scope, weight, x, [("x", i) for i in range(x.ndim)])
     a = first.spread([group, k, RANK], (groups, inputs, rank)).astype(dropped.dtype)
     b = second.spread([group, RANK, n], (groups, rank, outputs)).astype(dropped.dtype)
     rows = numbers.lhs_ragged_dimensions[0]
@@ -104,6 +108,7 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     _, w_spec, y_spec = p["dimension_numbers"]
     out, groups, rank = w_spec[0], p["feature_group_count"], weight.rank
     kernel_dims = [d for d in range(len(weight.shape)) if d != out]
+    weight = _beside(weight, x)
     first, second = (weight.a, weight.b) if out in weight.b.dims else (weight.b, weight.a)
     gained = [] if weight.gain is None else [d for d in weight.gain.dims if d != out]
     if out in first.dims or gained or any(d in second.dims for d in kernel_dims):
@@ -112,7 +117,7 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     # The kernel's own layout, with the rank in the place of the output channels, once for each group.
     order = [RANK if d == out else d for d in range(len(weight.shape))]
     shape = [rank if d == RANK else weight.shape[d] for d in order]
-    dropped = _adapter_input(weight, x, [("x", i) for i in range(x.ndim)])
+    dropped = _adapter_input(scope, weight, x, [("x", i) for i in range(x.ndim)])
     kernel = first.spread(order, shape).astype(dropped.dtype)
     kernel = jnp.concatenate([kernel] * groups, axis=out)
     hidden = lax.conv_general_dilated(
@@ -148,6 +153,7 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if not clipped and weight.gain is not None and any(d in weight.gain.dims for d in picked):
         raise Decline("DoRA's gain cannot be looked up out of bounds")
 
+    weight = _beside(weight, indices)
     (base,) = _compat.bind(eqn, [weight.base, indices])
     lead = [i for i in range(base.ndim) if i not in numbers.offset_dims]
     kept = [d for d in range(len(sizes)) if d not in numbers.collapsed_slice_dims]
@@ -161,7 +167,8 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         if not rows:
             return leg.renamed(place)
         array = leg.ordered([*rows, *rest])
-        index = indices[..., [columns[d] for d in rows]]
+        at = indices.ndim - 1
+        index = lax.concatenate([lax.slice_in_dim(indices, columns[d], columns[d] + 1, axis=at) for d in rows], at)
         shape = (1,) * len(rows) + array.shape[len(rows) :]
         dims = lax.GatherDimensionNumbers(
             tuple(range(len(lead), len(lead) + len(rest))), tuple(range(len(rows))), tuple(range(len(rows)))
@@ -179,7 +186,7 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     # A row of the table is a result: sum it now. Lookups are not dropped.
     dims = range(base.ndim)
     names = [d for d in dims if d in looked_up.a.dims or d in looked_up.b.dims]
-    a, b = (leg.array.astype(base.dtype) for leg in (looked_up.a, looked_up.b))
+    a, b = (leg.array.astype(low_rank_dtype(base.dtype)) for leg in (looked_up.a, looked_up.b))
     delta = Leg(widen(a, looked_up.a.dims, b, looked_up.b.dims, names), tuple(names)).spread(dims, base.shape)
     scope.factored(weight, eqn, 2 * weight.rank * base.size)
     return [_total(base, delta, looked_up.gain, dims)]
@@ -228,7 +235,7 @@ def low_rank(
     early = {d for d in summed if d not in second.dims}
     hidden = [n for n in x_names if n not in early] + [d for d in first.dims if d not in x_names]
     names = [n for n in out if n in hidden or n in second.dims]
-    dropped = _adapter_input(weight, x, x_names)
+    dropped = _adapter_input(scope, weight, x, x_names)
     lone = [i for i, n in enumerate(x_names) if n in early and n not in first.dims]
     if lone:  # a summed dimension along which the update is constant
         dropped, x_names = jnp.sum(dropped, lone), [n for i, n in enumerate(x_names) if i not in lone]
@@ -270,7 +277,8 @@ def _total(y: Array, delta: Array, gain: Leg | None, names: Sequence[Hashable]) 
     total = y.astype(wide(y.dtype)) + delta.astype(wide(y.dtype))
     if gain is not None:
         own = [n for n in names if n in gain.dims]
-        total = total * lax.broadcast_in_dim(gain.ordered(own), y.shape, [list(names).index(n) for n in own])
+        spread = lax.broadcast_in_dim(gain.ordered(own), y.shape, [list(names).index(n) for n in own])
+        total = total * spread.astype(total.dtype)
     return total.astype(y.dtype)
 
 
@@ -283,20 +291,33 @@ def _split_gain(weight: Factored, x: Array, x_names: Sequence[Hashable], summed:
         raise Decline("DoRA's gain follows summed and kept dimensions at once")
     own = [n for n in x_names if n in gain.dims]
     spread = lax.broadcast_in_dim(gain.ordered(own), x.shape, [list(x_names).index(n) for n in own])
-    return (x * spread).astype(jnp.promote_types(x.dtype, weight.dtype)), None
+    dtype = low_rank_dtype(x.dtype, weight.dtype)
+    x, spread = widened(x, spread)
+    return (x * spread).astype(dtype), None
 
 
-def _adapter_input(weight: Factored, x: Array, names: Sequence[Hashable]) -> Array:
+def _beside(weight: Factored, x: Array) -> Factored:
+    """The weight with its legs in the memory in which it meets ``x``."""
+    return weight.with_legs(weight.base, lambda leg: Leg(_compat.beside(leg.array, x), leg.dims))
+
+
+def _adapter_input(scope: Any, weight: Factored, x: Array, names: Sequence[Hashable]) -> Array:
     """``x`` as the low-rank product takes it: wide enough for the weight's dtype too, where the model mixes them
-    (integers, one-hot booleans), and with entries dropped at the weight's rate, by a mask for each batch slice."""
-    if x.dtype != weight.dtype:
-        x = x.astype(jnp.promote_types(x.dtype, weight.dtype))
+    (integers, one-hot booleans, float8), and with entries dropped at the weight's rate.
+
+    There is a mask for each batch slice of the weight, for each of its uses, for each step of a loop around them, and
+    inside ``shard_map`` for each device that has an ``x`` of its own.
+    """
+    x = x.astype(low_rank_dtype(x.dtype, weight.dtype))
     if weight.key is None:
         return x
     shared = [d for d in weight.key.dims if d in names]
     keys = weight.key.array
     for axis in reversed([i for i, d in enumerate(weight.key.dims) if d not in shared]):
         keys = lax.index_in_dim(keys, 0, axis, keepdims=False)
+    keys = folded(keys, zlib.crc32(f"{weight.path}:{scope.session.next_mask(weight.path)}".encode()))
+    for axis in sorted(_compat.varying(x)):
+        keys = folded(keys, lax.axis_index(axis))
     rest = [n for n in names if n not in shared]
     order = [*shared, *rest]
     shape = tuple(x.shape[list(names).index(n)] for n in order)

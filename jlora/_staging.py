@@ -117,7 +117,7 @@ def _lost(found: list[tuple[int | None, bool, str]], handed_on: list[int | None]
 def _plain(leaf: Any) -> Any:
     match leaf:
         case FullWeight(base=base, value=value):
-            return value.astype(base.dtype)
+            return _compat.beside(value.astype(base.dtype), base)
         case LoraWeight(base=base):
             return base
         case _:

@@ -37,9 +37,14 @@ def attach(
       params: any pytree of arrays.
       adapters: ``{path: LoraFactors | array}``, as from `init`; an array replaces its leaf.
       strength: multiplies the updates at run time, without recompiling: a scalar for all, or a mapping
-        with a scalar for every path of a `LoraFactors`. It does not act on leaves trained whole.
-      dropout_key: a PRNG key; with one, the input of each adapter is dropped at its recorded rate. The
-        key is folded with each path, and with each slice of a stacked weight.
+        with a scalar for every path of a `LoraFactors`. It does not act on leaves trained whole. Each weight gets a
+        copy, so that the tree may be donated.
+      dropout_key: a PRNG key; with one, the input of each adapter is dropped at its recorded rate. The mask is a
+        function of the key, the path, the slice of a stacked weight, which use of the weight it is in the order of the
+        program, the step of each loop around that use, and inside ``shard_map`` the device, where inputs differ by
+        device (with ``check_vma``, the default). The same call with the same key drops the same entries, and so
+        does what `jax.checkpoint` computes again. What lies outside the `lora` function is not seen: under
+        `jax.vmap`, in a loop over calls, and under `jax.pmap`, fold the index into the key.
 
     Returns:
       A tree like ``params`` with `LoraWeight` and `FullWeight` leaves.
@@ -60,10 +65,11 @@ def attach(
                 f"attach: strength has a value for each path of the factors or is a scalar; these are missing or "
                 f"unknown: {wrong}"
             )
-        strengths = {path: jnp.asarray(strength[path], jnp.float32) for path in factors}
+        given = dict(strength)
     else:
-        one = None if strength is None else jnp.asarray(strength, jnp.float32)
-        strengths = dict.fromkeys(factors, one)
+        given = dict.fromkeys(factors, strength)
+    # An array for each weight, so that the tree can be donated.
+    strengths = {path: None if s is None else jnp.array(s, jnp.float32, copy=True) for path, s in given.items()}
     if shapes := {path: s.shape for path, s in strengths.items() if s is not None and s.ndim}:
         raise ValueError(f"attach: a strength is a scalar, got shapes {shapes}; map over several with jax.vmap")
     if dropout_key is not None and not jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jlora import _paths
+from jlora import _compat, _paths
 from jlora._factored import column_norm, factored
 from jlora._types import Array, LoraFactors, LoraWeight, Path, PyTree, Target, Uses
 from jlora.attach import path_key
@@ -52,7 +52,7 @@ def init(key: Array, params: PyTree, config: LoraConfig, uses: Uses | None = Non
             "Expected arrays; to get shapes, call init under jax.eval_shape."
         )
     return {
-        path: jnp.array(leaves[path], dtype=config.dtype, copy=True)
+        path: jnp.array(_compat.on_device(leaves[path]), dtype=config.dtype, copy=True)
         if target.axes is None
         else _factors(path_key(key, path), leaves[path], target, config.dtype)
         for path, target in targets.items()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jlora import _paths
+from jlora import _compat, _paths
 from jlora._factored import Factored, dense, factored
 from jlora._named import wide
 from jlora._table import table
@@ -28,8 +28,8 @@ def merge(params: PyTree, adapters: Adapters) -> PyTree:
       adapters: as from `init`.
 
     Returns:
-      A tree like ``params``; leaves without an adapter are the very same arrays, so that donating one of both trees
-      deletes them in the other.
+      A tree like ``params``, each leaf in the memory of its base. Leaves without an adapter are the very same arrays,
+      so that donating one of both trees deletes them in the other; the others are new ones.
 
     Raises:
       KeyError, ValueError: when an adapter does not fit the params, or holds NaN or infinity (found only
@@ -127,7 +127,7 @@ def check_finite(adapters: Adapters, what: str) -> None:
 
 
 def _all_finite(value: Any) -> Any:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(value)]))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(_compat.on_device(x))) for x in jax.tree.leaves(value)]))
 
 
 def _mapped(what: str, params: PyTree, adapters: Adapters, fold: Any) -> PyTree:
@@ -149,7 +149,7 @@ def _check(what: str, leaves: dict[Path, Any], adapters: Adapters) -> None:
 def _merged(base: Any, value: Any, path: Path) -> Any:
     if isinstance(value, LoraFactors):
         return dense(_factored(base, value, path))
-    return value.astype(base.dtype)
+    return jnp.array(_compat.beside(value, base), dtype=base.dtype, copy=True)
 
 
 def _unmerged(merged: Any, f: LoraFactors, path: Path) -> Any:
@@ -158,9 +158,7 @@ def _unmerged(merged: Any, f: LoraFactors, path: Path) -> Any:
 
 
 def _factored(base: Any, f: LoraFactors, path: Path = "") -> Factored:
-    """The weight with its factors in float32 at least: the scale that goes into ``b`` is not rounded to its dtype."""
-    wider = jax.tree.map(lambda x: x.astype(wide(jnp.promote_types(x.dtype, base.dtype))), f)
-    return factored(LoraWeight(base, wider, path=path))
+    return factored(LoraWeight(base, f, path=path))
 
 
 def _norms(base: Any, value: Any) -> tuple[Array, Array, Array]:
@@ -172,6 +170,7 @@ def _norms(base: Any, value: Any) -> tuple[Array, Array, Array]:
 @jax.jit
 def _compare(base: Any, merged: Any, value: Any) -> tuple[Array, Array, Array]:
     dtype = wide(base.dtype)
+    base, merged, value = jax.tree.map(_compat.on_device, (base, merged, value))
     base, merged = base.astype(dtype), merged.astype(dtype)
     update = _update(base, value) if isinstance(value, LoraFactors) else value.astype(dtype) - base
     return jnp.linalg.norm(merged - base - update), jnp.linalg.norm(update), jnp.linalg.norm(base)
@@ -183,4 +182,4 @@ def _update(base: Any, f: LoraFactors) -> Array:
     alone = dense(dataclasses.replace(whole, base=jnp.zeros_like(base)))
     if whole.gain is None:
         return alone
-    return alone + base * (whole.gain.spread(range(base.ndim), base.shape) - 1)
+    return alone + base * (whole.gain.spread(range(base.ndim), base.shape).astype(base.dtype) - 1)

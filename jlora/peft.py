@@ -16,7 +16,6 @@ projection of its own: ``models.load(path, untie=True)``.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -32,6 +31,7 @@ import numpy as np
 from jlora import _peft_layout as layout
 from jlora import _peft_tied as tied
 from jlora._factored import column_norm, factored
+from jlora._named import promoted
 from jlora._paths import bullets, check_paths, named_leaves, nearest
 from jlora._peft_config import (
     CONFIG,
@@ -364,7 +364,7 @@ def _our_config(adapters: Adapters, theirs: PeftConfig) -> LoraConfig:
             made[path] = value.rank, float(value.scale * value.rank if alpha is None else alpha)
     common = list(made.values())
     rank, alpha = max(common, key=common.count) if common else (theirs.r, float(theirs.lora_alpha))
-    dtype = functools.reduce(jnp.promote_types, (x.dtype for x in jax.tree.leaves(adapters)))
+    dtype = promoted(*(x.dtype for x in jax.tree.leaves(adapters)))
     return LoraConfig(
         rank=rank,
         alpha=alpha,

@@ -120,6 +120,53 @@ def test_strength_has_a_gradient() -> None:
     assert_close(slope, sum(jnp.vdot(grads[path].b, f.b) for path, f in adapters.items()))
 
 
+@pytest.mark.parametrize("strength", [0.5, "array", "each"])
+def test_an_attached_tree_can_be_donated(strength: Any) -> None:
+    """Its leaves are arrays of their own: none is given to XLA twice, and the caller's strength is not given away."""
+    one = jnp.float32(0.5)
+    params = jax.tree.map(jnp.copy, MLP.params)
+    adapters = jax.tree.map(jnp.copy, adapters_for(mlp, params, MLP.x, dropout=0.5))
+    adapters["bias"] = jnp.copy(params["bias"])
+    given = {0.5: 0.5, "array": one, "each": dict.fromkeys(["w0", "w1"], one)}[strength]
+    tree = jlora.attach(params, adapters, strength=given, dropout_key=jax.random.key(0))
+    expected = jlora.lora(mlp)(tree, MLP.x)
+    step = jax.jit(lambda tree, x: (jlora.lora(mlp)(tree, x), tree), donate_argnums=0)
+    got, _ = step(tree, MLP.x)
+    assert_close(got, expected)
+    assert float(one) == 0.5
+
+
+def test_fresh_and_merged_arrays_are_nobody_elses() -> None:
+    """init copies what it trains whole, merge what was trained whole: either may be donated beside its origin."""
+    config = jlora.LoraConfig(rank=2, targets=("w0",), train_also=("bias",))
+    for run in (lambda f: f, jax.jit):
+        adapters = run(lambda p: jlora.init(jax.random.key(0), p, config, jlora.trace(mlp, p, MLP.x)))(MLP.params)
+        merged = run(jlora.merge)(MLP.params, adapters)
+        changed = [merged["w0"], merged["bias"]]
+        owners = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((MLP.params, adapters, changed))]
+        assert len(set(owners)) == len(owners)
+
+
+@pytest.mark.parametrize("factors", ["bfloat16", "float16"])
+def test_scale_and_strength_do_not_round_narrow_factors(factors: str) -> None:
+    """The update is scaled in float32, whatever dtype the adapters have; their gradients come back in that dtype."""
+    keys = jax.random.split(KEY, 4)
+    w, x = jax.random.normal(keys[0], (64, 48)), jax.random.normal(keys[1], (16, 64))
+    a, b = (jax.random.normal(k, s).astype(factors) for k, s in zip(keys[2:], ((64, 4), (4, 48)), strict=True))
+    moved = lambda p, x: x @ (1.1 * jnp.where(True, p["w"], 0) * jnp.arange(48.0) / 7)  # noqa: E731
+    for fn, by in ((dense, 1.0), (moved, 1.1 * np.arange(48.0) / 7)):
+        adapters = {"w": jlora.LoraFactors(a, b, scale=6 / 4)}  # r=4, alpha=6
+
+        def run(adapters: Any, fn: Any = fn) -> Any:
+            return jlora.lora(fn, materialize="error")(jlora.attach({"w": w}, adapters, strength=0.7), x)
+
+        updates = 1.5 * 0.7 * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+        exact = np.asarray(x, np.float64) @ ((np.asarray(w, np.float64) + updates) * by)
+        np.testing.assert_allclose(jax.jit(run)(adapters), exact, rtol=2e-6, atol=2e-6 * np.abs(exact).max())
+        grads = jax.grad(lambda adapters: loss_of(run(adapters)))(adapters)
+        assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(factors)}
+
+
 # Dropout.
 
 RATE = 0.25
@@ -176,7 +223,7 @@ def test_dropout_is_a_function_of_key_and_path() -> None:
 
 
 def test_dropout_differs_in_every_layer() -> None:
-    """Scanned layers drop different entries, and the same ones whether a loop, a scan or an index reaches them."""
+    """Layers drop different entries, whether a loop, a scan or an index reaches them."""
 
     def by_scan(params: Any, x: Any) -> Any:
         return lax.scan(lambda h, w: (h, h @ w), x, params["w"])[1]
@@ -191,10 +238,58 @@ def test_dropout_differs_in_every_layer() -> None:
         start = jnp.zeros((3, *x.shape))
         return lax.fori_loop(0, 3, lambda i, ys: ys.at[i].set(x @ params["w"][i]), start)
 
-    layers = masks(by_scan, "w", shape=(3, 32, 32))
-    assert unlike(*layers)
-    for other in (by_map, by_index, by_loop):
-        np.testing.assert_array_equal(layers, masks(other, "w", shape=(3, 32, 32)))
+    for layers in (by_scan, by_map, by_index, by_loop):
+        assert unlike(*masks(layers, "w", shape=(3, 32, 32)))
+
+
+USES: dict[str, Any] = {
+    "twice": lambda p, x: (x @ p["w"], x @ p["w"], x @ p["w"]),
+    "transposed": lambda p, x: (x @ p["w"], x @ p["w"].T),
+    "in a call": lambda p, x: (x @ p["w"], jax.jit(dense)(p, x), jax.checkpoint(dense)(p, x)),
+    "in one function": lambda p, x: [jax.jit(dense)(p, x) for _ in range(2)],
+    "in a branch": lambda p, x: (x @ p["w"], lax.cond(x.sum() > 0, dense, lambda p, x: -dense(p, x), p, x)),
+    "in a scan": lambda p, x: lax.scan(lambda c, _: (c, x @ p["w"]), 0, None, 3)[1],
+    "in a scan's carry": lambda p, x: lax.scan(lambda c, _: (c, x @ c["w"]), p, None, 3)[1],
+    "in a map": lambda p, x: lax.map(lambda x: x @ p["w"], jnp.stack([x, x])),
+    "twice in a scan": lambda p, x: jnp.concatenate(
+        lax.scan(lambda c, _: (c, (x @ p["w"], x @ p["w"])), 0, None, 2)[1]
+    ),
+    "in two scans": lambda p, x: jnp.concatenate(
+        [lax.scan(lambda c, _: (c, x @ p["w"]), 0, None, 2)[1] for _ in range(2)]
+    ),
+    "in a scan of scans": lambda p, x: lax.scan(
+        lambda c, _: (c, lax.scan(lambda c, _: (c, x @ p["w"]), 0, None, 2)[1]), 0, None, 2
+    )[1].reshape(4, *x.shape),
+    "in a while loop": lambda p, x: lax.fori_loop(
+        0, x[0, 0].astype(int) + 2, lambda i, ys: ys.at[i].set(x @ p["w"]), jnp.zeros((3, 64, 32))
+    ),
+    "in vmap": lambda p, x: jax.vmap(lambda x: x @ p["w"])(jnp.stack([x, x])),
+    "in a stack": lambda p, x: jnp.einsum("ebi,eio->ebo", jnp.stack([x, x]), jnp.stack([p["w"], p["v"]])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", USES)
+def test_every_use_of_a_weight_drops_entries_of_its_own(name: str) -> None:
+    """A weight that is used twice, or at every step of a loop, drops other entries each time, and the same at a call
+    with the same key; JAX's own checker finds no key used twice."""
+    names = ("w", "v") if name == "in a stack" else ("w",)
+    with jax.debug_key_reuse(True):
+        first = masks(USES[name], *names)
+        again = jax.jit(lambda key: masks(USES[name], *names, key=key))(KEY)
+    assert unlike(*first)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_devices_drop_entries_of_their_own() -> None:
+    """Inside shard_map, whether the model's or the caller's, each device has masks for its own rows."""
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+    split = jax.shard_map(dense, mesh=mesh, in_specs=(P(), P("rows")), out_specs=P("rows"))
+    ones = jnp.ones((512, 32))
+    assert unlike(*np.split(np.asarray(masks(split, "w", x=ones)), 8))
+    outside = jax.shard_map(
+        lambda key, x: masks(dense, "w", key=key, x=x), mesh=mesh, in_specs=(P(), P("rows")), out_specs=P("rows")
+    )
+    assert unlike(*np.split(np.asarray(outside(KEY, ones)), 8))
 
 
 def test_dropout_differs_in_every_expert() -> None:
@@ -223,6 +318,12 @@ def test_dropout_is_drawn_again_alike() -> None:
         return jax.jit(jax.grad(lambda a: loss_of(apply(jlora.attach(params, a, dropout_key=KEY), MLP.x))))(adapters)
 
     assert_close(grads(jax.checkpoint(mlp)), grads(mlp))
+
+    def shared(params: Any, x: Any, wrap: Any) -> Any:
+        body = wrap(lambda h, _: (mlp(params, mlp(params, h)), 0))
+        return lax.scan(body, x, None, 3)[0]
+
+    assert_close(grads(lambda p, x: shared(p, x, jax.checkpoint)), grads(lambda p, x: shared(p, x, lambda body: body)))
 
 
 def test_lookups_are_not_dropped() -> None:

@@ -39,7 +39,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
@@ -151,7 +151,9 @@ def decode(
     def layer(x: jax.Array, w: Tree) -> tuple[jax.Array, None]:
         h = _norm(w["norm_0"], x)
         q, k, v = (y.reshape(*h.shape[:2], -1, shape.head_dim) for y in linears(w, "qkv", h))
-        heads = jax.nn.dot_product_attention(rotated(q), rotated(k), v, is_causal=True, implementation=attention)  # pyright: ignore[reportArgumentType]
+        heads = jax.nn.dot_product_attention(
+            rotated(q), rotated(k), v, is_causal=True, implementation=cast(Any, attention)
+        )
         x = x + linears(w, ["o"], heads.reshape(*h.shape[:2], -1))[0]
         gate, up = linears(w, ["gate", "up"], _norm(w["norm_1"], x))
         return x + linears(w, ["down"], jax.nn.silu(gate) * up)[0], None
@@ -336,7 +338,8 @@ def torch_part(shape: Shape) -> dict[str, Case]:
 
     def case(name: str, compiled: bool) -> Case:
         start = time.perf_counter()
-        model: Any = transformers.LlamaForCausalLM(config).to(dtype=torch.bfloat16).to(device)
+        model: Any = transformers.LlamaForCausalLM(config)
+        model = model.to(device, torch.bfloat16)
         if name == "jlora":
             lora = peft.LoraConfig(r=shape.rank, lora_alpha=int(SCALE * shape.rank), target_modules="all-linear")
             model = peft.get_peft_model(model, lora)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import numbers
 import re
 from typing import Any, Literal
 
@@ -178,7 +177,7 @@ def _out_of_range(prefix: str, config: LoraConfig | Rule) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -FLOAT32 <= value <= FLOAT32
+    return isinstance(value, int | float) and not isinstance(value, bool) and -FLOAT32 <= value <= FLOAT32
 
 
 def _unknown(prefix: str, fields: dict[str, Any], cls: type) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import haiku as hk
@@ -28,7 +28,8 @@ RANK2 = jlora.LoraConfig(rank=2)
 
 def planned(fn: Callable[..., Any], params: Any, *args: Any, **config: Any) -> jlora.Plan:
     """The plan of ``fn`` for every linear weight."""
-    return jlora.plan(params, jlora.LoraConfig(**{"rank": 2} | config), jlora.trace(fn, params, *args))
+    fields: dict[str, Any] = {"rank": 2, **config}
+    return jlora.plan(params, jlora.LoraConfig(**fields), jlora.trace(fn, params, *args))
 
 
 # ---- one table: what is planned is what has a factored form
@@ -442,5 +443,5 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert type(given.rank) is int
     assert type(given.for_path("x").rank) is int
     for field, value in (("rank", np.float32(4)), ("alpha", "x"), ("dropout", None), ("use_dora", "yes")):
-        text = message(ValueError, lambda f=field, v=value: jlora.LoraConfig(**{f: v}))
+        text = message(ValueError, lambda f=field, v=value: jlora.LoraConfig(**cast(Any, {f: v})))
         expect(text, f"{field}={getattr(value, 'item', lambda v=value: v)()!r}; expected")

@@ -302,12 +302,12 @@ def _across_computing(compute: ComputeConfig, processes: ProcessesConfig) -> Ite
         )
     if compute.layout != "mesh" and compute.rules:
         yield f"compute.rules: got rules with {compute.layout!r}, expected none: only a mesh divides weights"
-    given = {name: getattr(processes, name) for name in ("coordinator", "count", "index")}
+    given: dict[str, Any] = {name: getattr(processes, name) for name in ("coordinator", "count", "index")}
     if missing := [name for name, value in given.items() if value is None]:
         if len(missing) < len(given):
             yield f"processes: got no {' and no '.join(missing)}; expected coordinator, count and index, or none"
-    elif fits(processes.index, int) and fits(processes.count, int) and processes.index >= processes.count:
-        yield f"processes.index: got {processes.index}, expected less than processes.count = {processes.count}"
+    elif fits(index := given["index"], int) and fits(count := given["count"], int) and index >= count:
+        yield f"processes.index: got {index}, expected less than processes.count = {count}"
 
 
 def _across_fit(config: TrainConfig) -> Iterator[str]:

@@ -56,7 +56,7 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
 SHARED: Mapping[str, Any] = {
     "architectures": list[str] | None,
     "id2label": dict[str, str] | None,
-    "num_labels": Annotated[int, Within(1, 2**31 - 1)] | None,
+    "num_labels": Annotated[int, Within(1, 2**31 - 1)] | None,  # pyright: ignore[reportOperatorIssue]
 }
 """Attributes that tell task and labels, in any family."""
 
@@ -131,7 +131,7 @@ def read_config(
     internal = {name for name, field in fields.items() if field.metadata.get("internal")}
     hints = get_type_hints(kind, include_extras=True)
     hints = {n: hints[n] | None if f.metadata.get("derived") else hints[n] for n, f in fields.items()}
-    hints = {name: hint for name, hint in hints.items() if name not in internal} | dict(others or {}) | SHARED
+    hints = {**{n: hint for n, hint in hints.items() if n not in internal}, **(others or {}), **SHARED}
     fixed = {**FIXED, **(fixed or {})}
     known = {*hints, *fixed, *ignored, *NOT_COMPUTED}
     wrong = [f"{name} = {shown(hf[name])} is unknown{nearest(name, hints)}" for name in hf if name not in known]

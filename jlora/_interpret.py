@@ -95,10 +95,8 @@ class Session:
     def materialize(self, value: Factored, primitive: str, source: str, why: str) -> Any:
         """The weight summed, after the policy has had its say."""
         new = self.note(Event(value.path, primitive, source, why, 2 * value.rank * value.base.size * self.repeats))
-        what = (
-            f"the adapted weight {value.path!r} of shape {value.shape} is materialized (its update is summed to full "
-        )
-        what += "size) for "
+        what = f"the adapted weight {value.path!r} of shape {value.shape} is materialized (its update is summed to "
+        what += "full size) for "
         place = f"the primitive {primitive!r} at {source}: {why}"
         if self.policy == "error":
             advice = 'Exclude the weight from the targets, or pass materialize="allow".'

@@ -194,6 +194,11 @@ def stack(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     return [moved(union(values), lambda dims: [*dims[:at], UNIT, *dims[at:]])]
 
 
+def unstack(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    at = eqn.params["axis"]
+    return [moved(values[0], lambda dims: [*dims[:at], *dims[at + 1 :]])] * len(eqn.outvars)
+
+
 def scale(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     """``mul`` and ``div``: a weight by a scalar, or by what follows the axes of one factor."""
     if _applied(eqn, values):

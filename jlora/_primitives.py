@@ -44,6 +44,7 @@ PRIMITIVES: dict[str, Primitive] = {
     "pad": Primitive(labels.keep, moves.pad),
     "concatenate": Primitive(labels.concatenate, moves.concatenate),
     "stack": Primitive(labels.stack, moves.stack),
+    "unstack": Primitive(labels.unstack, moves.unstack),
     "convert_element_type": Primitive(labels.convert_element_type, moves.convert_element_type),
     "stop_gradient": Primitive(labels.stop_gradient, moves.stop_gradient),
     "optimization_barrier": Primitive(labels.each, moves.optimization_barrier),

@@ -160,6 +160,21 @@ def split(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     return [piece(i, base) for i, base in enumerate(_compat.bind(eqn, [weight.base]))]
 
 
+def unstack(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """The slices of a stack: ``for w in W``, from JAX 0.12 on."""
+    (weight,) = args
+    axis = eqn.params["axis"]
+    place = {d: d - (d > axis) for d in range(len(weight.shape)) if d != axis}
+
+    def piece(i: int, base: Any) -> Factored:
+        one = weight.with_legs(
+            weight.base, lambda leg: leg.along(axis, lambda x, at: lax.slice_in_dim(x, i, i + 1, axis=at))
+        )
+        return one.renamed(base, place)
+
+    return [piece(i, base) for i, base in enumerate(_compat.bind(eqn, [weight.base]))]
+
+
 def pad(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """Padding with any value pads the base with it and the update with zeros."""
     weight, value = args

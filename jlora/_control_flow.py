@@ -39,6 +39,7 @@ def jit(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if p["compiler_options_kvs"]:
         options["compiler_options"] = dict(p["compiler_options_kvs"])
     if any(isinstance(s, jax.sharding.Sharding) for s in p["in_shardings"]):
+        args = [v.beside(v.base) if isinstance(v, Factored) else v for v in args]
         options["in_shardings"] = tuple(_like(v, s) for v, s in zip(args, p["in_shardings"], strict=True))
     if any(isinstance(s, jax.sharding.Sharding) for s in p["out_shardings"]):
         shapes = jax.eval_shape(call, *args)
@@ -266,7 +267,7 @@ def device_put(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
             return _following(value, to.spec, base, lambda array, spec: _compat.put(array, sharding(spec)))
         if isinstance(to, jax.sharding.Sharding | jax.Device):
             return value.with_legs(base, lambda leg: Leg(_compat.put(leg.array, to), leg.dims))
-        return value.with_legs(base, lambda leg: Leg(_compat.beside(leg.array, base), leg.dims))
+        return dataclasses.replace(value, base=base).beside(base)
 
     moves = zip(args, bases, eqn.params["devices"], strict=True)
     return [moved(v, base, to) if isinstance(v, Factored) else base for v, base, to in moves]

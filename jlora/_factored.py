@@ -58,6 +58,10 @@ class Factored:
         optional = {n: None if (leg := getattr(self, n)) is None else fn(leg) for n in ("gain", "key")}
         return dataclasses.replace(self, base=base, a=fn(self.a), b=fn(self.b), **optional)
 
+    def beside(self, other: Any) -> Factored:
+        """This value with its legs in the memory, the device's or the host's, in which ``other`` lies."""
+        return self.with_legs(self.base, lambda leg: Leg(_compat.beside(leg.array, other), leg.dims))
+
     def with_b(self, array: Any) -> Factored:
         """This value with another array for ``b``."""
         return dataclasses.replace(self, b=Leg(array, self.b.dims))

@@ -43,7 +43,7 @@ def dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     on_left = isinstance(args[0], Factored)
     weight, x = args if on_left else args[::-1]
     (wc, xc), (wb, xb) = ((lc, rc), (lb, rb)) if on_left else ((rc, lc), (rb, lb))
-    weight = _beside(weight, x)
+    weight = weight.beside(x)
     partner = dict(zip((*xc, *xb), (*wc, *wb), strict=True))
     x_names = [partner.get(i, ("x", i)) for i in range(x.ndim)]
     x_free = [n for i, n in enumerate(x_names) if i not in partner]
@@ -62,7 +62,7 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if isinstance(x, Factored) or not is_standard_ragged(eqn):
         raise Decline(NO_RAGGED_FORM)
     numbers = eqn.params["ragged_dot_dimension_numbers"]
-    weight = _beside(weight, x)
+    weight = weight.beside(x)
     ((xc, wc), _), (group,) = numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
     (k,), (n,) = wc, [d for d in range(3) if d not in (*wc, group)]
     first, second = (weight.a, weight.b) if k in weight.a.dims else (weight.b, weight.a)
@@ -108,7 +108,7 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     _, w_spec, y_spec = p["dimension_numbers"]
     out, groups, rank = w_spec[0], p["feature_group_count"], weight.rank
     kernel_dims = [d for d in range(len(weight.shape)) if d != out]
-    weight = _beside(weight, x)
+    weight = weight.beside(x)
     first, second = (weight.a, weight.b) if out in weight.b.dims else (weight.b, weight.a)
     gained = [] if weight.gain is None else [d for d in weight.gain.dims if d != out]
     if out in first.dims or gained or any(d in second.dims for d in kernel_dims):
@@ -153,7 +153,7 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if not clipped and weight.gain is not None and any(d in weight.gain.dims for d in picked):
         raise Decline("DoRA's gain cannot be looked up out of bounds")
 
-    weight = _beside(weight, indices)
+    weight = weight.beside(indices)
     (base,) = _compat.bind(eqn, [weight.base, indices])
     lead = [i for i in range(base.ndim) if i not in numbers.offset_dims]
     kept = [d for d in range(len(sizes)) if d not in numbers.collapsed_slice_dims]
@@ -294,11 +294,6 @@ def _split_gain(weight: Factored, x: Array, x_names: Sequence[Hashable], summed:
     dtype = low_rank_dtype(x.dtype, weight.dtype)
     x, spread = widened(x, spread)
     return (x * spread).astype(dtype), None
-
-
-def _beside(weight: Factored, x: Array) -> Factored:
-    """The weight with its legs in the memory in which it meets ``x``."""
-    return weight.with_legs(weight.base, lambda leg: Leg(_compat.beside(leg.array, x), leg.dims))
 
 
 def _adapter_input(scope: Any, weight: Factored, x: Array, names: Sequence[Hashable]) -> Array:

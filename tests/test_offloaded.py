@@ -40,6 +40,15 @@ def by_sharding(params: Any, x: Any) -> Any:
     return jnp.tanh(x @ w0 + fetch(params["bias"])) @ w1
 
 
+def with_shardings(params: Any, x: Any) -> Any:
+    """The inner jit says where it takes its weight from, and where it leaves it."""
+    mesh = jax.make_mesh((1,), ("one",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
+    host, device = (NamedSharding(mesh, P(), memory_kind=kind) for kind in ("pinned_host", "device"))
+    params = {name: jax.device_put(w, host) for name, w in params.items()}
+    moved = jax.jit(lambda w: jax.device_put(w, device), in_shardings=host, out_shardings=device)
+    return mlp({name: moved(w) for name, w in params.items()}, x)
+
+
 def on_the_host(params: Any, x: Any) -> Any:
     """The first product is computed where its weight lies."""
     on: Any = getattr(compute, "compute_on2", compute.compute_on)  # its name before jax 0.11
@@ -74,6 +83,7 @@ MODELS: dict[str, tuple[Callable[[Any, Any], Any], Any]] = {
     "transposed on the host": (lambda p, x: jnp.tanh(x @ fetch(p["w1"].T)) @ fetch(p["w0"][:, ::-1].T), "mlp"),
     "in jit": (jax.jit(fetch_all(mlp)), "mlp"),
     "in checkpoint": (jax.checkpoint(fetch_all(mlp)), "mlp"),
+    "with shardings": (with_shardings, "mlp"),
     "by sharding": (by_sharding, "mlp"),
     "on the host": (on_the_host, "mlp"),
     "in a scan": (stacked, "stacked"),

@@ -285,7 +285,9 @@ def read_peft(b: Base, folder: Path, *, whole: bool = False) -> np.ndarray:
 def draw_ours(draw: Draw, b: Base, dtype: str) -> tuple[jlora.LoraConfig, dict[str, Any], dict[str, Any]]:
     """A config, adapters with random values, and options of `peft.save`."""
     names = b.ours.names
-    weights = [path for path, name in names.items() if name.kind != "array"]
+    # A weight that no gradient reaches, as the pooler of bare BERT, is refused when it is named.
+    live = {path for path, use in b.ours.uses.items() if any(u.gradient for u in use.uses)}
+    weights = [path for path, name in names.items() if name.kind != "array" and path in live]
     matrices = [path for path in weights if names[path].kind != "embedding"]
     targets = [*dict.fromkeys([*draw.some(weights, 4), draw.one(matrices)])]
     others = [path for path in names if path not in targets]

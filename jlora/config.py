@@ -7,6 +7,7 @@ import json
 import math
 import numbers
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -148,22 +149,24 @@ class LoraConfig:
 
 
 def _out_of_range(prefix: str, config: LoraConfig | Rule) -> list[str]:
-    wrong, optional = [], isinstance(config, Rule)
-    if not (config.rank is None and optional) and (type(config.rank) is not int or config.rank <= 0):
-        wrong.append(f"{prefix}rank={shown(config.rank)}; expected an integer above 0")
-    if not (config.alpha is None and optional) and not (_is_number(config.alpha) and config.alpha > 0):
-        wrong.append(f"{prefix}alpha={shown(config.alpha)}; expected a number above 0")
-    if not (config.dropout is None and optional) and not (_is_number(config.dropout) and 0 <= config.dropout < 1):
-        wrong.append(f"{prefix}dropout={shown(config.dropout)}; expected a rate in [0, 1)")
-    for name in ("use_rslora", "use_dora"):
-        value = getattr(config, name)
-        if not (value is None and optional) and type(value) is not bool:
-            wrong.append(f"{prefix}{name}={shown(value)}; expected true or false")
-    return wrong
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "rank": (lambda x: type(x) is int and x > 0, "an integer above 0"),
+        "alpha": (lambda x: _is_number(x) and x > 0, "a number above 0"),
+        "dropout": (lambda x: _is_number(x) and 0 <= x < 1, "a rate in [0, 1)"),
+        "use_rslora": (lambda x: type(x) is bool, "true or false"),
+        "use_dora": (lambda x: type(x) is bool, "true or false"),
+    }
+    given = {name: getattr(config, name) for name in checks}
+    return [
+        f"{prefix}{name}={shown(value)}; expected {checks[name][1]}"
+        for name, value in given.items()
+        if not checks[name][0](value) and not (value is None and isinstance(config, Rule))
+    ]
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -FLOAT32 <= value <= FLOAT32
+    number: Any = value if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    return bool(-FLOAT32 <= number <= FLOAT32)
 
 
 def _unknown(prefix: str, fields: dict[str, Any], cls: type) -> list[str]:

@@ -192,7 +192,8 @@ def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
         jlora.load(tmp_path / "adapters")
     command = str(error.value).split("`")[1]
     subprocess.run(command, shell=True, cwd=tmp_path / "adapters", check=True)
-    assert jlora.load(tmp_path / "adapters")["a"].scale == 0.25
+    changed = jlora.load(tmp_path / "adapters")["a"]
+    assert isinstance(changed, jlora.LoraFactors) and changed.scale == 0.25
     for content in ("", "x", "0" * 64 + "  adapters.json\n", "0" * 64 + "  ../x\0\n"):
         (tmp_path / "adapters" / "SHA256SUMS").write_text(content)
         with pytest.raises(TensorError, match="is damaged"):

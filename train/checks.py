@@ -306,7 +306,7 @@ def _across_computing(compute: ComputeConfig, processes: ProcessesConfig) -> Ite
     if missing := [name for name, value in given.items() if value is None]:
         if len(missing) < len(given):
             yield f"processes: got no {' and no '.join(missing)}; expected coordinator, count and index, or none"
-    elif fits(processes.index, int) and fits(processes.count, int) and processes.index >= processes.count:
+    elif all(fits(given[name], int) for name in ("index", "count")) and given["index"] >= given["count"]:
         yield f"processes.index: got {processes.index}, expected less than processes.count = {processes.count}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
 import flax.linen as nn
 
@@ -53,19 +53,6 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
 """Attributes that would change it, with the values for which they do not, in any family."""
 
 
-SHARED: Mapping[str, Any] = {
-    "architectures": list[str] | None,
-    "id2label": dict[str, str] | None,
-    "num_labels": Annotated[int, Within(1, 2**31 - 1)] | None,
-}
-"""Attributes that tell task and labels, in any family."""
-
-INTERNAL = {"internal": True}
-"""Metadata of a configuration's field that no config.json has: the family works it out."""
-
-DERIVED = {"derived": True}
-"""Metadata of one that a config.json may leave out, or have as null: then the family works it out."""
-
 # What attributes may be. Sizes index an axis; layers are bounded so that a damaged file makes no endless loop.
 Size = Annotated[int, Within(1, 2**31 - 1)]
 Layers = Annotated[int, Within(1, 1000)]
@@ -74,6 +61,21 @@ Rate = Annotated[float, Within(0, 1)]
 Epsilon = Annotated[float, Within(0, 1)]
 Spread = Annotated[float, Within(0)]
 Positive = Annotated[float, Within(0, above=True)]
+SizeOrNull: TypeAlias = Size | None
+PositiveOrNull: TypeAlias = Positive | None
+
+SHARED: Mapping[str, Any] = {
+    "architectures": list[str] | None,
+    "id2label": dict[str, str] | None,
+    "num_labels": SizeOrNull,
+}
+"""Attributes that tell task and labels, in any family."""
+
+INTERNAL = {"internal": True}
+"""Metadata of a configuration's field that no config.json has: the family works it out."""
+
+DERIVED = {"derived": True}
+"""Metadata of one that a config.json may leave out, or have as null: then the family works it out."""
 
 
 class ModelError(ValueError):
@@ -129,9 +131,13 @@ def read_config(
     """
     fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in ("hf", "num_labels")}
     internal = {name for name, field in fields.items() if field.metadata.get("internal")}
-    hints = get_type_hints(kind, include_extras=True)
-    hints = {n: hints[n] | None if f.metadata.get("derived") else hints[n] for n, f in fields.items()}
-    hints = {name: hint for name, hint in hints.items() if name not in internal} | dict(others or {}) | SHARED
+    declared: dict[str, Any] = get_type_hints(kind, include_extras=True)
+    hints: dict[str, Any] = {
+        name: declared[name] | None if field.metadata.get("derived") else declared[name]
+        for name, field in fields.items()
+        if name not in internal
+    }
+    hints |= {**(others or {}), **SHARED}
     fixed = {**FIXED, **(fixed or {})}
     known = {*hints, *fixed, *ignored, *NOT_COMPUTED}
     wrong = [f"{name} = {shown(hf[name])} is unknown{nearest(name, hints)}" for name in hf if name not in known]

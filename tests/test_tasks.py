@@ -102,7 +102,7 @@ def test_a_text_classifier_is_learnt_and_its_run_directory_is_whole(text_run):
     assert summary["metrics"]["adapted"]["validation"]["accuracy"] > 0.8
     assert set(summary["metrics"]["adapted"]["validation"]) == {"loss", "accuracy", "f1", "matthews"}
     assert {path.name for path in folder.iterdir()} - {"curves.png"} == {
-        "config.json", "plan.txt", "metrics.jsonl", "checkpoints", "adapters", "summary.json", "run.lock",
+        "config.json", "plan.txt", "metrics.jsonl", "checkpoints", "adapters", "summary.json", "run.lock", "SHA256SUMS",
     }  # fmt: skip
     assert f"trainable: {summary['trainable']:,} of {summary['total']:,}" in printed
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())

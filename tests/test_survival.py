@@ -306,7 +306,7 @@ def test_records_that_were_cut_short_are_told_and_the_run_goes_on(work, copy):
     file = copy / "metrics.jsonl"
     file.write_bytes(file.read_bytes()[:-40])
     code, printed = program(*flags(work, copy, *SHORT))
-    assert (code, "the records between are lost" in printed) == (0, True), printed
+    assert (code, "is not as the checkpoint left it" in printed) == (0, True), printed
     assert [one["step"] for one in records(copy)][-2:] == [24, 24]
 
 

@@ -176,13 +176,14 @@ class Checkpoints:
             check_sums(self.folder / str(step))  # before orbax, which prints beside what it raises
             return read()
         except Exception as error:  # as above
-            told = f"{error}\n"  # by `check_sums`
-            if not isinstance(error, TensorError):
-                told = f"{self.folder / str(step)}: the checkpoint cannot be read ({one_line(error)}). "
+            reason = f": {error}\n" if isinstance(error, TensorError) else f" ({one_line(error)}). "
             others = [one for one in self.steps() if one != step]
             older = [one for one in others if one < step]
             advice = f"pass --resume {max(older)} to go on from there" if older else "pass another --run-dir"
-            raise CheckpointError(f"{told}{_usable(others)} Nothing was changed; {advice}") from error
+            raise CheckpointError(
+                f"{self.folder / str(step)}: the checkpoint cannot be read{reason}{_usable(others)} Nothing was "
+                f"changed; {advice}"
+            ) from error
 
     def _whole(self) -> Sequence[int]:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
 import flax.linen as nn
 
@@ -74,6 +74,21 @@ Rate = Annotated[float, Within(0, 1)]
 Epsilon = Annotated[float, Within(0, 1)]
 Spread = Annotated[float, Within(0)]
 Positive = Annotated[float, Within(0, above=True)]
+SizeOrNull: TypeAlias = Size | None
+PositiveOrNull: TypeAlias = Positive | None
+
+SHARED: Mapping[str, Any] = {
+    "architectures": list[str] | None,
+    "id2label": dict[str, str] | None,
+    "num_labels": SizeOrNull,
+}
+"""Attributes that tell task and labels, in any family."""
+
+INTERNAL = {"internal": True}
+"""Metadata of a configuration's field that no config.json has: the family works it out."""
+
+DERIVED = {"derived": True}
+"""Metadata of one that a config.json may leave out, or have as null: then the family works it out."""
 
 
 class ModelError(ValueError):

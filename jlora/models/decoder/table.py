@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from jax.sharding import PartitionSpec as P
 
 from jlora._fields import Within
-from jlora.models._family import Family, ModelError, Positive, Size, Task, read_config
+from jlora.models._family import Family, ModelError, PositiveOrNull, SizeOrNull, Task, read_config
 from jlora.models._layers import Activation
 from jlora.models.decoder.modeling import (
     Decoder,

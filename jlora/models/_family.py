@@ -53,19 +53,6 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
 """Attributes that would change it, with the values for which they do not, in any family."""
 
 
-SHARED: Mapping[str, Any] = {
-    "architectures": list[str] | None,
-    "id2label": dict[str, str] | None,
-    "num_labels": Annotated[int, Within(1, 2**31 - 1)] | None,  # pyright: ignore[reportOperatorIssue]
-}
-"""Attributes that tell task and labels, in any family."""
-
-INTERNAL = {"internal": True}
-"""Metadata of a configuration's field that no config.json has: the family works it out."""
-
-DERIVED = {"derived": True}
-"""Metadata of one that a config.json may leave out, or have as null: then the family works it out."""
-
 # What attributes may be. Sizes index an axis; layers are bounded so that a damaged file makes no endless loop.
 Size = Annotated[int, Within(1, 2**31 - 1)]
 Layers = Annotated[int, Within(1, 1000)]

@@ -22,13 +22,13 @@ from jlora.sharding import Rules
 
 # Attributes that are no fields, and what they may be; fields are worked out from them.
 _COMMON: dict[str, Any] = {
-    "rope_theta": Positive | None,  # pyright: ignore[reportOperatorIssue]
+    "rope_theta": PositiveOrNull,
     "rope_scaling": dict[str, Any] | None,
     "rope_parameters": dict[str, Any] | None,
-    "max_position_embeddings": Size | None,  # pyright: ignore[reportOperatorIssue]
+    "max_position_embeddings": SizeOrNull,
 }
 _BIAS: dict[str, Any] = {"attention_bias": bool}
-_WINDOW: dict[str, Any] = {"sliding_window": Size | None}  # pyright: ignore[reportOperatorIssue]
+_WINDOW: dict[str, Any] = {"sliding_window": SizeOrNull}
 _SLIDING: dict[str, Any] = {**_WINDOW, "layer_types": list[Literal["full_attention", "sliding_attention"]] | None}
 _QWEN: dict[str, Any] = {**_SLIDING, "use_sliding_window": bool, "max_window_layers": Annotated[int, Within(0)]}
 _GEMMA: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False)}

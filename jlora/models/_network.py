@@ -18,7 +18,7 @@ from jlora._types import Array, PyTree
 from jlora.models._family import Family, ModelConfig, ModelError, Task, ending_of, task_of
 from jlora.models._layers import Remat
 from jlora.models._registry import FAMILIES
-from jlora.names import Names
+from jlora.names import ModelNames
 from jlora.sharding import Rules
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -44,10 +44,13 @@ def build(
     return network_of(*family_of(hf, task, labels, untie=untie), dtype, param_dtype, remat)
 
 
-def names(model: nn.Module) -> Names:
+def names(model: nn.Module) -> ModelNames:
     """Where each leaf of a network of `jlora.models` lies in transformers 5 and in checkpoints; see `jlora.names`."""
     family, task = family_and_task(model)
-    return family.names(model.config, task)  # pyright: ignore[reportAttributeAccessIssue]
+    config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    kind = json.loads(config.hf)["model_type"]
+    library = f"transformers.models.{kind}.modeling_{kind}"
+    return ModelNames(family.names(config, task), library, class_of(family, task))
 
 
 def rules(model: nn.Module) -> Rules:

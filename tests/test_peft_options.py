@@ -174,7 +174,11 @@ def _corda(config: Any, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))
     from peft.tuners.lora.corda import preprocess_corda
 
-    preprocess_corda(base, config, run_model=lambda: [base(torch.tensor(IDS[:1])) for _ in range(3)])
+    def run() -> None:
+        for row in IDS:
+            base(torch.tensor(row[None]))
+
+    preprocess_corda(base, config, run_model=run)
 
 
 def _lora_ga(config: Any, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,16 +216,16 @@ def test_starts_that_change_the_base(start: str, tmp_path: Path, monkeypatch: py
     """Merged or converted where it was trained; LoftQ cannot be converted, and none of the others loaded anew."""
     import peft as theirs
 
-    fields: dict[str, Any]
     fields, prepare = INITS[start]
+    fields = {"init_lora_weights": start, **fields}
     if start == "lora_ga":
-        fields = {"lora_ga_config": theirs.LoraGAConfig()}
+        fields |= {"lora_ga_config": theirs.LoraGAConfig()}
     elif start == "corda":
         from peft.tuners.lora.config import CordaConfig
 
-        fields = {"corda_config": CordaConfig(corda_method="kpm")}
+        fields |= {"corda_config": CordaConfig(corda_method="kpm")}
     network = fresh()
-    config = theirs.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=start, **fields)
+    config = theirs.LoraConfig(r=4, target_modules=TARGETS, **fields)
     if prepare:
         prepare(config, network, monkeypatch)
     model = theirs.get_peft_model(network, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from jlora.names import ModelNames
 from jlora.sharding import Rules
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+GENERATION = "generation_config.json"
 EXAMPLE = (1, 8)
 
 
@@ -40,8 +42,11 @@ def build(
 
     The arguments are those of `load`. Its parameters' shapes are `abstract`'s; ``model.init`` draws new ones.
     """
-    hf = config if isinstance(config, Mapping) else read_json(fetch(config, revision, FILES[:1]) / "config.json")
-    return network_of(*family_of(hf, task, labels, untie=untie), dtype, param_dtype, remat)
+    if isinstance(config, Mapping):
+        return network_of(*family_of(config, task, labels, untie=untie), dtype, param_dtype, remat)
+    folder = fetch(config, revision, FILES[:1])
+    family, found, task = family_of(read_json(folder / "config.json"), task, labels, untie=untie)
+    return network_of(family, with_generation(found, folder), task, dtype, param_dtype, remat)
 
 
 def names(model: nn.Module) -> ModelNames:
@@ -159,6 +164,12 @@ def family_of(
     if untie and task != "causal-lm":
         raise ModelError(f"untie: a network for {task!r} has no output projection that could be tied; leave it out")
     return family, family.config({**hf, "tie_word_embeddings": False} if untie else hf), task
+
+
+def with_generation(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The configuration with the content of the folder's generation_config.json, for whoever writes the network."""
+    file = folder / GENERATION
+    return dataclasses.replace(config, generation=json.dumps(read_json(file))) if file.is_file() else config
 
 
 def network_of(

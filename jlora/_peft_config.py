@@ -16,7 +16,7 @@ from jlora._fields import FLOAT32, shown
 from jlora._paths import bullets
 from jlora._tensors import read_json
 from jlora.config import HEADS
-from jlora.names import Kind
+from jlora.names import Kind, ModelNames, Names
 
 CONFIG = "adapter_config.json"
 TASK_HEADS: Mapping[str, tuple[str, ...]] = {
@@ -297,15 +297,20 @@ def _module_of(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def config_json(config: PeftConfig, *, fan_in_fan_out: bool, base_model: str | None, task_type: str | None) -> dict:
+def config_json(
+    config: PeftConfig, names: Names, *, fan_in_fan_out: bool, base_model: str | None, task_type: str | None
+) -> dict:
     """What to write: only keys that PEFT and its readers have long known."""
+    auto = None
+    if task_type is None and isinstance(names, ModelNames):  # of a task type PEFT knows the class
+        auto = {"base_model_class": names.class_name, "parent_library": names.library}
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     del fields["exclude_modules"], fields["ensure_weight_tying"]
     empty = {name: fields[name] or None for name in ("modules_to_save", "layers_to_transform", "layers_pattern")}
     return {
         **fields,
         **empty,
-        "auto_mapping": None,
+        "auto_mapping": auto,
         "base_model_name_or_path": base_model,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,

@@ -18,7 +18,7 @@ from jlora._peft_layout import Part
 from jlora._tensors import Tensor, TensorError, open_tensors
 from jlora._types import Path as LeafPath
 from jlora.config import HEADS
-from jlora.names import Kind, Names, to_torch, torch_axes, torch_shape
+from jlora.names import Kind, Name, Names, to_torch, torch_axes, torch_shape
 
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -28,6 +28,8 @@ _ADAPTER = re.compile(
     r"(?<=\.lora_[AB])\.[^.]+(?=\.weight$)|(?<=\.lora_embedding_[AB])\.[^.]+$|(?<=\.lora_magnitude_vector)(\.[^.]+)?\.weight$"
 )
 """The adapter's name in a key of ``state_dict()``, which `PeftModel.from_pretrained` reads as it does its own keys."""
+_NO_VOCABULARY = re.compile(r"position|token_type|wpe")
+_UNLOAD = "`PeftModel.from_pretrained(base, folder).unload().save_pretrained(new_folder)` in PyTorch"
 _COPY = re.compile(r"\.(original_module|modules_to_save)\.")
 
 
@@ -139,6 +141,7 @@ def sort_tensors(
     wrong += _mixed(layers, whole, names)
     leaves = _shapes_in(layers, whole, names) if leaves is None else leaves
     found = Found(layers, whole, spelling, leaves)
+    _check_vocabulary(folder, found, at)
 
     theirs = {t: spelling.theirs(t) for t in at if t.startswith(spelling.put)}
     wrong += _wrong_layers(config, found, theirs, at)
@@ -155,6 +158,33 @@ def sort_tensors(
             + "\nExpected an adapter of this model, whole, as PEFT wrote it; nothing was loaded."
         )
     return found
+
+
+def _check_vocabulary(folder: Path, found: Found, at: Mapping[str, tuple[LeafPath, Name]]) -> None:
+    """Raises a PeftError if the adapter is of another number of tokens than the parameters, naming every module."""
+    wrong = {}
+    for weight, (path, name) in at.items():
+        is_table = name.kind == "embedding" and not _NO_VOCABULARY.search(weight)
+        if path in found.leaves and (is_table or weight.endswith("lm_head.weight")):
+            ours = torch_shape(tuple(found.leaves[path].shape), name)[0]
+            theirs = _rows(found, weight, "a" if is_table else "b") - {ours}
+            for rows in theirs:  # one, unless the file is damaged
+                wrong[weight] = rows, ours
+    if wrong:
+        lines = [f"{module_of(w)!r} has {theirs} rows, {at[w][0]!r} has {ours}" for w, (theirs, ours) in wrong.items()]
+        raise PeftError(
+            f"{folder}: the vocabulary was resized before the adapter was trained:{bullets(lines)}\nExpected one of "
+            f"the same size. Resize the base too (`base.resize_token_embeddings({next(iter(wrong.values()))[0]})`), "
+            f"write it with the rows that the adapter was trained with ({_UNLOAD}), and load that. Nothing was loaded."
+        )
+
+
+def _rows(found: Found, weight: str, part: Part) -> set[int]:
+    """How many rows a weight has by the file's tensors for it, ``part`` being the factor that has as many."""
+    factor = found.layers.get(module_of(weight), {}).get(part)
+    shapes = [found.whole[weight].shape[:1]] if weight in found.whole else []
+    shapes += [] if factor is None else [factor.shape[1:2] if part == "a" else factor.shape[:1]]
+    return {rows for shape in shapes for rows in shape}
 
 
 def read_tensors(folder: Path, found: Found) -> dict[str, np.ndarray]:
@@ -251,7 +281,10 @@ def _wrong_layers(config: PeftConfig, found: Found, theirs: Mapping[str, str], a
             elif tensor is None:
                 wrong.append(f"{key!r} of shape {expected} is missing")
             elif tensor.shape != expected:
-                wrong.append(f"{key!r} has shape {tensor.shape}, expected {expected}: the config gives it rank {rank}")
+                axis = 0 if part == "a" else 1
+                other_rank = part != "magnitude" and tensor.shape[axis : axis + 1] != (rank,)
+                why = f": the config gives it rank {rank}" if other_rank else f": {path!r} has shape {shape}"
+                wrong.append(f"{key!r} has shape {tensor.shape}, expected {expected}{why}")
             elif not jnp.issubdtype(tensor.dtype, jnp.floating):
                 wrong.append(f"{key!r} is {tensor.dtype}, expected floating numbers")
         here = [t for t in name.tensors if module_of(t) in found.layers]
@@ -280,8 +313,13 @@ def _wrong_whole(config: PeftConfig, found: Found, theirs: Mapping[str, str], at
         elif module_of(weight) in found.layers and weight.endswith(".weight"):
             # PEFT stores an embedding's base beside its factors; that says nothing new unless it was changed.
             leaf = leaves[path]
-            if _is_shape(leaf) or not np.array_equal(tensor.read(), to_torch(np.asarray(leaf), name.kind)):
-                wrong.append(f"{tensor.name!r} is not the base's value, and the weight has factors too")
+            if _is_shape(leaf):
+                wrong.append(f"{tensor.name!r} is stored beside factors: give params with values, to compare it with")
+            elif not np.array_equal(tensor.read(), to_torch(np.asarray(leaf), name.kind)):
+                wrong.append(
+                    f"{tensor.name!r} has other values than {path!r}, and factors that were trained over these: "
+                    f"{_UNLOAD} writes the base with them; load that"
+                )
             del found.whole[weight]
         elif their_weight not in owed and not _is_embedding(their_weight, name.kind):
             wrong.append(f"{key!r} is stored, but neither bias nor modules_to_save names it")

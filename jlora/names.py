@@ -51,6 +51,19 @@ class Name(NamedTuple):
 Names: TypeAlias = Mapping[Path, Name]
 
 
+class ModelNames(dict[Path, Name]):
+    """The table of a network that knows its class in PyTorch too, so that others can make the model by it.
+
+    Attributes:
+      library: the module that has the class.
+      class_name: its name there.
+    """
+
+    def __init__(self, names: Names, library: str, class_name: str) -> None:
+        super().__init__(names)
+        self.library, self.class_name = library, class_name
+
+
 def linear(path: Path, module: str, *, bias: bool = True, layers: int | None = None) -> dict[Path, Name]:
     """``kernel`` [in, out] and ``bias`` below ``path``, of ``torch.nn.Linear``, whose weight is [out, in].
 

@@ -94,7 +94,8 @@ def save(
         vLLM reads (give it a ``--max-lora-rank`` of at least that). It knows factors alone: DoRA, convolutions and
         what was trained whole are refused.
       base_model: the id or folder of the base model.
-      task_type: PEFT's, such as ``"SEQ_CLS"``; it decides which class ``AutoPeftModel`` makes.
+      task_type: PEFT's, such as ``"SEQ_CLS"``, for ``AutoPeftModelForSequenceClassification``. Without one,
+        ``AutoPeftModel`` makes the class that `jlora.models.names` knows.
 
     Returns:
       The files that were written.
@@ -115,7 +116,7 @@ def save(
     use_rslora = config.use_rslora and not uniform_rank
     adapters = {path: _with_written_scale(value, use_rslora, uniform_rank) for path, value in adapters.items()}
     leaves, adapters = tied.split_leaves(leaves, names), tied.split_adapters(adapters, names)
-    names = tied.split_names(names)
+    own, names = names, tied.split_names(names)
 
     factors = {path: value for path in names if isinstance(value := adapters.get(path), LoraFactors)}
     layers = _as_layers(factors, leaves, names)
@@ -159,6 +160,7 @@ def save(
         tensors[PREFIX + key] = to_torch(leaf[i] if names[path].stacked else leaf, names[path].kind)
     content = config_json(
         theirs,
+        own,
         fan_in_fan_out=any(kinds[module] == "conv1d" for module in layers),
         base_model=base_model,
         task_type=task_type,

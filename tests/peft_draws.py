@@ -195,7 +195,8 @@ def _pattern(draw: Draw, modules: Sequence[str]) -> str:
 def _names(draw: Draw, modules: Sequence[str], most: int = 3) -> list[str]:
     """Ends of names, as a list of PEFT has them."""
     parts = draw.one([1, 1, 1, 2, 3, 9])
-    return draw.some(sorted({_end(module, parts) for module in modules}), most)
+    found = draw.some(sorted({_end(module, parts) for module in modules}), most)
+    return [*found, found[0][1:]] if draw.chance(0.2) else found  # the last one is a whole name to some of PEFT's keys
 
 
 def draw_config(draw: Draw, b: Base) -> dict[str, Any]:

@@ -93,6 +93,35 @@ def test_export_brings_what_belongs_to_generation_and_a_padding_token(tmp_path: 
         }
 
 
+def test_a_language_model_keeps_how_it_generates(tmp_path: Path) -> None:
+    """`save` and `export` write the generation_config.json of the folder that it is from, and none stays behind."""
+    gpt2 = {"model_type": "gpt2", "vocab_size": 16, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    made = models.build(gpt2, task="causal-lm")
+    models.save(tmp_path / "base", made, {"params": made.init(jax.random.key(0), jnp.zeros((1, 2), int))["params"]})
+    assert not (tmp_path / "base" / "generation_config.json").exists()
+    stated = {"eos_token_id": [3, 5], "temperature": 0.6}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(stated))
+
+    model, params = models.load(tmp_path / "base")
+    uses = jlora.trace(model.apply, params, models.example_inputs(model))
+    adapters = jlora.init(jax.random.key(0), params, jlora.LoraConfig(rank=1, targets=("c_fc",)), uses)
+    out = tmp_path / "out"
+    for one in (model, models.build(tmp_path / "base")):
+        models.export(out, one, params, adapters)
+        assert json.loads((out / "generation_config.json").read_text()) == stated
+    assert out / "generation_config.json" in models.save(out, model, params)
+    models.save(out, made, params)
+    assert not (out / "generation_config.json").exists()
+    (tmp_path / "base" / "generation_config.json").write_text("{")
+    expect(message(models.TensorError, lambda: models.load(tmp_path / "base")), "generation_config.json")
+    classifier = {**gpt2, "architectures": ["GPT2ForSequenceClassification"]}
+    (tmp_path / "base" / "generation_config.json").write_text("{}")
+    (tmp_path / "base" / "config.json").write_text(json.dumps(classifier))
+    model, params = models.load(tmp_path / "base", key=jax.random.key(0))
+    models.save(tmp_path / "classifier", model, params)
+    assert not (tmp_path / "classifier" / "generation_config.json").exists()
+
+
 def test_export_writes_nothing_that_is_wrong(tmp_path: Path) -> None:
     model, params = network("float16")
     adapters = adapted(params)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import jlora
 from jlora import _peft_options as options
 from jlora import models, peft
 from jlora._peft_config import _FIELDS
@@ -99,10 +100,9 @@ def assert_merges(model: Any, folder: Path, expected: np.ndarray) -> None:
     assert_close(merged.apply(params, IDS), expected)
 
 
-def assert_loads(folder: Path, expected: np.ndarray) -> None:
-    import jlora
-
-    model, params = models.load(checkpoint())
+def assert_loads(folder: Path, expected: np.ndarray, base: Path | None = None) -> None:
+    """An adapter computes the same here."""
+    model, params = models.load(base or checkpoint())
     assert np.abs(expected - np.asarray(model.apply(params, IDS))).max() > 0.01
     adapters, _ = peft.load(folder, models.names(model), params)
     assert_close(model.apply(jlora.merge(params, adapters), IDS), expected)
@@ -174,11 +174,11 @@ def _corda(config: Any, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))
     from peft.tuners.lora.corda import preprocess_corda
 
-    def run_model() -> None:
-        for _ in range(3):
-            base(torch.tensor(IDS[:1]))
+    def run() -> None:
+        for row in IDS:
+            base(torch.tensor(row[None]))
 
-    preprocess_corda(base, config, run_model=run_model)
+    preprocess_corda(base, config, run_model=run)
 
 
 def _lora_ga(config: Any, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,14 +218,15 @@ def test_starts_that_change_the_base(start: str, tmp_path: Path, monkeypatch: py
 
     fields: dict[str, Any]
     fields, prepare = INITS[start]
+    fields = {"init_lora_weights": start, **fields}
     if start == "lora_ga":
-        fields = {"lora_ga_config": theirs.LoraGAConfig()}
+        fields |= {"lora_ga_config": theirs.LoraGAConfig()}
     elif start == "corda":
         from peft.tuners.lora.config import CordaConfig
 
-        fields = {"corda_config": CordaConfig(corda_method="kpm")}
+        fields |= {"corda_config": CordaConfig(corda_method="kpm")}
     network = fresh()
-    config = theirs.LoraConfig(r=4, target_modules=TARGETS, **{"init_lora_weights": start, **fields})
+    config = theirs.LoraConfig(r=4, target_modules=TARGETS, **fields)
     if prepare:
         prepare(config, network, monkeypatch)
     model = theirs.get_peft_model(network, config)
@@ -304,6 +305,59 @@ def test_qalora_does_nothing_over_plain_weights(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**content, "use_qalora": False}))
     assert_loads(tmp_path, logits(model))
+
+
+RESIZED: dict[str, dict[str, Any]] = {
+    "neither": {},
+    "lookup": {"target_modules": ["q_proj", "embed_tokens"]},
+    "projection": {"target_modules": ["q_proj", "lm_head"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
+    "whole": {"modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("case", RESIZED)
+def test_a_resized_vocabulary(case: str, tmp_path: Path) -> None:
+    """The refusal names the tables and their sizes; the base that PEFT writes back is one that the adapter fits."""
+    network = fresh()
+    network.resize_token_embeddings(40)
+    model = trained(network, **RESIZED[case])
+    expected = logits(model)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    text = refusal(tmp_path / "adapter")
+    expect(text, "vocabulary was resized", "has 40 rows, 'params/", "has 32", "`base.resize_token_embeddings(40)`")
+    expect(text, "`PeftModel.from_pretrained(base, folder).unload().save_pretrained(new_folder)`")
+    assert ("lm_head" in text) == (case != "lookup") and "rank" not in text
+
+    network = fresh()
+    network.resize_token_embeddings(40)
+    _unload(network, tmp_path)
+    assert_loads(tmp_path / "adapter", expected, tmp_path / "base")
+
+
+def _unload(network: Any, folder: Path) -> None:
+    import peft as theirs
+
+    theirs.PeftModel.from_pretrained(network, str(folder / "adapter")).unload().save_pretrained(str(folder / "base"))
+
+
+def test_a_table_stored_beside_its_factors(tmp_path: Path) -> None:
+    """It is compared with the base's, which needs values; where it is another, the refusal says how to get that one."""
+    import torch
+
+    network = fresh()
+    with torch.no_grad():
+        network.get_input_embeddings().weight[3] += 1
+    model = trained(network, target_modules=["q_proj", "embed_tokens"])
+    model.save_pretrained(str(tmp_path / "adapter"))
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    text = refusal(tmp_path / "adapter")
+    expect(text, f"{name!r} has other values than 'params/model/embed_tokens/embedding'", ".unload().save_pretrained(")
+    names = models.names(models.load(checkpoint())[0])
+    without = message(peft.PeftError, lambda: peft.load(tmp_path / "adapter", names))
+    expect(without, f"{name!r} is stored beside factors: give params with values")
+    _unload(fresh(), tmp_path)
+    assert_loads(tmp_path / "adapter", logits(model), tmp_path / "base")
 
 
 def test_methods_beside_lora(tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+
+from tests.peft_cases import needs_peft
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -64,6 +67,43 @@ def test_its_optimizer_is_for_adapters_and_attached_trees(ran: tuple[dict[str, A
         for update, name in zip(*map(jax.tree.leaves, (updates, names)), strict=True):
             np.testing.assert_allclose(update, -far.get(name, 1e-3), rtol=1e-5)
         assert {"A", "B", "full"} | ({"magnitude"} if dora else set()) <= set(jax.tree.leaves(names))
+
+
+@needs_peft
+def test_pytorch_opens_what_it_says_that_it_opens(ran: tuple[dict[str, Any], str], tmp_path: Path) -> None:
+    """The saved adapter in `PeftModel`, the merged export in `AutoModel`, `peft`'s own adapter here: equal logits."""
+    import peft as theirs
+    import torch
+    import transformers
+
+    n, _ = ran
+    folder, tokens = n["checkpoint"], n["tokens"]
+
+    def logits(network: Any) -> Any:
+        with torch.no_grad():
+            return network.eval()(torch.tensor(np.asarray(tokens))).logits.numpy()
+
+    def expected(adapters: Any) -> Any:
+        return n["roberta"].apply(n["jlora"].merge(n["weights"], adapters), tokens)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        auto = transformers.AutoModelForSequenceClassification
+        base = auto.from_pretrained(folder)  # its head is a new one; that of the adapter takes its place
+        moved = {path: jax.tree.map(lambda x: x + 0.1, value) for path, value in n["learnt"].items()}
+        n["peft"].save(f"{folder}/adapter", n["names"], n["weights"], moved, n["config"], task_type="SEQ_CLS")
+        adapted = theirs.PeftModel.from_pretrained(base, f"{folder}/adapter")
+        np.testing.assert_allclose(logits(adapted), expected(moved), atol=1e-5)
+        merged = auto.from_pretrained(f"{folder}/merged")
+        np.testing.assert_allclose(logits(merged), expected(n["learnt"]), atol=1e-5)
+        assert merged.config.id2label == {0: "bad", 1: "good"}
+
+        config = theirs.LoraConfig(r=2, target_modules=["key"], init_lora_weights=False, task_type="SEQ_CLS")
+        adapted = theirs.get_peft_model(auto.from_pretrained(folder), config)
+        adapted.save_pretrained(str(tmp_path))
+        loaded, _ = n["peft"].load(tmp_path, n["names"], n["weights"])
+        np.testing.assert_allclose(logits(adapted), expected(loaded), atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, n["jlora"].load(f"{folder}/orbax"), n["learnt"])
 
 
 def test_there_are_exactly_two_set_up_commands() -> None:

@@ -229,9 +229,6 @@ def export(
             base_model=network.source,
         )
         print(lost)
-        assert isinstance(config.model, Pretrained)
-        if generation := read_settings(config.model, "generation_config.json"):
-            store.write_json(folder / "generation_config.json", generation)
     print(f"written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 

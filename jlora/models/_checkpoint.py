@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,17 @@ from jlora._types import Array, PyTree
 from jlora._types import Path as LeafPath
 from jlora.models._family import Family, ModelConfig, ModelError, Task
 from jlora.models._layers import Remat
-from jlora.models._network import abstract, class_of, described, draw, family_and_task, fetch, names, network_of
+from jlora.models._network import (
+    GENERATION,
+    abstract,
+    class_of,
+    described,
+    draw,
+    family_and_task,
+    fetch,
+    names,
+    network_of,
+)
 from jlora.models._reading import are_equal, read_leaf
 from jlora.names import Name, Names, to_torch, torch_shape
 
@@ -98,6 +109,8 @@ def load(
 def save(folder: str | Path, model: nn.Module, params: PyTree, *, max_shard_bytes: int = 5 * 10**9) -> list[Path]:
     """Write a network and its parameters as transformers does: ``config.json`` and safetensors.
 
+    A language model that `load` or `build` made from a folder with a ``generation_config.json`` keeps that too.
+
     Args:
       folder: made if it is not there; a checkpoint that is there is replaced.
       params: plain parameters of ``model``, as `load` or `jlora.merge` return them; stored in the dtype that they have.
@@ -139,10 +152,11 @@ def write(
     fetch_leaf: Callable[[LeafPath], Any],
     max_shard_bytes: int,
     extra: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """As `save`, of leaves that are fetched when their turn comes; ``shapes`` has the shape and dtype of each.
 
-    ``extra`` goes into config.json.
+    ``extra`` goes into config.json; ``generation`` is the content of generation_config.json, by default the network's.
     """
     family, task = family_and_task(model)
     config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
@@ -162,7 +176,7 @@ def write(
         for layer, one in enumerate(name.files)
     )
     before = {*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")}
-    written = write_checkpoint(folder, tensors, max_shard_bytes)
+    written: list[Path] = write_checkpoint(folder, tensors, max_shard_bytes)
     for stale in before - set(written):
         stale.unlink()
     sizes: dict[str, int] = {}
@@ -172,7 +186,14 @@ def write(
     hf = {name: value for name, value in config.to_hf().items() if name != "torch_dtype"}  # of old, beside dtype
     hf |= {"architectures": [class_of(family, task)], "dtype": max(sizes, key=sizes.__getitem__), **(extra or {})}
     write_json(folder / "config.json", hf)
-    return [*written, folder / "config.json"]
+    written.append(folder / "config.json")
+    if generation is None and config.generation and task == "causal-lm":
+        generation = json.loads(config.generation)
+    (folder / GENERATION).unlink(missing_ok=True)
+    if generation is not None:
+        write_json(folder / GENERATION, generation)
+        written.append(folder / GENERATION)
+    return written
 
 
 def _start(

@@ -20,7 +20,7 @@ from jlora.merge import Rounding, merge, rounding
 from jlora.models._causal import CausalConfig
 from jlora.models._checkpoint import check_leaves, write
 from jlora.models._family import ModelError, ending_of
-from jlora.models._network import family_and_task, fetch
+from jlora.models._network import GENERATION, family_and_task, fetch
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -37,9 +37,6 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 """The files of a tokenizer, and of what prepares images."""
-
-BESIDE = ("generation_config.json",)
-"""Copied too where they are beside a tokenizer's."""
 
 
 def export(
@@ -63,8 +60,8 @@ def export(
       model, params: as from `load`.
       adapters: as from `jlora.init`.
       tokenizer: None, an object with ``save_pretrained``, or a folder or the id of a model on the hub, whose files of
-        a tokenizer or image processor are copied, and its generation_config.json. Its padding token goes into the
-        config.json of a decoder that has none: classifiers of transformers take no batch without.
+        a tokenizer or image processor are copied, and its generation_config.json in place of the base's. Its padding
+        token goes into the config.json of a decoder that has none: classifiers of transformers take no batch without.
       base_model: the id of the base on the hub, for the model card.
       max_shard_bytes: the size above which the tensors are divided into several files with an index.
 
@@ -94,9 +91,11 @@ def export(
     def merged(path: LeafPath) -> Any:
         return merge({path: leaves[path]}, {path: adapters[path]})[path] if path in adapters else leaves[path]
 
-    write(folder, model, leaves, merged, max_shard_bytes, {} if pad is None else {"pad_token_id": pad})
+    own = {file.name: read_json(file) for file in files if file.name == GENERATION}
+    pad = {} if pad is None else {"pad_token_id": pad}
+    write(folder, model, leaves, merged, max_shard_bytes, pad, own.get(GENERATION))
     for file in files:
-        if file.resolve() != (folder / file.name).resolve():
+        if file.name != GENERATION and file.resolve() != (folder / file.name).resolve():
             shutil.copyfile(file, folder / file.name)
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
@@ -107,13 +106,13 @@ def export(
 def _tokenizer_files(tokenizer: Any) -> list[Path]:
     if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
         return []
-    folder = fetch(tokenizer, files=TOKENIZER_FILES + BESIDE)
+    folder = fetch(tokenizer, files=(*TOKENIZER_FILES, GENERATION))
     if not (files := [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]):
         raise ModelError(
             f"{folder} has no file of a tokenizer. Expected one of {', '.join(TOKENIZER_FILES)}; or pass an object "
             "with save_pretrained."
         )
-    return files + [folder / name for name in BESIDE if (folder / name).is_file()]
+    return files + [file for file in (folder / GENERATION,) if file.is_file()]
 
 
 def _pad_token(model: nn.Module, tokenizer: Any, files: Sequence[Path]) -> int | None:

@@ -90,10 +90,12 @@ class ModelConfig:
 
     Attributes:
       hf: the config.json that it was read from, as JSON text; `to_hf` returns it with the changes made since.
+      generation: the generation_config.json beside it, as JSON text; it changes nothing that is computed here.
     """
 
     hf: str = dataclasses.field(default="{}", kw_only=True, repr=False)
     num_labels: int = dataclasses.field(default=2, kw_only=True)
+    generation: str = dataclasses.field(default="", kw_only=True, repr=False, compare=False, metadata=INTERNAL)
 
     def to_hf(self) -> dict[str, Any]:
         """The content of ``config.json``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,11 @@ from jlora._types import Array, PyTree
 from jlora.models._family import Family, ModelConfig, ModelError, Task, ending_of, task_of
 from jlora.models._layers import Remat
 from jlora.models._registry import FAMILIES
-from jlora.names import Names
+from jlora.names import ModelNames
 from jlora.sharding import Rules
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+GENERATION = "generation_config.json"
 EXAMPLE = (1, 8)
 
 
@@ -46,10 +48,13 @@ def build(
     return network_of(*described(folder, task, labels, untie=untie), dtype, param_dtype, remat)
 
 
-def names(model: nn.Module) -> Names:
+def names(model: nn.Module) -> ModelNames:
     """Where each leaf of a network of `jlora.models` lies in transformers 5 and in checkpoints; see `jlora.names`."""
     family, task = family_and_task(model)
-    return family.names(model.config, task)  # pyright: ignore[reportAttributeAccessIssue]
+    config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    kind = json.loads(config.hf)["model_type"]
+    library = f"transformers.models.{kind}.modeling_{kind}"
+    return ModelNames(family.names(config, task), library, class_of(family, task))
 
 
 def rules(model: nn.Module) -> Rules:
@@ -127,9 +132,10 @@ def described(
     """What a checkpoint's config.json describes; raises as `family_of`, naming the file."""
     file = folder / "config.json"
     try:
-        return family_of(read_json(file), task, labels, untie=untie)
+        family, config, task = family_of(read_json(file), task, labels, untie=untie)
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from error
+    return family, with_generation(config, folder), task
 
 
 def family_of(
@@ -172,6 +178,12 @@ def family_of(
     if untie and task != "causal-lm":
         raise ModelError(f"untie: a network for {task!r} has no output projection that could be tied; leave it out")
     return family, config, task
+
+
+def with_generation(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The configuration with the content of the folder's generation_config.json, for whoever writes the network."""
+    file = folder / GENERATION
+    return dataclasses.replace(config, generation=json.dumps(read_json(file))) if file.is_file() else config
 
 
 def network_of(

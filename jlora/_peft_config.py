@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora import _peft_options as options
-from jlora._fields import FLOAT32, shown
+from jlora._fields import fits, shown
 from jlora._paths import bullets
 from jlora._tensors import read_json
 from jlora.config import HEADS
@@ -140,10 +140,6 @@ class _Field(NamedTuple):
     fits: Any
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -FLOAT32 <= value <= FLOAT32
-
-
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
@@ -172,10 +168,10 @@ _NAMES_OR_REGEX = _Field("a list of names or a regular expression", lambda v: _i
 _FLAG = _Field("true or false", lambda v: type(v) is bool)
 _FIELDS = {
     "r": _Field("an integer above 0", _is_rank),
-    "lora_alpha": _Field("a finite number", _is_number),
+    "lora_alpha": _Field("a finite number", lambda v: fits(v, float)),
     "target_modules": _NAMES_OR_REGEX,
     "exclude_modules": _NAMES_OR_REGEX,
-    "lora_dropout": _Field("a rate in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1),
+    "lora_dropout": _Field("a rate in [0, 1)", lambda v: fits(v, float) and 0 <= v < 1),
     "bias": _Field("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
     "use_rslora": _FLAG,
     "use_dora": _FLAG,
@@ -189,7 +185,7 @@ _FIELDS = {
         "a name or a list of names", lambda v: _is_regex(v) or (_is_names(v) and all(map(_is_regex, v)))
     ),
     "rank_pattern": _Field("ranks by regular expression", lambda v: _is_table(v, _is_rank)),
-    "alpha_pattern": _Field("numbers by regular expression", lambda v: _is_table(v, _is_number)),
+    "alpha_pattern": _Field("numbers by regular expression", lambda v: _is_table(v, lambda x: fits(x, float))),
 }
 
 

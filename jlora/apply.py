@@ -96,9 +96,8 @@ def lora(
         try:
             return _call(Session(materialize, inline_custom_rules), fn, args, kwargs, frozen_gradients)
         except TypeError as error:
-            if "forward-mode" in str(error) and "custom_vjp" in str(
-                error
-            ):  # JAX's; behind a jit around this it is seen as it is
+            # JAX's own error; under a jit around this function it is raised later, and reaches the caller as it is.
+            if "forward-mode" in str(error) and "custom_vjp" in str(error):
                 raise TypeError(_FORWARD_MODE) from error
             raise
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._fields import FLOAT32, shown
+from jlora._fields import fits, shown
 from jlora._paths import bad_pattern, bullets, nearest
 
 HEADS = (r"(^|/)(lm_head|classifier|score|head)(/|$)",)
@@ -163,8 +163,8 @@ def _plain_numbers(config: LoraConfig | Rule) -> None:
 def _out_of_range(prefix: str, config: LoraConfig | Rule) -> list[str]:
     expected = {
         "rank": (lambda x: type(x) is int and x > 0, "an integer above 0"),
-        "alpha": (lambda x: _is_number(x) and x > 0, "a number above 0"),
-        "dropout": (lambda x: _is_number(x) and 0 <= x < 1, "a rate in [0, 1)"),
+        "alpha": (lambda x: fits(x, float) and x > 0, "a number above 0"),
+        "dropout": (lambda x: fits(x, float) and 0 <= x < 1, "a rate in [0, 1)"),
         "use_rslora": (lambda x: type(x) is bool, "True or False"),
         "use_dora": (lambda x: type(x) is bool, "True or False"),
     }
@@ -174,10 +174,6 @@ def _out_of_range(prefix: str, config: LoraConfig | Rule) -> list[str]:
         for name, value in given.items()
         if not (expected[name][0](value) or (value is None and isinstance(config, Rule)))
     ]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -FLOAT32 <= value <= FLOAT32
 
 
 def _unknown(prefix: str, fields: dict[str, Any], cls: type) -> list[str]:

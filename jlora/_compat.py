@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,11 @@ _CALLS = ("jit", "pjit", "remat2", "checkpoint", "scan")
 def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
     """The jaxpr and its constants, for a `Jaxpr`, a `ClosedJaxpr`, or the one class that 0.12 has for both."""
     return (jaxpr.jaxpr, tuple(jaxpr.consts)) if hasattr(jaxpr, "consts") else (jaxpr, ())
+
+
+def call_of(eqn: Any) -> Any:
+    """The jaxpr inside an equation that has one."""
+    return next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "call") if name in eqn.params)
 
 
 def bind(eqn: Any, args: list[Any], **overrides: Any) -> list[Any]:
@@ -38,9 +43,11 @@ def equation_context(eqn: Any) -> Iterator[None]:
         yield
 
 
-def source_line(eqn: Any) -> str:
-    """File, line and function of the user's code that made ``eqn``."""
-    return source_info_util.summarize(eqn.source_info)
+def source_line(eqn: Any, around: Sequence[Any] = ()) -> str:
+    """File, line and function of the user's code that made ``eqn``; of the innermost equation ``around`` it that has
+    one where it has none, as inside the functions that JAX itself jits."""
+    found = (source_info_util.summarize(e.source_info) for e in (eqn, *reversed(around)))
+    return next(filter(None, found), "an unknown line")
 
 
 def compute_on(fn: Any, params: dict[str, Any]) -> Any:

@@ -32,8 +32,8 @@ def _visit(jaxpr: Any, given: Sequence[bool], found: dict[int, bool]) -> list[bo
 
 def _inside(eqn: Any, operands: list[bool], found: dict[int, bool]) -> list[bool]:
     name, plain = eqn.primitive.name, [any(operands) or bool(eqn.effects)] * len(eqn.outvars)
-    if name in CALLS or name in ("custom_jvp_call", "custom_vjp_call"):
-        jaxpr, _ = _compat.open_jaxpr(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")))
+    if name in CALLS or name in ("custom_jvp_call", "custom_vjp_call", "custom_vmap_call"):
+        jaxpr, _ = _compat.open_jaxpr(_compat.call_of(eqn))
         return _visit(jaxpr, operands, found)
     if name == "cond":
         for branch in eqn.params["branches"]:

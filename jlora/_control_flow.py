@@ -23,7 +23,6 @@ from jlora._named import RANK, Leg
 from jlora._rules import Decline
 
 LEAVES = "it leaves control flow, changed or not, as a result"
-OWN_RULE = "it has its own derivative rule, which is kept (inline_custom_rules=True looks inside)"
 
 
 def jit(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
@@ -225,11 +224,16 @@ def shard_map(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def custom_rule(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``custom_jvp`` and ``custom_vjp`` keep their rule and get the weight whole, unless told to inline."""
+    """``custom_jvp``, ``custom_vjp`` and ``custom_vmap`` keep their rule and get the weight whole, unless inlined."""
     if not scope.session.inline_custom_rules:
-        raise Decline(OWN_RULE)
-    jaxpr, consts = _compat.open_jaxpr(eqn.params["call_jaxpr"])
+        raise Decline(own_rule(eqn))
+    jaxpr, consts = _compat.open_jaxpr(_compat.call_of(eqn))
     return scope.session.run(jaxpr, consts, args)
+
+
+def own_rule(eqn: Any) -> str:
+    kind = "batching" if eqn.primitive.name == "custom_vmap_call" else "derivative"
+    return f"it has its own {kind} rule, which is kept (inline_custom_rules=True looks inside)"
 
 
 def vary(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:

@@ -55,7 +55,7 @@ def _operands(eqn: Any, live: Sequence[bool]) -> list[bool]:
     if name in FLAT:
         return [False] * n
     if name in CALLS:
-        return _of_inner(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), live)
+        return _of_inner(_compat.call_of(eqn), live)
     if name == "cond":
         branches = [_of_inner(branch, live) for branch in eqn.params["branches"]]
         return [False, *map(any, zip(*branches, strict=True))]

@@ -66,6 +66,7 @@ class Session:
       inline_custom_rules: whether to look into functions with a derivative rule of their own.
       constant: ids of the gather equations that pick the same entries at every call.
       repeats: how often the equations under evaluation run: the lengths of the scans around them.
+      around: the equations that enclose those under evaluation, the innermost last.
       events: every consumption so far.
       masks: how many dropout masks were drawn for each weight.
       told: what there is to warn of: for each weight that was summed, two parts of the text, and the places.
@@ -75,6 +76,7 @@ class Session:
     inline_custom_rules: bool
     constant: set[int] = dataclasses.field(default_factory=set)
     repeats: int = 1
+    around: list[Any] = dataclasses.field(default_factory=list)
     events: list[Event] = dataclasses.field(default_factory=list)
     masks: Counter[str] = dataclasses.field(default_factory=Counter)
     told: dict[Path, tuple[str, str, list[str]]] = dataclasses.field(default_factory=dict)
@@ -167,10 +169,13 @@ class _Scope:
             if not any(isinstance(v, Factored) for v in values):
                 return self.equation(eqn, values)
         if (primitive := PRIMITIVES.get(eqn.primitive.name)) is not None:
+            self.session.around.append(eqn)
             try:
                 return primitive.rule(self, eqn, list(values))
             except Decline as reason:
                 why = str(reason)
+            finally:
+                self.session.around.pop()
         return _compat.bind(eqn, [self.settle(v, eqn, why) for v in values])
 
     def support(self, atom: Any, value: Any) -> tuple[Any, tuple[int, ...]]:
@@ -186,7 +191,7 @@ class _Scope:
 
     def factored(self, weight: Factored, eqn: Any, flops: int) -> None:
         """Note that ``eqn`` consumed ``weight`` in factored form."""
-        source = _compat.source_line(eqn) if self.session.policy == "explain" else ""
+        source = _compat.source_line(eqn, self.session.around) if self.session.policy == "explain" else ""
         self.session.note(Event(weight.path, eqn.primitive.name, source, None, flops * self.session.repeats))
 
     def settle(self, value: Any, eqn: Any, why: str) -> Any:
@@ -196,7 +201,7 @@ class _Scope:
         if _is_row(value) or value.picked:
             self.factored(value, eqn, 2 * value.rank * value.base.size)
             return dense(value)
-        return self.session.materialize(value, eqn.primitive.name, _compat.source_line(eqn), why)
+        return self.session.materialize(value, eqn.primitive.name, _compat.source_line(eqn, self.session.around), why)
 
 
 def _is_row(value: Factored) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 from jlora import _compat
 from jlora import _control_flow as flow
 from jlora import _rules as products
+from jlora._overwrite import BOTH_SIDES, NOT_WRITTEN_TO, PARTS, follows, written_dims
 from jlora._probes import (
     CONST,
     DATA,
@@ -113,7 +114,7 @@ def gather(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     out = eqn.outvars[0].aval
     scalar = all(n == 1 for i, n in enumerate(out.shape) if i not in numbers.offset_dims)
     rows = sum(shape[d] > 1 for d in kept if d not in picked)
-    source = _compat.source_line(eqn)
+    source = walker.source_line(eqn)
 
     def pick(probe: Probe) -> Probe:
         constant = index == CONST and len(picked) == 1 and not scalar
@@ -237,6 +238,26 @@ def select_n(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     return [demanding(union(cases) or joined(values), [walker.support(eqn.invars[0])], alike=False, why=why)]
 
 
+def overwrite(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    """A weight in which whole slices are set, along axes of one factor, is that weight."""
+    dims = written_dims(eqn)
+    if dims is None:
+        return walker.consume(eqn, values, lambda *_: PARTS)
+    if not follows(eqn, walker.support(eqn.invars[2 if "scatter" in eqn.primitive.name else 1])):
+        return walker.consume(eqn, values, lambda *_: BOTH_SIDES)
+    weight, *rest = add_at(walker, eqn, values)
+    return [demanding(weight, [dims], alike=False, why=BOTH_SIDES), *rest]
+
+
+def add_at(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    """A weight to slices of which constants or parameters are added is that weight."""
+    weight, *others = values
+    if isinstance(weight, str) or any(map(probes, others)) or any(p.lookup for p in weight):
+        return walker.consume(eqn, values, lambda *_: NOT_WRITTEN_TO)
+    at = 1 if eqn.primitive.name == "dynamic_update_slice" else 2
+    return walker.consume(eqn, values) if is_data(values[at]) else [weight]
+
+
 def _applied(eqn: Any, values: list[Value]) -> bool:
     """Whether an elementwise equation applies its weights to activations: to data of more than one entry."""
     pairs = zip(eqn.invars, values, strict=True)
@@ -265,9 +286,9 @@ def settled_call(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def custom_rule(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    """A function with a derivative rule of its own, which is taken to use all of its operands."""
-    inside = [summed(v, flow.OWN_RULE) for v in values]
-    return walker.inner(eqn, eqn.params["call_jaxpr"], inside, live=walker.live)
+    """A function with a derivative or batching rule of its own, which is taken to use all of its operands."""
+    inside = [summed(v, flow.own_rule(eqn)) for v in values]
+    return walker.inner(eqn, _compat.call_of(eqn), inside, live=walker.live)
 
 
 def cond(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:

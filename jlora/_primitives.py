@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jlora import _control_flow as flow
 from jlora import _labels as labels
+from jlora import _overwrite as writes
 from jlora import _rearrange as moves
 from jlora import _rules as products
 from jlora._labels import Label
@@ -51,6 +52,8 @@ PRIMITIVES: dict[str, Primitive] = {
     "neg": Primitive(labels.keep, moves.neg),
     **dict.fromkeys(("mul", "div"), Primitive(labels.scale, moves.scale)),
     **dict.fromkeys(("add", "sub"), Primitive(labels.add, moves.add)),
+    **dict.fromkeys(("scatter", "scatter-mul", "dynamic_update_slice"), Primitive(labels.overwrite, writes.overwrite)),
+    **dict.fromkeys(("scatter-add", "scatter-sub"), Primitive(labels.add_at, writes.add_at)),
     "select_n": Primitive(labels.select_n, moves.select_n),
     **dict.fromkeys(
         ("copy", "copy_p", "name", "sharding_constraint", "reduce_precision"), Primitive(labels.keep, moves.keep)
@@ -62,7 +65,9 @@ PRIMITIVES: dict[str, Primitive] = {
     "while": Primitive(labels.while_loop, flow.while_loop),
     "scan": Primitive(labels.scan, flow.scan),
     "shard_map": Primitive(labels.settled_call, flow.shard_map),
-    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), Primitive(labels.custom_rule, flow.custom_rule)),
+    **dict.fromkeys(
+        ("custom_jvp_call", "custom_vjp_call", "custom_vmap_call"), Primitive(labels.custom_rule, flow.custom_rule)
+    ),
     "pvary": Primitive(labels.keep, flow.vary),
     **dict.fromkeys(("reshard", "mesh_cast"), Primitive(labels.keep, flow.reshard)),
     "all_gather": Primitive(labels.all_gather, flow.all_gather),

@@ -78,7 +78,7 @@ def _following(leg: Leg, dims: list[int], shape: tuple[int, ...]) -> Leg:
     return Leg(lax.broadcast_in_dim(leg.array, sizes, range(len(dims), len(sizes))), (*dims, *leg.dims))
 
 
-def _carried(weight: Factored, dims: Sequence[int]) -> tuple[str | None, Factored]:
+def carried(weight: Factored, dims: Sequence[int]) -> tuple[str | None, Factored]:
     """The factor that follows all of ``dims``, and the weight in which it does: where the whole update is constant
     along a dimension, either factor may follow it. None when two factors share ``dims`` between them."""
     own = [d for d in dims if d in weight.a.dims or d in weight.b.dims]
@@ -184,7 +184,7 @@ def pad(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     config = eqn.params["padding_config"]
     spread = [d for d, widths in enumerate(config) if any(widths)]
     for d in spread:
-        _, weight = _carried(weight, [d])
+        _, weight = carried(weight, [d])
     gain, key = weight.gain, weight.key
     if key is not None and any(d in key.dims for d in spread):
         raise Decline("padding of a stack of weights with active dropout")
@@ -267,7 +267,7 @@ def _longer(weights: list[Factored], axis: int, base: Any) -> Factored:
 
 def _block(weight: Factored, axis: int, start: int, base: Any) -> Factored:
     """The weight as a block of a larger one along ``axis``: its update is zero outside."""
-    _, weight = _carried(weight, [axis])
+    _, weight = carried(weight, [axis])
 
     def placed(leg: Leg) -> Leg:
         return leg.along(axis, lambda x, at: _grown(x, at, start, base.shape[axis]))
@@ -344,7 +344,7 @@ def scale(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if base.shape != weight.shape:
         raise Decline("the weight is broadcast by the product")
     factor, dims = scope.support(eqn.invars[1 - at], other)
-    name, weight = _carried(weight, dims)
+    name, weight = carried(weight, dims)
     if name is None:
         raise Decline("a product with an array that follows inputs and outputs at once")
     factor = factor if eqn.primitive.name == "mul" else 1 / factor.astype(wide(factor.dtype))
@@ -372,7 +372,7 @@ def select_n(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     pick, dims = scope.support(eqn.invars[0], which)
 
     def chosen(i: int, weight: Factored) -> Factored:
-        name, weight = _carried(weight, dims)
+        name, weight = carried(weight, dims)
         if name is None:
             raise Decline("the condition does not follow the axes of one factor")
         mask = pick == i if pick.dtype != jnp.bool_ else pick if i else ~pick

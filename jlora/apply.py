@@ -77,8 +77,8 @@ def lora(
         (flags, strings, functions, Python numbers) is static; its result may hold non-arrays too.
       materialize: what to do where a weight meets a primitive that has no factored form, so that it must
         be summed: ``"warn"`` once per weight, with every place, ``"error"``, or ``"allow"``.
-      inline_custom_rules: whether to look into ``jax.custom_jvp`` and ``jax.custom_vjp`` functions that take an
-        adapted weight. By default they keep their rule, and get the weight summed.
+      inline_custom_rules: whether to look into ``jax.custom_jvp``, ``jax.custom_vjp`` and ``custom_vmap`` functions
+        that take an adapted weight. By default they keep their rule, and get the weight summed.
       frozen_gradients: whether frozen leaves have their true gradients, as where the base itself is computed from
         something that trains (or is adapted by another `lora` around this one).
 

@@ -66,12 +66,14 @@ class _Walker:
       found: for each weight, its uses and what each demands of the roles of its axes.
       live: whether the gradient of a result reaches the equation under way.
       repeats: how often the equation runs: the lengths of the scans around it.
+      around: the equations that enclose it, the innermost last.
     """
 
     def __init__(self) -> None:
         self.found: dict[Path, list[tuple[Use, tuple[Demand, ...]]]] = {}
         self.live = True
         self.repeats = 1
+        self.around: list[Any] = []
         self._results: list[bool] = []
         self._spread: dict[Any, tuple[Sequence[int], Sequence[int]]] = {}
 
@@ -96,11 +98,13 @@ class _Walker:
         """The results of a jaxpr inside ``eqn``; by default a gradient enters it as it enters ``eqn``."""
         jaxpr, consts = _compat.open_jaxpr(closed)
         outside = self.live, self._results
+        self.around.append(eqn)
         entering = inside(eqn, self._results) if live is None else live
         try:
             return self.walk(jaxpr, [CONST] * len(consts), args, entering)
         finally:
             self.live, self._results = outside
+            self.around.pop()
 
     @contextlib.contextmanager
     def repeated(self, times: int) -> Iterator[None]:
@@ -120,6 +124,10 @@ class _Walker:
         primitive = PRIMITIVES.get(eqn.primitive.name)
         return self.consume(eqn, values) if primitive is None else primitive.label(self, eqn, values)
 
+    def source_line(self, eqn: Any) -> str:
+        """The user's line that made ``eqn``, or what is around it."""
+        return _compat.source_line(eqn, self.around)
+
     def support(self, atom: Any) -> list[int]:
         """The dimensions along which an operand is not known to be constant."""
         shape = atom.aval.shape
@@ -131,7 +139,7 @@ class _Walker:
         self, eqn: Any, values: Sequence[Value], find: Callable[[int, Probe], Found | str] | None = None
     ) -> list[Value]:
         """Notes a use of every weight among ``values``; ``find(position, probe)`` says which, or why it is none."""
-        name, source = eqn.primitive.name, _compat.source_line(eqn)
+        name, source = eqn.primitive.name, self.source_line(eqn)
         for position, value in enumerate(values):
             for probe in probes(value):
                 found = find(position, probe) if find else NO_FORM

@@ -284,6 +284,26 @@ def test_materializing_is_told_once_per_weight_with_every_primitive() -> None:
     jlora.lora(fn, materialize="allow")(tree)
 
 
+def test_what_happens_inside_a_library_is_told_by_the_callers_line() -> None:
+    """Functions that JAX jits, and what is in them, have no line of the user's: the innermost around has."""
+
+    def fn(params: Any, x: Any) -> Any:
+        w = params["layer_0"]["query"]["kernel"]
+        norm = jnp.linalg.norm(w)
+        inner = jax.jit(lambda w: jax.checkpoint(jnp.var)(w))(w)
+        return x @ (w / norm), inner
+
+    lines = fn.__code__.co_firstlineno + np.array([2, 3])
+    tree = jlora.attach(PARAMS, adapters())
+    with pytest.warns(jlora.MaterializeWarning) as told:
+        jlora.lora(fn)(tree, jnp.ones((1, 4)))
+    for where in ([str(w.message) for w in told], [e.source for e in jlora.explain(fn, tree, jnp.ones((1, 4))).events]):
+        assert all("test_errors.py:" in text for text in where), where
+        assert all(any(f"test_errors.py:{line}" in text for text in where) for line in lines), where
+    uses = jlora.trace(fn, PARAMS, jnp.ones((1, 4)))["layer_0/query/kernel"].uses
+    assert uses and all("test_errors.py:" in use.source for use in uses)
+
+
 def test_returning_a_changed_weight_is_told_and_an_unchanged_one_stays_attached() -> None:
     tree = jlora.attach(PARAMS, adapters())
     with pytest.warns(jlora.MaterializeWarning, match="'return'.*the caller gets it merged"):

@@ -19,6 +19,7 @@ LAYERS = [
     {"init"},
     {"_rules"},
     {"_rearrange", "_control_flow"},
+    {"_overwrite"},
     {"_labels"},
     {"_primitives"},
     {"_interpret", "trace"},

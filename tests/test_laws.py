@@ -112,6 +112,12 @@ MOVES: dict[str, Callable[[Any], Any]] = {
     "where": lambda w: jnp.where(jnp.arange(w.shape[0])[:, None, None] == 1, w, 0.5 * w),
     "jit": lambda w: jax.jit(lambda v: v.swapaxes(1, 2))(w).swapaxes(1, 2),
     "cast": lambda w: w.astype(jnp.float64 if jax.config.read("jax_enable_x64") else w.dtype),
+    "set": lambda w: w.at[:, jnp.array([1, 4])].set(0.5).at[..., -1].set(0.0),
+    "add at": lambda w: w.at[:, 2].add(1.5).at[1].subtract(1.0),
+    "multiply at": lambda w: (
+        w.at[:, jnp.array([1, 4, 1])].multiply(0.5).at[..., 1:3].multiply(jnp.array([2, 3], w.dtype))
+    ),
+    "update slice": lambda w: lax.dynamic_update_slice(w, jnp.ones((w.shape[0], 2, 4), w.dtype), (0, 3, 0)),
     "barrier": lambda w: lax.optimization_barrier((jnp.zeros(3), w))[1],
     "precision": lambda w: lax.reduce_precision(w, 8, 23),
 }

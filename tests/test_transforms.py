@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -216,6 +217,16 @@ def squash(x: Any) -> Any:
 squash.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (2 * g * (1 - jnp.tanh(x) ** 2),))
 
 
+@jax.custom_batching.custom_vmap
+def product(x: Any, w: Any) -> Any:
+    return x @ w
+
+
+@product.def_vmap
+def _product_of_rows(size: int, batched: Any, x: Any, w: Any) -> Any:
+    return 2 * jnp.einsum("bi,io->bo", x, w), True  # twice, so that it shows which of the two ran
+
+
 def on_host(params: Any, x: Any) -> Any:
     on: Any = getattr(places, "compute_on2", places.compute_on)  # its name before jax 0.11
     first = on(lambda w, x: x @ w, compute_type="device_host", out_memory_spaces=jax.memory.Space.Device)
@@ -262,6 +273,71 @@ def test_a_gradient_of_an_adapted_weight_inside_the_model() -> None:
         return x @ jax.grad(lambda w: loss_of(mlp(params | {"w0": w}, x)))(params["w0"])
 
     assert_law(model, adapters_of("mlp"), MLP.params, MLP.x)
+
+
+def test_custom_batching_keeps_its_rule_unless_inlined() -> None:
+    """A `custom_vmap` function gets the weight whole, and says so; under a vmap of the caller's it is its own rule that
+    runs. Looked into, it is factored, and has a gradient, which JAX does not give it otherwise."""
+
+    def model(params: Any, x: Any) -> Any:
+        return jnp.tanh(product(x, params["w0"])) @ params["w1"]
+
+    adapters = adapters_of("mlp")
+    tree, merged = jlora.attach(MLP.params, adapters), jlora.merge(MLP.params, adapters)
+    uses = jlora.trace(model, MLP.params, MLP.x)
+    assert uses["w0"].kind == "matmul" and uses["w0"].axes == jlora.Axes()
+    for around in (lambda f: f, lambda f: jax.vmap(f, (None, 0))):
+        with pytest.warns(jlora.MaterializeWarning, match="own batching rule.*inline_custom_rules=True"):
+            got = around(jlora.lora(model))(tree, MLP.x)
+        assert_close(got, around(model)(merged, MLP.x))
+    inlined = jlora.lora(model, materialize="error", inline_custom_rules=True)
+    loss = lambda a: loss_of(inlined(jlora.attach(MLP.params, a), MLP.x))  # noqa: E731
+    without = lambda p, x: jnp.tanh(x @ p["w0"]) @ p["w1"]  # noqa: E731
+    assert_close(
+        jax.value_and_grad(loss)(adapters),
+        jax.value_and_grad(lambda a: loss_of(without(jlora.merge(MLP.params, a), MLP.x)))(adapters),
+    )
+
+
+WRITES: dict[str, tuple[Callable[[Any], Any], str | None]] = {
+    "a row": (lambda w: w.at[0].set(0.0), None),
+    "some columns": (lambda w: w.at[:, jnp.array([0, 3])].set(1.0), None),
+    "rows out of bounds": (lambda w: w.at[jnp.array([1, 99])].set(0.0), None),
+    "a slice": (lambda w: w.at[1:3].set(jnp.arange(16.0)), None),
+    "every other row": (lambda w: w.at[::2].set(0.0), None),
+    "a row by its index": (lambda w: w.at[jnp.argmax(MLP.x[0])].set(0.0), None),
+    "a slice by its place": (lambda w: lax.dynamic_update_slice(w, jnp.ones((2, 16)), (7, 0)), None),
+    "a row added to": (lambda w: w.at[0].add(1.0), None),
+    "a row multiplied": (lambda w: w.at[0].multiply(3.0), None),
+    "columns multiplied, some twice": (
+        lambda w: w.at[:, jnp.array([2, 5, 2])].multiply(jnp.array([2.0, 3.0, 4.0])),
+        None,
+    ),
+    "a row multiplied entry by entry": (lambda w: w.at[0].multiply(jnp.arange(16.0)), "at once"),
+    "an entry added to": (lambda w: w.at[0, 1].add(1.0), None),
+    "an entry": (lambda w: w.at[0, 1].set(0.0), "inputs and outputs at once"),
+    "a part of a row": (lambda w: w.at[0, :2].set(0.0), "parts of slices|at once"),
+    "the weight written into another": (lambda w: jnp.zeros((8, 20)).at[:, 2:18].set(w)[:, 2:18], "is what is written"),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_values_written_into_a_weight(name: str) -> None:
+    """Whole slices along one axis leave the rest factored, and `trace` sees the weight; what does not is said so."""
+    write, declined = WRITES[name]
+
+    def model(params: Any, x: Any) -> Any:
+        return mlp(params | {"w0": write(params["w0"])}, x)
+
+    adapters = adapters_of("mlp")
+    told = jlora.explain(model, jlora.attach(MLP.params, adapters), MLP.x).materialized
+    use = jlora.trace(model, MLP.params, MLP.x)["w0"]
+    assert (use.kind == "matmul" and not use.materialized) == (declined is None) == (not told)
+    if declined:
+        assert re.search(declined, told[0].why or ""), told
+    losses = [lambda a: loss_of(jlora.lora(model, materialize="allow")(jlora.attach(MLP.params, a), MLP.x))]
+    losses.append(lambda a: loss_of(model(jlora.merge(MLP.params, a), MLP.x)))
+    assert_close(*(jax.jit(jax.value_and_grad(loss))(adapters) for loss in losses))
 
 
 def test_names_sources_and_places_survive() -> None:

@@ -11,7 +11,6 @@ from jax import lax
 
 from jlora import _compat
 from jlora._factored import Factored
-from jlora._named import wide
 from jlora._rearrange import carried
 from jlora._rules import Decline
 
@@ -37,10 +36,9 @@ def overwrite(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         raise Decline(BOTH_SIDES)
     (base,) = _compat.bind(eqn, [weight.base, *others])
     # The same writing, of zeros or of the multipliers, into ones that have one entry along the other dimensions.
-    dtype = wide(weight.dtype)
     shape = [n if window.get(i, -1) in (-1, *dims) else 1 for i, n in enumerate(args[at].shape)]
-    others[at - 1] = lax.slice(args[at], [0] * len(shape), shape).astype(dtype) if scales else jnp.zeros(shape, dtype)
-    ones = jnp.ones([n if d in dims else 1 for d, n in enumerate(weight.shape)], dtype)
+    others[at - 1] = lax.slice(args[at], [0] * len(shape), shape) if scales else jnp.zeros(shape, weight.dtype)
+    ones = jnp.ones([n if d in dims else 1 for d, n in enumerate(weight.shape)], weight.dtype)
     (kept,) = _compat.bind(eqn, [ones, *others])
     kept = lax.squeeze(kept, [d for d in range(kept.ndim) if d not in dims])
     return [dataclasses.replace(weight, base=base, **{name: getattr(weight, name).times(kept, sorted(dims))})]

@@ -22,7 +22,8 @@ import pytest
 
 from tests import tiny
 from tests.runs import program
-from train import data, formats
+from train import data, formats, rundir, store
+from train.__main__ import parse
 from train.config import ConfigError, DataConfig
 from train.data import Table, column, texts
 from train.lines import decode
@@ -176,6 +177,9 @@ BAD = {
     "junk.csv": ('text,label\n"a" b,1\n', "row 1 (line 2)", "write two quotes for one"),
     "mac.csv": ("text,label\ra,1\r", "the header (line 1)", r"a line ends in \r alone"),
     "twice.csv": ("text,text\na,b\n", "has 'text' twice"),
+    "semicolons.csv": ("text;label\na;1\n", "the header is one column, 'text;label'", "save the file with commas"),
+    "tabs.csv": ("text\tlabel\na\t1\n", r"divided by ',', got '\t'; name the file .tsv"),
+    "commas.tsv": ("text,label\na,1\n", "name the file .csv"),
     "nothing.csv": ("text,label\n", "is empty: there are no rows"),
     "more.tsv": ("text\tlabel\na\t1\t2\n", "row 1 (line 2): got 3 cells", "--data.quoted-tsv"),
     "latin.csv": ("text,label\na,1\nné,1\n".encode("latin1"), "line 3: expected UTF-8, got the byte 0xe9"),
@@ -361,6 +365,30 @@ def test_declared_types_are_those_of_the_folder(tmp_path):
         assert f"rows.{kind}: its values are not of the types that" in told and "worse" in told
 
 
+def test_files_of_the_hub_are_read_as_files(tmp_path, monkeypatch):
+    """The hub is not there: a folder stands for it, whose files are fetched like those of the hub."""
+    read(tmp_path / "set" / "train.csv", "text,label\n007,None\n")
+    builder = datasets.load_dataset_builder(str(tmp_path / "set"), cache_dir=str(tmp_path / "hub"))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names, **_: asked.append(names) or builder)
+    table = data.read("owner/name/config:train", tmp_path / "cache", "data.validation")
+    assert asked == [("owner/name", "config")]
+    assert table.to_list() == [{"text": "007", "label": "None"}]
+    assert table.account and (table.account.source, table.account.split) == ("owner/name/config", "train")
+    # Others are read by datasets, and their rows have a digest that does not depend on how they lie.
+    rows = datasets.Dataset.from_dict({"text": [str(i) for i in range(2500)]})
+    parts = datasets.concatenate_datasets([rows.select(range(999)), rows.select(range(999, 2500))])
+    digests = []
+    for one in (rows, parts, rows.select(range(2499, -1, -1)).flatten_indices()):
+        monkeypatch.setattr(builder, "name", "webdataset")
+        found = datasets.DatasetDict({"train": one})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)  # noqa: B023
+        account = data.read("owner/name:train", tmp_path / "cache", "data.train").account
+        assert account and account.read == 2500
+        digests.append(account.digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_a_folder_of_pictures_is_kept_by_content(tmp_path):
     image = pytest.importorskip("PIL.Image")
     for name, colour in (("a", 0), ("b", 255)):
@@ -446,6 +474,30 @@ def test_accounts_tell_what_became_of_every_row(tmp_path):
     tiny.write_jsonl(tmp_path / "test.jsonl", rows[:5])
     beside = data.load(DataConfig(str(file)), tmp_path / "cache")["validation"].account
     assert beside and beside.line().startswith(f"{tmp_path}/test.jsonl, found beside rows.jsonl: 5 rows read, all used")
+
+
+def test_a_run_on_other_data_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+    """Without a directory the newest run that is not finished is gone on with, if its data are the same."""
+    monkeypatch.chdir(tmp_path)
+    config = parse([])
+    folder = Path("runs") / f"{config.name}-{config.mode}-seed{config.seed}-20260101-000000"
+    (folder / "checkpoints" / "5").mkdir(parents=True)
+    store.write_json(folder / "config.json", store.to_json(config))
+    now = {"train": {"source": "a.csv", "digest": "1" * 64}, "validation": {"source": "b.csv", "digest": "2" * 64}}
+
+    def choose() -> tuple[Path, str]:
+        place = rundir.open_run_dir(config, now)
+        assert place.lock is not None
+        place.lock.release()
+        return place.path, capsys.readouterr().out
+
+    assert choose() == (folder, "")  # of an earlier version, which told nothing of its data
+    assert json.loads((folder / "data.json").read_text()) == now
+    assert choose() == (folder, "")
+    now["train"]["digest"] = "3" * 64
+    path, told = choose()
+    assert path != folder and f"{folder} is left as it is" in told and "data.train: a.csv has the sha256 333" in told
+    assert "data.validation" not in told
 
 
 @pytest.fixture(scope="module")

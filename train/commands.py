@@ -80,8 +80,8 @@ def _texts(texts: list[str], file: Path | None, config: TrainConfig) -> tuple[li
     table = data.read(str(file), config.cache_dir, "file", quoted_tsv=config.data.quoted_tsv)
     if file.suffix == ".txt" and task.pair is None:
         return [line for line in data.column(table, "text", "file") if line.strip()], None
-    pairs = None if task.pair is None else [str(value) for value in data.column(table, task.pair, "file")]
-    return [str(value) for value in data.column(table, task.text, "file")], pairs
+    pairs = None if task.pair is None else data.texts(table, task.pair, "file")
+    return data.texts(table, task.text, "file"), pairs
 
 
 def generate(

@@ -156,8 +156,9 @@ def column(table: Table, name: str, field: str) -> list[Any]:
     """
     if name not in table.column_names:
         advice = "rename the column" if field == "file" else f"pass --{field.replace('_', '-')} and one of them"
+        source = "it" if table.account is None else table.account.source
         raise ConfigError(
-            f"{field}: the data has no column {name!r}{nearest(name, table.column_names)}; it has "
+            f"{field}: the data has no column {name!r}{nearest(name, table.column_names)}; {source} has "
             f"{', '.join(table.column_names)}; {advice}"
         )
     values, empty = _values(table, name), "" if field == "task.label" else None

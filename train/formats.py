@@ -131,7 +131,7 @@ def _delimited(file: File, delimiter: str, quoted: bool) -> Iterator[pa.Table]:
     names = next(rows, None)
     if names is None:
         return
-    _check_names(names, file)
+    _check_names(names, file, delimiter)
     for batch in _batches(rows):
         yield pa.table([pa.array(cells, pa.string()) for cells in zip(*batch, strict=True)], names=names)
 
@@ -174,15 +174,23 @@ def _fault(error: str) -> str:
     return f"{error}; write two quotes for one inside a quoted cell, and nothing after its last quote"
 
 
-def _check_names(names: list[str], file: File) -> None:
+def _check_names(names: list[str], file: File, delimiter: str) -> None:
     """Only the first column may have no name: pandas writes its index so. A comma too much at the end is refused."""
     if twice := sorted({name for name in names if names.count(name) > 1 and name}):
         raise ConfigError(f"{file.name}: the header has {', '.join(map(repr, twice))} twice; rename one of them")
+    if len(names) == 1 and (others := [(one, advice) for one, advice in _DELIMITERS.items() if one in names[0]]):
+        raise ConfigError(
+            f"{file.name}: the header is one column, {names[0]!r}: expected columns divided by {delimiter!r}, got "
+            f"{others[0][0]!r}; {others[0][1]}"
+        )
     if unnamed := [i for i, name in enumerate(names, 1) if not name and i > 1]:
         raise ConfigError(
             f"{file.name}: column {unnamed[0]} of {len(names)} has no name in the header; name it, or take out the "
             "delimiter that is too much"
         )
+
+
+_DELIMITERS = {";": "save the file with commas", "\t": "name the file .tsv", ",": "name the file .csv"}
 
 
 # JSON

@@ -192,12 +192,14 @@ def _convert(files: Sequence[File], folder: Path, quoted_tsv: bool, features: da
             raise ConfigError(f"{names} {'is' if len(files) == 1 else 'are'} empty: there are no rows")
         (draft / "rows.json").write_text(json.dumps({"rows": counts}))
         write_sums(draft)
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-    except OSError:
-        # Another run converted the same files meanwhile; what it wrote is as good.
-        if not _is_whole(folder):
-            raise
+        try:
+            draft.rename(folder)
+        except (
+            OSError
+        ):  # Another run converted the same files meanwhile, and what it wrote is as good, or it is damaged.
+            if not _is_whole(folder):
+                shutil.rmtree(folder)
+                draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -270,7 +272,8 @@ def _digest_of_rows(rows: datasets.Dataset) -> str:
     batches: Any = rows.with_format("arrow").iter(1000)
     for batch in batches:
         sink = pa.BufferOutputStream()
-        whole = batch.combine_chunks().replace_schema_metadata()
+        # Copied, so that a part of a larger array has the bytes of one that holds no more.
+        whole = batch.take(list(range(len(batch)))).combine_chunks().replace_schema_metadata()
         with pa.ipc.new_stream(sink, whole.schema) as writer:
             writer.write_table(whole)
         digest.update(sink.getvalue())

@@ -139,9 +139,12 @@ def read(source: str, cache_dir: Path, field: str, *, found: str | None = None, 
 
 
 def contents(config: DataConfig) -> list[str | None]:
-    """The digests of the local files that a configuration names; None for what lies elsewhere."""
-    apart = config.validation is None and config.holdout
-    return [content(config.train), None if apart else content(config.validation or beside(config.train)[0])]
+    """The digests of the local files that a configuration names or finds; None for what lies elsewhere or is gone."""
+    try:
+        validation = config.validation or beside(config.train)[0]
+    except ConfigError:
+        return [content(config.train), None]
+    return [content(config.train), content(validation)]
 
 
 def column(table: Table, name: str, field: str) -> list[Any]:

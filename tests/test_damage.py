@@ -331,7 +331,7 @@ def test_runs_that_go_on(runs: Path, reader: Any, tmp_path: Path) -> None:
         (tmp_path / name / SUMS).unlink()
 
     def go_on(folder: Path) -> Any:
-        place = open_run_dir(dataclasses.replace(job.config, run_dir=folder))
+        place = open_run_dir(dataclasses.replace(job.config, run_dir=folder), job.accounts)
         try:
             with Kept(job.config, place, str(job.plan)) as kept:
                 position = kept.saving.position

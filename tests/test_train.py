@@ -111,8 +111,8 @@ def test_the_run_directory_holds_all_that_the_run_made(summaries, mode):
     summary = summaries[mode]
     run_dir = Path(summary["run_dir"])
     expected = {
-        "config.json", "plan.txt", "metrics.jsonl", "checkpoints", "adapters", "merged", "summary.json", "run.lock",
-        "SHA256SUMS",
+        "config.json", "data.json", "plan.txt", "metrics.jsonl", "checkpoints", "adapters", "merged", "summary.json",
+        "run.lock", "SHA256SUMS",
     }  # fmt: skip
     found = {path.name for path in run_dir.iterdir()}
     assert found - {"curves.png"} == expected

@@ -23,6 +23,7 @@ from jlora._sums import check_sums, write_sums
 from jlora.models import TensorError
 from train import store
 from train.config import ConfigError, ImageClassification, TrainConfig
+from train.data import contents
 from train.evaluate import Measure
 from train.job import Job
 from train.keys import random_key
@@ -132,19 +133,12 @@ def identity(config: TrainConfig) -> dict[str, Any]:
         "fit": store.to_json(config.base),
         "learning_rate": config.learning_rate.base,
         "records": [config.eval_every, config.eval_every_steps, config.log_every],
-        "data": [store.to_json(config.data), _content(config.data.train)],
+        "data": [store.to_json(config.data), *contents(config.data)],
         "seed": config.seed,
         "sources": hashlib.sha256(b"\0".join(sources)).hexdigest(),
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")},
         "platform": jax.default_backend(),
     }
-
-
-def _content(source: str) -> str | None:
-    """A digest of a local file, or of a folder's files; None for what lies elsewhere."""
-    path = Path(source if Path(source).exists() else source.rpartition(":")[0] or source)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest() if files else None
 
 
 def publish(path: Path, params: Any, records: list[Record], made_of: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ The parameters of these functions are the flags of the commands, and their docst
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -15,13 +15,15 @@ from scipy.special import softmax
 
 import jlora
 from jlora import models, peft
+from jlora._paths import bullets
 from train import compare, data, report, store
 from train.batches import Ragged, batch_of, ordered_rows
-from train.config import ConfigError, Pretrained, SequenceClassification
+from train.config import ConfigError, Pretrained, SequenceClassification, TrainConfig
 from train.evaluate import make_measure
 from train.job import bucket_lengths
 from train.networks import check_tokens, read_settings
 from train.parallel import Jit
+from train.rundir import changes
 from train.runs import Run, open_run
 from train.tasks import Task
 from train.tasks.classify import TextRegression, Texts
@@ -45,7 +47,7 @@ def predict(run: RunDir, text: tyro.conf.UseAppendAction[tuple[str, ...]] = (), 
     task = opened.task
     if not isinstance(task, Texts):
         raise ConfigError(f"predict: {run} was not trained on texts to be labelled; see `generate` and `eval`")
-    texts, pairs = _texts(opened.config.task, list(text), file, opened.config.cache_dir)
+    texts, pairs = _texts(list(text), file, opened.config)
     if not texts:
         raise ConfigError('predict: no text; pass --text "..." (several times for several), or --file FILE')
     examples = task.tokens(texts, pairs)
@@ -65,7 +67,8 @@ def predict(run: RunDir, text: tyro.conf.UseAppendAction[tuple[str, ...]] = (), 
             print(f"{shown}\t{task.labels[scores.argmax()]}\t{softmax(scores).max():.4f}")
 
 
-def _texts(task: Any, texts: list[str], file: Path | None, cache_dir: Path) -> tuple[list[str], list[str] | None]:
+def _texts(texts: list[str], file: Path | None, config: TrainConfig) -> tuple[list[str], list[str] | None]:
+    task = config.task
     assert isinstance(task, SequenceClassification)
     if file is None:
         if task.pair is None:
@@ -74,11 +77,11 @@ def _texts(task: Any, texts: list[str], file: Path | None, cache_dir: Path) -> t
         if wrong := [text for text, parts in zip(texts, split, strict=True) if len(parts) != 2]:
             raise ConfigError(f"predict: expected pairs of texts separated by a tab, got {wrong}")
         return [parts[0] for parts in split], [parts[1] for parts in split]
-    table = data.read(str(file), cache_dir, "file")
+    table = data.read(str(file), config.cache_dir, "file", quoted_tsv=config.data.quoted_tsv)
     if file.suffix == ".txt" and task.pair is None:
         return [line for line in data.column(table, "text", "file") if line.strip()], None
-    pairs = None if task.pair is None else [str(value) for value in data.column(table, task.pair, "file")]
-    return [str(value) for value in data.column(table, task.text, "file")], pairs
+    pairs = None if task.pair is None else data.texts(table, task.pair, "file")
+    return data.texts(table, task.text, "file"), pairs
 
 
 def generate(
@@ -168,9 +171,14 @@ def evaluate(run: RunDir, source: str | None = None, limit: int | None = None) -
     if source is None:
         table = data.load(config.data, config.cache_dir)["validation"]
     else:
-        table = data.read(source, config.cache_dir, "source")
-    table = table if limit is None else table.select(range(min(limit, len(table))))
-    for name, figures in measured(opened, table).items():
+        table = data.read(source, config.cache_dir, "source", quoted_tsv=config.data.quoted_tsv)
+    table = table if limit is None else table.keep(range(min(limit, len(table))), f"beyond the limit of {limit:,}")
+    found = measured(opened, table)
+    if table.account is not None:
+        print(table.account.line())
+        if source is None and (differing := changes(run, {"validation": table.account.to_json()})):
+            print(f"these are not the examples of the run:{bullets(differing)}")
+    for name, figures in found.items():
         print(f"{name}: {report.figures_line(figures)}")
 
 

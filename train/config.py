@@ -193,6 +193,10 @@ class DataConfig:
     ``owner/name`` or ``owner/name/config``. After a colon may stand a split: of the hub's or folder's dataset, or of a
     file the rows whose column ``split`` says so. Example: ``nyu-mll/glue/sst2:train``.
 
+    What files say is what is read: cells of .csv and .tsv are strings, values of .json and .jsonl have their JSON
+    types, and each line of .txt is a row with the column ``text``. Text files are UTF-8; they may be compressed (.gz,
+    .bz2, .xz).
+
     Attributes:
       train: the source of the training examples.
       validation: the source of the others; by default the split, or the file beside ``train``, named validation, dev,
@@ -200,6 +204,8 @@ class DataConfig:
       limit: use so many training examples at most, chosen at random but always the same.
       validation_limit: use so many of the others at most, the first ones.
       holdout: the share of the training examples that is set apart where there are no validation examples.
+      quoted_tsv: cells of .tsv files may stand in quotes, as those of .csv files may; by default a quote there is a
+        character like others.
       buckets: lengths to which batches of texts are padded; by default four quarters of the task's ``max_length``.
     """
 
@@ -208,6 +214,7 @@ class DataConfig:
     limit: int | None = None
     validation_limit: int | None = None
     holdout: float = 0.0
+    quoted_tsv: bool = False
     buckets: tuple[int, ...] | None = None
 
 

@@ -15,7 +15,7 @@ from jlora._paths import named_leaves
 from train.batches import Examples, batch_of, lengths, quarters, size
 from train.checks import validate_for
 from train.config import ConfigError, FitConfig, TrainConfig
-from train.data import Table, load
+from train.data import Account, Table, load
 from train.keys import random_key
 from train.networks import Network, check_tokens, make_network, what_to_train
 from train.parallel import Layout, Mesh, make_layout
@@ -36,6 +36,7 @@ class Job:
       config: completed with what it takes from its data.
       network, task, layout: as it says. No weight is read yet.
       train, test: the examples by the name of their domain; the last one is learnt, the first one by a base.
+      data: what is told of the training and the validation examples.
       buckets: the lengths to which batches are padded.
       uses, plan: how the network uses its weights, and what of it is adapted.
     """
@@ -46,6 +47,7 @@ class Job:
     layout: Layout
     train: Mapping[str, Examples]
     test: Mapping[str, Examples]
+    data: Mapping[str, Account]
     buckets: tuple[int, ...]
     uses: Mapping[str, jlora.WeightUse]
     plan: jlora.Plan
@@ -54,6 +56,11 @@ class Job:
     def learnt(self) -> Examples:
         """The training examples."""
         return self.train[list(self.train)[-1]]
+
+    @property
+    def accounts(self) -> dict[str, Any]:
+        """What is told of the data, as JSON."""
+        return {name: account.to_json() for name, account in self.data.items()}
 
     @functools.cached_property
     def shapes(self) -> Any:
@@ -96,11 +103,13 @@ def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
     layout = make_layout(config, network.rules)
     buckets = bucket_lengths(config, train, test)
     uses, plan = plan_of(config, network, task.inputs(batch_of(learnt, np.arange(1), buckets)))
-    job = Job(config, network, task, layout, train, test, buckets, uses, plan)
+    data = {name: table.account for name, table in tables.items() if table.account is not None}
+    job = Job(config, network, task, layout, train, test, data, buckets, uses, plan)
     if isinstance(layout, Mesh):
         layout.shardings(job.shapes)  # refused here, before there is a run directory
     told = {name: value for name, value in flat(to_json(config)).items() if name.split(".")[0] not in OWN}
     examples = {name: size(one) for sets in (train, test) for name, one in sets.items()}
+    told |= {f"data.{name}": f"{one.source}, sha256 {one.digest}" for name, one in data.items()}
     check_same({**told, "examples": examples, "plan": str(plan), "buckets": buckets}, "the configuration")
     check()
     return job

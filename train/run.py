@@ -65,11 +65,12 @@ def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
 
     job = make_job(config, stop.check)
     config = job.config
-    place = open_run_dir(config)
+    place = open_run_dir(config, job.accounts)
     if place.finished:
         say(f"{place.path} is finished: nothing is left to train. Pass another --run-dir to train it again")
         return read_summary(place.path)
     say(f"{config.name}, mode {config.mode}, seed {config.seed}, {job.layout}\n\n{job.plan}\n")
+    say("".join(f"data.{name}: {account.line()}\n" for name, account in job.data.items()))
     if isinstance(job.layout, Jit) and jax.device_count() > 1:
         say(f"{jax.device_count() - 1} devices are idle: --compute.layout mesh uses them all\n")
 
@@ -171,6 +172,7 @@ def figures(
         "metrics": measured,
         "differing_predictions": {f"{one}_vs_{two}": differing(one, two) for one, two in pairs if one in models},
         "examples": {name: size(examples) for name, examples in job.test.items()},
+        "data": job.accounts,
         "steps": position.step,
         "kept_step": (position.best_step if config.keep == "best" else None) or position.step,
         "trainable": job.plan.trainable,

@@ -20,7 +20,7 @@ from jlora._tensors import read_json
 from jlora.models import TensorError
 from train import store
 from train.config import ConfigError, TrainConfig
-from train.processes import first_decides, is_first
+from train.processes import first_decides, is_first, say
 
 HOW = ("cache_dir", "compute", "log", "processes", "resume", "run_dir", "save")
 """Fields that say how a run is computed and watched; what it learns does not depend on them, but for rounding and the
@@ -31,7 +31,8 @@ ASIDE = tuple(name for name in HOW if name != "compute")
 
 LOCK = "run.lock"
 SUMMARY = "summary.json"
-FINISHED = ("config.json", "metrics.jsonl", "plan.txt", f"adapters/{SUMS}")
+DATA = "data.json"
+FINISHED = ("config.json", DATA, "metrics.jsonl", "plan.txt", f"adapters/{SUMS}")
 """The files of a finished run whose sums are kept, beside the summary's; adapters have sums of their own."""
 
 
@@ -50,18 +51,21 @@ class RunDir:
     lock: filelock.BaseFileLock | None
 
 
-def open_run_dir(config: TrainConfig) -> RunDir:
+def open_run_dir(config: TrainConfig, data: Mapping[str, Any]) -> RunDir:
     """The directory that a configuration is to be run in, with its ``config.json``; the first process chooses.
 
+    Args:
+      data: what is told of the examples, as JSON.
+
     Raises:
-      ConfigError: if it holds another run, naming the fields that differ, or anything else; if a run that is under way
-        holds it; or if it cannot be made.
+      ConfigError: if it holds another run, naming the fields that differ, or one on other data, or anything else; if a
+        run that is under way holds it; or if it cannot be made.
     """
     locks: list[filelock.BaseFileLock] = []
 
     def choose() -> str:
         try:
-            path = _choose(config, locks)
+            path = _choose(config, data, locks)
         except OSError as error:
             raise ConfigError(f"run_dir: {error}; expected a directory that is writable; pass --run-dir DIR") from error
         return json.dumps([str(path), (path / SUMMARY).is_file()])
@@ -70,8 +74,8 @@ def open_run_dir(config: TrainConfig) -> RunDir:
     return RunDir(Path(path), finished, locks[0] if is_first() else None)
 
 
-def _choose(config: TrainConfig, locks: list[filelock.BaseFileLock]) -> Path:
-    path = config.run_dir or (_unfinished(config) if config.resume == "auto" else None)
+def _choose(config: TrainConfig, data: Mapping[str, Any], locks: list[filelock.BaseFileLock]) -> Path:
+    path = config.run_dir or (_unfinished(config, data) if config.resume == "auto" else None)
     path = path or _new_below_runs(config)
     there = sorted(one.name for one in path.iterdir()) if path.is_dir() else []
     there = [name for name in there if name != LOCK and not name.endswith(".draft")]
@@ -96,13 +100,19 @@ def _choose(config: TrainConfig, locks: list[filelock.BaseFileLock]) -> Path:
             f"If nothing does, the lock of a host that is lost is still on the file server: remove {path / LOCK}"
         ) from None
     locks.append(lock)
-    if there and (differing := differences(_read(path), config)):
+    if there and (differing := differences(_read(path / "config.json"), config)):
         raise ConfigError(
             f"run_dir: {path} holds a run with another configuration:{bullets(differing)}\nExpected the same, to go on "
             "with it; pass another --run-dir, or these values"
         )
+    if there and (differing := changes(path, data)):
+        raise ConfigError(
+            f"run_dir: {path} holds a run on other data:{bullets(differing)}\nExpected the same, to go on with it; put "
+            "the files back as they were, or pass another --run-dir to train on these"
+        )
     if not (path / SUMMARY).is_file():
         store.write_json(path / "config.json", store.to_json(config))
+        store.write_json(path / DATA, data)
     elif isinstance(config.resume, int):
         raise ConfigError(f"resume: got step {config.resume}, and {path} is finished; pass another --run-dir")
     return path
@@ -126,14 +136,20 @@ def _new_below_runs(config: TrainConfig) -> Path:
     raise AssertionError
 
 
-def _unfinished(config: TrainConfig) -> Path | None:
-    """The newest run of this configuration under runs/ that has a checkpoint, is not finished, and not under way."""
+def _unfinished(config: TrainConfig, data: Mapping[str, Any]) -> Path | None:
+    """The newest run of this configuration under runs/ that has a checkpoint, is not finished, and not under way.
+
+    It is told if it is not gone on with because its data changed.
+    """
     stem = _below_runs(config)
     for path in sorted(stem.parent.glob(f"{stem.name}-*"), reverse=True):
         if (path / SUMMARY).exists() or not any(path.glob("checkpoints/[0-9]*")):
             continue
         try:
-            if differences(_read(path), config):
+            if differences(_read(path / "config.json"), config):
+                continue
+            if differing := changes(path, data):
+                say(f"{path} is left as it is, its data are others now:{bullets(differing)}\n")
                 continue
             with filelock.FileLock(path / LOCK, timeout=0):
                 return path
@@ -142,9 +158,24 @@ def _unfinished(config: TrainConfig) -> Path | None:
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def changes(path: Path, data: Mapping[str, Any]) -> list[str]:
+    """The sources that hold something else than when a run began; a line for each.
+
+    Of runs of earlier versions, which have no ``data.json``, nothing is known.
+    """
+    if not (path / DATA).is_file():
+        return []
+    then = store.flat(_read(path / DATA))
+    return [
+        f"data.{name}: {now['source']} has the sha256 {now['digest'][:12]}, and had {str(was)[:12]} ({path / DATA})"
+        for name, now in data.items()
+        if (was := then.get(f"{name}.digest")) != now["digest"]
+    ]
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
-        return read_json(path / "config.json")
+        return read_json(file)
     except TensorError as error:
         raise ConfigError(str(error)) from error
 

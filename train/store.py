@@ -2,6 +2,7 @@
 
     runs/digits-lora-seed0-20261122-120000/
       config.json      the whole configuration: defaults, overrides, and what was taken from the data
+      data.json        what was read: sources, files, rows, sums
       plan.txt         what is adapted, and how
       metrics.jsonl    a line for each epoch of each training, and some on the way
       checkpoints/     from which the training goes on when it was stopped; see `train.checkpoints`
@@ -9,7 +10,7 @@
       merged/          of a network trained from scratch: plain parameters for the unmodified model (orbax)
       curves.png       when matplotlib is installed
       summary.json     the figures
-      SHA256SUMS       of what a finished run is used by: configuration, adapters, records, figures
+      SHA256SUMS       of what a finished run is used by: configuration, data, adapters, records, figures
       run.lock         held by the process that trains
 
 The summary is written last: a run directory without one is unfinished.

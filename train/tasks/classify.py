@@ -13,7 +13,7 @@ from jlora._paths import nearest
 from train import metrics
 from train.batches import Batch, Examples, Ragged
 from train.config import ConfigError, Domain, ImageClassification, SequenceClassification
-from train.data import Table, column
+from train.data import Table, column, texts
 from train.tasks.base import Measured, cross_entropy
 
 
@@ -71,16 +71,15 @@ class Texts:
     def encode(self, table: Table) -> dict[str, Examples]:
         """Tokens, mask and, where the network has them, token types; and ``label``."""
         config = self.config
-        texts = [str(text) for text in column(table, config.text, "task.text")]
-        pairs = None if config.pair is None else [str(text) for text in column(table, config.pair, "task.pair")]
-        examples: dict[str, np.ndarray | Ragged] = dict(self.tokens(texts, pairs))
+        pairs = None if config.pair is None else texts(table, config.pair, "task.pair")
+        examples: dict[str, np.ndarray | Ragged] = dict(self.tokens(texts(table, config.text, "task.text"), pairs))
         raw = column(table, config.label, "task.label")
         examples["label"] = _numbers(raw) if config.regression else class_numbers(raw, self.labels, config.label)
         return {"": examples}
 
-    def tokens(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> dict[str, Ragged]:
-        """What the network sees of ``texts``."""
-        found = self.tokenizer(list(texts), pairs, truncation=True, max_length=self.config.max_length)
+    def tokens(self, first: Sequence[str], pairs: Sequence[str] | None = None) -> dict[str, Ragged]:
+        """What the network sees of texts, or of pairs of them."""
+        found = self.tokenizer(list(first), pairs, truncation=True, max_length=self.config.max_length)
         fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
         left = self.tokenizer.padding_side == "left"
         return {name: Ragged(found[name], fill or 0, left=left) for name, fill in fills.items() if name in found}

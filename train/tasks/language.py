@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from train import metrics
 from train.batches import Batch, Examples, Ragged
 from train.config import CausalLM, ConfigError
-from train.data import Table, column
+from train.data import Table, column, texts
 from train.processes import say
 from train.tasks.base import Measured, cross_entropy
 
@@ -59,6 +59,7 @@ class LanguageModel:
                 f"{config.max_length}; pass a larger --task.max-length, or check the columns"
             )
         if dropped := len(sequences) - len(kept):
+            table.drop(dropped, f"without a token to learn within {config.max_length} tokens")
             say(f"left out {dropped} of {len(sequences)} examples: no token to learn within {config.max_length} tokens")
         if config.pack:
             return {"": _columns(list(_packed(kept, config.max_length)), self.pad)}
@@ -79,14 +80,14 @@ class LanguageModel:
             for row, messages in enumerate(column(table, config.messages, "task.messages")):
                 yield self._conversation(_checked(messages, row))
         elif config.text is not None:
-            for text in column(table, config.text, "task.text"):
-                tokens = [*self._ids(str(text), special=True), *self._end()]
+            for text in texts(table, config.text, "task.text"):
+                tokens = [*self._ids(text, special=True), *self._end()]
                 yield Example(tokens, [1] * len(tokens))
         else:
             assert config.prompt is not None and config.completion is not None
-            prompts = column(table, config.prompt, "task.prompt")
-            completions = column(table, config.completion, "task.completion")
-            for prompt, completion in zip(map(str, prompts), map(str, completions), strict=True):
+            prompts = texts(table, config.prompt, "task.prompt")
+            completions = texts(table, config.completion, "task.completion")
+            for prompt, completion in zip(prompts, completions, strict=True):
                 if config.chat:
                     yield self._conversation(
                         [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]

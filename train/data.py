@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,28 @@ READERS = {
 VALIDATION = ("validation", "dev", "valid", "val", "test")
 """What the examples that are not trained on are called, by preference."""
 
-Table = datasets.Dataset
+
+class Table(datasets.Dataset):
+    """Rows that know their numbers in the source.
+
+    Attributes:
+      rows: the number of each row in the source, from 0; None for all in their order.
+    """
+
+    rows: np.ndarray | None = None
+
+    def select(self, indices: Iterable[int], *args: Any, **options: Any) -> Table:  # pyright: ignore
+        chosen = np.asarray(list(indices), np.int64)
+        found: Any = super().select(chosen, *args, **options)
+        found.__class__ = Table
+        found.rows = chosen if self.rows is None else self.rows[chosen]
+        return found
+
+    def where(self, rows: Sequence[int], most: int = 5) -> str:
+        """The places of rows in their source, such as ``rows 2, 7``; they count from 1, without a header."""
+        found = rows if self.rows is None else self.rows[list(rows)]
+        rest = f" and {len(rows) - most:,} more" if len(rows) > most else ""
+        return f"row{'s' if len(rows) > 1 else ''} {', '.join(f'{row + 1:,}' for row in found[:most])}{rest}"
 
 
 def load(config: DataConfig, cache_dir: Path) -> dict[str, Table]:
@@ -95,7 +117,8 @@ def read(source: str, cache_dir: Path, field: str) -> Table:
         ) from error
     if not len(table):
         raise ConfigError(f"{field}: {source} has no examples")
-    return table
+    table.__class__ = Table
+    return table  # pyright: ignore[reportReturnType]
 
 
 def column(table: Table, name: str, field: str) -> list[Any]:
@@ -130,7 +153,7 @@ def _parse(source: str) -> tuple[str, str | None]:
     return (location, split) if colon and location and "/" not in split else (source, None)
 
 
-def _from_file(path: Path, split: str | None, cache_dir: Path, field: str) -> Table:
+def _from_file(path: Path, split: str | None, cache_dir: Path, field: str) -> datasets.Dataset:
     if not path.read_bytes()[:4096].strip():
         raise ConfigError(f"{field}: {path} is empty")
     if path.suffix not in READERS:
@@ -139,7 +162,7 @@ def _from_file(path: Path, split: str | None, cache_dir: Path, field: str) -> Ta
     table = datasets.load_dataset(
         reader, data_files=[str(path)], split="train", cache_dir=str(cache_dir / "datasets"), **options
     )
-    assert isinstance(table, Table)
+    assert isinstance(table, datasets.Dataset)
     if split is None:
         return table
     if "split" not in table.column_names:
@@ -150,7 +173,9 @@ def _from_file(path: Path, split: str | None, cache_dir: Path, field: str) -> Ta
     return table.select(rows)
 
 
-def _from_dataset(name: str, configuration: str | None, split: str | None, cache_dir: Path, field: str) -> Table:
+def _from_dataset(
+    name: str, configuration: str | None, split: str | None, cache_dir: Path, field: str
+) -> datasets.Dataset:
     found = datasets.load_dataset(name, configuration, cache_dir=str(cache_dir / "datasets"))
     assert isinstance(found, datasets.DatasetDict)
     # A source without a split means the training examples, or for validation the first of the usual names.

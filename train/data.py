@@ -44,7 +44,7 @@ class Table(datasets.Dataset):
 
     def where(self, rows: Sequence[int], most: int = 5) -> str:
         """The places of rows in their source, such as ``rows 2, 7``; they count from 1, without a header."""
-        found = rows if self.rows is None else self.rows[list(rows)]
+        found = sorted(rows if self.rows is None else self.rows[list(rows)].tolist())
         rest = f" and {len(rows) - most:,} more" if len(rows) > most else ""
         return f"row{'s' if len(rows) > 1 else ''} {', '.join(f'{row + 1:,}' for row in found[:most])}{rest}"
 

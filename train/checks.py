@@ -102,6 +102,12 @@ def _tuple_of(one: _Expectation, words: str, example: str, *, least: int = 1) ->
     return _Expectation(holds, words, example)
 
 
+def _are_weights(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(_RATE.holds(weight) for weight in value.values())
+    return value == "balanced"
+
+
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and value.isidentifier()
 
@@ -126,7 +132,13 @@ def _are_rules(value: Any) -> bool:
 
 _RATE = _number("a number > 0", lambda x: x > 0, "0.002")
 _TEXT = _Expectation(lambda x: isinstance(x, str) and bool(x), "a name", "text")
-_LABELS = _tuple_of(_TEXT, "two or more names", "negative positive", least=2).or_none()
+_NAMES = _tuple_of(_TEXT, "", "", least=2)
+_LABELS = _Expectation(
+    lambda x: _NAMES.holds(x) and len({*x}) == len(x), "two or more names, each once", "negative positive"
+).or_none()
+_WEIGHTS = _Expectation(
+    _are_weights, "balanced, or a number > 0 by each label's name", "negative 1 positive 3"
+).or_none()
 _SOURCE = _Expectation(lambda x: isinstance(x, str) and bool(x), "a file, a folder or a dataset's name", "train.jsonl")
 
 _EXPECTATIONS: Mapping[type, Mapping[str, _Expectation]] = {
@@ -194,6 +206,7 @@ _EXPECTATIONS: Mapping[type, Mapping[str, _Expectation]] = {
         "pair": _TEXT.or_none(),
         "label": _TEXT,
         "labels": _LABELS,
+        "class_weights": _WEIGHTS,
         "max_length": _whole(4, 128),
     },
     CausalLM: {"max_length": _whole(4, 512)},
@@ -201,6 +214,7 @@ _EXPECTATIONS: Mapping[type, Mapping[str, _Expectation]] = {
         "image": _TEXT,
         "label": _TEXT,
         "labels": _LABELS,
+        "class_weights": _WEIGHTS,
         "side": _whole(1, 28).or_none(),
         "brightest": _RATE,
         "domains": _Expectation(lambda x: fits(x, dict[str, Domain]), "a dict of Domains by their names", "{}"),
@@ -290,6 +304,8 @@ def _across(config: TrainConfig) -> Iterator[str]:
             yield "mode: got 'head', expected 'lora' or 'full': a language model gets no new head; pass --mode lora"
     if isinstance(task, SequenceClassification) and task.regression and task.labels is not None:
         yield "task.labels: got names, expected None: a regression has a number for its label"
+    if isinstance(task, SequenceClassification) and task.regression and task.class_weights is not None:
+        yield "task.class_weights: got weights, expected None: a regression has no classes"
 
 
 def _across_computing(compute: ComputeConfig, processes: ProcessesConfig) -> Iterator[str]:

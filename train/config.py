@@ -43,6 +43,9 @@ class SequenceClassification:
       pair: the column of the second text of a pair, or None.
       label: the column of the label: a name, a class number, or with ``regression`` a number.
       labels: the names of the classes; by default those that the data or its training labels give.
+      class_weights: how much an example of each label counts in the loss: numbers by the labels' names, or balanced for
+        scikit-learn's, examples / (labels * examples of the label). The loss is a weighted mean, as PyTorch's; figures
+        on the validation examples, their loss too, are not weighted.
       regression: whether the label is a number to be predicted (mean squared error).
       max_length: tokens of a text, at most; longer ones are cut.
       truncation: the side on which they are cut.
@@ -52,6 +55,7 @@ class SequenceClassification:
     pair: str | None = None
     label: str = "label"
     labels: tuple[str, ...] | None = None
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
     regression: bool = False
     max_length: int = 128
     truncation: Literal["right", "left"] = "right"
@@ -105,11 +109,14 @@ class ImageClassification:
     """Give an image one of several labels.
 
     Attributes:
-      image: the column of the image: a picture, or its pixels as a flat list.
+      image: the column of the image: a picture (a file's path, its content, or an image of `datasets`), or its pixels
+        as numbers, in a flat list or row by row.
       label: the column of the label: a name or a class number.
       labels: the names of the classes; by default those that the data or its training labels give.
-      side: of the square images in pixels; by default that of the checkpoint, or of the first image.
-      brightest: the largest value of a pixel.
+      class_weights: how much an example of each label counts in the loss; see `SequenceClassification`.
+      side: of the square images in pixels; by default that of the checkpoint, or of the first image. Pictures of
+        another size are resized, and those that are not square are squeezed into it.
+      brightest: white, where the pixels are numbers, or a picture's format does not say (32 bits, floats).
       domains: names of domains in which the test images are shown, and how. The last is the one that is learnt; the
         first, the one on which a network without a checkpoint is trained from scratch.
     """
@@ -117,6 +124,7 @@ class ImageClassification:
     image: str = "image"
     label: str = "label"
     labels: tuple[str, ...] | None = None
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
     side: int | None = None
     brightest: float = 255.0
     domains: dict[str, Domain] = field(default_factory=dict)

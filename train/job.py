@@ -23,6 +23,9 @@ from train.processes import check_same
 from train.progress import Pace
 from train.store import flat, to_json
 from train.tasks import Task, make_task, resolved
+from train.tasks.classify import Classification
+from train.tasks.images import Images, blank
+from train.tasks.labels import counts
 
 OWN = ("cache_dir", "processes", "run_dir")
 """Fields that each process may have for itself; of the run directory the first one's counts."""
@@ -66,6 +69,23 @@ class Job:
     def shapes(self) -> Any:
         """The base's shapes and dtypes, as the network makes them."""
         return jax.eval_shape(self.network.init, jax.random.key(0))
+
+    @property
+    def label_counts(self) -> dict[str, dict[str, int]]:
+        """How many examples of each set have each label; nothing of a task without classes."""
+        names = self.task.labels if isinstance(self.task, Classification) else ()
+        return {name: counts(np.asarray(one["label"]), names) for name, one in self._sets.items()} if names else {}
+
+    @property
+    def blank_images(self) -> dict[str, int]:
+        """How many images of each set have one colour only, in the sets that have some."""
+        sets = self._sets.items() if isinstance(self.task, Images) else ()
+        return {name: n for name, one in sets if (n := blank(np.asarray(one["image"])))}
+
+    @property
+    def _sets(self) -> dict[str, Examples]:
+        """The examples as one domain shows them."""
+        return {"train": self.learnt, "validation": list(self.test.values())[-1]}
 
     def figure(self, domain: str) -> tuple[str, int]:
         """The figure that counts on the examples of a domain, and its sign: 1 if more is better, else -1."""

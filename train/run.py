@@ -37,6 +37,7 @@ from train.progress import Position
 from train.rundir import finish, open_run_dir, read_summary
 from train.step import init_state, make_step
 from train.stop import Stop
+from train.tasks.labels import counts_table
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -71,6 +72,10 @@ def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
         return read_summary(place.path)
     say(f"{config.name}, mode {config.mode}, seed {config.seed}, {job.layout}\n\n{job.plan}\n")
     say("".join(f"data.{name}: {account.line()}\n" for name, account in job.data.items()))
+    if job.label_counts:
+        say(f"{counts_table(job.label_counts, getattr(config.task, 'class_weights', None))}\n")
+    for name, count in job.blank_images.items():
+        say(f"{name}: {count:,} images have one colour only\n")
     if isinstance(job.layout, Jit) and jax.device_count() > 1:
         say(f"{jax.device_count() - 1} devices are idle: --compute.layout mesh uses them all\n")
 
@@ -173,6 +178,8 @@ def figures(
         "differing_predictions": {f"{one}_vs_{two}": differing(one, two) for one, two in pairs if one in models},
         "examples": {name: size(examples) for name, examples in job.test.items()},
         "data": job.accounts,
+        "labels": job.label_counts,
+        "blank_images": job.blank_images,
         "steps": position.step,
         "kept_step": (position.best_step if config.keep == "best" else None) or position.step,
         "trainable": job.plan.trainable,

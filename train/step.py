@@ -76,7 +76,7 @@ def make_step(
         adapters_key, network_key = jax.random.split(key)
         outputs = apply(jlora.attach(base, adapters, dropout_key=adapters_key), task.inputs(batch), network_key)
         total, count = task.loss(outputs, batch, smoothing)
-        return total / jnp.maximum(count, 1), count
+        return _mean(total, count), count
 
     def weighted(adapters: Any, base: Any, batch: Batch, key: jax.Array) -> tuple[Any, jax.Array]:
         """Loss and gradient of a part times its count, in float32; and the count."""
@@ -103,7 +103,7 @@ def make_step(
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         found = accumulated(state.adapters, base, batch, key)
         sums, count = found if axis is None else jax.lax.psum(found, axis)
-        loss, grads = jax.tree.map(lambda x: x / jnp.maximum(count, 1), sums)
+        loss, grads = jax.tree.map(lambda x: _mean(x, count), sums)
 
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         direction, opt_state = tx.update(grads, state.opt_state, state.adapters)
@@ -112,6 +112,11 @@ def make_step(
         return TrainState(state.step + 1, adapters, opt_state), metrics
 
     return step
+
+
+def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
+    """``total / count``, where nothing was counted 0. A count of weighted examples may be less than 1."""
+    return total / jnp.where(count > 0, count, 1)
 
 
 def _divided(rows: jax.Array, parts: int) -> jax.Array:

@@ -8,28 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from train.config import CausalLM, Pretrained, SequenceClassification, TrainConfig
-from train.data import Table, column
+from train.data import Table
 from train.networks import Network, checkpoint_side
 from train.tasks.base import Measured, Task
-from train.tasks.classify import Images, TextClassification, TextRegression, image_side, label_names
+from train.tasks.classify import TextClassification, TextRegression
+from train.tasks.images import Images, first_side
+from train.tasks.labels import class_names, class_numbers, class_weights, counts
 from train.tasks.language import LanguageModel
 
 __all__ = ["Measured", "Task", "make_task", "resolved"]
 
 
 def resolved(config: TrainConfig, tables: Mapping[str, Table]) -> TrainConfig:
-    """The same configuration with all that its task takes from the data: names of labels, size of images."""
+    """The same configuration with all that its task takes from the data: labels, their weights, the size of images."""
     task, train = config.task, tables["train"]
     found: dict[str, Any] = {}
     if isinstance(task, CausalLM):
         if task.template is not None and len(task.template) < 4096 and Path(task.template).is_file():
             found["template"] = Path(task.template).read_text()
         return dataclasses.replace(config, task=dataclasses.replace(task, **found))
-    if task.labels is None and not getattr(task, "regression", False):
-        found["labels"] = tuple(label_names(train, task.label))
+    if not getattr(task, "regression", False):
+        found["labels"] = labels = task.labels or class_names(train, task.label)
+        if task.class_weights is not None:
+            each = counts(class_numbers(train, task.label, labels), labels)
+            found["class_weights"] = class_weights(task.class_weights, each)
     if not isinstance(task, SequenceClassification) and task.side is None:
-        first = column(train.select([0]), task.image, "task.image")[0]
-        found["side"] = checkpoint_side(config.model) if isinstance(config.model, Pretrained) else image_side(first)
+        known = checkpoint_side(config.model) if isinstance(config.model, Pretrained) else None
+        found["side"] = known or first_side(train, task.image)
     return dataclasses.replace(config, task=dataclasses.replace(task, **found))
 
 

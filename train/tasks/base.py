@@ -56,14 +56,19 @@ class Task(Protocol):
         ...
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, smoothing: float = 0.0, weights: jax.Array | None = None
+) -> jax.Array:
     """The loss of each label, float32 [...], from logits [..., classes].
 
     With smoothing (Szegedy et al. 2015, section 7) the label has the probability 1 - smoothing, and all classes share
-    the rest.
+    the rest. With weights, [classes], each class's part of this is weighted by its own, as in PyTorch.
     """
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if weights is not None:
+        losses = losses * weights[labels]
     if not smoothing:
         return losses
-    return (1 - smoothing) * losses - smoothing * jax.nn.log_softmax(logits).mean(axis=-1)
+    each = jax.nn.log_softmax(logits)
+    return (1 - smoothing) * losses - smoothing * (each if weights is None else each * weights).mean(axis=-1)

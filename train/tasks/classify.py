@@ -1,4 +1,4 @@
-"""Classification: what texts and images share, and the two tasks."""
+"""Classification and regression: losses and figures, and the tasks on texts."""
 
 from __future__ import annotations
 
@@ -9,24 +9,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._paths import nearest
 from train import metrics
 from train.batches import Batch, Examples, Ragged
-from train.config import ConfigError, Domain, ImageClassification, SequenceClassification
-from train.data import Table, column, texts
+from train.config import SequenceClassification
+from train.data import Table, texts
 from train.tasks.base import Measured, cross_entropy
+from train.tasks.labels import class_numbers, targets, weight_vector
 
 
 class Classification:
-    """One of several classes: cross entropy, accuracy, F1 and Matthews' correlation."""
+    """One of several classes: cross entropy, accuracy, F1 and Matthews' correlation.
+
+    Attributes:
+      labels: the names of the classes.
+      weights: of the classes in the loss, float32 [classes], or None; figures do not know them.
+    """
 
     primary = "accuracy"
     higher_is_better = True
+    labels: Sequence[str] = ()
+    weights: np.ndarray | None = None
 
     def loss(self, outputs: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-        """Cross entropy; ``outputs`` are logits [batch, classes]."""
-        losses = cross_entropy(outputs, jnp.asarray(batch["label"]), smoothing)
-        return losses.sum(), jnp.float32(losses.size)
+        """Cross entropy; ``outputs`` are logits [batch, classes]. Weighted examples count as much as they weigh."""
+        labels = jnp.asarray(batch["label"])
+        if self.weights is None:
+            losses = cross_entropy(outputs, labels, smoothing)
+            return losses.sum(), jnp.float32(losses.size)
+        weights = jnp.asarray(self.weights)
+        return cross_entropy(outputs, labels, smoothing, weights).sum(), weights[labels].sum()
 
     def measure(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         return {"outputs": outputs.astype(jnp.float32), "label": jnp.asarray(batch["label"])}
@@ -66,6 +77,7 @@ class Texts:
 
     def __init__(self, config: SequenceClassification, labels: Sequence[str], tokenizer: Any):
         self.config, self.labels, self.tokenizer = config, list(labels), tokenizer
+        self.weights = weight_vector(config.class_weights, labels)
         tokenizer.truncation_side = config.truncation
 
     def encode(self, table: Table) -> dict[str, Examples]:
@@ -73,8 +85,10 @@ class Texts:
         config = self.config
         pairs = None if config.pair is None else texts(table, config.pair, "task.pair")
         examples: dict[str, np.ndarray | Ragged] = dict(self.tokens(texts(table, config.text, "task.text"), pairs))
-        raw = column(table, config.label, "task.label")
-        examples["label"] = _numbers(raw) if config.regression else class_numbers(raw, self.labels, config.label)
+        if config.regression:
+            examples["label"] = targets(table, config.label)
+        else:
+            examples["label"] = class_numbers(table, config.label, self.labels)
         return {"": examples}
 
     def tokens(self, first: Sequence[str], pairs: Sequence[str] | None = None) -> dict[str, Ragged]:
@@ -94,114 +108,3 @@ class TextClassification(Texts, Classification):
 
 class TextRegression(Texts, Regression):
     """A number for a text."""
-
-
-class Images(Classification):
-    """One of several classes for an image."""
-
-    def __init__(self, config: ImageClassification, labels: Sequence[str], channels: int, mean: Any, std: Any):
-        self.config, self.labels, self.channels = config, list(labels), channels
-        self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-
-    def encode(self, table: Table) -> dict[str, Examples]:
-        """``image`` in every domain, float32 [n, side, side, channels], normalized; and ``label``."""
-        config = self.config
-        assert config.side is not None
-        raw = column(table, config.image, "task.image")
-        plain = np.stack([_pixels(image, config.side, self.channels) for image in raw]) / config.brightest
-        labels = class_numbers(column(table, config.label, "task.label"), self.labels, config.label)
-        return {
-            name: {"image": self._normalized(in_domain(plain, domain)), "label": labels}
-            for name, domain in (config.domains or {"": Domain()}).items()
-        }
-
-    def _normalized(self, images: np.ndarray) -> np.ndarray:
-        return ((images - self._mean) / self._std).astype(np.float32)
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        return {"images": batch["image"]}
-
-
-def in_domain(images: np.ndarray, domain: Domain) -> np.ndarray:
-    """Images [n, height, width, channels] from 0 to 1, shown as ``domain`` shows them."""
-    images = np.rot90(images, domain.quarter_turns, axes=(1, 2))
-    return np.ascontiguousarray(1 - images if domain.invert else images)
-
-
-def image_side(image: Any) -> int:
-    """The side of a picture, or of a square image given as a flat list of its pixels."""
-    if hasattr(image, "convert"):
-        return max(image.size)
-    return round(_flat(image).size ** 0.5)
-
-
-def _pixels(image: Any, side: int, channels: int) -> np.ndarray:
-    """One image as float32 [side, side, channels] in its own range of brightness."""
-    if hasattr(image, "convert"):
-        image = image.convert("L" if channels == 1 else "RGB").resize((side, side))
-        return np.asarray(image, np.float32).reshape(side, side, channels)
-    pixels = _flat(image)
-    if pixels.size != side * side:
-        raise ConfigError(
-            f"task.image: an image has {pixels.size} pixels, expected {side} x {side}: numbers are not resized, "
-            "pictures are"
-        )
-    return np.repeat(pixels.reshape(side, side, 1), channels, axis=-1)
-
-
-def _flat(image: Any) -> np.ndarray:
-    """The pixels of an image that is given as numbers.
-
-    Raises:
-      ConfigError: if these are none, or not a square number of them.
-    """
-    try:
-        pixels = np.asarray(image, np.float32).ravel()
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"task.image: {image!r:.80} is no image; expected a picture, or its pixels") from error
-    if round(pixels.size**0.5) ** 2 != pixels.size:
-        raise ConfigError(f"task.image: an image has {pixels.size} pixels; expected a picture, or a square number")
-    return pixels
-
-
-def label_names(table: Table, label: str) -> list[str]:
-    """The names of the classes: as the data declares them, or the different labels in order."""
-    feature = table.features.get(label)
-    if hasattr(feature, "names"):
-        return list(feature.names)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-    return [_word(value) for value in sorted(set(column(table, label, "task.label")))]
-
-
-def class_numbers(raw: Sequence[Any], labels: Sequence[str], name: str) -> np.ndarray:
-    """Labels of the column ``name`` as class numbers, int32 [n]: by the classes' names, or numbers from 0 as they are.
-
-    Raises:
-      ConfigError: naming every label that is no class.
-    """
-    by_name = {label: i for i, label in enumerate(labels)}
-    words = [_word(value) for value in raw]
-    # Numbers may themselves be names ("3" and "7"): then the names decide.
-    if not set(words) <= set(by_name) and all(word.isdigit() for word in words):
-        by_name = {str(i): i for i in range(len(labels))}
-    if wrong := sorted(set(words) - set(by_name)):
-        raise ConfigError(
-            f"task.label: the column {name!r} holds {', '.join(map(repr, wrong[:8]))}, which is no class"
-            f"{nearest(wrong[0], labels)}; expected one of {', '.join(labels)}, or its number from 0. "
-            "Pass --task.labels"
-        )
-    return np.asarray([by_name[word] for word in words], np.int32)
-
-
-def _word(value: Any) -> str:
-    """A label as text; 1.0, as some readers give whole numbers, is 1."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _numbers(raw: Sequence[Any]) -> np.ndarray:
-    try:
-        numbers = np.asarray([float(value) for value in raw], np.float32)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"task.label: {error}; a regression needs numbers") from error
-    if not np.isfinite(numbers).all():
-        raise ConfigError("task.label: a regression needs finite numbers; the column holds NaN or infinity")
-    return numbers

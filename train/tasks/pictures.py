@@ -1,0 +1,136 @@
+"""Pictures, and pixels given as numbers, as arrays of brightness: 0 is black, 1 is white."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from train.data import Table, column
+
+WHITE16 = 65535
+"""White in a picture of 16 bits a pixel."""
+
+
+class Unreadable(ValueError):
+    """A value that cannot be shown; the message says why."""
+
+
+class Picture(NamedTuple):
+    """A picture of a file.
+
+    Attributes:
+      image: upright, its first frame.
+      animated: whether there are more.
+    """
+
+    image: Image.Image
+    animated: bool
+
+
+def stored(table: Table, name: str) -> list[Any]:
+    """The images of a column as they are stored, so that each can be opened by itself."""
+    if not isinstance(table.features.get(name), datasets.Image):
+        return column(table, name, "task.image")
+    raw: Any = table.cast_column(name, datasets.Image(decode=False))
+    return column(raw, name, "task.image")
+
+
+def opened(value: Any) -> Picture | np.ndarray:
+    """A picture, or pixels as float32 [side * side], [side, side] or [side, side, channels].
+
+    Args:
+      value: a path, the content of a file, both as `datasets` keeps them (``{"path": ..., "bytes": ...}``), or numbers.
+
+    Raises:
+      Unreadable: if it is none of these, or the file is not there, damaged or of no known format.
+    """
+    if isinstance(value, str | bytes | Mapping):
+        return _from_file(value)
+    try:
+        pixels = np.asarray(value, np.float32)
+    except (TypeError, ValueError) as error:
+        raise Unreadable(f"{value!r:.80} is no image; expected a picture, or its pixels") from error
+    side = side_of(pixels)
+    if pixels.shape[:2] not in ((side * side,), (side, side)) or pixels.ndim > 3 or side == 0:
+        shape = " x ".join(map(str, pixels.shape))
+        raise Unreadable(
+            f"{shape} pixels are no square image; expected side * side numbers, or as many rows as columns"
+        )
+    return pixels
+
+
+def side_of(image: Picture | np.ndarray) -> int:
+    """The longer side of a picture, or the side of a square one of numbers, in pixels."""
+    if isinstance(image, Picture):
+        return max(image.image.size)
+    return image.shape[0] if image.ndim > 1 else math.isqrt(image.size)
+
+
+def shown(image: Picture | np.ndarray, side: int, channels: int, brightest: float) -> np.ndarray:
+    """An image as float32 [side, side, channels], from 0 to 1.
+
+    A picture is resized, whatever its shape, by Pillow's bicubic filter. What is transparent in it is white, as where
+    pages show it. Its white is that of its format: 255, or 65535 for 16 bits.
+
+    Args:
+      image: as `opened` gives it.
+      brightest: the white of numbers, and of pictures in 32 bits or floats, whose formats have none.
+
+    Raises:
+      Unreadable: if numbers are of another size, or beyond the range from 0 to ``brightest``.
+    """
+    if isinstance(image, np.ndarray):
+        return _of_numbers(image, side, channels, brightest)
+    picture = image.image
+    if picture.mode.startswith(("I", "F")):  # of these Pillow's `convert` would cut off all above 255
+        levels = np.asarray(picture).astype(np.float32)
+        deep = Image.fromarray(_scaled(levels, WHITE16 if picture.mode.startswith("I;16") else brightest))
+        resized = np.asarray(deep.resize((side, side))).clip(0, 1)  # bicubic filters overshoot
+        return np.repeat(resized[..., None], channels, axis=-1)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("L" if channels == 1 else "RGB").resize((side, side))
+    return np.asarray(picture, np.float32).reshape(side, side, channels) / 255
+
+
+def _from_file(value: str | bytes | Mapping[str, Any]) -> Picture:
+    if isinstance(value, Mapping):
+        path, content = value.get("path"), value.get("bytes")
+    else:
+        path, content = (value, None) if isinstance(value, str) else (None, value)
+    if content is None and not path:
+        raise Unreadable("neither a file nor its content")
+    try:
+        with Image.open(str(path) if content is None else io.BytesIO(content)) as image:
+            animated = getattr(image, "is_animated", False)
+            image.load()
+            return Picture(ImageOps.exif_transpose(image), animated)
+    except FileNotFoundError as error:
+        raise Unreadable(f"there is no file at {path}; a path is absolute, or starts where the program runs") from error
+    except Exception as error:  # Pillow's plugins raise what they like of a damaged file
+        unknown = isinstance(error, UnidentifiedImageError)
+        what = "no picture of a format that Pillow reads" if unknown else str(error) or type(error).__name__
+        raise Unreadable(f"{path}: {what}" if path else what) from error
+
+
+def _of_numbers(pixels: np.ndarray, side: int, channels: int, brightest: float) -> np.ndarray:
+    grid = pixels.reshape(side_of(pixels), side_of(pixels), -1)
+    if grid.shape[0] != side or grid.shape[2] not in (1, channels):
+        got = " x ".join(map(str, grid.shape))
+        raise Unreadable(f"{got} pixels, expected {side} x {side} x {channels}: numbers are not resized, pictures are")
+    return np.repeat(_scaled(grid, brightest), channels // grid.shape[2], axis=-1)
+
+
+def _scaled(levels: np.ndarray, white: float) -> np.ndarray:
+    least, most = levels.min(), levels.max()
+    if least < 0 or not most <= white:  # NaN is not either
+        way = f"; pass --task.brightest {most:g}" if least >= 0 and math.isfinite(most) else ""
+        raise Unreadable(f"pixels from {least:g} to {most:g}, expected 0 to task.brightest = {white:g}{way}")
+    return levels / white

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jlora import LoraConfig
 from tests.runs import program
 from train import data
-from train.config import ConfigError, DataConfig, ImageClassification
+from train.config import ConfigError, DataConfig, ImageClassification, Pretrained, TrainConfig
 from train.data import Table
-from train.tasks import pictures
+from train.networks import make_network
+from train.tasks import make_task, pictures
 from train.tasks.images import Images, blank, first_side
 from train.tasks.labels import class_names, class_numbers
 from train.tasks.pictures import Picture, Unreadable, opened, shown
@@ -73,6 +75,10 @@ KINDS: dict[str, tuple[bytes, np.ndarray]] = {
     "1-bit": (file(Image.fromarray(BITS)), np.repeat(BITS[..., None], 3, axis=-1).astype(float)),
     "16-bit png": (file(Image.fromarray(DEEP)), np.repeat(DEEP[..., None], 3, axis=-1) / 65535),
     "16-bit tiff": (file(Image.fromarray(DEEP), "TIFF"), np.repeat(DEEP[..., None], 3, axis=-1) / 65535),
+    "16-bit png, one transparent": (
+        file(Image.fromarray(DEEP), transparency=int(DEEP[0, 0])),
+        np.repeat(np.where(DEEP == DEEP[0, 0], 65535, DEEP)[..., None], 3, axis=-1) / 65535,
+    ),
     "transparent": (
         file(Image.fromarray(np.dstack([COLOUR, ALPHA]))),
         on_white(COLOUR.astype(float), ALPHA[..., None].astype(float)),
@@ -350,6 +356,25 @@ def test_images_of_one_colour_are_counted():
     flat[1, 2, 2, 1] = 0.4
     flat[2] = [0.1, 0.2, 0.3]
     assert blank(flat) == 2
+
+
+@pytest.mark.parametrize(
+    "says", [{}, {"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}, {"do_rescale": True}]
+)
+def test_a_checkpoint_gets_the_pixels_that_its_preprocessor_makes(tmp_path, says):
+    """value * rescale_factor, less the mean, by the standard deviation; and what it leaves out is left out."""
+    vit = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "image_size": 8, "patch_size": 4, **vit}))
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.5, 0.6]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std, **says}))
+    config = TrainConfig(
+        "vit", ImageClassification(labels=("a", "b"), side=8), Pretrained(str(tmp_path)), DataConfig("x"), LoraConfig()
+    )
+    found: Any = make_task(config, make_network(config)).encode(table([KINDS["colour"][0]]))[""]["image"]
+    expected = COLOUR * (says.get("rescale_factor", 1 / 255) if says.get("do_rescale", True) else 1)
+    if says.get("do_normalize", True):
+        expected = (expected - mean) / std
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-5)
 
 
 # Folders and files of pictures

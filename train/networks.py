@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import jlora
@@ -200,9 +201,13 @@ def checkpoint_side(config: Pretrained) -> int:
 
 
 def _preprocessor(config: Pretrained) -> dict[str, Any]:
-    """How a checkpoint of images wants its pixels: mean and standard deviation of each channel."""
+    """How a checkpoint wants its pixels: mean and standard deviation of each channel, of values from 0 to 1."""
     found = read_settings(config, "preprocessor_config.json")
-    return {"channels": 3, "mean": found.get("image_mean", 0.5), "std": found.get("image_std", 0.5)}
+    normalized = found.get("do_normalize", True)
+    mean, std = (found.get("image_mean", 0.5), found.get("image_std", 0.5)) if normalized else (0.0, 1.0)
+    # Its own are of values from 0 to 255 times its factor.
+    white = 255 * found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 255
+    return {"channels": 3, "mean": np.divide(mean, white), "std": np.divide(std, white)}
 
 
 def read_settings(config: Pretrained, name: str) -> dict[str, Any]:

@@ -90,8 +90,10 @@ def shown(image: Picture | np.ndarray, side: int, channels: int, brightest: floa
     picture = image.image
     if picture.mode.startswith(("I", "F")):  # of these Pillow's `convert` would cut off all above 255
         levels = np.asarray(picture).astype(np.float32)
-        deep = Image.fromarray(_scaled(levels, WHITE16 if picture.mode.startswith("I;16") else brightest))
-        resized = np.asarray(deep.resize((side, side))).clip(0, 1)  # bicubic filters overshoot
+        scaled = _scaled(levels, WHITE16 if picture.mode.startswith("I;16") else brightest)
+        if (transparent := picture.info.get("transparency")) is not None:
+            scaled[levels == transparent] = 1
+        resized = np.asarray(Image.fromarray(scaled).resize((side, side))).clip(0, 1)  # bicubic filters overshoot
         return np.repeat(resized[..., None], channels, axis=-1)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")

@@ -317,11 +317,11 @@ def learnt_words(examples: batches.Examples, row: int = 0) -> list[str]:
 
 def test_only_the_completion_is_learnt(work):
     task = language_model(work, prompt="q", completion="a")
-    examples = task.encode(rows_of(q=["1 + 1 ="], a=["2"]))[""]
+    examples = task.encode(rows_of(q=["1 + 1 ="], a=[" 2"]))[""]
     assert [tiny.VOCABULARY[i] for i in examples["input_ids"][0]] == ["[CLS]", "1", "+", "1", "=", "2", "[SEP]"]
     assert learnt_words(examples) == ["2", "[SEP]"]
     whole = language_model(work, prompt="q", completion="a", learn_prompt=True)
-    assert len(learnt_words(whole.encode(rows_of(q=["1 + 1 ="], a=["2"]))[""])) == 7
+    assert len(learnt_words(whole.encode(rows_of(q=["1 + 1 ="], a=[" 2"]))[""])) == 7
 
 
 def test_only_what_the_assistant_says_is_learnt(work):
@@ -334,7 +334,7 @@ def test_only_what_the_assistant_says_is_learnt(work):
     assert learnt_words(examples) == ["2", "<end>", "lovely", "<end>"]
     assert tiny.VOCABULARY[examples["input_ids"][0][0]] == "[UNK]"  # <system>, which the tokenizer does not know
     changing = "{% for m in messages %}{{ loop.length }} {{ m['content'] }} {% endfor %}"
-    with pytest.raises(ConfigError, match="template changes earlier messages"):
+    with pytest.raises(ConfigError, match="generation prompt ends in .*1 1 .* goes on with .*2 1 "):
         language_model(work, messages="m", template=changing).encode(rows_of(m=[talk]))
     bare = load_tokenizer(str(work / "encoder"))
     with pytest.raises(ConfigError, match="has no chat template"):
@@ -345,7 +345,7 @@ def test_packed_examples_have_the_loss_that_they_have_alone(work):
     """One row of several segments, or a row for each: the same summed loss over as many learnt tokens."""
     model: Any
     model, params = models.load(work / "decoder")
-    table = rows_of(q=["1 + 1 =", "the film", "2 + 3 ="], a=["2", "a lovely film", "5"])
+    table = rows_of(q=["1 + 1 =", "the film", "2 + 3 ="], a=[" 2", " a lovely film", " 5"])
     found = {}
     for pack in (False, True):
         task = language_model(work, prompt="q", completion="a", pack=pack, max_length=32)
@@ -358,11 +358,12 @@ def test_packed_examples_have_the_loss_that_they_have_alone(work):
     assert found[False][1] == pytest.approx(found[True][1], rel=1e-5)
 
 
-def test_examples_without_a_token_to_learn_are_left_out_and_said(work, capsys):
+def test_examples_without_a_token_to_learn_are_left_out_and_counted(work):
     task = language_model(work, prompt="q", completion="a", max_length=4)
-    examples = task.encode(rows_of(q=["1 + 1 =", "1"], a=["2", "3"]))[""]
+    examples = task.encode(rows_of(q=["1 + 1 =", "1"], a=[" 2", " 3"]))[""]
     assert batches.size(examples) == 1
-    assert "left out 1 of 2 examples: no token to learn within 4 tokens" in capsys.readouterr().out
+    cut = batches.cut_of(examples)
+    assert cut is not None and (cut.examples, cut.cut, cut.dropped, cut.lost, cut.tokens) == (2, 1, 1, 2, 4)
     with pytest.raises(ConfigError, match="none of the 1 examples has a token to learn"):
         task.encode(rows_of(q=["1 + 1 ="], a=["2"]))
 

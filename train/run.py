@@ -171,6 +171,7 @@ def figures(
         "metrics": measured,
         "differing_predictions": {f"{one}_vs_{two}": differing(one, two) for one, two in pairs if one in models},
         "examples": {name: size(examples) for name, examples in job.test.items()},
+        "cut": {name: cut._asdict() for name, cut in job.cuts.items()},
         "steps": position.step,
         "kept_step": (position.best_step if config.keep == "best" else None) or position.step,
         "trainable": job.plan.trainable,

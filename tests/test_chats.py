@@ -227,8 +227,8 @@ MARKED: dict[str, dict[str, str | list[str]]] = {
     "mistral": {
         "single": "<s>[INST] 2+2?[/INST]⟦ 4</s>⟧",
         "multi": "<s>[INST] 2+2?[/INST]⟦ 4</s>⟧[INST] 3+2?[/INST]⟦ It is 5</s>⟧",
-        # Shown while the question is the last message, and no longer when it is answered.
-        "system": r"generation prompt ends in 'Be brief.*goes on with '2\+2\?\[/INST\] 4</s>'.*--task.template",
+        # The template shows it while the question is the last message, and no longer when it is answered.
+        "system": "<s>[INST] Be brief\n\n2+2?[/INST]⟦ 4</s>⟧",
         "tools": f"<s>[AVAILABLE_TOOLS] [{TOOL_TEXT}][/AVAILABLE_TOOLS][INST] 2+2?[/INST]"
         '⟦[TOOL_CALLS] [{"name": "add", "arguments": {"a": 2}, "id": "c1"}]</s>⟧'
         '[TOOL_RESULTS] {"content": 4, "call_id": "c1"}[/TOOL_RESULTS]⟦ It is 4</s>⟧',
@@ -478,6 +478,19 @@ def test_a_tool_that_moves_to_the_last_question_is_learnt_where_it_was():
     assert found[0] == MARKED["mistral"]["tools"]
     assert len(found) == 2 and found[1].endswith("[INST] 3+2?[/INST]⟦ 5</s>⟧") and found[1].count("⟦") == 1
     assert found[1].count("[AVAILABLE_TOOLS]") == 1
+
+
+def test_a_system_message_that_moves_to_the_last_question_is_learnt_where_it_was():
+    """Mistral's: each answer after the prompt that it is generated from, also where it repeats its question."""
+    talk = [SYSTEM, user("2+2?"), assistant("2+2?[/INST] is 4"), user("2+2?"), assistant("4")]
+    tokenizer = chat_tokenizer("mistral")
+    assert [shown(one) for one in turns(tokenizer, talk)] == [
+        "<s>[INST] Be brief\n\n2+2?[/INST]⟦ 2+2?[/INST] is 4</s>⟧",
+        "<s>[INST] 2+2?[/INST] 2+2?[/INST] is 4</s>[INST] Be brief\n\n2+2?[/INST]⟦ 4</s>⟧",
+    ]
+    for end in (2, 4):
+        (found,) = turns(tokenizer, talk[: end + 1])[-1:]
+        assert found.text[: found.spans[0][0]] == Chat(tokenizer).prompt(messages_of(talk[:end]))
 
 
 def test_what_comes_after_the_last_answer_is_not_needed():

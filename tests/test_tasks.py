@@ -105,6 +105,10 @@ def test_a_text_classifier_is_learnt_and_its_run_directory_is_whole(text_run):
         "config.json", "plan.txt", "metrics.jsonl", "checkpoints", "adapters", "summary.json", "run.lock", "SHA256SUMS",
     }  # fmt: skip
     assert f"trainable: {summary['trainable']:,} of {summary['total']:,}" in printed
+    for name, count in (("train", 64), ("validation", 20)):
+        cut = summary["cut"][name]
+        assert (cut["examples"], cut["cut"], cut["lost"]) == (count, 0, 0)
+        assert f"{name}: {count} examples of at most {cut['longest']} tokens, none is cut" in printed
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     kept = next(record for record in records if "epoch" in record and record["step"] == summary["kept_step"])
     assert kept["validation_accuracy"] == summary["metrics"]["adapted"]["validation"]["accuracy"]
@@ -333,9 +337,6 @@ def test_only_what_the_assistant_says_is_learnt(work):
     examples = task.encode(rows_of(m=[talk]))[""]
     assert learnt_words(examples) == ["2", "<end>", "lovely", "<end>"]
     assert tiny.VOCABULARY[examples["input_ids"][0][0]] == "[UNK]"  # <system>, which the tokenizer does not know
-    changing = "{% for m in messages %}{{ loop.length }} {{ m['content'] }} {% endfor %}"
-    with pytest.raises(ConfigError, match="generation prompt ends in .*1 1 .* goes on with .*2 1 "):
-        language_model(work, messages="m", template=changing).encode(rows_of(m=[talk]))
     bare = load_tokenizer(str(work / "encoder"))
     with pytest.raises(ConfigError, match="has no chat template"):
         LanguageModel(CausalLM(messages="m"), bare)
@@ -373,6 +374,8 @@ def test_a_language_model_learns_and_continues(language_run):
     figures = json.loads((folder / "summary.json").read_text())["metrics"]
     assert figures["adapted"]["validation"]["loss"] < 0.7 * figures["base"]["validation"]["loss"]
     assert "perplexity" in printed
+    cut = json.loads((folder / "summary.json").read_text())["cut"]["train"]
+    assert cut["lost"] == cut["ends"] == cut["dropped"] == 0 and cut["tokens"] > 20
     code, printed = program("generate", str(folder), "--prompt", "1 + 1 =", "--prompt", "2 +", "--max-new-tokens", "3")
     assert code == 0, printed
     assert [line for line in printed.splitlines() if line.startswith("> ")] == ["> 1 + 1 =", "> 2 +"]
@@ -528,20 +531,6 @@ def test_a_tokenizer_of_other_weights_is_refused(work, tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     code, printed = program(*text_flags(work), "--model.path", str(tmp_path), "--run-dir", str(tmp_path / "run"))
     assert code == 2 and "has no tokenizer that transformers can read" in printed
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "row 0 holds .*; expected a list of one or more"),
-        ([{"from": "human", "value": "a"}], "row 0 holds .*'from'.*expected a list"),
-        ([{"role": "user", "content": None}], "row 0 holds"),
-    ],
-)
-def test_messages_that_are_none_are_refused(work, messages, message):
-    task = language_model(work, messages="m")
-    with pytest.raises(ConfigError, match=message):
-        task.encode(rows_of(m=[messages]))
 
 
 def test_a_template_that_fails_is_told(work):

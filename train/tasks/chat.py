@@ -126,16 +126,32 @@ class Chat:
             return Marked(text, marked.spans[len(before) :])
         before = self._before(messages, tools)
         if not text.startswith(before):
-            shared = len(os.path.commonprefix([text, before]))
-            raise ConfigError(
-                f"the chat template's generation prompt ends in {before[shared:][:80]!r} where its text of the "
-                f"assistant's message goes on with {text[shared:][:80]!r}, so that no answer is generated as it is "
-                "learnt. Pass a --task.template whose turns begin with its generation prompt, or which marks them "
-                "with {% generation %} and {% endgeneration %}; or --task.learn-prompt, which learns the text whole"
-            )
+            text = self._following(before, messages, text, tools)
         # A turn ends with its end token, after which nothing is generated; templates often begin a new line there.
         closed = text.rstrip()
         return Marked(text, [(len(before), len(closed) if closed.endswith(self._special) else len(text))])
+
+    def _following(self, before: str, messages: Sequence[Message], text: str, tools: Sequence[Any] | None) -> str:
+        """The prompt ``before`` and what follows it, where ``text`` shows what is earlier in it otherwise.
+
+        Both have the message before the turn, and the generation prompt behind it. (Mistral's template shows the system
+        message in front of a question that is the last message, and no longer when it is answered.)
+        """
+        *earlier, turn = messages
+        asked = earlier[-1].get("content") if earlier else None
+        if isinstance(asked, str) and (asked := asked.strip()) in before:
+            end = before[before.rindex(asked) :]
+            # Sought where the answer is another: it may repeat the question.
+            at = self._render([*earlier, turn | {"content": _PROBES[0]}], tools).rfind(end)
+            if at >= 0 and text[at:].startswith(end):
+                return before + text[at + len(end) :]
+        shared = len(os.path.commonprefix([text, before]))
+        raise ConfigError(
+            f"the chat template's generation prompt ends in {before[shared:][:80]!r} where its text of the assistant's "
+            f"message goes on with {text[shared:][:80]!r}, so that no answer is generated as it is learnt. Pass a "
+            "--task.template whose turns begin with its generation prompt, or which marks them with {% generation %} "
+            "and {% endgeneration %}; or --task.learn-prompt, which learns the text whole"
+        )
 
     def _before(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> str:
         """The text after which the last message is generated."""
@@ -219,7 +235,8 @@ class Chat:
                 value = message.get(key)
                 if not value or ((message["role"], key) in self._shown and _holds(own, value)):
                     continue
-                text = self._render([*messages[:i], message | {key: _probed(value)}, *messages[i + 1 :]], tools)
+                probed = [*messages[:i], message | {key: _probed(value)}, *messages[i + 1 :]]
+                text = self._turn(probed, tools).text if thoughts else self._render(probed, tools)
                 if not all(probe in text for probe in _PROBES[0 if thoughts else 1 :]):
                     raise ConfigError(
                         f"the chat template leaves out the {key!r} of message {i}, {message['role']!r}, or a part of "
@@ -250,7 +267,7 @@ def _probed(value: Any) -> Any:
     """A content, or calls, that can be recognized at its start and at its end."""
     one, two = _PROBES
     if isinstance(value, str):
-        return re.sub(r"^(\s*<think>)?", rf"\1{one}", value, count=1) + two
+        return re.sub(r"^(\s*<think>\s*)?", rf"\1{one}", value, count=1) + two
     if "text" in value[0]:
         return [{"type": "text", "text": one}, *value, {"type": "text", "text": two}]
     changed = _function(value[-1]) | {"name": one, "arguments": {two: two}}

@@ -694,6 +694,20 @@ def test_tokenizers_without_offsets_learn_the_same(kind):
             assert fast.learnt == by_prefix.learnt, (one, tokenizer.convert_ids_to_tokens(fast.tokens))
 
 
+def test_a_token_that_reaches_into_a_learnt_part_is_learnt():
+    """At its start and at its end, with offsets or without; so is a space that offsets leave out."""
+    tokenizer = wrapped("byte-level", eos="</s>")
+    assert tokenizer.tokenize("The answer")[0] == "The"
+    for fast in (tokenizer, slow(tokenizer)):
+        (found,) = tokenized([Marked("The answer", [(0, 2)])], fast)
+        assert found.learnt[:1] == [1] and not any(found.learnt[1:])
+        (found,) = tokenized([Marked("The answer", [(2, 10)])], fast)
+        assert all(found.learnt) and found.joined
+    trimmed = wrapped("trimmed", eos="</s>")
+    (found,) = tokenized([Marked(" \nThe", [(0, 5)])], trimmed)
+    assert trimmed.convert_ids_to_tokens(found.tokens)[0] == "Ġ" and all(found.learnt)
+
+
 def test_offsets_that_miss_characters_are_not_trusted():
     """Some tokenizers have told every token as empty; then the text's prefixes decide."""
     tokenizer = wrapped("byte-level", eos="</s>")

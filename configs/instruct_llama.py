@@ -7,7 +7,8 @@
     python -m train generate RUN --prompt "What is a low-rank update?"
     python -m train export RUN --to peft
 
-The data have a column `messages`, lists of `{"role": ..., "content": ...}`; only what the assistant says is learnt.
+The data have a column `messages`, lists of `{"role": ..., "content": ...}`, with tool calls and all that the chat
+template reads; only what the assistant says is learnt.
 Sequences are packed, so that no step computes padding, and none sees another. Any family that `jlora.models` has will
 do: Llama, Mistral, Qwen, Gemma.
 

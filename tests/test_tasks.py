@@ -109,6 +109,10 @@ def test_a_text_classifier_is_learnt_and_its_run_directory_is_whole(text_run):
         "SHA256SUMS",
     }  # fmt: skip
     assert f"trainable: {summary['trainable']:,} of {summary['total']:,}" in printed
+    for name, count in (("train", 64), ("validation", 20)):
+        cut = summary["cut"][name]
+        assert (cut["examples"], cut["cut"], cut["lost"]) == (count, 0, 0)
+        assert f"{name}: {count} examples of at most {cut['longest']} tokens, none is cut" in printed
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     kept = next(record for record in records if "epoch" in record and record["step"] == summary["kept_step"])
     assert kept["validation_accuracy"] == summary["metrics"]["adapted"]["validation"]["accuracy"]
@@ -306,11 +310,11 @@ def learnt_words(examples: batches.Examples, row: int = 0) -> list[str]:
 
 def test_only_the_completion_is_learnt(work):
     task = language_model(work, prompt="q", completion="a")
-    examples = task.encode(rows_of(q=["1 + 1 ="], a=["2"]))[""]
+    examples = task.encode(rows_of(q=["1 + 1 ="], a=[" 2"]))[""]
     assert [tiny.VOCABULARY[i] for i in examples["input_ids"][0]] == ["[CLS]", "1", "+", "1", "=", "2", "[SEP]"]
     assert learnt_words(examples) == ["2", "[SEP]"]
     whole = language_model(work, prompt="q", completion="a", learn_prompt=True)
-    assert len(learnt_words(whole.encode(rows_of(q=["1 + 1 ="], a=["2"]))[""])) == 7
+    assert len(learnt_words(whole.encode(rows_of(q=["1 + 1 ="], a=[" 2"]))[""])) == 7
 
 
 def test_only_what_the_assistant_says_is_learnt(work):
@@ -322,9 +326,6 @@ def test_only_what_the_assistant_says_is_learnt(work):
     examples = task.encode(rows_of(m=[talk]))[""]
     assert learnt_words(examples) == ["2", "<end>", "lovely", "<end>"]
     assert tiny.VOCABULARY[examples["input_ids"][0][0]] == "[UNK]"  # <system>, which the tokenizer does not know
-    changing = "{% for m in messages %}{{ loop.length }} {{ m['content'] }} {% endfor %}"
-    with pytest.raises(ConfigError, match="template changes earlier messages"):
-        language_model(work, messages="m", template=changing).encode(rows_of(m=[talk]))
     bare = load_tokenizer(str(work / "encoder"))
     with pytest.raises(ConfigError, match="has no chat template"):
         LanguageModel(CausalLM(messages="m"), bare)
@@ -334,7 +335,7 @@ def test_packed_examples_have_the_loss_that_they_have_alone(work):
     """One row of several segments, or a row for each: the same summed loss over as many learnt tokens."""
     model: Any
     model, params = models.load(work / "decoder")
-    table = rows_of(q=["1 + 1 =", "the film", "2 + 3 ="], a=["2", "a lovely film", "5"])
+    table = rows_of(q=["1 + 1 =", "the film", "2 + 3 ="], a=[" 2", " a lovely film", " 5"])
     found = {}
     for pack in (False, True):
         task = language_model(work, prompt="q", completion="a", pack=pack, max_length=32)
@@ -347,11 +348,12 @@ def test_packed_examples_have_the_loss_that_they_have_alone(work):
     assert found[False][1] == pytest.approx(found[True][1], rel=1e-5)
 
 
-def test_examples_without_a_token_to_learn_are_left_out_and_said(work, capsys):
+def test_examples_without_a_token_to_learn_are_left_out_and_counted(work):
     task = language_model(work, prompt="q", completion="a", max_length=4)
-    examples = task.encode(rows_of(q=["1 + 1 =", "1"], a=["2", "3"]))[""]
+    examples = task.encode(rows_of(q=["1 + 1 =", "1"], a=[" 2", " 3"]))[""]
     assert batches.size(examples) == 1
-    assert "left out 1 of 2 examples: no token to learn within 4 tokens" in capsys.readouterr().out
+    cut = batches.cut_of(examples)
+    assert cut is not None and (cut.examples, cut.cut, cut.dropped, cut.lost, cut.tokens) == (2, 1, 1, 2, 4)
     with pytest.raises(ConfigError, match="none of the 1 examples has a token to learn"):
         task.encode(rows_of(q=["1 + 1 ="], a=["2"]))
 
@@ -361,6 +363,8 @@ def test_a_language_model_learns_and_continues(language_run):
     figures = json.loads((folder / "summary.json").read_text())["metrics"]
     assert figures["adapted"]["validation"]["loss"] < 0.7 * figures["base"]["validation"]["loss"]
     assert "perplexity" in printed
+    cut = json.loads((folder / "summary.json").read_text())["cut"]["train"]
+    assert cut["lost"] == cut["ends"] == cut["dropped"] == 0 and cut["tokens"] > 20
     code, printed = program("generate", str(folder), "--prompt", "1 + 1 =", "--prompt", "2 +", "--max-new-tokens", "3")
     assert code == 0, printed
     assert [line for line in printed.splitlines() if line.startswith("> ")] == ["> 1 + 1 =", "> 2 +"]
@@ -523,20 +527,6 @@ def test_a_tokenizer_of_other_weights_is_refused(work, tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     code, printed = program(*text_flags(work), "--model.path", str(tmp_path), "--run-dir", str(tmp_path / "run"))
     assert code == 2 and "has no tokenizer that transformers can read" in printed
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "row 0 holds .*; expected a list of one or more"),
-        ([{"from": "human", "value": "a"}], "row 0 holds .*'from'.*expected a list"),
-        ([{"role": "user", "content": None}], "row 0 holds"),
-    ],
-)
-def test_messages_that_are_none_are_refused(work, messages, message):
-    task = language_model(work, messages="m")
-    with pytest.raises(ConfigError, match=message):
-        task.encode(rows_of(m=[messages]))
 
 
 def test_a_template_that_fails_is_told(work):

@@ -12,18 +12,24 @@ from typing import TypeAlias
 
 import numpy as np
 
+from train.cuts import Cut
+
 
 class Ragged(list[np.ndarray]):
     """A column of arrays [length] whose lengths differ; in a batch they are filled up with ``fill``.
 
     Attributes:
       fill: the value behind the end, or before the start where ``left``.
+      cut: what was cut of them, where they are texts that were.
     """
 
-    def __init__(self, values: Sequence[Sequence[int] | np.ndarray], fill: int, *, left: bool = False):
+    def __init__(
+        self, values: Sequence[Sequence[int] | np.ndarray], fill: int, *, left: bool = False, cut: Cut | None = None
+    ):
         super().__init__(np.asarray(value, np.int32) for value in values)
         self.fill = fill
         self.left = left
+        self.cut = cut
 
 
 Examples: TypeAlias = Mapping[str, np.ndarray | Ragged]
@@ -39,6 +45,11 @@ def lengths(examples: Examples) -> np.ndarray | None:
     """The length of every example, int [n]; None when no column is ragged."""
     ragged = next((column for column in examples.values() if isinstance(column, Ragged)), None)
     return None if ragged is None else np.array([len(value) for value in ragged])
+
+
+def cut_of(examples: Examples) -> Cut | None:
+    """What was cut of texts; None for examples that are none."""
+    return next((one.cut for one in examples.values() if isinstance(one, Ragged) and one.cut is not None), None)
 
 
 def quarters(max_length: int) -> tuple[int, ...]:

@@ -300,12 +300,28 @@ def _across(config: TrainConfig) -> Iterator[str]:
                 f"task: got messages={task.messages!r}, prompt={task.prompt!r}, completion={task.completion!r}, "
                 f"text={task.text!r}; expected the columns of one way: messages, or prompt and completion, or text"
             )
+        yield from _across_chat(task)
         if config.mode == "head":
             yield "mode: got 'head', expected 'lora' or 'full': a language model gets no new head; pass --mode lora"
     if isinstance(task, SequenceClassification) and task.regression and task.labels is not None:
         yield "task.labels: got names, expected None: a regression has a number for its label"
     if isinstance(task, SequenceClassification) and task.regression and task.class_weights is not None:
         yield "task.class_weights: got weights, expected None: a regression has no classes"
+
+
+def _across_chat(task: CausalLM) -> Iterator[str]:
+    if task.chat and task.text is not None:
+        yield (
+            "task.chat: got True with task.text, expected False: a plain text is learnt as it is; pass --task.no-chat, "
+            "or messages, or prompt and completion"
+        )
+    if task.messages is None and not task.chat:
+        for name in ("system", "template", "tools"):
+            if (value := getattr(task, name)) is not None:
+                yield (
+                    f"task.{name}: got {value!r:.80} without a chat, expected None; pass --task.chat with prompt and "
+                    f"completion, or --task.{name} None"
+                )
 
 
 def _across_computing(compute: ComputeConfig, processes: ProcessesConfig) -> Iterator[str]:

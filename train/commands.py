@@ -145,10 +145,10 @@ def generate(
 
 
 def _ends(run: Run) -> list[int] | None:
-    """The tokens after which an answer has ended: the tokenizer's, and those that the checkpoint generates until."""
-    assert isinstance(run.config.model, Pretrained)
+    """The tokens after which an answer has ended: those of its task, and those that the checkpoint generates until."""
+    assert isinstance(run.config.model, Pretrained) and isinstance(run.task, LanguageModel)
     stated = read_settings(run.config.model, "generation_config.json").get("eos_token_id")
-    found = {run.network.tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])} - {None}
+    found = {*run.task.ends, *(stated if isinstance(stated, list) else [stated])} - {None}
     return sorted(found) or None
 
 

@@ -47,7 +47,7 @@ class SequenceClassification:
         scikit-learn's, examples / (labels * examples of the label). The loss is a weighted mean, as PyTorch's; figures
         on the validation examples, their loss too, are not weighted.
       regression: whether the label is a number to be predicted (mean squared error).
-      max_length: tokens of a text, at most; longer ones are cut.
+      max_length: tokens of a text, at most; longer ones are cut, and told.
       truncation: the side on which they are cut.
     """
 
@@ -65,24 +65,35 @@ class SequenceClassification:
 class CausalLM:
     """Continue a text: supervised fine-tuning of a language model.
 
-    An example is one of: ``messages`` (a list of ``{"role", "content"}``), of which the assistant's are learnt; a
+    An example is one of: ``messages``, of which the assistant's are learnt, each with the token that ends it; a
     ``prompt`` and its ``completion``, which is learnt and follows it without a space between; or plain ``text``, learnt
-    whole.
+    whole. What is learnt is decided by characters: a token that holds any character of an answer is learnt. Prompts and
+    texts have one begin and one end token, if the tokenizer has them; a chat template writes its own.
+
+    Messages are ``{"role", "content"}``, with all that the template reads beside: ``tool_calls``, ``name``,
+    ``reasoning_content``. A content is a text, or ``[{"type": "text", "text"}]``: several are joined by a newline for
+    templates that take texts alone. Keys without a value are dropped. Where a template marks what is learnt by
+    ``{% generation %}``, that is learnt; elsewhere the text that follows its generation prompt, up to the end token.
+    A template that shows earlier turns otherwise than they are generated (without their thinking) makes several
+    examples of a conversation, so that each turn is learnt where it is generated. What a template would leave out is
+    refused.
 
     Attributes:
       messages, prompt, completion, text: columns; give messages, or prompt and completion, or text.
-      system: what the system message says, or None for none; used with ``chat``.
+      tools: a column of tools for the chat template: lists of JSON schemas, or their JSON.
+      system: the system message of conversations that have none, or None for none.
       chat: whether prompt and completion are put into the tokenizer's chat template; messages always are.
       template: a chat template (Jinja), or a file with one, to use instead of the tokenizer's; or None.
-      learn_prompt: learn the prompts and the others' messages too.
+      learn_prompt: learn the prompts and the others' messages too: a conversation whole, as the template shows it.
       pack: put several examples into one sequence of ``max_length`` tokens; none sees another.
-      max_length: tokens of a sequence, at most; what is longer is cut on the right.
+      max_length: tokens of a sequence, at most; what is longer is cut on the right, and told.
     """
 
     messages: str | None = None
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
+    tools: str | None = None
     system: str | None = None
     chat: bool = False
     template: str | None = None

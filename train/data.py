@@ -132,7 +132,7 @@ def read(source: str, cache_dir: Path, field: str, *, found: str | None = None, 
         raise ConfigError(
             f"{field}: {account.source} has no column `split`, by which :{account.split} would choose rows"
         )
-    chosen = [i for i, value in enumerate(_values(table, "split")) if value == account.split]
+    chosen = [i for i, value in enumerate(cells(table, "split")) if value == account.split]
     if not chosen:
         raise ConfigError(f"{field}: {account.source} has no row whose split is {account.split!r}")
     return table.keep(chosen, "of other splits")
@@ -164,7 +164,7 @@ def column(table: Table, name: str, field: str) -> list[Any]:
             f"{field}: the data has no column {name!r}{nearest(name, table.column_names)}; {source} has "
             f"{', '.join(table.column_names)}; {advice}"
         )
-    values, empty = _values(table, name), "" if field == "task.label" else None
+    values, empty = cells(table, name), "" if field == "task.label" else None
     if missing := [i for i, value in enumerate(values) if _is_missing(value, empty)]:
         raise ConfigError(
             f"{field}: {len(missing)} of {len(values)} values of the column {name!r} are missing, in "
@@ -209,7 +209,7 @@ def _refuse(table: Table, name: str, field: str, row: int, value: Any, advice: s
     )
 
 
-def _values(table: datasets.Dataset, name: str) -> list[Any]:
+def cells(table: datasets.Dataset, name: str) -> list[Any]:
     if not isinstance(table.features[name], datasets.Json):
         return table[name][:]
     # datasets decodes JSON with a parser that rounds numbers.

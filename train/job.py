@@ -12,14 +12,15 @@ import numpy as np
 
 import jlora
 from jlora._paths import named_leaves
-from train.batches import Examples, batch_of, lengths, quarters, size
+from train.batches import Examples, batch_of, cut_of, lengths, quarters, size
 from train.checks import validate_for
 from train.config import ConfigError, FitConfig, TrainConfig
+from train.cuts import Cut, line
 from train.data import Account, Table, load
 from train.keys import random_key
 from train.networks import Network, check_tokens, make_network, what_to_train
 from train.parallel import Layout, Mesh, make_layout
-from train.processes import check_same
+from train.processes import check_same, say
 from train.progress import Pace
 from train.store import flat, to_json
 from train.tasks import Task, make_task, resolved
@@ -91,6 +92,12 @@ class Job:
         """The figure that counts on the examples of a domain, and its sign: 1 if more is better, else -1."""
         return f"{domain}_{self.task.primary}", 1 if self.task.higher_is_better else -1
 
+    @property
+    def cuts(self) -> dict[str, Cut]:
+        """What was cut of each set of texts."""
+        found = {"train": cut_of(self.learnt)} | {name: cut_of(examples) for name, examples in self.test.items()}
+        return {name: cut for name, cut in found.items() if cut is not None}
+
     def pace(self, fit: FitConfig, examples: Examples) -> Pace:
         """When something is due in a training on some examples."""
         return Pace.of(
@@ -125,6 +132,8 @@ def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
     uses, plan = plan_of(config, network, task.inputs(batch_of(learnt, np.arange(1), buckets)))
     data = {name: table.account for name, table in tables.items() if table.account is not None}
     job = Job(config, network, task, layout, train, test, data, buckets, uses, plan)
+    for name, cut in job.cuts.items():
+        say(line(name, cut))
     if isinstance(layout, Mesh):
         layout.shardings(job.shapes)  # refused here, before there is a run directory
     told = {name: value for name, value in flat(to_json(config)).items() if name.split(".")[0] not in OWN}

@@ -180,6 +180,7 @@ def figures(
         "data": job.accounts,
         "labels": job.label_counts,
         "blank_images": job.blank_images,
+        "cut": {name: cut._asdict() for name, cut in job.cuts.items()},
         "steps": position.step,
         "kept_step": (position.best_step if config.keep == "best" else None) or position.step,
         "trainable": job.plan.trainable,

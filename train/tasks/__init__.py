@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.config import CausalLM, Pretrained, SequenceClassification, TrainConfig
+from train.config import CausalLM, ConfigError, Pretrained, SequenceClassification, TrainConfig
 from train.data import Table
+from train.lines import decode
 from train.networks import Network, checkpoint_side
 from train.tasks.base import Measured, Task
 from train.tasks.classify import TextClassification, TextRegression
@@ -24,8 +25,8 @@ def resolved(config: TrainConfig, tables: Mapping[str, Table]) -> TrainConfig:
     task, train = config.task, tables["train"]
     found: dict[str, Any] = {}
     if isinstance(task, CausalLM):
-        if task.template is not None and len(task.template) < 4096 and Path(task.template).is_file():
-            found["template"] = Path(task.template).read_text()
+        if task.template is not None and "{" not in task.template:
+            found["template"] = _template(task.template)
         return dataclasses.replace(config, task=dataclasses.replace(task, **found))
     if not getattr(task, "regression", False):
         found["labels"] = labels = task.labels or class_names(train, task.label)
@@ -36,6 +37,13 @@ def resolved(config: TrainConfig, tables: Mapping[str, Table]) -> TrainConfig:
         known = checkpoint_side(config.model) if isinstance(config.model, Pretrained) else None
         found["side"] = known or first_side(train, task.image)
     return dataclasses.replace(config, task=dataclasses.replace(task, **found))
+
+
+def _template(name: str) -> str:
+    """The chat template in a file."""
+    if not (path := Path(name)).is_file():
+        raise ConfigError(f"task.template: there is no file at {name}; expected one, or a template (Jinja)")
+    return decode(path.read_bytes(), name)
 
 
 def make_task(config: TrainConfig, network: Network) -> Task:

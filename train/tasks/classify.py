@@ -12,6 +12,7 @@ import numpy as np
 from train import metrics
 from train.batches import Batch, Examples, Ragged
 from train.config import SequenceClassification
+from train.cuts import cut_to
 from train.data import Table, texts
 from train.tasks.base import Measured, cross_entropy
 from train.tasks.labels import class_numbers, targets, weight_vector
@@ -93,10 +94,14 @@ class Texts:
 
     def tokens(self, first: Sequence[str], pairs: Sequence[str] | None = None) -> dict[str, Ragged]:
         """What the network sees of texts, or of pairs of them."""
-        found = self.tokenizer(list(first), pairs, truncation=True, max_length=self.config.max_length)
+        limit, whole = self.config.max_length, self.tokenizer(list(first), pairs, verbose=False)
+        cut = cut_to(limit, [len(one) for one in whole["input_ids"]])
+        found = self.tokenizer(list(first), pairs, truncation=True, max_length=limit) if cut.cut else whole
         fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
         left = self.tokenizer.padding_side == "left"
-        return {name: Ragged(found[name], fill or 0, left=left) for name, fill in fills.items() if name in found}
+        return {
+            name: Ragged(found[name], fill or 0, left=left, cut=cut) for name, fill in fills.items() if name in found
+        }
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}

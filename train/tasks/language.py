@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jinja2 import TemplateError
 
 from train import metrics
 from train.batches import Batch, Examples, Ragged
 from train.config import CausalLM, ConfigError
-from train.data import Table, column, texts
+from train.cuts import Cut
+from train.data import Table, cells, column, texts
 from train.processes import say
 from train.tasks.base import Measured, cross_entropy
-
-
-class Example(NamedTuple):
-    """One example: its tokens, and which of them are learnt."""
-
-    tokens: list[int]
-    learnt: list[int]
+from train.tasks.chat import Chat, messages_of, tools_of
+from train.tasks.marked import Example, Marked, ids, packed, plain, plain_prompt, shortened, tokenized
 
 
 class LanguageModel:
@@ -35,7 +31,8 @@ class LanguageModel:
         self.config, self.tokenizer = config, tokenizer
         if config.template is not None:
             tokenizer.chat_template = config.template
-        if (config.chat or config.messages) and tokenizer.chat_template is None:
+        self.chat = Chat(tokenizer, config.system) if config.chat or config.messages else None
+        if self.chat and tokenizer.chat_template is None:
             raise ConfigError(
                 "task: the tokenizer of this checkpoint has no chat template; expected one for "
                 + ("messages" if config.messages else "chat=True")
@@ -47,23 +44,29 @@ class LanguageModel:
     def encode(self, table: Table) -> dict[str, Examples]:
         """Tokens, mask, which tokens are learnt, and when packed segments: int32 [length] for each example.
 
+        A row is one example; a conversation may be several (see `train.tasks.chat`).
+
         Raises:
           ConfigError: if a conversation does not fit the template, or no example has a token to learn.
         """
         config = self.config
-        sequences = [self._cut(sequence) for sequence in self._sequences(table)]
-        kept = [sequence for sequence in sequences if any(sequence.learnt[1:])]
+        examples = list((tokenized if self.chat else plain)(self._marked(table), self.tokenizer))
+        kept, cut = shortened(examples, config.max_length)
         if not kept:
             raise ConfigError(
-                f"task: none of the {len(sequences)} examples has a token to learn within max_length = "
+                f"task: none of the {len(examples)} examples has a token to learn within max_length = "
                 f"{config.max_length}; pass a larger --task.max-length, or check the columns"
             )
-        if dropped := len(sequences) - len(kept):
-            table.drop(dropped, f"without a token to learn within {config.max_length} tokens")
-            say(f"left out {dropped} of {len(sequences)} examples: no token to learn within {config.max_length} tokens")
+        if len(examples) == len(table):  # conversations may be several examples each
+            table.drop(cut.dropped, f"without a token to learn within {config.max_length} tokens")
+        if joined := sum(example.joined for example in kept):
+            say(
+                f"in {joined} of {len(kept)} examples one token holds the end of a prompt and the start of its answer, "
+                "and is learnt. Where that is a space, end prompts (or the template's generation prompt) without it"
+            )
         if config.pack:
-            return {"": _columns(list(_packed(kept, config.max_length)), self.pad)}
-        return {"": _columns([(sequence, None) for sequence in kept], self.pad)}
+            return {"": _columns(list(packed(kept, config.max_length)), self.pad, cut)}
+        return {"": _columns([(example, None) for example in kept], self.pad, cut)}
 
     @property
     def pad(self) -> int:
@@ -71,78 +74,69 @@ class LanguageModel:
         tokenizer = self.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
-    def _cut(self, sequence: Example) -> Example:
-        return Example(*(part[: self.config.max_length] for part in sequence))
-
-    def _sequences(self, table: Table) -> Iterator[Example]:
-        config = self.config
-        if config.messages is not None:
-            for row, messages in enumerate(column(table, config.messages, "task.messages")):
-                yield self._conversation(_checked(messages, row))
-        elif config.text is not None:
-            for text in texts(table, config.text, "task.text"):
-                tokens = [*self._ids(text, special=True), *self._end()]
-                yield Example(tokens, [1] * len(tokens))
-        else:
-            assert config.prompt is not None and config.completion is not None
-            prompts = texts(table, config.prompt, "task.prompt")
-            completions = texts(table, config.completion, "task.completion")
-            for prompt, completion in zip(prompts, completions, strict=True):
-                if config.chat:
-                    yield self._conversation(
-                        [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-                    )
-                else:
-                    yield self._continued(prompt, completion)
-
-    def _continued(self, prompt: str, completion: str) -> Example:
-        before, after = self._ids(prompt, special=True), [*self._ids(completion, special=False), *self._end()]
-        return Example([*before, *after], [int(self.config.learn_prompt)] * len(before) + [1] * len(after))
-
-    def _conversation(self, messages: list[dict[str, str]]) -> Example:
-        """A conversation in the chat template; the assistant's messages and what closes them are learnt."""
-        if self.config.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.config.system}, *messages]
-        whole = self._template(messages)
-        learnt = [int(self.config.learn_prompt)] * len(whole)
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._template(messages[:i], add_generation_prompt=True)
-            upto = self._template(messages[: i + 1])
-            if upto[: len(before)] != before or whole[: len(upto)] != upto:
-                raise ConfigError(
-                    "task: the chat template changes earlier messages when later ones follow, so it cannot be told "
-                    f"which tokens are the assistant's in {messages!r:.300}. Pass a --task.template that appends, or "
-                    "--task.learn-prompt"
-                )
-            learnt[len(before) : len(upto)] = [1] * (len(upto) - len(before))
-        return Example(whole, learnt)
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer: the tokenizer's end token, and the one with which the template ends a turn."""
+        tokenizer = self.tokenizer
+        closing = None if self.chat is None or self.chat.end is None else ids(self.chat.end, tokenizer)[-1]
+        return sorted({tokenizer.eos_token_id, closing} - {None})
 
     def prompt_tokens(self, prompt: str) -> list[int]:
-        """The tokens after which an answer to ``prompt`` is generated."""
-        if not (self.config.chat or self.config.messages):
-            return self._ids(prompt, special=True)
-        system = [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
-        return self._template([*system, {"role": "user", "content": prompt}], add_generation_prompt=True)
+        """The tokens after which an answer to ``prompt`` is generated.
 
-    def _template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> list[int]:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        They are those in front of the learnt ones of an example, but for a token that joins both.
+        """
+        if self.chat is None:
+            return plain_prompt(prompt, self.tokenizer)
+        return ids(self.chat.prompt([{"role": "user", "content": prompt}]), self.tokenizer)
+
+    def _marked(self, table: Table) -> list[Marked]:
+        config = self.config
+        if config.messages is not None:
+            return self._conversations(table, column(table, config.messages, "task.messages"))
+        if config.text is not None:
+            return [Marked(text, [(0, len(text))]) for text in texts(table, config.text, "task.text")]
+        assert config.prompt is not None and config.completion is not None
+        prompts = texts(table, config.prompt, "task.prompt")
+        pairs = list(zip(prompts, texts(table, config.completion, "task.completion"), strict=True))
+        if self.chat:
+            turns = [({"role": "user", "content": one}, {"role": "assistant", "content": two}) for one, two in pairs]
+            return self._conversations(table, list(map(list, turns)))
+        return [Marked(one + two, [(0 if config.learn_prompt else len(one), len(one + two))]) for one, two in pairs]
+
+    def _tools(self, table: Table) -> Sequence[Any]:
+        """Of each row; where some rows have none, they may be missing."""
+        name = self.config.tools
+        if name is None:
+            return [None] * len(table)
+        return cells(table, name) if name in table.column_names else column(table, name, "task.tools")
+
+    def _conversations(self, table: Table, conversations: Sequence[Any]) -> list[Marked]:
+        """Each as one text that is learnt whole, or as texts that have its turns of the assistant."""
+        assert self.chat is not None
+        found: list[Marked] = []
+        unread: Counter[str] = Counter()
+        for row, (raw, of_row) in enumerate(zip(conversations, self._tools(table), strict=True)):
+            try:
+                messages, known = messages_of(raw), tools_of(of_row)
+                if self.config.learn_prompt:
+                    found.append(self.chat.whole(messages, known))
+                else:
+                    # A conversation without a turn is counted with the examples that have nothing to learn.
+                    found += self.chat.turns(messages, known) or [Marked(self.chat.whole(messages, known).text, [])]
+            except ConfigError as error:
+                field = "messages" if self.config.messages else "chat"
+                raise ConfigError(f"task.{field}: {table.where([row])}: {error}") from error
+            unread.update(self.chat.unread(messages))
+        if unread:
+            keys = ", ".join(f"{key} (in {count} rows)" for key, count in sorted(unread.items()))
+            say(f"the chat template does not read these keys of messages: {keys}")
+        if len(found) > len(conversations):
+            say(
+                f"{len(conversations)} conversations are {len(found)} examples: the chat template shows earlier turns "
+                "otherwise than they are generated, so each is learnt where it is generated"
             )
-        except TemplateError as error:  # a template may refuse roles, or be none
-            raise ConfigError(
-                f"task: the chat template cannot show {messages!r:.200}: {type(error).__name__}: {error}. Change the "
-                "messages, or pass a --task.template"
-            ) from error
-        return self._ids(text, special=False)  # the template writes the special tokens itself
-
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    def _end(self) -> list[int]:
-        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        return found
 
     # From outputs to figures
 
@@ -176,21 +170,6 @@ class LanguageModel:
         return measured["guesses"]
 
 
-def _checked(messages: Any, row: int) -> list[dict[str, str]]:
-    """The messages of a row.
-
-    Raises:
-      ConfigError: if they are none.
-    """
-    sound = isinstance(messages, list) and messages and all(isinstance(message, Mapping) for message in messages)
-    if not sound or any(not isinstance(message.get(part), str) for message in messages for part in ("role", "content")):
-        raise ConfigError(
-            f"task.messages: row {row} holds {messages!r:.200}; expected a list of one or more "
-            '{"role": "user", "content": "..."}'
-        )
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
 def _token_losses(logits: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
     """The loss of each token but the first, 0 where it is not learnt, and where it is; [batch, length - 1] both."""
     learnt = jnp.asarray(batch["learnt"])[:, 1:]
@@ -198,27 +177,11 @@ def _token_losses(logits: jax.Array, batch: Batch, smoothing: float = 0.0) -> tu
     return losses * learnt, learnt
 
 
-def _packed(sequences: Sequence[Example], length: int) -> Iterator[tuple[Example, list[int]]]:
-    """Sequences put into rows of at most ``length`` tokens in their order, with the number of each token's segment.
-
-    The first token of a segment has nothing to be predicted from, so it is not learnt.
-    """
-    row, segments = Example([], []), []
-    for tokens, learnt in sequences:
-        if row.tokens and len(row.tokens) + len(tokens) > length:
-            yield row, segments
-            row, segments = Example([], []), []
-        row.tokens.extend(tokens)
-        row.learnt.extend([0, *learnt[1:]])
-        segments.extend([segments[-1] + 1 if segments else 1] * len(tokens))
-    yield row, segments
-
-
-def _columns(rows: Sequence[tuple[Example, list[int] | None]], pad: int) -> Examples:
+def _columns(rows: Sequence[tuple[Example, list[int] | None]], pad: int, cut: Cut) -> Examples:
     examples = {
-        "input_ids": Ragged([sequence.tokens for sequence, _ in rows], pad),
-        "attention_mask": Ragged([[1] * len(sequence.tokens) for sequence, _ in rows], 0),
-        "learnt": Ragged([sequence.learnt for sequence, _ in rows], 0),
+        "input_ids": Ragged([example.tokens for example, _ in rows], pad, cut=cut),
+        "attention_mask": Ragged([[1] * len(example.tokens) for example, _ in rows], 0),
+        "learnt": Ragged([example.learnt for example, _ in rows], 0),
     }
     if rows and rows[0][1] is not None:
         examples["segment_ids"] = Ragged([segments or [] for _, segments in rows], 0)

@@ -76,7 +76,7 @@ def varying(x: Any) -> frozenset[str]:
 
 
 def vary_alike(*arrays: Any) -> tuple[Any, ...]:
-    """``arrays`` cast to vary along the union of their manual axes, as a custom_vjp function needs."""
+    """``arrays`` cast to vary along the union of their manual axes, as the operands of one primitive must."""
     union = frozenset().union(*map(varying, arrays))
     missing = [tuple(sorted(union - varying(x))) for x in arrays]
     return tuple(lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True))

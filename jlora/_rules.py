@@ -20,7 +20,7 @@ from jax import lax
 from jlora import _compat
 from jlora._factored import Factored, folded
 from jlora._named import RANK, Leg, low_rank_dtype, transposed, wide, widened
-from jlora._product import Contraction, contract_factors, explicit_specs, widen
+from jlora._product import Product, chain
 from jlora._types import Array
 
 Rule = Callable[[Any, Any, list[Any]], list[Any]]
@@ -133,9 +133,8 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     h_names = [*names[:channel], "group", RANK, *names[channel + 1 :]]
     b = second.spread([RANK, out], (rank, weight.shape[out])).reshape(rank, groups, -1)
     y_names = [*names[:channel], "group", out, *names[channel + 1 :]]
-    delta = widen(
-        hidden.reshape(split), h_names, b.astype(hidden.dtype), [RANK, "group", out], y_names, p["precision"]
-    ).reshape(y.shape)
+    last = Product((tuple(h_names), (RANK, "group", out), tuple(y_names)), p["precision"], last=True)
+    delta = chain([last], hidden.reshape(split), b).reshape(y.shape)
     scope.factored(weight, eqn, 2 * hidden.size * math.prod(shape) // rank + 2 * rank * y.size)
     names[channel] = out
     return [_total(y, delta, weight.gain, names)]
@@ -187,7 +186,8 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     dims = range(base.ndim)
     names = [d for d in dims if d in looked_up.a.dims or d in looked_up.b.dims]
     a, b = (leg.array.astype(low_rank_dtype(base.dtype)) for leg in (looked_up.a, looked_up.b))
-    delta = Leg(widen(a, looked_up.a.dims, b, looked_up.b.dims, names), tuple(names)).spread(dims, base.shape)
+    last = Product((looked_up.a.dims, looked_up.b.dims, tuple(names)), last=True)
+    delta = Leg(chain([last], a, b), tuple(names)).spread(dims, base.shape)
     scope.factored(weight, eqn, 2 * weight.rank * base.size)
     return [_total(base, delta, looked_up.gain, dims)]
 
@@ -240,24 +240,22 @@ def low_rank(
     if lone:  # a summed dimension along which the update is constant
         dropped, x_names = jnp.sum(dropped, lone), [n for i, n in enumerate(x_names) if i not in lone]
     y_spec = _compat.explicit_spec(y)
-    specs = None
+    early_specs = last_specs = None
     if y_spec is not None:
-        x_spec, f_spec, s_spec = (_compat.explicit_spec(v) for v in (dropped, first.array, second.array))
-        known = dict(zip(first.dims, f_spec or (), strict=False)) | dict(zip(x_names, x_spec or (), strict=False))
-        by_name = dict(zip(out, y_spec, strict=True))
-        specs = explicit_specs(
-            [
-                (tuple(x_names), x_spec),
-                (first.dims, f_spec),
-                (tuple(hidden), [by_name.get(n, known.get(n)) for n in hidden]),
-                (second.dims, s_spec),
-                (tuple(names), [by_name[n] for n in names]),
-            ]
+        x_spec, f_spec, s_spec = (
+            _compat.explicit_spec(v) or (None,) * v.ndim for v in (dropped, first.array, second.array)
         )
-    contraction = Contraction(
-        tuple(x_names), first.dims, tuple(hidden), second.dims, tuple(names), eqn.params["precision"], specs
+        known = dict(zip(first.dims, f_spec, strict=True)) | dict(zip(x_names, x_spec, strict=True))
+        by_name = dict(zip(out, y_spec, strict=True))
+        h_spec = tuple(by_name.get(n, known.get(n)) for n in hidden)
+        early_specs = (x_spec, f_spec, h_spec)
+        last_specs = (h_spec, s_spec, tuple(by_name[n] for n in names))
+    precision = eqn.params["precision"]
+    products = (
+        Product((tuple(x_names), first.dims, tuple(hidden)), precision, early_specs),
+        Product((tuple(hidden), second.dims, tuple(names)), precision, last_specs, last=True),
     )
-    delta = contract_factors(contraction, dropped, first.array, second.array)
+    delta = chain(products, dropped, first.array, second.array)
     h_size = math.prod(_sizes(hidden, x_names, dropped.shape, first))
     inner = math.prod(weight.shape[d] for d in early)
     late = math.prod(weight.shape[d] for d in summed if d in second.dims)

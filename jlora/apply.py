@@ -31,14 +31,6 @@ _RETURN_IT = (
     "needs is changed on a copy in the function: `dict(batch)`, or `nnx.clone(m)`."
 )
 
-_FORWARD_MODE = (
-    "lora: forward mode (jax.jvp, jax.jacfwd, jax.hessian) came from outside to a jax.custom_vjp function: the "
-    "low-rank product of an adapter, which has a reverse mode only, or one of the model's own. What works: jax.grad, "
-    "jax.vjp and jax.jacrev; Hessian-vector products as jax.grad of a jax.grad; forward mode inside the function, "
-    "`jlora.lora(lambda p, x, t: jax.jvp(lambda x: fn(p, x), (x,), (t,)))`; and any mode through the merged weights, "
-    "`fn(jlora.merge(params, adapters), x)`, also in the adapters."
-)
-
 
 def lora(
     fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = False, frozen_gradients: bool = False
@@ -50,13 +42,9 @@ def lora(
     gradient is taken with respect to the adapters, no gradient of ``W`` is either. ``fn`` itself is not
     touched, and knows nothing of this.
 
-    Composes with ``jit``, ``grad``, ``vmap``, ``jax.checkpoint``, ``scan``, ``cond``, ``while``, ``shard_map``
+    Composes with ``jit``, ``grad``, ``jvp``, ``vmap``, ``jax.checkpoint``, ``scan``, ``cond``, ``while``, ``shard_map``
     and ``pmap``, outside or inside ``fn``. Put it under ``jax.jit``: like every transform, it traces ``fn``
     again at each call.
-
-    Reverse mode only, and reverse over reverse: the low-rank product is a ``custom_vjp``, to which JAX "can't apply
-    forward-mode autodiff". ``jax.jvp``, ``linearize`` and ``jacfwd`` work inside ``fn`` in all that is no weight, and
-    from outside through ``fn(jlora.merge(params, adapters), x)``.
 
     What ``fn`` mutates, it mutates in a copy. A function that changes an object among its arguments (the statistics
     of a Flax NNX BatchNorm, a dropout counter, a dict, a list) has to return the object, or the new array:
@@ -69,8 +57,9 @@ def lora(
 
     Differentiate with respect to the adapters, as here. The gradient with respect to a whole attached tree is that of
     the adapters and zero for the rest: the weights under the adapters, and every other leaf of an argument that
-    carries some. The other arguments, such as the inputs, and a run-time strength have their true gradients. A zero
-    gradient is no zero update: weight decay still moves what is frozen, unless the optimizer is `freeze`'s.
+    carries some. In forward mode, likewise, the tangents of these count as zero. The other arguments, such as the
+    inputs, and a run-time strength have their true derivatives. A zero gradient is no zero update: weight decay still
+    moves what is frozen, unless the optimizer is `freeze`'s.
 
     Args:
       fn: a function of pytrees. Arrays and keys among its arguments are traced, everything else
@@ -79,11 +68,10 @@ def lora(
         be summed: ``"warn"`` once per weight, with every place, ``"error"``, or ``"allow"``.
       inline_custom_rules: whether to look into ``jax.custom_jvp``, ``jax.custom_vjp`` and ``custom_vmap`` functions
         that take an adapted weight. By default they keep their rule, and get the weight summed.
-      frozen_gradients: whether frozen leaves have their true gradients, as where the base itself is computed from
+      frozen_gradients: whether frozen leaves have their true derivatives, as where the base itself is computed from
         something that trains (or is adapted by another `lora` around this one).
 
     Raises:
-      TypeError: under forward-mode differentiation from outside.
       MaterializeError: under ``"error"``, naming path, primitive and source line.
       ValueError: when ``fn`` never reads an attached weight, as when it closes over its parameters; or mutates its
         arguments without returning what it changed, naming each place.
@@ -93,13 +81,7 @@ def lora(
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return _call(Session(materialize, inline_custom_rules), fn, args, kwargs, frozen_gradients)
-        except TypeError as error:
-            # JAX's own error; under a jit around this function it is raised later, and reaches the caller as it is.
-            if "forward-mode" in str(error) and "custom_vjp" in str(error):
-                raise TypeError(_FORWARD_MODE) from error
-            raise
+        return _call(Session(materialize, inline_custom_rules), fn, args, kwargs, frozen_gradients)
 
     return wrapped  # pyright: ignore[reportReturnType]
 

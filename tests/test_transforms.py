@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 import warnings
@@ -101,46 +100,6 @@ def test_adapters_for_each_example(name: str) -> None:
     run = jax.jit(lambda adapters, x: apply(jlora.attach(toy.params, adapters), x))
     expected = [run(a, x) for a, x in zip(unstack(adapters, 4), toy.x, strict=False)]
     assert_close(jax.jit(jax.vmap(run))(adapters, toy.x[:4]), jnp.stack(expected))
-
-
-FORWARD: dict[str, Callable[[Callable[..., Any], Any], Any]] = {
-    "jvp": lambda f, x: jax.jvp(f, (x,), (x,)),
-    "linearize": lambda f, x: jax.linearize(f, x)[1](x),
-    "jacfwd": lambda f, x: jax.jacfwd(f)(x),
-    "hessian": lambda f, x: jax.hessian(f)(x),
-    "forward over reverse": lambda f, x: jax.jvp(jax.grad(f), (x,), (x,)),
-}
-
-
-@pytest.mark.parametrize("name", FORWARD)
-def test_forward_mode_from_outside_is_refused_and_works_through_the_merged_weights(name: str) -> None:
-    """The low-rank product has a reverse mode only. The error says what works, and the merged weights do."""
-    adapters, mode = adapters_of("mlp"), FORWARD[name]
-    start = adapters["w0"].b
-
-    def put(b: Any) -> Any:
-        return adapters | {"w0": dataclasses.replace(adapters["w0"], b=b)}
-
-    def refused(fn: Any, text: str) -> None:
-        with pytest.raises(TypeError, match=text):
-            jax.block_until_ready(mode(lambda b: fn(put(b), MLP.params, MLP.x), start))
-
-    jax_says = "forward-mode autodiff.*custom_vjp"  # where the derivative is pushed after `lora` is done
-    ours = r"^lora: forward mode.*jax.grad of a jax.grad.*inside the function.*jlora.merge"
-    refused(adapted_loss(mlp), jax_says if name == "linearize" else ours)
-    refused(jax.jit(adapted_loss(mlp)), jax_says)
-    mode(lambda b: merged_loss(mlp)(put(b), MLP.params, MLP.x), start)
-
-
-def test_reverse_mode_is_all_there() -> None:
-    """jacrev and the Hessian as a jacrev of a grad are the merged model's; jvp inside the function is too."""
-    adapters = adapters_of("mlp")
-    tree, merged, x = jlora.attach(MLP.params, adapters), jlora.merge(MLP.params, adapters), MLP.x[:2]
-    apply = jlora.lora(mlp, materialize="error")
-    for make in (jax.jacrev, lambda f: jax.jacrev(jax.grad(lambda x: loss_of(f(x))))):
-        assert_close(jax.jit(make(lambda x: apply(tree, x)))(x), jax.jit(make(lambda x: mlp(merged, x)))(x))
-    pushed = jlora.lora(lambda p, x, t: jax.jvp(lambda x: mlp(p, x), (x,), (t,)), materialize="error")
-    assert_close(pushed(tree, x, jnp.cos(x)), jax.jvp(lambda x: mlp(merged, x), (x,), (jnp.cos(x),)))
 
 
 def test_shapes_alone() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -108,6 +108,8 @@ def _of_equation(eqn: Any) -> int:
     match eqn.primitive.name:
         case "dot_general":
             return _of_dot(eqn, eqn.params["dimension_numbers"], ())
+        case "contract":  # jlora's low-rank products
+            return 2 * math.prod(_sizes(eqn.params["product"].names[:2], eqn.invars).values())
         case "ragged_dot_general":
             numbers = eqn.params["ragged_dot_dimension_numbers"]
             return _of_dot(eqn, numbers.dot_dimension_numbers, numbers.rhs_group_dimensions)
@@ -133,6 +135,11 @@ def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 
 def _is_jaxpr(x: Any) -> bool:
     return hasattr(getattr(x, "jaxpr", x), "eqns")
+
+
+def _sizes(names: Iterable[Any], operands: Iterable[Any]) -> dict[Any, int]:
+    """The size of every named axis."""
+    return {n: size for own, v in zip(names, operands, strict=True) for n, size in zip(own, v.aval.shape, strict=True)}
 
 
 def _of_dot(eqn: Any, numbers: Any, groups: tuple[int, ...]) -> int:

@@ -1,9 +1,10 @@
-"""A weight that is kept factored: ``(base + a·b) * gain``, as the interpreter carries it."""
+"""A weight that is kept factored: ``(base + a·b) * gain``, or its square, as the interpreter carries it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,12 +25,14 @@ class Factored:
     Attributes:
       base: the frozen part, of the value's shape and dtype.
       a, b: the low-rank part; both follow the batch dimensions and `RANK`. The scale is in ``b``.
-      gain: None, or DoRA's ``magnitude / norm``, which follows batch and output dimensions.
+      gain: None, or what multiplies the sum: DoRA's ``magnitude / norm``, which follows batch and output dimensions,
+        or a factor in the model that learns, such as the inverse norm of a weight that is normalized.
       key: None, or the dropout keys, which follow the batch dimensions.
       rate: dropout rate. Static.
       path: of the weight, for messages. Static.
       picked: whether it is rows of a table picked by constant indices: a rearranged weight where a product takes
         them, else rows that are looked up. Static.
+      squared: whether this stands for the square of the value, entry by entry, on its way to a sum. Static.
     """
 
     base: Any
@@ -40,6 +43,7 @@ class Factored:
     rate: float = dataclasses.field(default=0.0, metadata={"static": True})
     path: Path = dataclasses.field(default="", metadata={"static": True})
     picked: bool = dataclasses.field(default=False, metadata={"static": True})
+    squared: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,6 +56,18 @@ class Factored:
     @property
     def rank(self) -> int:
         return self.a.array.shape[self.a.dims.index(RANK)]
+
+    @property
+    def is_row(self) -> bool:
+        """Whether a single row or column of a weight is left, as of a lookup by one index, or a mean: a result, and
+        no weight."""
+        pairs = ((self.a, self.b), (self.b, self.a))
+        return any(all(d in other.dims or self.shape[d] == 1 for d in one.dims) for one, other in pairs)
+
+    @property
+    def smaller(self) -> str:
+        """The name of the smaller factor, which takes a scalar."""
+        return "b" if self.b.array.size <= self.a.array.size else "a"
 
     def with_legs(self, base: Any, fn: Callable[[Leg], Leg]) -> Factored:
         """This value with another base and ``fn`` applied to every leg."""
@@ -101,20 +117,32 @@ def factored(weight: LoraWeight) -> Factored:
 def column_norm(value: Factored, axes: Axes) -> Array:
     """The norm of ``base + a·b`` over the input axes, float32, of shape ``batch + outputs``.
 
-    Expanded as ``|W|² + 2 W·ab + |ab|²`` so that the sum is never formed (DoRA, Liu et al. 2024, eq. 5).
+    It is what DoRA divides by (Liu et al. 2024, eq. 5).
     """
-    batch, inputs, outputs = axes
+    square = square_sum(value, (*axes.batch, *axes.outputs))
+    return jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
+
+
+def square_sum(value: Factored, names: Sequence[int]) -> Array:
+    """The sum of the squares of ``base + a·b`` over every dimension that is not in ``names``: float32, its axes in the
+    order of ``names``, all of which one factor follows.
+
+    Expanded as ``|W|² + 2 W·ab + |ab|²``, so that neither the sum nor its gradient is ever formed.
+    """
     dims = range(len(value.shape))
-    base, a, b = (_compat.on_device(x).astype(jnp.float32) for x in (value.base, value.a.array, value.b.array))
-    names, b_names, other = (*batch, *outputs), value.b.dims, "other rank"
-    a_other = [other if d == RANK else d for d in value.a.dims]
-    cross = contract(contract(a, value.a.dims, base, dims, b_names), b_names, b, b_names, names)
-    gram = contract(a, value.a.dims, a, a_other, (*batch, RANK, other))
-    b_other = [other if d == RANK else d for d in b_names]
-    square = contract(contract(gram, (*batch, RANK, other), b, b_names, b_other), b_other, b, b_other, names)
-    kept = sorted(names)
-    own = jnp.sum(jnp.square(base), inputs).transpose([kept.index(d) for d in names])
-    return jnp.sqrt(jnp.maximum(own + 2 * cross + square, jnp.finfo(jnp.float32).tiny))
+    legs = (value.a, value.b)
+    first, last = legs if set(names) <= set(value.b.dims) else legs[::-1]
+    base, x, y = (_compat.on_device(v).astype(jnp.float32) for v in (value.base, first.array, last.array))
+    other = "other rank"
+    x_other, y_other = ([other if d == RANK else d for d in leg.dims] for leg in (first, last))
+    shared = [d for d in first.dims if d in last.dims and d != RANK]
+    cross = contract(contract(x, first.dims, base, dims, last.dims), last.dims, y, last.dims, names)
+    gram = contract(x, first.dims, x, x_other, (*shared, RANK, other))
+    square = contract(contract(gram, (*shared, RANK, other), y, last.dims, y_other), y_other, y, y_other, names)
+    summed, kept = [d for d in dims if d not in names], sorted(names)
+    constant = math.prod(value.shape[d] for d in summed if d not in first.dims and d not in last.dims)
+    own = jnp.sum(jnp.square(base), summed).transpose([kept.index(d) for d in names])
+    return jnp.maximum(own + 2 * cross + constant * square, 0)
 
 
 def dense(value: Factored) -> Array:
@@ -128,6 +156,8 @@ def dense(value: Factored) -> Array:
     total = value.base.astype(dtype) + delta.spread(dims, value.shape)
     if value.gain is not None:
         total = total * value.gain.spread(dims, value.shape).astype(dtype)
+    if value.squared:
+        total = jnp.square(total)
     return _compat.beside(total.astype(value.dtype), given)
 
 

@@ -19,7 +19,7 @@ from jax.extend import core
 
 from jlora import _compat, _paths
 from jlora._factored import Factored, dense
-from jlora._primitives import PRIMITIVES
+from jlora._primitives import PRIMITIVES, SQUARED, SQUARES
 from jlora._rules import Decline
 from jlora._types import Path
 
@@ -65,6 +65,7 @@ class Session:
       policy: what to do where a weight must be materialized.
       inline_custom_rules: whether to look into functions with a derivative rule of their own.
       constant: ids of the gather equations that pick the same entries at every call.
+      learned: ids of products, and the positions of their operands through which something trains.
       repeats: how often the equations under evaluation run: the lengths of the scans around them.
       around: the equations that enclose those under evaluation, the innermost last.
       events: every consumption so far.
@@ -75,6 +76,7 @@ class Session:
     policy: Policy
     inline_custom_rules: bool
     constant: set[int] = dataclasses.field(default_factory=set)
+    learned: set[tuple[int, int]] = dataclasses.field(default_factory=set)
     repeats: int = 1
     around: list[Any] = dataclasses.field(default_factory=list)
     events: list[Event] = dataclasses.field(default_factory=list)
@@ -164,6 +166,9 @@ class _Scope:
                 self.spread[eqn.outvars[0]] = (values[0], eqn.params["broadcast_dimensions"])
             return results
         why = "it has no factored form"
+        if eqn.primitive.name not in SQUARES and any(isinstance(v, Factored) and v.squared for v in values):
+            values = [self.settle(v, eqn, SQUARED) if isinstance(v, Factored) and v.squared else v for v in values]
+            return self.equation(eqn, values)
         if eqn.primitive.name not in REARRANGING:
             values = [self.settle(v, eqn, "") if isinstance(v, Factored) and v.picked else v for v in values]
             if not any(isinstance(v, Factored) for v in values):
@@ -198,13 +203,7 @@ class _Scope:
         """``value`` as a plain array: a factored weight is materialized, as the policy says."""
         if not isinstance(value, Factored):
             return value
-        if _is_row(value) or value.picked:
+        if value.is_row or value.picked:
             self.factored(value, eqn, 2 * value.rank * value.base.size)
             return dense(value)
         return self.session.materialize(value, eqn.primitive.name, _compat.source_line(eqn, self.session.around), why)
-
-
-def _is_row(value: Factored) -> bool:
-    """Whether a single row or column of a weight is left, as of a lookup by one index: a result, and no weight."""
-    pairs = ((value.a, value.b), (value.b, value.a))
-    return any(all(d in other.dims or value.shape[d] == 1 for d in one.dims) for one, other in pairs)

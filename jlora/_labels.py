@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
+from jlora import _arithmetic as arithmetic
 from jlora import _compat
 from jlora import _control_flow as flow
 from jlora import _rules as products
@@ -30,6 +31,7 @@ from jlora._probes import (
     broadcast,
     demanding,
     is_data,
+    is_learned,
     joined,
     moved,
     probes,
@@ -60,7 +62,11 @@ def dot_general(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
             return "a row of it is multiplied by another weight"
         two = i == smaller and any(not p.plain and len(p.shape) > 1 for p in probes(other))
         work = _work(eqn, i, contracted[i]) if other == DATA else 0
-        return Found(axes, work, whole="the other operand is an adapted weight too" if two else "")
+        if two:
+            return Found(axes, work, whole="the other operand is an adapted weight too")
+        kept = UNIT.union(*(axes for d, axes in enumerate(probe.dims) if d not in (*contracted[i], *batch[i])))
+        split = probe.gained and probe.gained & {*axes.inputs} and probe.gained & kept
+        return Found(axes, work, whole=products.SPLIT_GAIN if split else "")
 
     return walker.consume(eqn, values, found)
 
@@ -79,7 +85,8 @@ def ragged_dot_general(walker: Any, eqn: Any, values: list[Value]) -> list[Value
             return axes
         why = "the factors do not split into the contracted and the kept axes"
         apart = tuple(Demand(frozenset(group), True, why) for group in axes[1:])
-        return Found(axes, _work(eqn, i, contracted[i]), apart, whole if i else products.NO_RAGGED_FORM)
+        no_form = whole or _summed_gain(probe, axes) if i else products.NO_RAGGED_FORM
+        return Found(axes, _work(eqn, i, contracted[i]), apart, no_form)
 
     return walker.consume(eqn, values, found)
 
@@ -93,9 +100,14 @@ def conv_general_dilated(walker: Any, eqn: Any, values: list[Value]) -> list[Val
         if isinstance(axes, str):
             return axes
         why = "the factors do not split into the kernel's inputs and its output channels"
-        return Found(axes, _work(eqn, i, kernel[1:]), tuple(Demand(frozenset(g), True, why) for g in axes[1:]), whole)
+        apart = tuple(Demand(frozenset(group), True, why) for group in axes[1:])
+        return Found(axes, _work(eqn, i, kernel[1:]), apart, whole or _summed_gain(probe, axes))
 
     return walker.consume(eqn, values, found)
+
+
+def _summed_gain(probe: Probe, axes: Axes) -> str:
+    return products.NO_KERNEL_GAIN if probe.gained and probe.gained & {*axes.batch, *axes.inputs} else ""
 
 
 def gather(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
@@ -185,7 +197,13 @@ def reshape(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def concatenate(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    return walker.consume(eqn, values) if any(map(is_data, values)) else [union(values)]
+    if any(map(is_data, values)):
+        return walker.consume(eqn, values)
+    joined, axis = union(values), eqn.params["dimension"]
+    gains = {probe.gained for probe in probes(joined) if probe.gained is not None}
+    along = [probe.dims[axis] for probe in probes(joined) if probe.gained is not None]
+    fits = len(gains) <= 1 and all(axes and axes <= gained for axes in along for gained in gains)
+    return [joined if fits else summed(joined, products.JOINED)]
 
 
 def stack(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
@@ -202,6 +220,8 @@ def unstack(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
 def scale(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     """``mul`` and ``div``: a weight by a scalar, or by what follows the axes of one factor."""
+    if eqn.invars[0] is eqn.invars[1] and eqn.primitive.name == "mul":
+        return square(walker, eqn, values[:1])
     if _applied(eqn, values):
         return walker.consume(eqn, values)
     shape, out = eqn.outvars[0].aval.shape, []
@@ -216,9 +236,40 @@ def scale(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
                 walker.consume(eqn, [(probe,)], lambda *_: "it is divided by")
             elif not probe.plain and probes(other) and entries <= set(follows):
                 walker.consume(eqn, [(probe,)], lambda *_: "it meets another weight entry by entry")
+            elif is_learned(other) and not probe.is_row:
+                gained = UNIT.union(probe.gained or UNIT, *(probe.dims[d] for d in follows))
+                out.append(dataclasses.replace(probe, gained=gained))
             else:
                 out.append(probe)
     return [tuple(dict.fromkeys(out)) or joined(values)]
+
+
+def square(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    """A square is followed to its sum."""
+    if eqn.params.get("y", 2) != 2:
+        return walker.consume(eqn, values)
+    whole = tuple(probe for probe in probes(values[0]) if not (probe.is_row or probe.plain or probe.lookup))
+    walker.consume(eqn, [tuple(probe for probe in probes(values[0]) if probe not in whole)])
+    return [tuple(dataclasses.replace(probe, squared=True) for probe in whole) or joined(values)]
+
+
+def reduce_sum(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    """A sum of entries is a weight again, mostly a row; one of squares is the norm of a weight."""
+    shape, gone = eqn.invars[0].aval.shape, {int(d) for d in eqn.params["axes"]}
+    kept = [d for d in range(len(shape)) if d not in gone]
+    out: list[Probe] = []
+    for probe in probes(values[0]):
+        over = UNIT.union(*(probe.dims[d] for d in gone))
+        if probe.plain or probe.lookup:
+            walker.consume(eqn, [(probe,)])
+        elif probe.gained and probe.gained & over:
+            walker.consume(eqn, [(probe,)], lambda *_: arithmetic.GAIN_SUMMED)
+        elif probe.squared:
+            (strict,) = probes(demanding((probe,), [kept], alike=False, why=arithmetic.NO_NORM))
+            walker.consume(eqn, [(strict,)], lambda _, probe: Found(None))
+        else:
+            out.append(dataclasses.replace(probe, dims=tuple(probe.dims[d] for d in kept)))
+    return [tuple(out) or joined(values)]
 
 
 def add(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
@@ -226,7 +277,30 @@ def add(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     if _applied(eqn, values):
         return walker.consume(eqn, values)
     shape = eqn.outvars[0].aval.shape
-    return [union([broadcast(v, atom.aval.shape, shape) for atom, v in zip(eqn.invars, values, strict=True)])]
+    both = [broadcast(v, atom.aval.shape, shape) for atom, v in zip(eqn.invars, values, strict=True)]
+    alone = any(isinstance(v, str) for v in both)
+    return [_without_parts(_joined_gains(union(both), alone))]
+
+
+def _joined_gains(value: Value, alone: bool) -> Value:
+    """Weights that are added: those with gains that learn are summed, but for one less its own mean."""
+    gains = {(probe.path, probe.gained) for probe in probes(value)}
+    fits = all(gained is None for _, gained in gains) or (len(gains) == 1 and not alone)
+    return value if fits else summed(value, products.JOINED)
+
+
+def _without_parts(value: Value) -> Value:
+    """A weight and its own mean, or another part of it along the same axes, are one weight with the demands of both."""
+    found = probes(value)
+
+    def covers(one: Probe, part: Probe) -> bool:
+        inside = all(x <= y for x, y in zip(part.dims, one.dims, strict=True))
+        return inside and one.dims != part.dims and one.path == part.path and not part.lookup
+
+    parts = {part: one for part in found for one in found if covers(one, part)}
+    whole = [one for one in found if one not in parts]
+    extra = {one: [d for part, of in parts.items() if of == one for d in part.demands] for one in whole}
+    return tuple(dataclasses.replace(one, demands=tuple(dict.fromkeys((*one.demands, *extra[one])))) for one in whole)
 
 
 def select_n(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
@@ -235,7 +309,8 @@ def select_n(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     if _applied(eqn, values) or any(not probe.plain for probe in probes(which)):
         return walker.consume(eqn, values)
     why = "the condition does not follow the axes of one factor"
-    return [demanding(union(cases) or joined(values), [walker.support(eqn.invars[0])], alike=False, why=why)]
+    found = _joined_gains(union(cases) or joined(values), alone=True)
+    return [demanding(found, [walker.support(eqn.invars[0])], alike=False, why=why)]
 
 
 def overwrite(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _compat
+from jlora._arithmetic import carried
 from jlora._factored import Factored
-from jlora._rearrange import carried
 from jlora._rules import Decline
 
 NOT_WRITTEN_TO = "an adapted weight is what is written"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from jlora import _arithmetic as arithmetic
 from jlora import _control_flow as flow
 from jlora import _labels as labels
 from jlora import _overwrite as writes
@@ -49,12 +50,14 @@ PRIMITIVES: dict[str, Primitive] = {
     "convert_element_type": Primitive(labels.convert_element_type, moves.convert_element_type),
     "stop_gradient": Primitive(labels.stop_gradient, moves.stop_gradient),
     "optimization_barrier": Primitive(labels.each, moves.optimization_barrier),
-    "neg": Primitive(labels.keep, moves.neg),
-    **dict.fromkeys(("mul", "div"), Primitive(labels.scale, moves.scale)),
-    **dict.fromkeys(("add", "sub"), Primitive(labels.add, moves.add)),
+    "neg": Primitive(labels.keep, arithmetic.neg),
+    **dict.fromkeys(("mul", "div"), Primitive(labels.scale, arithmetic.scale)),
+    **dict.fromkeys(("add", "sub"), Primitive(labels.add, arithmetic.add)),
     **dict.fromkeys(("scatter", "scatter-mul", "dynamic_update_slice"), Primitive(labels.overwrite, writes.overwrite)),
     **dict.fromkeys(("scatter-add", "scatter-sub"), Primitive(labels.add_at, writes.add_at)),
-    "select_n": Primitive(labels.select_n, moves.select_n),
+    "select_n": Primitive(labels.select_n, arithmetic.select_n),
+    **dict.fromkeys(("square", "integer_pow"), Primitive(labels.square, arithmetic.square)),
+    "reduce_sum": Primitive(labels.reduce_sum, arithmetic.reduce_sum),
     **dict.fromkeys(
         ("copy", "copy_p", "name", "sharding_constraint", "reduce_precision"), Primitive(labels.keep, moves.keep)
     ),
@@ -73,3 +76,7 @@ PRIMITIVES: dict[str, Primitive] = {
     "all_gather": Primitive(labels.all_gather, flow.all_gather),
     "device_put": Primitive(labels.each, flow.device_put),
 }
+
+SQUARES = frozenset("reduce_sum convert_element_type jit pjit remat2 checkpoint".split())
+"""Primitives that take the square of a weight, which is put off until it is summed; any other needs its entries."""
+SQUARED = "it is squared entry by entry"

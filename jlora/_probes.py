@@ -42,6 +42,8 @@ class Probe:
       lookup: the use to report if it turns out to be a looked-up row rather than a weight.
       demands: what must hold for it to be factored still.
       whole: why it is summed already, whatever its roles; empty when it is not.
+      gained: None, or the weight's axes that a gain which learns follows.
+      squared: whether this is the square of the weight, on its way to a sum.
     """
 
     path: Path
@@ -52,6 +54,8 @@ class Probe:
     lookup: Use | None = None
     demands: tuple[Demand, ...] = ()
     whole: str = ""
+    gained: frozenset[int] | None = None
+    squared: bool = False
 
     @property
     def is_row(self) -> bool:
@@ -61,15 +65,17 @@ class Probe:
 
 Value: TypeAlias = "tuple[Probe, ...] | str"
 """A weight, or several joined ones; or what is none: DATA (depends on the other arguments), STILL (the same behind a
-stop_gradient), PARAM (depends on the parameters alone), or CONST (on nothing that is given)."""
-DATA, STILL, PARAM, CONST = "data", "still", "param", "const"
+stop_gradient), LEARNED (depends on a matrix among the parameters, and so on its adapter), PARAM (on other parameters
+alone), or CONST (on nothing that is given)."""
+DATA, STILL, LEARNED, PARAM, CONST = "data", "still", "learned", "param", "const"
 UNIT: frozenset[int] = frozenset()
 
 
 class Found(NamedTuple):
-    """A product, as a label finds it: the axes and the work of a `Use`, demands on the roles, why it is summed."""
+    """A product, as a label finds it: the axes and the work of a `Use`, demands on the roles, why it is summed.
+    A norm has no axes."""
 
-    axes: Axes
+    axes: Axes | None
     work: int = 0
     demands: tuple[Demand, ...] = ()
     whole: str = ""
@@ -100,8 +106,13 @@ def is_data(value: Value) -> bool:
 
 def joined(values: Sequence[Value]) -> str:
     """What is made of values none of which is followed any further."""
-    kinds = {v if isinstance(v, str) else PARAM for v in values}
-    return next((kind for kind in (DATA, STILL, PARAM) if kind in kinds), CONST)
+    kinds = {v if isinstance(v, str) else LEARNED if is_learned(v) else PARAM for v in values}
+    return next((kind for kind in (DATA, STILL, LEARNED, PARAM) if kind in kinds), CONST)
+
+
+def is_learned(value: Value) -> bool:
+    """Whether a value made of parameters depends on a matrix that can be adapted."""
+    return value == LEARNED or any(not (p.plain or p.stopped) and len(p.shape) > 1 for p in probes(value))
 
 
 def demanding(value: Value, groups: Sequence[Sequence[int]], *, alike: bool, why: str) -> Value:

@@ -1,9 +1,8 @@
-"""Rules for primitives that only move, cut, join or scale a weight: the result is factored again."""
+"""Rules for primitives that only move, cut or join a weight: the result is factored again."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,8 +11,9 @@ from jax import lax
 from jax.extend import core
 
 from jlora import _compat
+from jlora._arithmetic import added, carried, following, paths
 from jlora._factored import Factored
-from jlora._named import RANK, Leg, joined, wide
+from jlora._named import RANK, Leg, joined
 from jlora._rules import Decline
 
 
@@ -53,7 +53,7 @@ def reshape(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     def reshaped(leg: Leg) -> Leg:
         leg = leg.renamed({d: d for d, size in enumerate(weight.shape) if size != 1})
         merged = [d for old, _ in groups if any(d in leg.dims for d in old) for d in old if d in constant]
-        leg = _following(leg, merged, weight.shape)
+        leg = following(leg, merged, weight.shape)
         carried = {old[0]: (old, new) for old, new in groups if any(d in leg.dims for d in old)}
         if any(d not in leg.dims for old, _ in carried.values() for d in old):
             raise Decline(f"reshape from {weight.shape} to {base.shape} merges axes of different roles")
@@ -68,25 +68,6 @@ def reshape(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         return Leg(array.reshape(sizes), tuple(dims))
 
     return [weight.with_legs(base, reshaped)]
-
-
-def _following(leg: Leg, dims: list[int], shape: tuple[int, ...]) -> Leg:
-    """``leg`` with an axis for each of ``dims`` more, along which it is constant."""
-    if not dims:
-        return leg
-    sizes = (*(shape[d] for d in dims), *leg.array.shape)
-    return Leg(lax.broadcast_in_dim(leg.array, sizes, range(len(dims), len(sizes))), (*dims, *leg.dims))
-
-
-def carried(weight: Factored, dims: Sequence[int]) -> tuple[str | None, Factored]:
-    """The factor that follows all of ``dims``, and the weight in which it does: where the whole update is constant
-    along a dimension, either factor may follow it. None when two factors share ``dims`` between them."""
-    own = [d for d in dims if d in weight.a.dims or d in weight.b.dims]
-    name = next((n for n in ("b", "a") if set(own) <= set(getattr(weight, n).dims)), None)
-    if name is None:
-        return None, weight
-    leg = _following(getattr(weight, name), [d for d in dims if d not in own], weight.shape)
-    return name, dataclasses.replace(weight, **{name: leg})
 
 
 def reshape_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
@@ -209,7 +190,7 @@ def concatenate(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         return [_longer(weights, axis, base)]
     starts = np.cumsum([0, *(v.shape[axis] for v in args)])
     blocks = [_block(v, axis, int(at), base) for v, at in zip(args, starts, strict=False) if isinstance(v, Factored)]
-    joined = _sum([dataclasses.replace(v, gain=None) for v in blocks], base)
+    joined = added([dataclasses.replace(v, gain=None) for v in blocks], base, plain=len(blocks) < len(args))
     return [dataclasses.replace(joined, gain=_joined_gain(args, axis))]
 
 
@@ -243,7 +224,7 @@ def stack(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     weights = [v for v in parts if isinstance(v, Factored)]
     if len(weights) == len(parts):
         return [_longer(weights, axis, base)]
-    return [_sum([_block(v, axis, i, base) for i, v in enumerate(parts) if isinstance(v, Factored)], base)]
+    return [added([_block(v, axis, i, base) for i, v in enumerate(parts) if isinstance(v, Factored)], base, plain=True)]
 
 
 def _longer(weights: list[Factored], axis: int, base: Any) -> Factored:
@@ -262,7 +243,7 @@ def _longer(weights: list[Factored], axis: int, base: Any) -> Factored:
     if len({v.rate for v in weights if v.key is not None}) > 1:
         raise Decline("the weights have different dropout rates")
     legs = {name: longer(name) for name in ("a", "b", "gain", "key")}
-    return dataclasses.replace(weights[0], base=base, path=_paths(weights), **legs)
+    return dataclasses.replace(weights[0], base=base, path=paths(weights), **legs)
 
 
 def _block(weight: Factored, axis: int, start: int, base: Any) -> Factored:
@@ -280,28 +261,6 @@ def _grown(x: Any, axis: int, start: int, size: int) -> Any:
     config = [(0, 0, 0)] * x.ndim
     config[axis] = (start, size - start - x.shape[axis], 0)
     return x if x.shape[axis] == size else lax.pad(x, jnp.zeros((), x.dtype), config)
-
-
-def _sum(weights: list[Factored], base: Any) -> Factored:
-    """One value with the sum of the weights' updates: the factors are joined along the rank."""
-    first = weights[0]
-    if len(weights) == 1 and first.gain is None and first.key is None:
-        return dataclasses.replace(first, base=base)
-    if any(v.gain is not None or v.key is not None for v in weights):
-        raise Decline("DoRA or active dropout on weights that are joined")
-    if any(set(v.a.dims) != set(first.a.dims) or set(v.b.dims) != set(first.b.dims) for v in weights):
-        raise Decline("the weights are not adapted alike")
-
-    def side_by_side(name: str) -> Leg:
-        dims = getattr(first, name).dims
-        return Leg(joined([getattr(v, name).ordered(dims) for v in weights], dims.index(RANK)), dims)
-
-    a, b = side_by_side("a"), side_by_side("b")
-    return dataclasses.replace(first, base=base, a=a, b=b, path=_paths(weights))
-
-
-def _paths(weights: list[Factored]) -> str:
-    return ", ".join(dict.fromkeys(v.path for v in weights))
 
 
 def convert_element_type(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
@@ -326,56 +285,3 @@ def stop_gradient(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 def optimization_barrier(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     return list(lax.optimization_barrier(tuple(args)))
-
-
-def neg(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    (weight,) = args
-    (base,) = _compat.bind(eqn, [weight.base])
-    return [dataclasses.replace(weight, base=base).with_b(-weight.b.array)]
-
-
-def scale(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``mul`` and ``div`` by a scalar, or by what follows the axes of one factor alone."""
-    at = 0 if isinstance(args[0], Factored) else 1
-    weight, other = args[at], args[1 - at]
-    if isinstance(other, Factored) or (eqn.primitive.name == "div" and at == 1):
-        raise Decline("not linear in one weight")
-    (base,) = _compat.bind(eqn, [weight.base if i == at else other for i in range(2)])
-    if base.shape != weight.shape:
-        raise Decline("the weight is broadcast by the product")
-    factor, dims = scope.support(eqn.invars[1 - at], other)
-    name, weight = carried(weight, dims)
-    if name is None:
-        raise Decline("a product with an array that follows inputs and outputs at once")
-    factor = factor if eqn.primitive.name == "mul" else 1 / factor.astype(wide(factor.dtype))
-    return [dataclasses.replace(weight, base=base, **{name: getattr(weight, name).times(factor, dims)})]
-
-
-def add(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``add`` and ``sub``: a plain array joins the base; two weights' updates join along the rank."""
-    minus = eqn.primitive.name == "sub"
-    (base,) = _compat.bind(eqn, [v.base if isinstance(v, Factored) else v for v in args])
-    weights = [v for v in args if isinstance(v, Factored)]
-    if any(v.shape != base.shape for v in weights):
-        raise Decline("the weight is broadcast by the sum")
-    if minus and isinstance(args[1], Factored):
-        weights[-1] = weights[-1].with_b(-args[1].b.array)
-    if len(weights) == 1 and weights[0].gain is None:
-        return [dataclasses.replace(weights[0], base=base)]
-    return [_sum(weights, base)]
-
-
-def select_n(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """A choice between weights, or a weight and an array, that is the same for every input and output."""
-    which, *cases = args
-    (base,) = _compat.bind(eqn, [which, *(v.base if isinstance(v, Factored) else v for v in cases)])
-    pick, dims = scope.support(eqn.invars[0], which)
-
-    def chosen(i: int, weight: Factored) -> Factored:
-        name, weight = carried(weight, dims)
-        if name is None:
-            raise Decline("the condition does not follow the axes of one factor")
-        mask = pick == i if pick.dtype != jnp.bool_ else pick if i else ~pick
-        return dataclasses.replace(weight, **{name: getattr(weight, name).times(mask, dims)})
-
-    return [_sum([chosen(i, v) for i, v in enumerate(cases) if isinstance(v, Factored)], base)]

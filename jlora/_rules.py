@@ -28,6 +28,10 @@ Rule = Callable[[Any, Any, list[Any]], list[Any]]
 IN_BOUNDS = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 NO_RAGGED_FORM = "only the ragged form [rows, inputs] x [groups, inputs, outputs] has a factored form"
 NO_BATCH_GROUPS = "only the kernel of a convolution without batch groups has a factored form"
+NO_KERNEL_GAIN = "a gain that learns, as by a norm, or DoRA's follows the axes that are summed"
+
+SPLIT_GAIN = "a gain that learns, as by a norm, or DoRA's follows summed and kept dimensions at once"
+JOINED = "DoRA, a gain that learns or active dropout on weights that are joined"
 
 
 class Decline(Exception):  # noqa: N818 (not an error: it asks for the materialize policy)
@@ -37,7 +41,7 @@ class Decline(Exception):  # noqa: N818 (not an error: it asks for the materiali
 def dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """Any contracting and batch dimensions, the weight on either side, used straight or transposed."""
     if all(isinstance(v, Factored) for v in args):
-        smaller = min((0, 1), key=lambda i: (not args[i].picked, math.prod(args[i].shape)))
+        smaller = min((0, 1), key=lambda i: (not args[i].is_row, not args[i].picked, math.prod(args[i].shape)))
         args[smaller] = scope.settle(args[smaller], eqn, "the other operand is an adapted weight too")
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     on_left = isinstance(args[0], Factored)
@@ -66,7 +70,9 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     ((xc, wc), _), (group,) = numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
     (k,), (n,) = wc, [d for d in range(3) if d not in (*wc, group)]
     first, second = (weight.a, weight.b) if k in weight.a.dims else (weight.b, weight.a)
-    if n in first.dims or k in second.dims or (weight.gain is not None and k in weight.gain.dims):
+    if weight.gain is not None and k in weight.gain.dims:
+        raise Decline(NO_KERNEL_GAIN)
+    if n in first.dims or k in second.dims:
         raise Decline("the factors do not split into the contracted and the kept axes")
     rank = weight.rank
     groups, inputs, outputs = (weight.shape[d] for d in (group, k, n))
@@ -111,7 +117,9 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     weight = weight.beside(x)
     first, second = (weight.a, weight.b) if out in weight.b.dims else (weight.b, weight.a)
     gained = [] if weight.gain is None else [d for d in weight.gain.dims if d != out]
-    if out in first.dims or gained or any(d in second.dims for d in kernel_dims):
+    if gained:
+        raise Decline(NO_KERNEL_GAIN)
+    if out in first.dims or any(d in second.dims for d in kernel_dims):
         raise Decline("the factors do not split into the kernel's inputs and its output channels")
     (y,) = _compat.bind(eqn, [x, weight.base])
     # The kernel's own layout, with the rank in the place of the output channels, once for each group.
@@ -148,10 +156,6 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if isinstance(indices, Factored):
         raise Decline("an adapted weight is the index")
     picked = picked_dims(eqn)
-    clipped = p["mode"] in IN_BOUNDS
-    if not clipped and weight.gain is not None and any(d in weight.gain.dims for d in picked):
-        raise Decline("DoRA's gain cannot be looked up out of bounds")
-
     weight = weight.beside(indices)
     (base,) = _compat.bind(eqn, [weight.base, indices])
     lead = [i for i in range(base.ndim) if i not in numbers.offset_dims]
@@ -172,9 +176,9 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         dims = lax.GatherDimensionNumbers(
             tuple(range(len(lead), len(lead) + len(rest))), tuple(range(len(rows))), tuple(range(len(rows)))
         )
-        # Where an index is out of bounds, the base has the fill value: the update is 0 there.
+        # Where an index is out of bounds, the base has the fill value: the update is 0 there, and a gain 1.
         mode = lax.GatherScatterMode.CLIP if jnp.issubdtype(array.dtype, jax.dtypes.extended) else p["mode"]
-        array = lax.gather(array, index, dims, shape, mode=mode, fill_value=0)
+        array = lax.gather(array, index, dims, shape, mode=mode, fill_value=int(leg is weight.gain))
         return Leg(array, (*lead, *(d if d == RANK else place[d] for d in rest)))
 
     looked_up = weight.with_legs(base, pick)
@@ -286,7 +290,7 @@ def _split_gain(weight: Factored, x: Array, x_names: Sequence[Hashable], summed:
     if gain is None or not summed & set(gain.dims):
         return x, gain
     if not all(d in x_names for d in gain.dims):
-        raise Decline("DoRA's gain follows summed and kept dimensions at once")
+        raise Decline(SPLIT_GAIN)
     own = [n for n in x_names if n in gain.dims]
     spread = lax.broadcast_in_dim(gain.ordered(own), x.shape, [list(x_names).index(n) for n in own])
     dtype = low_rank_dtype(x.dtype, weight.dtype)

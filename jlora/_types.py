@@ -166,8 +166,9 @@ class Use(NamedTuple):
       note: what happened, when ``axes`` is None; or why the weight is summed for this product.
       summed: whether an adapted weight is summed to its full shape for it.
       gradient: whether the gradient of a floating result reaches the weight through this use.
-      work: multiplications of a product with data, by which uses are weighed. 0 for any other use, and where the
-        other operand is no live data, as the vectors of a power iteration.
+      work: multiplications of a product with data, by which uses are weighed. 0 for any other use, where the other
+        operand is no live data, as the vectors of a power iteration, and where the result reaches the function's only
+        by a scalar that a weight is multiplied by, as the norm that such an iteration finds.
     """
 
     primitive: str

@@ -12,7 +12,7 @@ import jax
 from jax import lax
 
 from jlora import _compat, _paths
-from jlora._constant import constant_gathers
+from jlora._dependence import constant_gathers, learned_factors
 from jlora._factored import Factored, dense, factored
 from jlora._interpret import Event, Policy, Session
 from jlora._staging import Staged, is_array, stage
@@ -105,6 +105,7 @@ def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any, froz
                 return stop(plain) if frozen else plain
 
     session.constant = constant_gathers(staged.jaxpr)
+    session.learned = learned_factors(staged.jaxpr, list(map(is_attached, staged.given)))
     results = session.run(staged.jaxpr, staged.consts, list(map(value, staged.given, staged.plain, staged.frozen)))
 
     def finish(place: int | None, result: Any) -> Any:

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jlora import _compat, _paths
-from jlora._gradient import inexact, inside, reached
-from jlora._primitives import PRIMITIVES
-from jlora._probes import CONST, DATA, PARAM, STILL, Demand, Found, Probe, Value, joined, probes
+from jlora._dependence import auxiliary
+from jlora._gradient import FLAT, inexact, inside, reached
+from jlora._primitives import PRIMITIVES, SQUARED, SQUARES
+from jlora._probes import CONST, DATA, LEARNED, PARAM, STILL, UNIT, Demand, Found, Probe, Value, joined, probes
 from jlora._staging import is_array, stage
 from jlora._types import NO_FORM, Path, PyTree, Use, WeightUse, is_attached
+
+NORM = "a sum of its squares has no matrix form"
 
 
 def trace(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> dict[Path, WeightUse]:
@@ -48,7 +51,8 @@ def trace(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> 
         probe = Probe(path, tuple(leaf.shape), dims, plain=not jnp.issubdtype(leaf.dtype, jnp.floating))
         values[i] = (probe,) if jnp.issubdtype(leaf.dtype, jnp.number) else PARAM
     live = [inexact(v) for v in staged.jaxpr.outvars]
-    walker = _Walker()
+    parameters = [i < len(weights) for i in range(len(values))]
+    walker = _Walker(auxiliary(staged.jaxpr, live, parameters) if any(live) else set())
     results = walker.walk(staged.jaxpr, [CONST] * len(staged.consts), values, live if any(live) else True)
     walker.hand_back(results)
     uses = {p: WeightUse(tuple(x.shape), x.dtype, tuple(walker.uses_of(p))) for p, x in weights.items()}
@@ -63,14 +67,17 @@ class _Walker:
     """Follows weights through a jaxpr and its inner jaxprs, and notes where they are consumed.
 
     Attributes:
-      found: for each weight, its uses and what each demands of the roles of its axes.
+      found: for each weight, its uses, what each demands of the roles of its axes, and where it is no weight that is
+        used: it holds of a row or column, or of one for each matrix of a stack.
+      auxiliary: the ids of equations that do not say what is input and output; see `_dependence.auxiliary`.
       live: whether the gradient of a result reaches the equation under way.
       repeats: how often the equation runs: the lengths of the scans around it.
       around: the equations that enclose it, the innermost last.
     """
 
-    def __init__(self) -> None:
-        self.found: dict[Path, list[tuple[Use, tuple[Demand, ...]]]] = {}
+    def __init__(self, auxiliary: set[int]) -> None:
+        self.auxiliary = auxiliary
+        self.found: dict[Path, list[tuple[Use, tuple[Demand, ...], Demand | None]]] = {}
         self.live = True
         self.repeats = 1
         self.around: list[Any] = []
@@ -119,8 +126,12 @@ class _Walker:
         if eqn.primitive.name == "broadcast_in_dim":
             self._spread[eqn.outvars[0]] = (eqn.invars[0].aval.shape, eqn.params["broadcast_dimensions"])
         if not any(map(probes, values)):
-            kind = joined(values)
-            return [STILL if kind == DATA and eqn.primitive.name == "stop_gradient" else kind] * len(eqn.outvars)
+            kind, name = joined(values), eqn.primitive.name
+            if kind == LEARNED and name in FLAT:
+                kind = PARAM
+            return [STILL if kind == DATA and name == "stop_gradient" else kind] * len(eqn.outvars)
+        if eqn.primitive.name not in SQUARES and any(probe.squared for value in values for probe in probes(value)):
+            return self.consume(eqn, values, lambda _, probe: SQUARED if probe.squared else NO_FORM)
         primitive = PRIMITIVES.get(eqn.primitive.name)
         return self.consume(eqn, values) if primitive is None else primitive.label(self, eqn, values)
 
@@ -143,6 +154,8 @@ class _Walker:
         for position, value in enumerate(values):
             for probe in probes(value):
                 found = find(position, probe) if find else NO_FORM
+                if isinstance(found, Found) and id(eqn) in self.auxiliary:
+                    found = found._replace(work=0)
                 self.note(probe, name, found, source)
         return [joined(values)] * len(eqn.outvars)
 
@@ -150,31 +163,36 @@ class _Walker:
         if probe.stopped:
             return
         demands: tuple[Demand, ...] = ()
+        row: Demand | None = None
         live = self.live or probe.plain  # an integer has no gradient, whatever it is used for
         if isinstance(found, Found):
             whole = "" if probe.plain else probe.whole or found.whole
-            use = Use(name, found.axes, source, whole, bool(whole), live, found.work * self.repeats)
+            note = whole or (NORM if found.axes is None else "")
+            use = Use(name, found.axes, source, note, bool(whole), live, found.work * self.repeats)
             demands = () if probe.plain else probe.demands + found.demands
         elif probe.lookup is not None:
             use = probe.lookup._replace(gradient=live)
         else:
             stops = name == "stop_gradient"
             use = Use(name, None, source, found, not stops and not probe.is_row, live and not stops)
-        self.found.setdefault(probe.path, []).append((use, demands))
+            row = Demand(UNIT.union(*probe.dims), False, "")
+        self.found.setdefault(probe.path, []).append((use, demands, row))
 
     def hand_back(self, results: Sequence[Value]) -> None:
         """Notes the lookups whose rows are results of the program."""
         for probe in (p for value in results for p in probes(value)):
             if probe.lookup is not None:
-                self.found.setdefault(probe.path, []).append((probe.lookup, ()))
+                self.found.setdefault(probe.path, []).append((probe.lookup, (), None))
 
     def uses_of(self, path: Path) -> list[Use]:
         """A weight's uses, each with what its roles make of it: they are known when all uses are."""
         found = self.found.get(path, [])
-        roles = WeightUse((), None, tuple(use for use, _ in found)).axes
+        roles = WeightUse((), None, tuple(use for use, *_ in found)).axes
 
-        def settled(use: Use, demands: Sequence[Demand]) -> Use:
+        def settled(use: Use, demands: Sequence[Demand], row: Demand | None) -> Use:
+            if row is not None and roles is not None and row.holds(roles):
+                return use._replace(summed=False)
             broken = [d.why for d in demands if roles is not None and not d.holds(roles)]
             return use if use.summed or not broken else use._replace(summed=True, note=broken[0])
 
-        return [settled(use, demands) for use, demands in found]
+        return [settled(*each) for each in found]

@@ -224,12 +224,9 @@ def test_explain_tells_factored_from_materialized(name: str) -> None:
     [
         "plain.custom_jvp",
         "plain.custom_vjp",
-        "plain.weight_norm",
         "plain.masked",
         "plain.chosen",
         "convolutions.batch_groups",
-        "linen.weight_norm",
-        "equinox.weight_norm",
     ],
 )
 def test_a_weight_that_must_be_whole_is_named(name: str) -> None:

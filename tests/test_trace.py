@@ -164,17 +164,61 @@ def spectral_equinox(batch: int) -> Any:
     return over, model, (state, jnp.ones((batch, 5))), "layer/weight"
 
 
+def spectral_unbatched(_: int) -> Any:
+    over, model, (state, x), path = spectral_equinox(1)
+    del over
+    return lambda m, s, x: m(x, s)[0], model, (state, x[0]), path
+
+
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("made", [spectral_linen, spectral_nnx, spectral_haiku, spectral_equinox])
+@pytest.mark.parametrize("made", [spectral_linen, spectral_nnx, spectral_haiku, spectral_equinox, spectral_unbatched])
 def test_the_products_of_a_power_iteration_do_not_say_what_is_input(made: Any, batch: int) -> None:
-    """Roles come from the layer's own product, which computes most; the vectors of the norm get no adapter."""
-    if made is spectral_equinox and batch == 1:
-        pytest.skip("one row against the one of the iteration, whose vector is an argument: they weigh the same")
+    """Roles come from the layer's own product, whatever computes most; the vectors of the norm get no adapter."""
     fn, params, args, path = made(batch)
     plan = planned(fn, params, *args)
     assert set(plan) == {path}
-    expected = jlora.Axes((), (1,), (0,)) if made is spectral_equinox else jlora.Axes()
+    expected = jlora.Axes((), (1,), (0,)) if made in (spectral_equinox, spectral_unbatched) else jlora.Axes()
     assert plan[path].axes == expected
+
+
+def sigma(w: Any, u: Any, v: Any) -> Any:
+    """A norm estimated from vectors that are arguments."""
+    return (w @ u) @ v
+
+
+BY_A_SCALAR: dict[str, Callable[..., Any]] = {
+    "plain": lambda w, x, u, v: x @ (w / sigma(w, u, v)),
+    "jitted": lambda w, x, u, v: x @ (w / jax.jit(sigma)(w, u, v)),
+    "transposed": lambda w, x, u, v: (w.T * sigma(w, u, v)) @ x,
+    "a scan": lambda w, x, u, v: x @ (w / lax.scan(lambda s, _: (s + sigma(w, u, v), None), 0.0, None, 3)[0]),
+    "its own rule": lambda w, x, u, v: jax.nn.relu(x @ (w * jax.nn.relu(sigma(w, u, v)))),
+    "a loss": lambda w, x, u, v: jnp.mean((x @ (w / sigma(w, u, v))) ** 2),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BY_A_SCALAR))
+def test_a_product_that_ends_in_a_scale_does_not_say_what_is_input(name: str) -> None:
+    """One unbatched sample against vectors that are data: as much is computed, and before the layer's own product."""
+    params, (x, u, v) = {"w": normal(0, 5, 6)}, (normal(1, 5), normal(2, 6), normal(3, 5))
+
+    fn = lambda p, x, u, v: BY_A_SCALAR[name](p["w"], x, u, v)  # noqa: E731
+    assert jlora.trace(fn, params, x, u, v)["w"].axes == jlora.Axes()
+
+
+def test_where_all_that_is_computed_is_a_scalar_each_product_counts() -> None:
+    """A gate, a function that returns its loss, and forces, in which the forward product of the last layer is dead."""
+    params, (x, mask) = (
+        {"w": normal(0, 5, 6), "out": normal(1, 6, 1), "gate": normal(2, 5, 1)},
+        (normal(3, 4, 5), jnp.ones(4)),
+    )
+
+    def energy(params: Any, x: Any, mask: Any) -> Any:
+        gate = jax.nn.sigmoid(x[0] @ params["gate"])[0]
+        return gate * jnp.sum(mask[:, None] * (jnp.tanh(x @ params["w"]) @ params["out"]))
+
+    for fn in (energy, jax.value_and_grad(energy, 1), jax.grad(energy, 1)):
+        uses = jlora.trace(fn, params, x, mask)
+        assert {path: use.axes for path, use in uses.items()} == dict.fromkeys(params, jlora.Axes())
 
 
 def test_a_tied_table_that_is_looked_up_first_is_no_linear_weight() -> None:
@@ -396,32 +440,6 @@ def test_rows_picked_by_constants_are_a_weight_where_a_product_takes_them(name: 
         told = jlora.explain(fn, jlora.attach(params, adapters), x)
         assert {e.primitive for e in told.events} == {"dot_general"}
     assert_law(fn, adapters, params, x)
-
-
-# ---- weights that are normalized
-
-NORMALIZED: dict[str, Callable[[Any], Any]] = {
-    "standardized": lambda w: (w - jnp.mean(w, (0, 1, 2))) / jnp.std(w, (0, 1, 2)),
-    "unit norm": lambda w: w * lax.rsqrt(jnp.sum(w**2, (0, 1, 2))),
-}
-
-
-@pytest.mark.parametrize("name", sorted(NORMALIZED))
-def test_a_normalized_weight_is_summed_with_one_warning(name: str) -> None:
-    """Its plan says so; every place is in the one warning; results are those of the merged model."""
-    params, x = {"k": normal(0, 3, 3, 4, 5), "l": normal(1, 3, 3, 4, 5)}, normal(2, 2, 6, 6, 4)
-    numbers = ("NHWC", "HWIO", "NHWC")
-    conv = lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=numbers)  # noqa: E731
-    fn = lambda p, x: conv(x, NORMALIZED[name](p["k"])) + conv(x, NORMALIZED[name](p["l"]))  # noqa: E731
-    plan = planned(fn, params, x)
-    assert {target.used_by for target in plan.values()} == {"conv_general_dilated, materialized for some uses"}
-    adapters = adapters_for(fn, params, x)
-    with pytest.warns(jlora.MaterializeWarning) as told:
-        ours = jlora.lora(fn)(jlora.attach(params, adapters), x)
-    assert len(told) == 2
-    for path, warning in zip("kl", told, strict=True):
-        expect(str(warning.message), f"'{path}' of shape (3, 3, 4, 5)", "test_trace.py")
-    np.testing.assert_allclose(ours, fn(jlora.merge(params, adapters), x), 1e-4, 1e-4)
 
 
 # ---- the config

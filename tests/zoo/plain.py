@@ -306,13 +306,13 @@ def gains() -> Model:
 
 @model
 def weight_norm() -> Model:
-    """Weight normalisation reads every entry of the weight: there is no factored form of its norm."""
+    """Weight normalization: the norm is that of the whole weight, and is computed from the factors."""
 
     def fn(p: Any, x: Any) -> Any:
         return x @ (p["gain"] * p["w"] * lax.rsqrt(jnp.sum(p["w"] ** 2, 0)))
 
     p = weights(w=(5, 7), gain=(7,))
-    return Model(fn, p, (normal(4, 5),), {"w": dense()}, materialized={"w": "no factored form"})
+    return Model(fn, p, (normal(4, 5),), {"w": dense()})
 
 
 @model

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that takes its time to import
+    from train.stop import watch
+
+    watch()
+
 import dataclasses
 import difflib
 import re
@@ -44,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code.
 
     0: done. 1: a mistake in the program. 2: the user's input cannot be run, the training diverged, or a file cannot be
-    read or written. `train.stop.EXIT_CODE`: stopped when it was asked to, and goes on when it is started again.
+    read or written. `train.stop.EXIT_CODE`: stopped when it was asked to, and goes on when it is started again;
+    `train.stop.INTERRUPTED`: the same, by Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
@@ -55,14 +61,14 @@ def main(argv: list[str] | None = None) -> int:
         from train.checkpoints import CheckpointError
         from train.processes import leave
         from train.run import run
-        from train.stop import EXIT_CODE, Stopped
+        from train.stop import Stopped
     except ConfigError as error:
         return _refused(error)
     try:
         run(config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        return EXIT_CODE
+        return stopped.code
     except (ConfigError, CheckpointError, ModelError, TensorError, OSError) as error:
         return leave(_refused(error))
     except Exception:  # told as ever; but other processes must not wait for this one

@@ -260,7 +260,7 @@ def _wrong_part(path: str, value: Any, hint: Any) -> str | None:
 
 
 def _kinds(hint: Any) -> list[type]:
-    return [kind for kind in _options(hint) if dataclasses.is_dataclass(kind)]
+    return [kind for kind in _options(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

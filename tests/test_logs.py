@@ -235,7 +235,7 @@ def test_ctrl_c_saves_a_run_that_trains_and_it_goes_on(work, tmp_path):
         r"fit: stopped after step (\d+) of 800000, as asked; the same command goes on from there\n", err
     )
     assert found and code == INTERRUPTED, err
-    assert took < 4  # of which leaving Python takes some
+    assert took < 20  # of a machine that does much else: to save, and to leave Python; alone it takes two or three
     assert (tmp_path / "run/checkpoints" / found[1]).is_dir()
     assert "PyTorch" not in out and LINE.search(out)
     code, out, err, _ = interrupted(argv, lambda folder, _: len(records(folder)) > int(found[1]) // 8)

@@ -9,10 +9,18 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+import jlora
 from train.__main__ import main
+from train.stop import Stop
 
 ROOT = Path(__file__).parents[1]
 TIMES = ("seconds", "step_seconds", "examples_per_second", "tokens_per_second", "mfu")
@@ -54,3 +62,54 @@ def records(folder: Path, phase: str | None = None) -> list[dict[str, Any]]:
         for one in found
         if phase in (None, one["phase"])
     ]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """The same adapters, bit for bit, and the same records, without gaps or repetitions."""
+    one, other = jlora.load(found / "adapters"), jlora.load(expected / "adapters")
+    assert one.keys() == other.keys()
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert records(found) == records(expected)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (found, expected)]
+    assert summaries[0]["metrics"] == summaries[1]["metrics"]
+    assert summaries[0]["kept_step"] == summaries[1]["kept_step"]
+
+
+@contextlib.contextmanager
+def compiled_once(folder: Path) -> Iterator[None]:
+    """Programs are compiled once, for this process and for those that it starts, and kept in ``folder``."""
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def stopping(after: int) -> Iterator[None]:
+    """Stop at the question after so many; it is asked after each step, and before each batch that is measured."""
+    calls = 0
+
+    def asked(self: Stop) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > after
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stop, "asked", asked)
+        patch.setattr(Stop, "check", lambda self: None)
+        yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -18,14 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import jax
-import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-import jlora
 from tests import tiny
-from tests.runs import program, records
+from tests.runs import assert_same_run, compiled_once, content, program, records, stopping
 from train import rundir
 from train.__main__ import main, parse
 from train.stop import EXIT_CODE, Stop
@@ -67,23 +62,10 @@ def child(argv: list[str], printed: str, limit: int | None) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(work) -> Iterator[None]:
-    """Many runs here are of one program: it is compiled once, for this process and for others."""
-    options = {
-        "jax_compilation_cache_dir": str(work / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in options.items():
-            patch.setenv(name.upper(), str(value))
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+def cached(work) -> Iterator[None]:
+    """Many runs here are of one program."""
+    with compiled_once(work / "compiled"):
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -111,17 +93,6 @@ def whole(work, processes) -> Path:
     """A run that nobody disturbed."""
     finish(processes, flags(work, work / "whole"), work / "whole.txt")
     return work / "whole"
-
-
-def assert_same_run(found: Path, expected: Path) -> None:
-    """The same adapters, bit for bit, and the same records, without gaps or repetitions."""
-    one, other = jlora.load(found / "adapters"), jlora.load(expected / "adapters")
-    assert one.keys() == other.keys()
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-    assert records(found) == records(expected)
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (found, expected)]
-    assert summaries[0]["metrics"] == summaries[1]["metrics"]
-    assert summaries[0]["kept_step"] == summaries[1]["kept_step"]
 
 
 def size(folder: Path) -> int:
@@ -175,22 +146,6 @@ def test_a_run_that_is_ended_again_and_again_is_the_run_that_is_not(work, proces
 # One process is enough for the rest: the question whether to stop is answered with yes
 
 
-@contextlib.contextmanager
-def stopping(after: int) -> Iterator[None]:
-    """Stop at the question after so many; it is asked after each step, and before each batch that is measured."""
-    calls = 0
-
-    def asked(self: Stop) -> bool:
-        nonlocal calls
-        calls += 1
-        return calls > after
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stop, "asked", asked)
-        patch.setattr(Stop, "check", lambda self: None)
-        yield
-
-
 def stopped(work: Path, folder: Path, after: int, *more: str) -> None:
     with stopping(after):
         code, printed = program(*flags(work, folder, *SHORT, *more))
@@ -231,10 +186,6 @@ def steps(folder: Path) -> list[int]:
 @pytest.fixture
 def copy(half, tmp_path) -> Path:
     return shutil.copytree(half, tmp_path / "run")
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
 
 
 def truncated(folder: Path) -> None:

@@ -353,7 +353,8 @@ def test_schedules_rise_to_the_peak_and_fall():
     for name in ("cosine", "linear", "constant"):
         schedule = make_schedule(FitConfig(schedule=name, warmup=0.1), 1.0, steps=100)
         rates[name] = [np.asarray(schedule(step)).item() for step in (0, 10, 100)]
-    assert rates == {"cosine": [0, 1, 0], "linear": [0, 1, 0], "constant": [0, 1, 1]}
+    expected = {"cosine": [0.1, 1, 0], "linear": [0.1, 1, 0], "constant": [0.1, 1, 1]}
+    assert rates == {name: pytest.approx(of_name) for name, of_name in expected.items()}
     assert make_schedule(FitConfig(warmup=0.0), 1.0, steps=100)(0) == 1
 
 

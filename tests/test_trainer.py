@@ -152,7 +152,7 @@ def test_evaluation_by_steps_is_in_the_records(work, tmp_path):
     found = records(tmp_path / "run")
     assert [one["step"] for one in found if "validation_accuracy" in one] == [6, 12, 16]
     assert [one["step"] for one in found if "epoch" not in one] == [5, 6, 10, 12, 15]
-    assert "fit  step 6  loss" in printed and "fit  epoch   2  loss" in printed
+    assert "fit  step  6 of 16  epoch 1 of 2  loss" in printed and "fit  step 16 of 16  epoch 2 of 2 done" in printed
 
 
 # Speed

@@ -21,6 +21,7 @@
 ``flops``        what a step computes, and the peaks of devices
 ``loop``         steps, with records, measurements and checkpoints on the way
 ``progress``     the pace of a training, and its position
+``further``      a run that goes on with more epochs than it was planned with
 ``checkpoints``  a training → what it goes on from, on the same devices or on others
 ``evaluate``     what a model makes of all examples
 ``records``      what a run tells of itself → ``metrics.jsonl``

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that takes its time to import
+    from train.stop import watch
+
+    watch()
+
 import dataclasses
 import difflib
 import re
@@ -15,19 +20,21 @@ import tyro
 
 from jlora.models import ModelError, TensorError
 from train import config as schema
-from train.checks import validate
+from train.checks import validate, validate_parts
 from train.config import ConfigError, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = ROOT / "configs" / "digits.py"
 COMMANDS = ("predict", "generate", "eval", "export", "report", "inspect")
 PROG = "python -m train [fit] [CONFIG.py]"
+RATE = "--learning-rate"
 DESCRIPTION = """Adapt a network to a task with LoRA.
 
 CONFIG.py is a file that defines `config = TrainConfig(...)`; without one, it is configs/digits.py.
 Every field of it can be overridden, and a switch is turned off by `no-` before its name:
   python -m train configs/digits.py --lora.rank 2 --fit.epochs 5
   python -m train configs/instruct_llama.py --task.no-pack
+`--learning-rate 1e-4` sets the learning rate of the mode that is trained.
 
 What was trained is used by other commands, each with its own --help:
   python -m train predict RUN --text "..."     label texts
@@ -42,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code.
 
     0: done. 1: a mistake in the program. 2: the user's input cannot be run, the training diverged, or a file cannot be
-    read or written. `train.stop.EXIT_CODE`: stopped when it was asked to, and goes on when it is started again.
+    read or written. `train.stop.EXIT_CODE`: stopped when it was asked to, and goes on when it is started again;
+    `train.stop.INTERRUPTED`: the same, by Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
@@ -53,14 +61,14 @@ def main(argv: list[str] | None = None) -> int:
         from train.checkpoints import CheckpointError
         from train.processes import leave
         from train.run import run
-        from train.stop import EXIT_CODE, Stopped
+        from train.stop import Stopped
     except ConfigError as error:
         return _refused(error)
     try:
         run(config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        return EXIT_CODE
+        return stopped.code
     except (ConfigError, CheckpointError, ModelError, TensorError, OSError) as error:
         return leave(_refused(error))
     except Exception:  # told as ever; but other processes must not wait for this one
@@ -98,10 +106,24 @@ def parse(argv: list[str]) -> TrainConfig:
     if argv and not argv[0].startswith("-"):
         path, argv = Path(argv[0]), argv[1:]
     default = load_config(path)
+    argv, rate = _split_rate(argv)
+    config = _overridden(default, argv)
+    if rate is not None:
+        own = f"{RATE}.{config.mode}"
+        if any(word.partition("=")[0].replace("_", "-") == own for word in argv):
+            raise ConfigError(f"got {RATE} and {own}, which are the same with --mode {config.mode}; pass one of them")
+        config = _overridden(default, [*argv, own, rate])
+    folder = None if config.run_dir is None else Path(config.run_dir).expanduser()
+    config = dataclasses.replace(config, cache_dir=Path(config.cache_dir).expanduser(), run_dir=folder)
+    validate(config)
+    return config
+
+
+def _overridden(default: TrainConfig, argv: list[str]) -> TrainConfig:
     with warnings.catch_warnings():
         # tyro warns of a default of the wrong type; `validate` says the same, and refuses.
         warnings.simplefilter("ignore", UserWarning)
-        config = tyro.cli(
+        return tyro.cli(
             TrainConfig,
             prog=PROG,
             description=DESCRIPTION,
@@ -109,17 +131,28 @@ def parse(argv: list[str]) -> TrainConfig:
             default=default,
             config=(tyro.conf.AvoidSubcommands,),
         )
-    own = None if config.run_dir is None else Path(config.run_dir).expanduser()
-    config = dataclasses.replace(config, cache_dir=Path(config.cache_dir).expanduser(), run_dir=own)
-    validate(config)
-    return config
+
+
+def _split_rate(argv: list[str]) -> tuple[list[str], str | None]:
+    """The command line without ``--learning-rate VALUE``, and the value: of which mode it is, the rest of it says."""
+    rest, found, words = [], [], iter(argv)
+    for word in words:
+        name, given, value = word.partition("=")
+        if name.replace("_", "-") == RATE:
+            found.append(value if given else next(words, ""))
+        else:
+            rest.append(word)
+    if len(found) > 1 or found == [""]:
+        raise ConfigError(f"{RATE}: got {' and '.join(found) or 'nothing'}, expected a number; pass {RATE} 1e-4")
+    return rest, found[0] if found else None
 
 
 def load_config(path: Path) -> TrainConfig:
     """The ``config`` that the Python file ``path`` defines.
 
     Raises:
-      ConfigError: if there is no such file, if running it fails, or if it defines no `TrainConfig` of that name.
+      ConfigError: if there is no such file, if running it fails, or if it defines no `TrainConfig` of that name with
+        parts of the right kinds.
     """
     if not path.is_file():
         if (close := difflib.get_close_matches(str(path), COMMANDS, n=1)) and not path.suffix:
@@ -135,6 +168,7 @@ def load_config(path: Path) -> TrainConfig:
     if not isinstance(config, TrainConfig):
         got = "nothing of that name" if config is None else f"a {type(config).__name__}"
         raise ConfigError(f"{path}: expected `config = TrainConfig(...)`, got {got}")
+    validate_parts(config)
     return config
 
 

@@ -94,8 +94,8 @@ def base(job: Job, measure: Measure, log: Callable[[Record], None], stop: Stop) 
         accumulate=config.compute.accumulate,
     )
     whole = random_key(config.seed, "base")
-    adapters, _ = fit(training, layout, start, lambda base: jlora.init(whole, base, EVERYTHING), stop=stop)
-    params = layout.to_host(layout.call(jlora.merge, start, adapters))
+    fitted = fit(training, layout, start, lambda base: jlora.init(whole, base, EVERYTHING), stop=stop)
+    params = layout.to_host(layout.call(jlora.merge, start, fitted.adapters))
     if is_first():
         publish(path, params, records, made_of)
     wait_for_all("base")

@@ -78,8 +78,12 @@ class Checkpoints:
         """
 
         def read() -> Position:
-            found = self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))
-            return Position.from_json(found["position"])
+            items = {name: ocp.args.JsonRestore() for name in ("position", "config")}
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
+            position = Position.from_json(found["position"])
+            # Those of earlier versions do not tell how many epochs were planned; their configuration does.
+            position.planned = position.planned or [[0, found["config"]["fit"]["epochs"]]]
+            return position
 
         return self._guarded(step, read)
 

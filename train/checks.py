@@ -44,6 +44,14 @@ def validate(config: TrainConfig) -> None:
     refuse([*_walk(config, ""), *(_across(config) if whole else ())])
 
 
+def validate_parts(config: TrainConfig) -> None:
+    """Check that the parts of a config file's configuration are of their kinds, before flags are put over them: tyro
+    takes the defaults for what is of another kind. Raises as `validate` does."""
+    hints = get_type_hints(TrainConfig)
+    found = [_wrong_part(name, getattr(config, name), hint) for name, hint in hints.items()]
+    refuse([problem for problem in found if problem])
+
+
 def validate_for(config: TrainConfig, examples: int) -> None:
     """Check what depends on the number of training examples; raises as `validate` does."""
     phases = (("base", config.base), ("fit", config.fit))
@@ -152,7 +160,8 @@ _EXPECTATIONS: Mapping[type, Mapping[str, _Expectation]] = {
             lambda x: x in ("auto", "never") or _whole(0, 0).holds(x),
             "auto, never, or the step of a checkpoint",
             "auto",
-        ),
+        ).or_none(),
+        "keep": _Expectation(lambda x: x in ("last", "best"), "last or best", "best").or_none(),
         "log_every": _whole(1, 10).or_none(),
         "log": _Expectation(
             lambda x: isinstance(x, tuple | list) and all(one in get_args(Writer) for one in x),
@@ -237,7 +246,6 @@ def _walk(part: Any, prefix: str) -> Iterator[str]:
     expectations = _EXPECTATIONS.get(type(part), {})
     for field in dataclasses.fields(part):
         path, value, hint = prefix + field.name, getattr(part, field.name), hints[field.name]
-        kinds = [kind for kind in _options(hint) if dataclasses.is_dataclass(kind)]
         if expectation := expectations.get(field.name):
             if not expectation.holds(value):
                 got = str(value) if isinstance(value, Path) else shown(value)
@@ -246,16 +254,27 @@ def _walk(part: Any, prefix: str) -> Iterator[str]:
             options = get_args(hint)
             words = ", ".join(map(str, options))
             yield f"{path}: got {value!r}, expected one of {words}; pass {flag(path)} {options[0]}"
-        elif kinds and not isinstance(value, _options(hint)):
-            names = [getattr(kind, "__name__", "") for kind in kinds]
-            yield f"{path}: got {value!r}, expected a {' or '.join(names)}; write {path} = {names[0]}(...)"
-        elif not kinds and get_origin(hint) is not dict and not fits(value, hint):
+        elif problem := _wrong_part(path, value, hint):
+            yield problem
+        elif not _kinds(hint) and get_origin(hint) is not dict and not fits(value, hint):
             yield f"{path}: got {shown(value)}, expected {expected(hint)}; pass {flag(path)}"
         if isinstance(value, dict):
             for name, one in value.items():
                 yield from _walk(one, f"{path}.{name}.") if dataclasses.is_dataclass(one) else ()
         if dataclasses.is_dataclass(value) and not isinstance(value, LoraConfig):
             yield from _walk(value, f"{path}.")
+
+
+def _wrong_part(path: str, value: Any, hint: Any) -> str | None:
+    """The problem of a field that has to hold a dataclass, if it does not."""
+    if not (kinds := _kinds(hint)) or isinstance(value, _options(hint)):
+        return None
+    names = [kind.__name__ for kind in kinds]
+    return f"{path}: got {value!r}, expected a {' or '.join(names)}; write {path} = {names[0]}(...)"
+
+
+def _kinds(hint: Any) -> list[type]:
+    return [kind for kind in _options(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -245,12 +245,13 @@ class FitConfig:
       epochs: passes over the training examples.
       batch_size: examples in a step, over all devices; an epoch's last, incomplete batch is dropped.
       schedule: how the learning rate falls after the warm-up.
-      warmup: share of all steps over which the learning rate rises from 0 to its peak.
+      warmup: share of all steps over which the learning rate rises to its peak; the first of w has peak / w.
       weight_decay: decoupled, and applied to all that is trained.
       clip: largest global norm of the gradient, or None.
       lora_plus: how many times A's learning rate B has; 1 for none of LoRA+ (Hayou et al. 2024, who take 16).
       label_smoothing: share of a label's probability that is spread over all classes or tokens.
-      patience: end after so many measurements in a row without a new best, or None.
+      patience: end after so many measurements in a row without a new best, or None. The best adapters are kept then,
+        if `TrainConfig.keep` does not say otherwise.
     """
 
     epochs: int = 20
@@ -267,6 +268,8 @@ class FitConfig:
 @dataclass(frozen=True)
 class LearningRates:
     """The peak learning rate of every training; low-rank factors take several times that of whole weights.
+
+    On the command line ``--learning-rate VALUE`` sets the one of the run's mode.
 
     Attributes:
       base: of the base, from scratch.
@@ -362,14 +365,16 @@ class TrainConfig:
       eval_every: epochs between two measurements on the validation examples.
       eval_every_steps: steps between two of them, instead; the last step is always measured.
       eval_batch_size: examples predicted at once.
-      keep: the adapters that are kept: the last ones, or the best measured ones by the task's main figure.
+      keep: the adapters that are kept: the last ones, or the best measured ones by the task's main figure; by default
+        the last ones, and with ``fit.patience`` the best ones.
       compute: devices and memory.
       processes: that train together.
       save: checkpoints.
-      resume: go on with the run in run_dir, or with the newest unfinished one of this configuration under runs/ that
-        has a checkpoint (auto); train in a new directory only (never); or go on from the checkpoint of this step and
-        give up later ones (0: begin anew).
-      log_every: steps between two lines of metrics; by default some fifty in a run.
+      resume: by default, go on with the run in run_dir, or with the newest unfinished one of this configuration under
+        runs/ that has a checkpoint. auto: or under runs/ with one that was planned with other epochs; a finished one is
+        trained further if there are more of them. never: train in a new directory only. A number: go on from the
+        checkpoint of this step and give up later ones (0: begin anew).
+      log_every: steps between two lines of metrics, printed and in metrics.jsonl; by default some fifty in a run.
       log: where metrics go beside metrics.jsonl.
       run_dir: where the run is written; by default a new directory under runs/.
       cache_dir: where trained bases and converted data are kept.
@@ -388,11 +393,11 @@ class TrainConfig:
     eval_every: int = 1
     eval_every_steps: int | None = None
     eval_batch_size: int = 64
-    keep: Literal["last", "best"] = "last"
+    keep: Literal["last", "best"] | None = None
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     processes: ProcessesConfig = ProcessesConfig()
     save: SaveConfig = SaveConfig()
-    resume: Literal["auto", "never"] | int = "auto"
+    resume: Literal["auto", "never"] | int | None = None
     log_every: int | None = None
     log: tuple[Writer, ...] = ()
     run_dir: Path | None = None

@@ -12,7 +12,7 @@ import jlora
 from train.batches import Batch, Examples, batch_of, bucket_of, ordered_rows, size
 from train.networks import Forward
 from train.parallel import Layout
-from train.stop import Stop, Stopped
+from train.stop import Stop
 from train.tasks import Measured, Task
 
 Measure: TypeAlias = Callable[[Any, Any, Examples], Measured]
@@ -50,7 +50,7 @@ def make_measure(
         found: dict[str, np.ndarray] = {}
         for rows, own in ordered_rows(examples, batch_size):
             if stop is not None and stop.asked():
-                raise Stopped("stopped while it was measured, as asked; the same command measures it again")
+                raise stop.stopped("stopped while it was measured, as asked; the same command measures it again")
             bucket = bucket_of(examples, rows, buckets)
             batch = layout.place_batch(
                 lambda part, rows=rows, bucket=bucket: batch_of(examples, rows[part], bucket), len(rows)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from train import store, writers
 from train.checkpoints import Checkpoints
 from train.config import ConfigError, TrainConfig
+from train.further import go_on
 from train.loop import Saving
 from train.processes import is_first, say
-from train.progress import Position
+from train.progress import Pace, Position
 from train.records import Record, Records
-from train.rundir import RunDir
+from train.rundir import RunDir, reopen
 
 
 class Kept:
@@ -21,19 +22,23 @@ class Kept:
       saving: its checkpoints, and where the training goes on.
     """
 
-    def __init__(self, config: TrainConfig, place: RunDir, plan: str):
-        """Open them; ``plan`` is kept beside.
+    def __init__(self, config: TrainConfig, place: RunDir, plan: str, pace: Pace):
+        """Open them; ``plan`` is kept beside, and ``pace`` is the training's.
 
         Raises:
-          ConfigError: if there is no checkpoint of the step that the configuration asks for.
+          ConfigError: if there is no checkpoint of the step that the configuration asks for, or nothing is left
+            to train.
           CheckpointError: if the checkpoint cannot be read.
         """
         self.path, self._lock = place.path, place.lock
-        checkpoints = Checkpoints(place.path / "checkpoints", config.save, keep_best=config.keep == "best")
-        position = _resumed(config, checkpoints)
+        keep_best = config.keep == "best" or config.keep is None and config.fit.patience is not None
+        checkpoints = Checkpoints(place.path / "checkpoints", config.save, keep_best=keep_best)
+        position = _resumed(config, place, checkpoints, keep_best)
+        peak = getattr(config.learning_rate, config.mode)
+        told = go_on(config.fit, peak, pace, position, finished=place.further)
         self._resumed = position.step > 0
         if self._resumed:
-            say(f"going on with {place.path} after step {position.step}\n")
+            say(f"going on with {place.path} after step {position.step}" + (f"\n{told}" if told else "") + "\n")
         identity = store.to_json(config)
         self._writers = writers.open_writers(config.log if is_first() else (), place.path, identity, position.step + 1)
         self.records = Records(place.path / "metrics.jsonl", self._writers.write)
@@ -41,6 +46,8 @@ class Kept:
             self.records.cut(0)
 
         def begin() -> None:
+            if place.further and is_first():
+                reopen(place.path, config)
             checkpoints.delete_after(position.step)
             if self._resumed:
                 self.records.cut(position.metrics_bytes, position.metrics_digest)
@@ -52,8 +59,8 @@ class Kept:
             identity,
             begin,
             self.records.sync,
-            keep_best=config.keep == "best",
-            again="the same command" if config.resume == "auto" else "the same command with --resume auto",
+            keep_best=keep_best,
+            again="the same command" if config.resume in (None, "auto") else "the same command with --resume auto",
         )
         if is_first():
             (place.path / "plan.txt").write_text(plan + "\n")
@@ -73,7 +80,7 @@ class Kept:
             self.records.write(record)
 
 
-def _resumed(config: TrainConfig, checkpoints: Checkpoints) -> Position:
+def _resumed(config: TrainConfig, place: RunDir, checkpoints: Checkpoints, keep_best: bool) -> Position:
     """Where the training goes on."""
     steps = checkpoints.steps()
     step = config.resume if isinstance(config.resume, int) else max(steps, default=0)
@@ -82,8 +89,10 @@ def _resumed(config: TrainConfig, checkpoints: Checkpoints) -> Position:
             f"resume: got step {step}, and there are checkpoints of {', '.join(map(str, steps)) or 'no step'};"
             " pass one of these, 0 to begin anew, or --resume auto for the newest"
         )
+    if place.further and not steps:
+        raise ConfigError(f"run_dir: {place.path} has no checkpoint to go on from; pass another --run-dir")
     position = checkpoints.position(step) if step else Position()
-    if config.keep == "best" and position.best_step not in (None, *steps):
+    if keep_best and position.best_step not in (None, *steps):
         say(f"the best checkpoint by then, of step {position.best_step}, is gone: the best one is looked for anew")
         position.best, position.best_step, position.stale = None, None, 0
     return position

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,11 +22,19 @@ from train.networks import Forward
 from train.optim import make_optimizer, make_schedule
 from train.parallel import Layout
 from train.processes import first_decides
-from train.progress import Pace, Position, Window, Work
+from train.progress import Forecast, Pace, Position, Window, Work
 from train.records import Record
 from train.step import TrainState, init_state, make_step
-from train.stop import Stop, Stopped
+from train.stop import Stop, Stopped, at_once
 from train.tasks import Task
+
+AHEAD_SECONDS = 1.0
+"""How long the devices may have to do without the host."""
+
+UNSAVED_SECONDS = 30
+"""How much training may be lost to a Ctrl-C while something is compiled."""
+
+ANEW = "there is no checkpoint, and the same command begins anew"
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,25 @@ class Saving:
     again: str
 
 
+class Fitted(NamedTuple):
+    """What a training comes to.
+
+    Attributes:
+      adapters: that are kept, at their places: the newest or the best ones.
+      position: where it ended.
+      ended: why, for a person.
+      kept_step: of which step the adapters are.
+      figure, best: measured of them, and the best one of all; None where nothing was.
+    """
+
+    adapters: dict[str, Any]
+    position: Position
+    ended: str
+    kept_step: int
+    figure: float | None
+    best: float | None
+
+
 def fit(
     training: Training,
     layout: Layout,
@@ -99,7 +127,7 @@ def fit(
     *,
     saving: Saving | None = None,
     stop: Stop | None = None,
-) -> tuple[dict[str, Any], Position]:
+) -> Fitted:
     """Train adapters; ``base`` stays as it is.
 
     Args:
@@ -108,18 +136,13 @@ def fit(
       saving: how it is kept; None for a training that is not.
       stop: asked after each step.
 
-    Returns:
-      The adapters, at their places, that are kept: the newest or the best ones; and where the training ended.
-
     Raises:
       ConfigError: if the loss is not finite, naming the step, its examples and the newest checkpoint.
       CheckpointError: if a checkpoint cannot be written or read.
       Stopped: if it was asked to stop, and did.
     """
     loop = _Loop(training, layout, base, start, saving, stop)
-    with report.Progress(
-        training.phase, training.pace.steps, loop.position.step, training.task.primary
-    ) as loop.progress:
+    with report.Progress(training.phase, training.pace, loop.position.step) as loop.progress:
         return loop.run()
 
 
@@ -142,9 +165,8 @@ class _Loop:
         tx, schedule = make_optimizer(config), make_schedule(config, training.learning_rate, pace.steps)
         self.key = random_key(training.seed, f"{training.phase} dropout")
         self.state: TrainState = layout.make_state(lambda base: init_state(tx, start(base)), base)
-        self.position = Position()
-        if saving is not None and saving.position.step:
-            self.position = saving.position
+        self.position = Position() if saving is None else saving.position
+        if saving is not None and self.position.step:
             self.state, self.key = saving.checkpoints.restore(self.position.step, layout, self.state, self.key)
         if saving is not None:
             saving.begin()
@@ -161,37 +183,50 @@ class _Loop:
         self.step = layout.compile_step(step, self.state)
         self.lengths = lengths(training.examples)
         self.seen: set[tuple[int, ...]] = set()
-        self.waiting: deque[tuple[int, Any, Work | None]] = deque()
+        self.waiting: deque[tuple[int, Any, Work, bool]] = deque()
+        self.forecast = Forecast()
         self.clock = self.saved_at = time.perf_counter()
 
-    def run(self) -> tuple[dict[str, Any], Position]:
-        position, pace = self.position, self.t.pace
+    def run(self) -> Fitted:
         try:
-            if position.unmeasured:
-                self.look()
-            while position.step < pace.steps and not self.is_exhausted():
-                self.advance()
-                self.look()
-                if self.is_stopped():
-                    raise Stopped
-        except Stopped:
-            raise Stopped(self.stopped()) from None
-        if self.saving is None:
-            return self.state.adapters, position
+            # Ctrl-C waits for what can be saved.
+            with at_once(self.abandoned() if self.saving is None else None):
+                return self.train()
+        except Stopped as stopped:
+            raise Stopped(self.stopped(), stopped.code) from None
+
+    def train(self) -> Fitted:
+        position, pace = self.position, self.t.pace
+        if position.unmeasured:
+            self.look()
+        while position.step < pace.steps and not self.is_exhausted():
+            self.advance()
+            self.look()
+            if self.stop is not None and self.stop.asked():
+                raise self.stop.stopped()
         self.save()
-        self.saving.checkpoints.wait()
-        if not self.saving.keep_best or position.best_step in (None, position.step):
-            return self.state.adapters, position
-        best, _ = self.saving.checkpoints.restore(position.best_step, self.layout, self.state, self.key)
-        return best.adapters, position
+        adapters, kept, figure = self.state.adapters, position.step, position.figure
+        if self.saving is not None:
+            self.saving.checkpoints.wait()
+            if self.saving.keep_best and position.best_step is not None:
+                kept, figure = position.best_step, position.best
+            if kept != position.step:
+                best, _ = self.saving.checkpoints.restore(kept, self.layout, self.state, self.key)
+                adapters = best.adapters
+        figure, best = (None if one is None else self.t.figure[1] * one for one in (figure, position.best))
+        return Fitted(adapters, position, self.ended(), kept, figure, best)
+
+    def ended(self) -> str:
+        """Why the training is at its end."""
+        t, position = self.t, self.position
+        if position.step < t.pace.steps:
+            return f"{position.stale} measurements in a row had no better {t.figure[0]} ({t.phase}.patience)"
+        return f"all {t.config.epochs} epochs are done"
 
     def is_exhausted(self) -> bool:
         """Whether the figures have not become better for long."""
         patience = self.t.config.patience
         return patience is not None and self.position.stale >= patience
-
-    def is_stopped(self) -> bool:
-        return self.stop is not None and self.stop.asked()
 
     def advance(self) -> None:
         """One step. Its metrics stay on the devices for a while, so that it need not wait for the one before."""
@@ -200,18 +235,22 @@ class _Loop:
         bucket = bucket_of(t.examples, rows, t.buckets)
         batch = self.layout.place_batch(lambda part: batch_of(t.examples, rows[part], bucket), len(rows))
         shape = (len(rows), *bucket)
-        work, leave = None, 0
-        if shape in self.seen:
-            tokens = 0 if self.lengths is None else int(self.lengths[rows].sum())
-            work, leave = Work(len(rows), tokens, t.ideal_seconds(shape)), self.layout.ahead
-        else:  # It will be compiled, and that is no part of the steps' time: the steps around it wait for it.
-            self.seen.add(shape)
+        tokens, places = (0, 0) if self.lengths is None else (int(self.lengths[rows].sum()), math.prod(shape))
+        work, timed = Work(len(rows), tokens, t.ideal_seconds(shape), places), shape in self.seen
+        if not timed:  # It will be compiled, and that is no part of the steps' time: the steps around it wait for it.
             self.fetch(0)
-        self.state, metrics = self.step(self.state, self.base, batch, self.key)
-        self.waiting.append((done + 1, metrics, work))
+        with contextlib.nullcontext() if timed else self.compiling():
+            self.state, metrics = self.step(self.state, self.base, batch, self.key)
+        self.seen.add(shape)
+        self.waiting.append((done + 1, metrics, work, timed))
         self.position.step = done + 1
-        self.fetch(leave)
+        self.fetch(self.ahead() if timed else 0)
         self.progress.advance()
+
+    def ahead(self) -> int:
+        """How many steps may be under way: so few that whoever asks to stop need not wait long for them."""
+        seconds = self.forecast.step_seconds
+        return 1 if seconds is None else min(self.layout.ahead, max(1, int(AHEAD_SECONDS / max(seconds, 1e-6))))
 
     def rows(self, step: int) -> np.ndarray:
         """The numbers of the examples that a step, counted from 0, learns from."""
@@ -224,15 +263,17 @@ class _Loop:
         """
         position = self.position
         while len(self.waiting) > leave:
-            done, metrics, work = self.waiting.popleft()
+            done, metrics, work, timed = self.waiting.popleft()
             found = {name: np.asarray(value).item() for name, value in metrics.items()}
             if not all(math.isfinite(found[name]) for name in ("loss", "grad_norm")):
                 raise ConfigError(self.diverged(done, found))
             now = time.perf_counter()
             for window in (position.line, position.epoch):
-                window.add(found)
-                if work is not None:
+                window.add(found, work)
+                if timed:
                     window.add_time(now - self.clock, work)
+            if timed:
+                self.forecast.add(now - self.clock)
             position.seconds += now - self.clock
             self.clock = now
             if not self.t.pace.is_eval_due(done):
@@ -244,9 +285,11 @@ class _Loop:
         if t.pace.is_eval_due(position.step):
             self.fetch(0)
             position.unmeasured = True
-            figures = t.evaluate(self.state.adapters)
+            with contextlib.nullcontext() if self.forecast.measuring else self.compiling():
+                figures = t.evaluate(self.state.adapters)
             position.unmeasured = False
-            position.seconds += time.perf_counter() - self.clock
+            self.forecast.measuring = time.perf_counter() - self.clock
+            position.seconds += self.forecast.measuring
             self.tell(position.step, figures)
             is_best = position.measured(t.figure[1] * figures[t.figure[0]])
             self.clock = time.perf_counter()
@@ -266,9 +309,10 @@ class _Loop:
             seconds = {"seconds": round(position.seconds, 3)}
             told.append({"epoch": done // pace.epoch, "step": done} | position.epoch.averages() | figures | seconds)
             position.epoch = Window()
+        left = self.forecast.left(done, pace)
         for record in told:
             self.t.log({"phase": self.t.phase} | record)
-            self.progress.show(record)
+            self.progress.show(record, [name for name in figures if name in record], left)
 
     def is_save_due(self) -> bool:
         """By steps, or by the first process's clock, at which several processes look together, and not at each step."""
@@ -290,11 +334,31 @@ class _Loop:
         self.saving.checkpoints.save(self.layout, self.state, self.position, self.key, self.saving.identity)
         self.saved_step, self.saved_at = self.position.step, time.perf_counter()
 
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Where a program is compiled, which may take minutes and cannot be left: Ctrl-C ends the process there, at the
+        cost of few steps. Several processes go on to where all of them stop."""
+        if self.saving is None or jax.process_count() > 1:
+            yield
+            return
+        if time.perf_counter() - self.saved_at > UNSAVED_SECONDS:
+            self.save()
+            self.saving.checkpoints.wait()
+        with at_once(self.abandoned()):
+            yield
+
+    def abandoned(self) -> str:
+        """What is told of a training that is ended at once."""
+        if self.saving is None:
+            return f"{self.t.phase}: stopped, as asked; {ANEW}"
+        goes = f"{self.saving.again} goes on from step {self.saved_step}" if self.saved_step else ANEW
+        return f"{self.t.phase}: stopped while it compiled, after step {self.position.step}, as asked; {goes}"
+
     def stopped(self) -> str:
         """Save, and say from where the training will go on."""
         done = f"{self.t.phase}: stopped after step {self.position.step} of {self.t.pace.steps}, as asked"
         if self.saving is None:
-            return f"{done}; it has no checkpoints, and begins anew when the same command is run again"
+            return f"{done}; {ANEW}"
         self.save()
         self.saving.checkpoints.wait()
         return f"{done}; {self.saving.again} goes on from there"

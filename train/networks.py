@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -162,8 +163,10 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     Raises:
       ConfigError: if there is none.
     """
+    # transformers says at import that it found no torch, which it does not need here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers says at import that it found no torch, which it does not need
+        warnings.simplefilter("ignore")
         from transformers import AutoTokenizer
 
         try:

@@ -12,7 +12,11 @@ from train.config import FitConfig
 
 
 def make_schedule(config: FitConfig, peak: float, steps: int) -> optax.Schedule:
-    """From 0 to ``peak`` in ``config.warmup`` of the ``steps``, then as ``config.schedule`` says until they end."""
+    """The learning rate by the number of updates done, so that the first step has that of 0.
+
+    In a warm-up of w = ``config.warmup`` of the ``steps`` it rises from ``peak`` / w to ``peak`` in equal parts, so
+    that every step learns; the step after has ``peak`` too, and the rest goes as ``config.schedule`` says.
+    """
     warmup = round(config.warmup * steps)
     rest = max(1, steps - warmup)
     after = {
@@ -20,7 +24,7 @@ def make_schedule(config: FitConfig, peak: float, steps: int) -> optax.Schedule:
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "constant": optax.constant_schedule(peak),
     }[config.schedule]
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+    return optax.join_schedules([lambda step: peak * ((step + 1) / warmup), after], [warmup]) if warmup else after
 
 
 def make_optimizer(config: FitConfig) -> optax.GradientTransformation:

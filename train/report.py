@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from jlora._table import table
-from train.processes import is_first, say
-
-QUIET_SECONDS = 20
-"""Where there is no terminal: how long to train without a line."""
+from train.processes import is_first
+from train.progress import Pace
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a plain line for every measurement, and in long epochs between.
+    """A bar where stderr is a terminal; a line on stdout for every record that is due, unless the bar shows it there.
 
     Of several processes the first one shows it.
 
@@ -25,19 +23,30 @@ class Progress:
 
     Args:
       phase: the name of the training.
-      steps: how many there are.
-      done: how many were done before.
-      metric: the one that is shown.
+      pace: of the training.
+      done: how many of its steps were done before.
     """
 
-    def __init__(self, phase: str, steps: int, done: int, metric: str):
-        self._phase, self._steps, self._step, self._metric = phase, steps, done, metric
-        hidden = None if is_first() else True
-        self._bar = tqdm(total=steps, initial=done, desc=phase, unit="step", disable=hidden, dynamic_ncols=True)
-        self._plain = bool(self._bar.disable)
-        self._spoke = time.perf_counter()
+    def __init__(self, phase: str, pace: Pace, done: int):
+        self._phase, self._pace, self._done = phase, pace, done
+        self._bar = tqdm(
+            total=pace.steps,
+            initial=done,
+            desc=phase,
+            disable=None if is_first() else True,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| step {n_fmt} of {total_fmt}{postfix}",
+        )
+        self._plain = is_first() and (bool(self._bar.disable) or not sys.stdout.isatty())
+        self._figures = ""
 
     def __enter__(self) -> Progress:
+        pace, left = self._pace, self._pace.steps - self._done
+        if left > 0:
+            self._say(
+                f"{left} of {pace.steps} steps, {pace.epoch} in an epoch; "
+                f"told every {pace.line}, measured every {pace.eval}"
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,24 +54,58 @@ class Progress:
 
     def advance(self) -> None:
         self._bar.update()
-        self._step += 1
-        if self._plain and time.perf_counter() - self._spoke > QUIET_SECONDS:
-            self._say(f"step {self._step} of {self._steps}")
 
-    def show(self, record: dict[str, Any]) -> None:
-        """Show the loss of a record, and the metric on every set on which it was measured."""
-        figures = {"loss": record["loss"]} | {n: v for n, v in record.items() if n.endswith(f"_{self._metric}")}
-        figures = {name: f"{value:.3f}" for name, value in figures.items()}
-        if not self._plain:
-            self._bar.set_postfix(figures)
-        elif len(figures) > 1:
-            where = f"epoch {record['epoch']:3d}" if "epoch" in record else f"step {record['step']}"
-            took = f"  {record['seconds']:.1f} s" if "seconds" in record else ""
-            self._say(f"{where}  {'  '.join(f'{name} {value}' for name, value in figures.items())}{took}")
+    def show(self, record: Mapping[str, Any], figures: Sequence[str] = (), left: float | None = None) -> None:
+        """Show a record, of which ``figures`` were measured; ``left`` are the seconds that the rest will take.
+
+        The records of epochs in which nothing was measured are left out where lines tell the same.
+        """
+        if "epoch" in record and not figures and self._pace.line != self._pace.epoch:
+            return
+        parts, measured = self._parts(record, left), [f"{name} {record[name]:.4f}" for name in figures]
+        self._figures = "  ".join(measured) or self._figures  # a bar goes on showing the newest ones
+        if not self._bar.disable:
+            self._bar.set_postfix_str("  ".join([*parts, self._figures]).rstrip())
+        width = len(str(self._pace.steps))
+        self._say("  ".join([f"step {record['step']:>{width}} of {self._pace.steps}", *parts, *measured]))
+
+    def _parts(self, record: Mapping[str, Any], left: float | None) -> list[str]:
+        """What a line and the bar say of a record, but for its step and its figures."""
+        pace = self._pace
+        epoch = f"epoch {-(-record['step'] // pace.epoch)} of {pace.steps // pace.epoch}"
+        whole = "epoch" in record
+        parts = [f"{epoch} done" if whole else epoch, f"{'mean ' if whole else ''}loss {record['loss']:.4f}"]
+        parts.append(f"lr {record['learning_rate']:.2e}")
+        for name, unit in (("tokens_per_second", "tokens/s"), ("examples_per_second", "examples/s")):
+            if name in record:
+                parts.append(f"{record[name]:,.{0 if record[name] >= 10 else 1}f} {unit}")
+                break
+        if "padding" in record:
+            parts.append(f"padding {record['padding']:.0%}")
+        return parts if left is None else [*parts, f"{_clock(left)} left"]
 
     def _say(self, line: str) -> None:
-        say(f"{self._phase}  {line}")
-        self._spoke = time.perf_counter()
+        if self._plain:
+            tqdm.write(f"{self._phase}  {line}", file=sys.stdout)  # which clears a bar on the same terminal first
+            sys.stdout.flush()
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def ending(summary: Mapping[str, Any]) -> str:
+    """Why a run ended, and which of its steps was kept, for a person."""
+    kept, best = summary["kept_step"], summary["best_step"]
+    text = f"ended at step {summary['steps']} of {summary['planned_steps']}: {summary['ended']}\n"
+    text += f"kept: step {kept}, the {summary['kept']} one"
+    if summary["kept_figure"] is not None:  # a checkpoint of an earlier version does not tell the last one's
+        text += f", {summary['figure']} {summary['kept_figure']:.4f}"
+    if summary["kept"] == "last" and best is not None and summary["best_figure"] != summary["kept_figure"]:
+        text += f" (step {best} had {summary['best_figure']:.4f}; --keep best keeps it)"
+    return text
 
 
 def comparison_table(summary: dict[str, Any]) -> str:

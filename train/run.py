@@ -29,14 +29,13 @@ from train.evaluate import Measure, compare, make_measure
 from train.job import Job, make_job, start_adapters
 from train.kept import Kept
 from train.keys import random_key
-from train.loop import Training, fit
+from train.loop import Fitted, Training, fit
 from train.networks import make_network
 from train.parallel import Jit
 from train.processes import is_first, say
-from train.progress import Position
 from train.rundir import finish, open_run_dir, read_summary
 from train.step import init_state, make_step
-from train.stop import Stop
+from train.stop import BEFORE, Stop, at_once
 from train.tasks.labels import counts_table
 
 
@@ -53,7 +52,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
       CheckpointError: if a checkpoint cannot be written or read.
       Stopped: if it was asked to stop, and did.
     """
-    with Stop() as stop:
+    with Stop() as stop, at_once(BEFORE):
         return _run(config, stop)
 
 
@@ -67,8 +66,11 @@ def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
     job = make_job(config, stop.check)
     config = job.config
     place = open_run_dir(config, job.accounts)
-    if place.finished:
-        say(f"{place.path} is finished: nothing is left to train. Pass another --run-dir to train it again")
+    if place.finished and not place.further:
+        say(
+            f"{place.path} is finished: nothing is left to train. Pass more --fit.epochs to train it further, or "
+            "another --run-dir to train it again"
+        )
         return read_summary(place.path)
     say(f"{config.name}, mode {config.mode}, seed {config.seed}, {job.layout}\n\n{job.plan}\n")
     say("".join(f"data.{name}: {account.line()}\n" for name, account in job.data.items()))
@@ -79,15 +81,16 @@ def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
     if isinstance(job.layout, Jit) and jax.device_count() > 1:
         say(f"{jax.device_count() - 1} devices are idle: --compute.layout mesh uses them all\n")
 
-    with Kept(config, place, str(job.plan)) as kept:
+    with Kept(config, place, str(job.plan), job.pace(config.fit, job.learnt)) as kept:
         measure = make_measure(job.layout, job.network.forward, job.task, config.eval_batch_size, job.buckets, stop)
         start = frozen(job, measure, kept, stop)
-        adapters, position = trained(job, start, measure, kept, stop)
-        jlora.save(kept.path / "adapters", job.layout.to_host(adapters))
-        summary = figures(job, start, adapters, position, measure, kept)
-        summary["seconds"] = round(time.perf_counter() - begun, 2)
-        if is_first():
-            told(job, summary, kept)
+        fitted = trained(job, start, measure, kept, stop)
+        with at_once("stopped before all was measured, as asked; the same command measures it"):
+            jlora.save(kept.path / "adapters", job.layout.to_host(fitted.adapters))
+            summary = figures(job, start, fitted, measure, kept)
+            summary["seconds"] = round(time.perf_counter() - begun, 2)
+            if is_first():
+                told(job, summary, kept)
     return summary
 
 
@@ -104,8 +107,8 @@ def frozen(job: Job, measure: Measure, kept: Kept, stop: Stop) -> Base:
     return Base(job.layout.place_base(job.shapes, lambda shardings: load(key, shardings)), None, cached=False)
 
 
-def trained(job: Job, start: Base, measure: Measure, kept: Kept, stop: Stop) -> tuple[dict[str, Any], Position]:
-    """The adapters that are kept, at their places, and where their training ended."""
+def trained(job: Job, start: Base, measure: Measure, kept: Kept, stop: Stop) -> Fitted:
+    """The adapters that are kept, and how their training ended."""
     config = job.config
 
     def evaluate(adapters: dict[str, Any]) -> dict[str, float]:
@@ -154,11 +157,9 @@ def ideal_seconds(job: Job) -> Callable[[tuple[int, ...]], float]:
     return seconds
 
 
-def figures(
-    job: Job, start: Base, adapters: dict[str, Any], position: Position, measure: Measure, kept: Kept
-) -> dict[str, Any]:
+def figures(job: Job, start: Base, fitted: Fitted, measure: Measure, kept: Kept) -> dict[str, Any]:
     """What became of it, measured; the merged parameters of a network trained from scratch are kept too."""
-    config, task, layout = job.config, job.task, job.layout
+    config, task, layout, adapters, position = job.config, job.task, job.layout, fitted.adapters, fitted.position
     models = {"base": (start.params, None), "adapted": (start.params, adapters)}
     if job.network.load is None:
         merged = layout.call(jlora.merge, start.params, adapters)
@@ -182,7 +183,15 @@ def figures(
         "blank_images": job.blank_images,
         "cut": {name: cut._asdict() for name, cut in job.cuts.items()},
         "steps": position.step,
-        "kept_step": (position.best_step if config.keep == "best" else None) or position.step,
+        "planned_steps": job.pace(config.fit, job.learnt).steps,
+        "ended": fitted.ended,
+        "figure": job.figure(list(job.test)[-1])[0],
+        "kept": "best" if kept.saving.keep_best else "last",
+        "kept_step": fitted.kept_step,
+        "kept_figure": fitted.figure,
+        "best_step": position.best_step,
+        "best_figure": fitted.best,
+        "epochs_planned": position.planned,
         "trainable": job.plan.trainable,
         "total": job.plan.total,
         "base": {"path": str(start.path or job.network.source), "cached": start.cached},
@@ -199,7 +208,7 @@ def told(job: Job, summary: dict[str, Any], kept: Kept) -> None:
     shown = [f"{name}_{job.task.primary}" for name in job.test]
     drawn = report.draw_curves(kept.path / "curves.png", kept.records.read(), shown)
     finish(kept.path, summary)
-    print(f"\n{report.comparison_table(summary)}\n")
+    print(f"\n{report.ending(summary)}\n\n{report.comparison_table(summary)}\n")
     for name in job.test:
         print(f"adapted, {name}: {report.figures_line(summary['metrics']['adapted'][name])}")
     print(f"\n{gauges.line(summary)}\nwritten to {kept.path} in {summary['seconds']:.1f} s")

@@ -29,6 +29,13 @@ masks of dropout."""
 ASIDE = tuple(name for name in HOW if name != "compute")
 """Those of them that tell nothing of its speed and memory either."""
 
+LATER = ("eval_batch_size", "eval_every", "eval_every_steps", "fit.epochs", "fit.patience", "keep", "log_every")
+"""Fields that may be others when a run goes on: what it learns does not depend on them, but for the learning rate (see
+`train.further`) and the end."""
+
+MORE = ("fit.epochs", "fit.patience")
+"""Those of them for which a finished run is trained further."""
+
 LOCK = "run.lock"
 SUMMARY = "summary.json"
 DATA = "data.json"
@@ -42,12 +49,14 @@ class RunDir:
 
     Attributes:
       path: of the directory.
-      finished: whether there is a run of this configuration in it that came to its end.
+      finished: whether there is a run in it that came to its end.
+      further: whether that one is to be trained further.
       lock: held as long as this process trains; None in processes that do not write.
     """
 
     path: Path
     finished: bool
+    further: bool
     lock: filelock.BaseFileLock | None
 
 
@@ -65,17 +74,18 @@ def open_run_dir(config: TrainConfig, data: Mapping[str, Any]) -> RunDir:
 
     def choose() -> str:
         try:
-            path = _choose(config, data, locks)
+            path, further = _choose(config, data, locks)
         except OSError as error:
             raise ConfigError(f"run_dir: {error}; expected a directory that is writable; pass --run-dir DIR") from error
-        return json.dumps([str(path), (path / SUMMARY).is_file()])
+        return json.dumps([str(path), (path / SUMMARY).is_file(), further])
 
-    path, finished = json.loads(first_decides(choose))
-    return RunDir(Path(path), finished, locks[0] if is_first() else None)
+    path, finished, further = json.loads(first_decides(choose))
+    return RunDir(Path(path), finished, further, locks[0] if is_first() else None)
 
 
-def _choose(config: TrainConfig, data: Mapping[str, Any], locks: list[filelock.BaseFileLock]) -> Path:
-    path = config.run_dir or (_unfinished(config, data) if config.resume == "auto" else None)
+def _choose(config: TrainConfig, data: Mapping[str, Any], locks: list[filelock.BaseFileLock]) -> tuple[Path, bool]:
+    """The directory, and whether the finished run in it is to be trained further."""
+    path = config.run_dir or (_found(config, data) if config.resume in (None, "auto") else None)
     path = path or _new_below_runs(config)
     there = sorted(one.name for one in path.iterdir()) if path.is_dir() else []
     there = [name for name in there if name != LOCK and not name.endswith(".draft")]
@@ -86,7 +96,7 @@ def _choose(config: TrainConfig, data: Mapping[str, Any], locks: list[filelock.B
         )
     if there and config.resume == "never":
         raise ConfigError(
-            f"run_dir: {path} holds a run, and resume is never; pass another --run-dir, or --resume auto to go on"
+            f"run_dir: {path} holds a run, and resume is never; pass another --run-dir, or no --resume to go on"
         )
     if not there and isinstance(config.resume, int):
         raise ConfigError(f"resume: got step {config.resume}, and there is no run in {path}; pass the --run-dir of one")
@@ -100,22 +110,28 @@ def _choose(config: TrainConfig, data: Mapping[str, Any], locks: list[filelock.B
             f"If nothing does, the lock of a host that is lost is still on the file server: remove {path / LOCK}"
         ) from None
     locks.append(lock)
-    if there and (differing := differences(_read(path / "config.json"), config)):
+    finished = (path / SUMMARY).is_file()
+    differing = differences(_read(path / "config.json"), config) if there else {}
+    further = finished and any(name in differing for name in MORE)
+    if wrong := [line for name, line in differing.items() if name not in LATER or finished and not further]:
+        what = "a finished run" if finished else "a run"
         raise ConfigError(
-            f"run_dir: {path} holds a run with another configuration:{bullets(differing)}\nExpected the same, to go on "
-            "with it; pass another --run-dir, or these values"
+            f"run_dir: {path} holds {what} with another configuration:{bullets(wrong)}\n"
+            "Expected the same, to go on with it; pass another --run-dir, or these values"
         )
     if there and (differing := changes(path, data)):
         raise ConfigError(
             f"run_dir: {path} holds a run on other data:{bullets(differing)}\nExpected the same, to go on with it; put "
             "the files back as they were, or pass another --run-dir to train on these"
         )
-    if not (path / SUMMARY).is_file():
+    if further:
+        read_summary(path)  # what is damaged is refused before anything is changed
+    elif finished and isinstance(config.resume, int):
+        raise ConfigError(f"resume: got step {config.resume}, and {path} is finished; pass another --run-dir")
+    elif not finished:
         store.write_json(path / "config.json", store.to_json(config))
         store.write_json(path / DATA, data)
-    elif isinstance(config.resume, int):
-        raise ConfigError(f"resume: got step {config.resume}, and {path} is finished; pass another --run-dir")
-    return path
+    return path, further
 
 
 def _below_runs(config: TrainConfig) -> Path:
@@ -136,17 +152,22 @@ def _new_below_runs(config: TrainConfig) -> Path:
     raise AssertionError
 
 
-def _unfinished(config: TrainConfig, data: Mapping[str, Any]) -> Path | None:
-    """The newest run of this configuration under runs/ that has a checkpoint, is not finished, and not under way.
+def _found(config: TrainConfig, data: Mapping[str, Any]) -> Path | None:
+    """The newest run under runs/ that goes on with this configuration; it has a checkpoint and is not under way.
 
-    It is told if it is not gone on with because its data changed.
+    That is an unfinished one of the same configuration; where it is asked for, also one that differs in `LATER`, and a
+    finished one of fewer epochs. It is told if one is left as it is because its data changed.
     """
-    stem = _below_runs(config)
+    stem, asked = _below_runs(config), config.resume == "auto"
     for path in sorted(stem.parent.glob(f"{stem.name}-*"), reverse=True):
-        if (path / SUMMARY).exists() or not any(path.glob("checkpoints/[0-9]*")):
+        finished = (path / SUMMARY).exists()
+        if finished and not asked or not any(path.glob("checkpoints/[0-9]*")):
             continue
         try:
-            if differences(_read(path / "config.json"), config):
+            written = _read(path / "config.json")
+            if not {*differences(written, config)} <= {*(LATER if asked else ())}:
+                continue
+            if finished and store.flat(written)["fit.epochs"] >= config.fit.epochs:
                 continue
             if differing := changes(path, data):
                 say(f"{path} is left as it is, its data are others now:{bullets(differing)}\n")
@@ -188,6 +209,13 @@ def finish(path: Path, summary: Mapping[str, Any]) -> None:
     os.replace(draft, path / SUMMARY)
 
 
+def reopen(path: Path, config: TrainConfig) -> None:
+    """Make a finished run an unfinished one of this configuration. What it made stays until it is made anew."""
+    (path / SUMMARY).unlink()
+    (path / SUMS).unlink()
+    store.write_json(path / "config.json", store.to_json(config))
+
+
 def read_summary(path: Path) -> dict[str, Any]:
     """The summary of a finished run.
 
@@ -201,19 +229,19 @@ def read_summary(path: Path) -> dict[str, Any]:
         raise ConfigError(str(error)) from error
 
 
-def differences(written: Any, config: TrainConfig) -> list[str]:
-    """The fields in which a configuration differs from the one of a run, as its config.json has it; a line for each.
+def differences(written: Any, config: TrainConfig) -> dict[str, str]:
+    """The fields in which a configuration differs from that of a run, as its config.json has it, with a line for each.
 
     A field that there was not when the run began counts as its default.
     """
     found = store.flat(written) if isinstance(written, Mapping) else {}
     wanted = store.flat(store.to_json(config))
     found = {name: default for name in wanted if (default := _default(config, name)) is not None} | found
-    return [
-        f"{name}: the run has {_shown(found, name)}, got {_shown(wanted, name)}"
+    return {
+        name: f"{name}: the run has {_shown(found, name)}, got {_shown(wanted, name)}"
         for name in sorted({*found, *wanted})
         if name.split(".")[0] not in HOW and found.get(name) != wanted.get(name)
-    ]
+    }
 
 
 def _default(config: Any, name: str) -> Any:

@@ -151,6 +151,7 @@ TRAINING: dict[str, Callable[[RunFiles], str]] = {
     "mode": lambda run: str(run.config.get("mode", "")),
     "seed": lambda run: str(run.config.get("seed", "")),
     "step kept": lambda run: _number(run.summary.get("kept_step"), "{:,}"),
+    "ended": lambda run: str(run.summary.get("ended") or ""),
     "parameters trained": _trained,
     "time, h:mm:ss": _duration,
 }

@@ -22,6 +22,7 @@
 ``loop``         steps, with records, measurements and checkpoints on the way
 ``progress``     the pace of a training, and its position
 ``checkpoints``  a training → what it goes on from, on the same devices or on others
+``look``         examples → text that a person can check
 ``evaluate``     what a model makes of all examples
 ``records``      what a run tells of itself → ``metrics.jsonl``
 ``writers``      the same → TensorBoard, Weights & Biases
@@ -30,7 +31,7 @@
 ``store``        files: arrays, JSON, the run directory
 ``runs``         a finished run, opened again
 ``compare/``     several runs side by side, on one page
-``commands``     what can be done with runs: predict, generate, eval, export, report; and inspect
+``commands/``    one file each: show what would be learnt; predict, generate, eval, export, report; and inspect
 
 The program imports jlora; jlora never imports it.
 """

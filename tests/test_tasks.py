@@ -372,6 +372,9 @@ def test_a_language_model_learns_and_continues(language_run):
     figures = json.loads((folder / "summary.json").read_text())["metrics"]
     assert figures["adapted"]["validation"]["loss"] < 0.7 * figures["base"]["validation"]["loss"]
     assert "perplexity" in printed
+    assert (
+        "\nfirst example, 11 tokens, 2 learnt (in ⟦ ⟧):\n  <user> : 0 + 0 = <end> <assistant> :⟦ 0 <end>⟧\n" in printed
+    )
     code, printed = program("generate", str(folder), "--prompt", "1 + 1 =", "--prompt", "2 +", "--max-new-tokens", "3")
     assert code == 0, printed
     assert [line for line in printed.splitlines() if line.startswith("> ")] == ["> 1 + 1 =", "> 2 +"]

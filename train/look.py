@@ -55,11 +55,12 @@ def first(task: Task, examples: Examples) -> str | None:
 
 def about(task: Task, examples: Examples, row: int) -> str:
     """How long an example is, how much of it is learnt, and its label."""
-    facts = [_count(len(examples["input_ids"][row]), "token")]
+    long = len(examples["input_ids"][row])
+    facts = [f"{long:,} token{'s' if long != 1 else ''}"]
     if "learnt" in examples:
         facts.append(f"{learnt_of(examples, row).sum():,} learnt ({marks().legend})")
-    if "segment_ids" in examples:
-        facts.append(_count(len(np.unique(examples["segment_ids"][row])), "example") + " packed")
+    if "segment_ids" in examples and (packed := len(np.unique(examples["segment_ids"][row]))) > 1:
+        facts.append(f"{packed:,} examples packed")
     if "label" in examples:
         facts.append(label(task, examples["label"][row]))
     return ", ".join(facts)
@@ -144,7 +145,3 @@ def _cut(parts: Sequence[Piece], most: int) -> list[Piece]:
         text = part.text if len(part.text) <= share + 5 else f"{part.text[:half]} ... {part.text[-half:]}"
         found.append(part._replace(text=text))
     return found
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" + ("s" if number != 1 else "")

@@ -18,7 +18,6 @@ from train.commands.sheet import write_sheet
 from train.config import ConfigError, ImageClassification, TrainConfig
 from train.job import Material, material
 from train.tasks import make_task
-from train.tasks.classify import Images
 
 MANY = 12
 """Labels up to which each one is counted."""
@@ -139,12 +138,11 @@ def _labels(names: Sequence[str], values: np.ndarray) -> str:
 
 
 def _draw(out: Path, found: Material, each: int) -> None:
-    task, network = found.task, found.network
-    assert isinstance(task, Images)
+    network, names = found.network, getattr(found.task, "labels", ())
     pixels = {
         domain: np.clip(examples["image"] * np.asarray(network.std) + np.asarray(network.mean), 0, 1)
         for domain, examples in found.train.items()
     }
     labels = np.asarray(next(iter(found.train.values()))["label"])
-    write_sheet(out, pixels, labels, task.labels, each)
+    write_sheet(out, pixels, labels, names, each)
     print(f"\nwritten to {out}: images as the network sees them")

@@ -223,9 +223,9 @@ def test_a_conversation_is_answered_where_the_assistant_s_last_turn_was(chat, tm
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([], r"got \[\]; expected a message that can be answered"),
-        (TALK[1:2], "got .*; expected a message that can be answered"),
-        ([{"role": None, "content": "a"}], "got .*; expected a list of"),
+        ([], r"got \[\].* expected "),
+        (TALK[1:2], "got .* expected a message that can be answered"),
+        ([{"role": None, "content": "a"}], ".*expected .*role"),
     ],
 )
 def test_a_conversation_that_is_none_is_named(chat, tmp_path, value, message):

@@ -275,6 +275,10 @@ def test_a_file_that_cannot_be_read_is_named_with_its_place(classifier, tmp_path
     data.Table.from_dict({"sentence": ["a", "b"], "tags": [["x"], ["y"]]}).to_parquet(tmp_path / "nested.parquet")
     text = refused("predict", "run", "--file", tmp_path / "nested.parquet", "--column", "tags")
     assert "nested.parquet, row 1: got ['x']; expected a text" in text
+    tiny.write_jsonl(tmp_path / "rows.jsonl", [{"sentence": 7, "score": 0.5}])
+    assert ok("predict", "run", "--file", tmp_path / "rows.jsonl").startswith("7\t")
+    text = refused("predict", "run", "--file", tmp_path / "rows.jsonl", "--column", "score")
+    assert "rows.jsonl, row 1: got 0.5; expected a text" in text
     (tmp_path / "latin.txt").write_bytes("a film\nschön\n".encode("latin-1"))
     assert "latin.txt, line 2: expected UTF-8" in refused("predict", "run", "--file", tmp_path / "latin.txt")
     assert "there is no file at" in refused("predict", "run", "--file", tmp_path / "latin.jsonl")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,12 +88,12 @@ def read_inputs(
 
 
 def text_of(value: Any, where: str) -> str:
-    """A value of a table as a text.
+    """A value of a table as a text: texts and whole numbers are.
 
     Raises:
-      ConfigError: if it is a list, a picture or anything else that is none.
+      ConfigError: if it is anything else.
     """
-    if isinstance(value, str | int | float | datetime.date):
+    if isinstance(value, str | int) and not isinstance(value, bool):
         return str(value)
     raise ConfigError(f"{where}: got {value!r:.80}; expected a text. Pass --column with the column of the texts")
 

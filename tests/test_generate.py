@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,7 @@ def compiled() -> int:
 def test_the_most_probable_tokens_are_those_of_transformers(name: str) -> None:
     """With a full prompt and one padded on the left."""
     model, params, ids, mask, greedy = case(name)
-    tokens = models.generate(model, params, ids, mask, max_new_tokens=NEW)
+    tokens = models.generate(model, params, ids, mask, max_new_tokens=NEW, eos_token_id=None)
     assert tokens.dtype == jnp.int32
     np.testing.assert_array_equal(tokens, greedy)
 
@@ -85,6 +88,73 @@ def test_an_end_token_fills_the_rest_by_default() -> None:
     assert (np.asarray(tokens[0]) == end).all()
 
 
+def checkpoint(name: str, folder: Path, config: dict[str, Any], generation: dict[str, Any] | None) -> Path:
+    """A copy of a golden checkpoint whose files state other things; None takes an attribute out."""
+    shutil.copytree(GOLDEN / name, folder)
+    stated = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps({n: v for n, v in stated.items() if v is not None}))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama2", "gpt2"])
+def test_a_row_ends_at_the_model_s_own_end_tokens(name: str, tmp_path: Path) -> None:
+    """Those of generation_config.json, else of config.json, as in transformers; None, or none stated, ends nowhere."""
+    _, _, ids, mask, greedy = case(name)
+    first, second = int(greedy[0, 2]), int(greedy[1, 1])
+    stated: dict[str, tuple[dict[str, Any], dict[str, Any] | None, list[int]]] = {
+        "config": ({"eos_token_id": first}, None, [first]),
+        "configs": ({"eos_token_id": [second, first]}, None, [first, second]),
+        "generation": ({"eos_token_id": first}, {"eos_token_id": [second, 1]}, [second, 1]),
+        "unstated": ({"eos_token_id": None}, None, []),
+    }
+    for case_, (config, generation, ends) in stated.items():
+        folder = checkpoint(name, tmp_path / case_, config, generation)
+        model: Any
+        model, params = models.load(folder)
+        call = functools.partial(models.generate, model, params, ids, mask, max_new_tokens=NEW, pad_token_id=0)
+        found = np.asarray(call())
+        assert set(model.config.end_tokens) == set(ends), case_
+        np.testing.assert_array_equal(found, call(eos_token_id=ends), case_)
+        np.testing.assert_array_equal(call(eos_token_id=None), greedy, case_)
+        assert (found != greedy).any() == bool(ends), case_
+        if not torch_is_there():
+            continue
+        import torch
+        import transformers
+
+        theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        options: Any = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0}
+        out = theirs.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), **options)[:, ids.shape[1] :]
+        np.testing.assert_array_equal(found[:, : out.shape[1]], out.numpy(), case_)
+
+    # Of a generation_config.json without end tokens transformers takes none; here config.json's stay.
+    model, _ = models.load(checkpoint(name, tmp_path / "elsewhere", {"eos_token_id": first}, {"temperature": 1.0}))
+    assert model.config.end_tokens == (first,)
+    assert models.build({**json.loads(model.config.hf), "eos_token_id": 7}, task="causal-lm").config.end_tokens == (7,)
+    for wrong in ("</s>", [1, None], 2.5, True):
+        model = models.build(checkpoint(name, tmp_path / f"{wrong}"[:9], {}, {"eos_token_id": wrong}))
+        with pytest.raises(models.ModelError, match=r"generation_config.json: eos_token_id = .*; expected a token"):
+            models.generate(model, params, ids, mask, max_new_tokens=1)
+
+
+def torch_is_there() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
+def test_padding_takes_no_position() -> None:
+    """A prompt of 9 tokens and 23 new ones fill 32 positions, however wide the batch is padded."""
+    model, params, ids, mask, _ = case("gpt2")
+    assert model.config.max_length == 32 and mask[1].sum() == 9
+    call = functools.partial(models.generate, model, params, max_new_tokens=23, eos_token_id=None)
+    narrow = call(ids[1:, 3:], mask[1:, 3:])
+    wide = [np.pad(x[1:], ((0, 0), (20, 0))) for x in (ids, mask)]
+    np.testing.assert_array_equal(call(*wide), narrow)
+    with pytest.raises(models.ModelError, match="12 prompt and 23 new tokens; .* has 32 positions"):
+        call(ids, mask)
+
+
 def test_a_second_call_compiles_nothing() -> None:
     """Other tokens, temperatures, bounds, keys and end tokens: the same program."""
     model, params, ids, mask, _ = case("llama2")
@@ -105,7 +175,8 @@ def test_a_small_bound_or_temperature_is_greedy() -> None:
     model, params, ids, mask, greedy = case("llama2")
     settings: list[Any] = [{"temperature": 1.0, "top_p": 1e-6}, {"temperature": 1e-4, "top_p": 1.0}]
     for options in settings:
-        found = models.generate(model, params, ids, mask, max_new_tokens=NEW, key=jax.random.key(0), **options)
+        options |= {"max_new_tokens": NEW, "key": jax.random.key(0), "eos_token_id": None}
+        found = models.generate(model, params, ids, mask, **options)
         np.testing.assert_array_equal(found, greedy)
 
 
@@ -134,7 +205,8 @@ def test_an_adapted_model_generates_as_the_merged_one() -> None:
     fresh: Any = jlora.init(jax.random.key(0), params, jlora.LoraConfig(rank=2, alpha=4), uses)
     drawn = {p: dataclasses.replace(f, b=jax.random.normal(jax.random.key(1), f.b.shape)) for p, f in fresh.items()}
     apply = jlora.lora(model.apply, materialize="error")
-    call = functools.partial(models.generate, model, input_ids=ids, attention_mask=mask, max_new_tokens=NEW)
+    options: Any = {"max_new_tokens": NEW, "eos_token_id": None}
+    call = functools.partial(models.generate, model, input_ids=ids, attention_mask=mask, **options)
     np.testing.assert_array_equal(call(params=jlora.attach(params, fresh), apply=apply), greedy)
     before = compiled()
     tokens = call(params=jlora.attach(params, drawn), apply=apply)

@@ -365,6 +365,9 @@ def test_a_language_model_learns_and_continues(language_run):
     assert "perplexity" in printed
     cut = json.loads((folder / "summary.json").read_text())["cut"]["train"]
     assert cut["lost"] == cut["ends"] == cut["dropped"] == 0 and cut["tokens"] > 20
+    assert (
+        "\nfirst example, 11 tokens, 2 learnt (in ⟦ ⟧):\n  <user> : 0 + 0 = <end> <assistant> :⟦ 0 <end>⟧\n" in printed
+    )
     code, printed = program("generate", str(folder), "--prompt", "1 + 1 =", "--prompt", "2 +", "--max-new-tokens", "3")
     assert code == 0, printed
     assert [line for line in printed.splitlines() if line.startswith("> ")] == ["> 1 + 1 =", "> 2 +"]

@@ -23,6 +23,7 @@
 ``progress``     the pace of a training, and its position
 ``further``      a run that goes on with more epochs than it was planned with
 ``checkpoints``  a training → what it goes on from, on the same devices or on others
+``look``         examples → text that a person can check
 ``evaluate``     what a model makes of all examples
 ``records``      what a run tells of itself → ``metrics.jsonl``
 ``writers``      the same → TensorBoard, Weights & Biases
@@ -31,7 +32,7 @@
 ``store``        files: arrays, JSON, the run directory
 ``runs``         a finished run, opened again
 ``compare/``     several runs side by side, on one page
-``commands``     what can be done with runs: predict, generate, eval, export, report; and inspect
+``commands/``    one file each: show what would be learnt; predict, generate, eval, export, report; and inspect
 
 The program imports jlora; jlora never imports it.
 """

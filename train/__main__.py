@@ -9,6 +9,7 @@ if __name__ == "__main__":  # before all that takes its time to import
 
 import dataclasses
 import difflib
+import io
 import re
 import runpy
 import sys
@@ -25,7 +26,7 @@ from train.config import ConfigError, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = ROOT / "configs" / "digits.py"
-COMMANDS = ("predict", "generate", "eval", "export", "report", "inspect")
+COMMANDS = ("show", "predict", "generate", "eval", "export", "report", "inspect")
 PROG = "python -m train [fit] [CONFIG.py]"
 RATE = "--learning-rate"
 DESCRIPTION = """Adapt a network to a task with LoRA.
@@ -35,6 +36,9 @@ Every field of it can be overridden, and a switch is turned off by `no-` before 
   python -m train configs/digits.py --lora.rank 2 --fit.epochs 5
   python -m train configs/instruct_llama.py --task.no-pack
 `--learning-rate 1e-4` sets the learning rate of the mode that is trained.
+
+What would be learnt can be looked at before, with the same flags and some of its own (--help):
+  python -m train show CONFIG.py               examples, their lengths and labels
 
 What was trained is used by other commands, each with its own --help:
   python -m train predict RUN --text "..."     label texts
@@ -53,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     `train.stop.INTERRUPTED`: the same, by Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # data may hold what the terminal's encoding does not
+        sys.stdout.reconfigure(errors="backslashreplace")
     if argv and argv[0] in COMMANDS:
         return command(argv[0], argv[1:])
     try:
@@ -83,13 +89,16 @@ def _refused(error: Exception) -> int:
 
 
 def command(name: str, argv: list[str]) -> int:
-    """Run one of the commands on what was trained and return its exit code, as `main`."""
+    """Run one of the commands and return its exit code, as `main`."""
     from train import commands
 
+    function, prog = commands.COMMANDS[name], f"python -m train {name}"
     try:
-        tyro.cli(
-            commands.COMMANDS[name], prog=f"python -m train {name}", args=argv, config=(tyro.conf.AvoidSubcommands,)
-        )
+        if name == "show":  # has few flags of its own: all others are those of a configuration
+            asked, rest = tyro.cli(commands.Asked, prog=f"{prog} [CONFIG.py]", args=argv, return_unknown_args=True)
+            function(parse(rest), asked)
+        else:
+            tyro.cli(function, prog=prog, args=argv, config=(tyro.conf.AvoidSubcommands,))
     except (*commands.USER_ERRORS, OSError, UnicodeDecodeError) as error:
         return _refused(error)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -109,13 +109,29 @@ class Job:
         )
 
 
-def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
-    """All that a valid configuration says, ready to be trained; ``check`` is called between its parts.
+class Material(NamedTuple):
+    """What a run learns, before anything is said of how.
 
-    Shapes are all that the plan needs: what does not fit the model is refused before anything is read or trained.
+    Attributes:
+      config: completed with what it takes from its data.
+      tables: the data, by ``train`` and ``validation``.
+      network, task: as it says. No weight is read yet.
+      train, test: the examples by the name of their domain.
+    """
+
+    config: TrainConfig
+    tables: Mapping[str, Table]
+    network: Network
+    task: Task
+    train: Mapping[str, Examples]
+    test: Mapping[str, Examples]
+
+
+def material(config: TrainConfig, check: Callable[[], None] = lambda: None) -> Material:
+    """The examples that a valid configuration names, encoded; ``check`` is called between the steps.
 
     Raises:
-      ConfigError: if data, checkpoint, targets or devices are not as it says, or not the same in all processes.
+      ConfigError: if the data or the checkpoint are not as it says.
     """
     tables = load(config.data, config.cache_dir)
     check()
@@ -125,6 +141,18 @@ def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
     train, test = encoded(task, tables)
     check()
     check_tokens(network, train, test)
+    return Material(config, tables, network, task, train, test)
+
+
+def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
+    """All that a valid configuration says, ready to be trained; ``check`` is called between its parts.
+
+    Shapes are all that the plan needs: what does not fit the model is refused before anything is read or trained.
+
+    Raises:
+      ConfigError: if data, checkpoint, targets or devices are not as it says, or not the same in all processes.
+    """
+    config, tables, network, task, train, test = material(config, check)
     learnt = train[list(train)[-1]]
     validate_for(config, size(learnt))
     layout = make_layout(config, network.rules)

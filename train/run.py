@@ -20,7 +20,7 @@ import optax
 
 import jlora
 from jlora.config import HEADS
-from train import flops, gauges, processes, report, store, writers
+from train import flops, gauges, look, processes, report, store, writers
 from train.base import Base, base
 from train.batches import batch_of, size
 from train.checks import validate
@@ -78,6 +78,8 @@ def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
         say(f"{counts_table(job.label_counts, getattr(config.task, 'class_weights', None))}\n")
     for name, count in job.blank_images.items():
         say(f"{name}: {count:,} images have one colour only\n")
+    if (example := look.first(job.task, job.learnt)) is not None:
+        say(f"{example}\n")
     if isinstance(job.layout, Jit) and jax.device_count() > 1:
         say(f"{jax.device_count() - 1} devices are idle: --compute.layout mesh uses them all\n")
 

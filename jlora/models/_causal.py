@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora.models._family import ModelConfig, Positive, Size, Spread, Token
+from jlora._fields import fits, shown
+from jlora.models._family import ModelConfig, ModelError, Positive, Size, Spread, Token
 from jlora.models._layers import Remat, recomputed
 
 
@@ -41,6 +43,25 @@ class CausalConfig(ModelConfig):
     def max_length(self) -> int | None:
         """The number of positions that there are, or None if they do not end."""
         return None
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens after which a text has ended: those of generation_config.json, else of config.json, else none.
+
+        Raises:
+          ModelError: if the ``eos_token_id`` there is neither a token nor a list of tokens.
+        """
+        for file, text in (("generation_config.json", self.generation), ("config.json", self.hf)):
+            stated = json.loads(text or "{}").get("eos_token_id")
+            if stated is None:
+                continue
+            if not fits(stated, Token | list[Token]):
+                raise ModelError(
+                    f"{file}: eos_token_id = {shown(stated)}; expected a token, or a list of tokens. Correct the file, "
+                    "or pass eos_token_id to generate"
+                )
+            return tuple(stated) if isinstance(stated, list) else (stated,)
+        return ()
 
 
 class Cache(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -28,14 +28,14 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     key: Array | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | Literal["model"] | None = "model",
     pad_token_id: int | None = None,
     apply: Callable[..., Any] | None = None,
 ) -> Array:
-    """The tokens that follow each prompt, most probable or drawn.
+    """The tokens that follow each prompt, most probable or drawn, until the model's own end token.
 
-    Compiled once: another call with the same model, ``apply``, shapes and ``max_new_tokens`` compiles nothing, whatever
-    the temperature above 0, ``top_p``, key and end tokens are.
+    Compiled once: another call with the same model, ``apply``, shapes, ``max_new_tokens`` and number of end tokens
+    compiles nothing, whatever the temperature above 0, ``top_p``, key and end tokens are.
 
     >>> apply = jlora.lora(model.apply)
     >>> tokens = generate(model, jlora.attach(params, adapters), prompts, mask, max_new_tokens=32, apply=apply)
@@ -49,7 +49,8 @@ def generate(
       temperature: 0 takes the most probable token; otherwise logits are divided by it, and a token is drawn.
       top_p: draw among the most probable tokens that together have this probability (Holtzman et al. 2019), or all.
       key: a PRNG key, for drawing.
-      eos_token_id: the token, or tokens, after which a row has ended; by default none.
+      eos_token_id: the token, or tokens, after which a row has ended; None for none. By default the model's own: those
+        of the generation_config.json that it was loaded with, else of its config.json.
       pad_token_id: what fills a row after its end; by default the (first) end token, or 0.
       apply: ``model.apply``, or ``jlora.lora(model.apply)`` for attached trees. Make it once: each new one compiles.
 
@@ -57,9 +58,10 @@ def generate(
       int32 [batch, max_new_tokens], without the prompts.
 
     Raises:
-      ModelError: if the model is no language model, or has fewer positions than prompt and new tokens need; for
-        prompts that are not padded on the left, an empty one, a token outside of the vocabulary, a setting out of its
-        range, or no key. Values are looked at only outside of ``jit``.
+      ModelError: if the model is no language model, or has fewer positions than the longest prompt and the new tokens
+        need, padding apart; for prompts that are not padded on the left, an empty one, a token outside of the
+        vocabulary, a setting out of its range, or no key. Values are looked at only outside of ``jit``, inside of
+        which padding counts as tokens.
     """
     if not isinstance(model, CausalLM):
         raise ModelError(
@@ -69,6 +71,8 @@ def generate(
     input_ids = jnp.asarray(input_ids)
     mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
     _check(model, input_ids, mask, max_new_tokens, temperature, top_p, key)
+    if eos_token_id == "model":
+        eos_token_id = model.config.end_tokens
     ends = np.atleast_1d(np.asarray([] if eos_token_id is None else eos_token_id, np.int32))
     if pad_token_id is None:
         pad_token_id = int(ends[0]) if ends.size else 0
@@ -190,9 +194,11 @@ def _check(
             f"generate: temperature = {temperature} draws tokens; pass key=jax.random.key(0), or 0 for none"
         )
     most = model.config.max_length
-    if most is not None and input_ids.shape[1] + new > most:
+    # Padding has no position of its own.
+    longest = input_ids.shape[1] if isinstance(mask, Tracer) else int(np.asarray(mask).sum(axis=1).max(initial=0))
+    if most is not None and longest + new > most:
         raise ModelError(
-            f"generate: {input_ids.shape[1]} prompt and {new} new tokens; {type(model).__name__} has {most} positions. "
+            f"generate: {longest} prompt and {new} new tokens; {type(model).__name__} has {most} positions. "
             f"Expected at most {most} together: truncate the prompts on the left, or lower max_new_tokens"
         )
     size = model.config.vocab_size

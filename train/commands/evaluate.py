@@ -1,0 +1,52 @@
+"""The command that measures a run."""
+
+from __future__ import annotations
+
+from jlora._paths import bullets
+from train import data, report
+from train.commands.inputs import RunPath
+from train.config import ConfigError
+from train.evaluate import make_measure
+from train.job import bucket_lengths
+from train.networks import check_tokens
+from train.parallel import Jit
+from train.rundir import changes
+from train.runs import Run, open_run
+from train.tasks import Task
+
+
+def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) -> None:
+    """Print the figures of the adapted model on validation examples.
+
+    Args:
+      run: a run directory.
+      source: other examples than the run's own validation examples: a file, a folder or a dataset's name.
+      limit: use so many, the first ones.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"eval: got --limit {limit}, expected a whole number >= 1")
+    opened = open_run(run)
+    config = opened.config
+    if source is None:
+        table = data.load(config.data, config.cache_dir)["validation"]
+    else:
+        table = data.read(source, config.cache_dir, "source", quoted_tsv=config.data.quoted_tsv)
+    table = table if limit is None else table.keep(range(min(limit, len(table))), f"beyond the limit of {limit:,}")
+    found = measured(opened, table)
+    if table.account is not None:
+        print(table.account.line())
+        if source is None and (differing := changes(run, {"validation": table.account.to_json()})):
+            print(f"these are not the examples of the run:{bullets(differing)}")
+    for name, figures in found.items():
+        print(f"{name}: {report.figures_line(figures)}")
+
+
+def measured(run: Run, table: data.Table) -> dict[str, dict[str, float]]:
+    """The adapted model's figures on a table's examples, by domain."""
+    task: Task = run.task
+    sets = {name or "validation": examples for name, examples in task.encode(table).items()}
+    check_tokens(run.network, sets)
+    measure = make_measure(
+        Jit(), run.network.forward, task, run.config.eval_batch_size, bucket_lengths(run.config, sets)
+    )
+    return {name: task.metrics(measure(run.params, run.adapters, examples)) for name, examples in sets.items()}

@@ -140,13 +140,17 @@ def test_predict_labels_texts_as_the_run_measured_them(text_run, tmp_path):
 
 
 def test_eval_measures_what_the_run_measured(text_run, work):
+    """After a line that tells which examples these are."""
     folder, _ = text_run
     summary = json.loads((folder / "summary.json").read_text())
-    found = {name: f"{value:.4f}" for name, value in summary["metrics"]["adapted"]["validation"].items()}
+    figures = summary["metrics"]["adapted"]["validation"]
+    found = "validation: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    file, digest = work / "data/validation.jsonl", summary["data"]["validation"]["digest"][:12]
+    rows = f"20 rows read, all used; sha256 {digest}"
     code, printed = program("eval", str(folder))
-    assert (code, printed) == (0, "validation: " + "  ".join(f"{name} {value}" for name, value in found.items()) + "\n")
-    code, printed = program("eval", str(folder), "--source", str(work / "data/validation.jsonl"), "--limit", "20")
-    assert (code, printed) == (0, "validation: " + "  ".join(f"{name} {value}" for name, value in found.items()) + "\n")
+    assert (code, printed) == (0, f"{file}, found beside train.jsonl: {rows}\n{found}\n")
+    code, printed = program("eval", str(folder), "--source", str(file), "--limit", "20")
+    assert (code, printed) == (0, f"{file}: {rows}\n{found}\n")
 
 
 def test_exports_are_the_adapted_model(text_run, work):

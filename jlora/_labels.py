@@ -320,12 +320,16 @@ def overwrite(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
         return walker.consume(eqn, values, lambda *_: PARTS)
     if not follows(eqn, walker.support(eqn.invars[2 if "scatter" in eqn.primitive.name else 1])):
         return walker.consume(eqn, values, lambda *_: BOTH_SIDES)
-    weight, *rest = add_at(walker, eqn, values)
-    return [demanding(weight, [dims], alike=False, why=BOTH_SIDES), *rest]
+    (weight,) = _written(walker, eqn, values) if eqn.primitive.name == "scatter-mul" else add_at(walker, eqn, values)
+    return [demanding(weight, [dims], alike=False, why=BOTH_SIDES)]
 
 
 def add_at(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    """A weight to slices of which constants or parameters are added is that weight."""
+    """A weight to slices of which constants or parameters are added is that weight, if no gain that learns is on it."""
+    return [_joined_gains(value, alone=True) for value in _written(walker, eqn, values)]
+
+
+def _written(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     weight, *others = values
     if isinstance(weight, str) or any(map(probes, others)) or any(p.lookup for p in weight):
         return walker.consume(eqn, values, lambda *_: NOT_WRITTEN_TO)

@@ -296,7 +296,7 @@ def test_what_the_assistant_says_is_learnt_in_every_template(name, talk):
     rows = table(messages=[json.dumps(messages)], tools=[json.dumps(tools)])
     config = {"messages": "messages", "tools": "tools", "max_length": 4096}
     if isinstance(expected, str) and "⟦" not in expected:
-        with pytest.raises(ConfigError, match=f"task.messages: row 0: the chat template.*{expected}"):
+        with pytest.raises(ConfigError, match=f"task.messages: row 1: the chat template.*{expected}"):
             encoded(chat_tokenizer(name), rows, **config)
         return
     expected = [expected] if isinstance(expected, str) else expected
@@ -405,7 +405,7 @@ def test_other_keys_reach_the_template_or_are_told(capsys):
 )
 def test_what_is_no_conversation_is_refused_by_its_row(messages, message):
     good = json.dumps(TALKS["single"][0])
-    with pytest.raises(ConfigError, match=f"task.messages: row 1: .*{message}"):
+    with pytest.raises(ConfigError, match=f"task.messages: row 2: .*{message}"):
         encoded(chat_tokenizer("chatml"), table(m=[good, json.dumps(messages)]), messages="m")
 
 

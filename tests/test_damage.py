@@ -333,7 +333,7 @@ def test_runs_that_go_on(runs: Path, reader: Any, tmp_path: Path) -> None:
     def go_on(folder: Path) -> Any:
         place = open_run_dir(dataclasses.replace(job.config, run_dir=folder), job.accounts)
         try:
-            with Kept(job.config, place, str(job.plan)) as kept:
+            with Kept(job.config, place, str(job.plan), job.pace(job.config.fit, job.learnt)) as kept:
                 position = kept.saving.position
                 state, key = kept.saving.checkpoints.restore(position.step, job.layout, like, random_key(0, "x"))
                 kept.saving.begin()

@@ -52,7 +52,7 @@ def test_a_log_without_a_terminal_has_a_line_for_all_that_is_due(work, tmp_path)
     """By --log-every; those of measurements have their figures; each says what the records do."""
     code, printed = program(*flags(work, tmp_path / "run", "--fit.epochs 2 --log-every 3 --eval-every-steps 4"))
     assert code == 0 and "\r" not in printed
-    assert "fit  16 of 16 steps, 8 in an epoch; told every 3, measured every 4\n" in printed
+    assert "fit  16 of 16 steps, 8 in an epoch; logged every 3, evaluated every 4\n" in printed
     lines = [line for line in printed.splitlines() if line.startswith("fit  step")]
     found = [LINE.fullmatch(line) for line in lines]
     assert all(found), lines
@@ -96,7 +96,7 @@ def shown(monkeypatch: Any, out: io.StringIO, err: io.StringIO) -> tuple[str, st
 
 
 PLAIN = (
-    "fit  40 of 40 steps, 10 in an epoch; told every 5, measured every 10\n"
+    "fit  40 of 40 steps, 10 in an epoch; logged every 5, evaluated every 10\n"
     "fit  step  5 of 40  epoch 1 of 4  loss 0.5123  lr 9.10e-04  1,234 tokens/s  padding 18%  1:01:01 left\n"
     "fit  step 10 of 40  epoch 1 of 4 done  mean loss 0.4000  lr 8.00e-04  3.2 examples/s  test_f1 0.7500\n"
 )

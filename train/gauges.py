@@ -36,7 +36,8 @@ def line(summary: Mapping[str, Any]) -> str:
     parts = []
     if "step_seconds" in summary:
         parts.append(f"{1000 * summary['step_seconds']:.1f} ms a step")
-        parts.append(f"{summary['examples_per_second']:,.0f} examples/s")
+        rate = summary["examples_per_second"]
+        parts.append(f"{rate:,.{0 if rate >= 10 else 1}f} examples/s")
     if "tokens_per_second" in summary:
         parts.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in summary:

@@ -45,7 +45,7 @@ class Progress:
         if left > 0:
             self._say(
                 f"{left} of {pace.steps} steps, {pace.epoch} in an epoch; "
-                f"told every {pace.line}, measured every {pace.eval}"
+                f"logged every {pace.line}, evaluated every {pace.eval}"
             )
         return self
 

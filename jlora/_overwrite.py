@@ -12,7 +12,7 @@ from jax import lax
 from jlora import _compat
 from jlora._arithmetic import carried
 from jlora._factored import Factored
-from jlora._rules import Decline
+from jlora._rules import JOINED, Decline
 
 NOT_WRITTEN_TO = "an adapted weight is what is written"
 PARTS = "parts of slices are set"
@@ -30,7 +30,7 @@ def overwrite(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if not follows(eqn, scope.support(eqn.invars[at], args[at])[1]):
         raise Decline(BOTH_SIDES)
     if weight.gain is not None and not scales:
-        raise Decline("values are set in a weight with DoRA")
+        raise Decline(JOINED)
     name, weight = carried(weight, dims)
     if name is None:
         raise Decline(BOTH_SIDES)
@@ -50,7 +50,7 @@ def add_at(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if not isinstance(weight, Factored) or isinstance(values, Factored):
         raise Decline(NOT_WRITTEN_TO)
     if weight.gain is not None:
-        raise Decline("values are added to a weight with DoRA")
+        raise Decline(JOINED)
     (base,) = _compat.bind(eqn, [weight.base, indices, values])
     return [dataclasses.replace(weight, base=base)]
 

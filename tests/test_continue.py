@@ -39,15 +39,9 @@ def work(tmp_path_factory) -> Iterator[Path]:
 
 def flags(work: Path, run_dir: Path | None, more: str = "") -> list[str]:
     """A run in which everything is random that can be; 8 steps an epoch, each with a line."""
-    where = [] if run_dir is None else ["--run-dir", str(run_dir)]
-    return [
-        "configs/sst2_minilm.py", "--model.path", str(work / "encoder"), "--data.train", str(work / "train.jsonl"),
-        "--cache-dir", str(work / "cache"), *where, *(
-            "--data.limit None --task.max-length 16 --model.dropout --lora.dropout 0.1 --lora.rank 2 --data.buckets 16 "
-            "--learning-rate 0.01 --fit.batch-size 8 --eval-batch-size 8 --log-every 1 --fit.schedule constant "
-            f"--fit.warmup 0 --save.every-steps 5 {more}"
-        ).split(),
-    ]  # fmt: skip
+    random = "--model.dropout --lora.dropout 0.1 --data.buckets 16 --learning-rate 0.01 --log-every 1"
+    constant = "--fit.schedule constant --fit.warmup 0 --save.every-steps 5"
+    return tiny.sentiment_flags(work, run_dir, random, constant, more)
 
 
 def ran(*argv: str) -> str:

@@ -37,14 +37,9 @@ def work(tmp_path_factory) -> Path:
 
 def flags(work: Path, run_dir: Path | None, *more: str) -> list[str]:
     """A run in which everything is random that can be, with a line for each step."""
-    return [
-        "configs/sst2_minilm.py", "--model.path", str(work / "encoder"), "--data.train", str(work / "train.jsonl"),
-        "--cache-dir", str(work / "cache"), *(() if run_dir is None else ("--run-dir", str(run_dir))), *(
-            "--data.limit None --task.max-length 16 --model.dropout --lora.dropout 0.1 --lora.rank 2 "
-            "--learning-rate.lora 0.01 --fit.batch-size 8 --compute.accumulate 2 --eval-batch-size 8 --log-every 1 "
-            f"--save.every-steps 3 --fit.epochs {STEPS // 8} --eval-every 4 --keep best"
-        ).split(), *more,
-    ]  # fmt: skip
+    random = "--model.dropout --lora.dropout 0.1 --learning-rate.lora 0.01 --compute.accumulate 2 --log-every 1"
+    saved = f"--save.every-steps 3 --fit.epochs {STEPS // 8} --eval-every 4 --keep best"
+    return [*tiny.sentiment_flags(work, run_dir, random, saved), *more]
 
 
 SHORT = ("--fit.epochs", "3", "--eval-every", "1")

@@ -153,6 +153,22 @@ def test_eval_measures_what_the_run_measured(text_run, work):
     assert (code, printed) == (0, f"{file}: {rows}\n{found}\n")
 
 
+def test_what_is_cut_is_told_where_it_is_measured_and_predicted(text_run, tmp_path):
+    """`max_length` is the run's, 16 tokens with those at both ends."""
+    folder, _ = text_run
+    long = " ".join(["warm"] * 20)
+    (tmp_path / "long.jsonl").write_text(
+        "".join(json.dumps({"sentence": text, "label": label}) + "\n" for text, label in ((long, 1), ("dull", 0)))
+    )
+    told = "1 of 2 examples are cut at 16 tokens: 6 of 25 tokens are lost\n"
+    code, printed = program("eval", str(folder), "--source", str(tmp_path / "long.jsonl"))
+    assert code == 0 and f"validation: {told}" in printed
+    code, printed = program("predict", str(folder), "--text", long, "--text", "dull")
+    assert code == 0 and printed.startswith(f"predict: {told}")
+    code, printed = program("predict", str(folder), "--text", "dull")
+    assert code == 0 and "cut" not in printed
+
+
 def test_exports_are_the_adapted_model(text_run, work):
     """Adapters for peft, a merged checkpoint and merged parameters: each gives the adapted model's logits."""
     folder, _ = text_run

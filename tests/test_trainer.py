@@ -34,13 +34,7 @@ def work(tmp_path_factory) -> Path:
 
 
 def flags(work: Path, run_dir: Path, more: str = "") -> list[str]:
-    return [
-        "configs/sst2_minilm.py", "--model.path", str(work / "encoder"), "--data.train", str(work / "train.jsonl"),
-        "--cache-dir", str(work / "cache"), "--run-dir", str(run_dir), *(
-            "--data.limit None --task.max-length 16 --lora.rank 2 --learning-rate.lora 0.01 --fit.batch-size 8 "
-            f"--eval-batch-size 8 --fit.epochs 2 {more}"
-        ).split(),
-    ]  # fmt: skip
+    return tiny.sentiment_flags(work, run_dir, "--learning-rate.lora 0.01 --fit.epochs 2", more)
 
 
 # The step, on a model with counts of its own

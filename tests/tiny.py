@@ -121,3 +121,13 @@ def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def sentiment_flags(work: Path, run_dir: Path | None, *more: str) -> list[str]:
+    """A small run on what `write_sentiment` wrote; each of ``more`` may hold several words."""
+    options = "--data.limit None --task.max-length 16 --lora.rank 2 --fit.batch-size 8 --eval-batch-size 8"
+    where = () if run_dir is None else ("--run-dir", str(run_dir))
+    return [
+        "configs/sst2_minilm.py", "--model.path", str(work / "encoder"), "--data.train", str(work / "train.jsonl"),
+        "--cache-dir", str(work / "cache"), *where, *(word for part in (options, *more) for word in part.split()),
+    ]  # fmt: skip

@@ -37,8 +37,8 @@ def cut_to(limit: int, lengths: Sequence[int]) -> Cut:
     return Cut(limit, len(lengths), max(lengths, default=0), len(over), 0, sum(lengths), sum(over), None)
 
 
-def line(name: str, cut: Cut) -> str:
-    """One line about the set ``name``, for a person."""
+def line(name: str, cut: Cut, *, trains: bool = True) -> str:
+    """One line about the set ``name``, for a person; where it ``trains``, with the flag that cuts none."""
     if not cut.cut and not cut.dropped:
         return f"{name}: {cut.examples:,} examples of at most {cut.longest:,} tokens, none is cut"
     parts = []
@@ -51,5 +51,5 @@ def line(name: str, cut: Cut) -> str:
         )
     if cut.dropped:
         parts.append(f"{cut.dropped:,} of {cut.examples:,} examples are left out, with no token to learn")
-    advice = f" (--task.max-length {cut.longest} cuts none)" if cut.cut else ""
+    advice = f" (--task.max-length {cut.longest} cuts none)" if cut.cut and trains else ""
     return f"{name}: {'; '.join(parts)}{advice}"

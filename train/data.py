@@ -210,6 +210,7 @@ def _refuse(table: Table, name: str, field: str, row: int, value: Any, advice: s
 
 
 def cells(table: datasets.Dataset, name: str) -> list[Any]:
+    """A column's values as they are read, missing ones too; see `column`."""
     if not isinstance(table.features[name], datasets.Json):
         return table[name][:]
     # datasets decodes JSON with a parser that rounds numbers.

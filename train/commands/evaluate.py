@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from jlora._paths import bullets
 from train import data, report
+from train.batches import Examples, cut_of
 from train.commands.inputs import RunPath
 from train.config import ConfigError
+from train.cuts import line
 from train.evaluate import make_measure
 from train.job import bucket_lengths
 from train.networks import check_tokens
@@ -32,19 +36,21 @@ def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) 
     else:
         table = data.read(source, config.cache_dir, "source", quoted_tsv=config.data.quoted_tsv)
     table = table if limit is None else table.keep(range(min(limit, len(table))), f"beyond the limit of {limit:,}")
-    found = measured(opened, table)
+    sets = {name or "validation": examples for name, examples in opened.task.encode(table).items()}
     if table.account is not None:
         print(table.account.line())
         if source is None and (differing := changes(run, {"validation": table.account.to_json()})):
             print(f"these are not the examples of the run:{bullets(differing)}")
-    for name, figures in found.items():
+    for name, examples in sets.items():
+        if (cut := cut_of(examples)) is not None and cut.cut + cut.dropped:
+            print(line(name, cut, trains=False))
+    for name, figures in measured(opened, sets).items():
         print(f"{name}: {report.figures_line(figures)}")
 
 
-def measured(run: Run, table: data.Table) -> dict[str, dict[str, float]]:
-    """The adapted model's figures on a table's examples, by domain."""
+def measured(run: Run, sets: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
+    """The adapted model's metrics on sets of examples, by their names."""
     task: Task = run.task
-    sets = {name or "validation": examples for name, examples in task.encode(table).items()}
     check_tokens(run.network, sets)
     measure = make_measure(
         Jit(), run.network.forward, task, run.config.eval_batch_size, bucket_lengths(run.config, sets)

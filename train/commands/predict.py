@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import tyro
 from scipy.special import softmax
 
 import jlora
-from train.batches import batch_of, ordered_rows
+from train.batches import batch_of, cut_of, ordered_rows
 from train.commands.inputs import RunPath, read_inputs, text_of
 from train.commands.results import check_new, write_results
 from train.config import ConfigError
+from train.cuts import line
 from train.job import bucket_lengths
 from train.networks import check_tokens
 from train.runs import Run, open_run
@@ -87,6 +89,8 @@ def outputs(opened: Run, task: Texts, rows: list[list[str]]) -> np.ndarray:
     first, *second = (list(column) for column in zip(*rows, strict=True))
     examples = task.tokens(first, second[0] if second else None)
     check_tokens(opened.network, {"": examples})
+    if (cut := cut_of(examples)) is not None and cut.cut:
+        print(line("predict", cut, trains=False), file=sys.stderr)  # beside the results, which may go to a pipe
     forward = jax.jit(lambda tree, inputs: jlora.lora(opened.network.forward)(tree, inputs))
     found = np.empty((len(rows), max(len(task.labels), 1)), np.float32)
     buckets = bucket_lengths(opened.config, {"": examples})

@@ -96,11 +96,9 @@ def label_words(table: Table, label: str) -> list[str]:
     """
     values = column(table, label, "task.label")
     if wrong := [row for row, value in enumerate(values) if not _is_label(value)]:
-        several = any(isinstance(values[row], list | tuple) for row in wrong)
         raise ConfigError(
-            f"task.label: the column {label!r} holds {_told(table, values, wrong)}; expected one label a row, a name "
-            f"or a number{': several labels of one row are not learnt' if several else ''}. Take these rows out, or "
-            "pass another --task.label"
+            f"task.label: the column {label!r} holds {_told(table, values, wrong)}; expected a name or a "
+            "number. Take these rows out, or pass another --task.label"
         )
     declared = _declared(table, label)
     return [_word(value, declared) for value in values]

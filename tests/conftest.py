@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,6 +32,15 @@ hypothesis.settings.register_profile(
     report_multiple_bugs=False,
 )
 hypothesis.settings.load_profile("jlora")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_dropped() -> Iterator[None]:
+    """Every program that XLA:CPU has compiled takes some memory maps, and Linux gives a process 65,530 of them: with the
+    programs of all modules at once, a compilation ends in a segmentation fault."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

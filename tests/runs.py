@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import jlora
 from train.__main__ import main
@@ -80,19 +81,22 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 @contextlib.contextmanager
 def compiled_once(folder: Path) -> Iterator[None]:
-    """Processes that are started compile a program once, and keep it in ``folder``.
-
-    This one does not: to serialize a program can crash a process that has compiled thousands (XLA:CPU, jax 0.10.2).
-    """
+    """Programs are compiled once, for this process and for those that it starts, and kept in ``folder``."""
     options = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
+    before = {name: getattr(jax.config, name) for name in options}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in options.items():
             patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
         yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

@@ -36,8 +36,8 @@ hypothesis.settings.load_profile("jlora")
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_are_dropped() -> Iterator[None]:
-    """Every program that XLA:CPU has compiled takes some memory maps, and Linux gives a process 65,530 of them: with the
-    programs of all modules at once, a compilation ends in a segmentation fault."""
+    """A program that XLA:CPU has compiled takes memory maps, of which Linux gives a process 65,530: with the programs
+    of all modules at once, a compilation ends in a segmentation fault."""
     yield
     jax.clear_caches()
     gc.collect()

@@ -17,8 +17,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests import tiny
 from tests.chat_templates import CHATML, SPECIAL, TEMPLATES
-from train import cuts
+from train import cuts, data
 from train.batches import Examples, cut_of, size
 from train.checks import validate
 from train.config import CausalLM, ConfigError, DataConfig, Pretrained, SequenceClassification, TrainConfig
@@ -661,12 +662,12 @@ def test_what_generates_is_what_was_learnt_after(kind):
             if name is None:
                 tokenizer = wrapped(kind, bos="<s>", eos="</s>", adds="<s> $A </s>")
                 task = LanguageModel(CausalLM(prompt="p", completion="c"), tokenizer)
-                marked = task._marked(table(p=[prompt], c=[answer]))
+                marked = [one for _, one in task._marked(table(p=[prompt], c=[answer]))]
                 (example,) = plain(marked, tokenizer)
             else:
                 tokenizer = chat_tokenizer(name, kind)
                 task = LanguageModel(CausalLM(prompt="p", completion="c", chat=True), tokenizer)
-                marked = task._marked(table(p=[prompt], c=[answer]))
+                marked = [one for _, one in task._marked(table(p=[prompt], c=[answer]))]
                 (example,) = tokenized(marked, tokenizer)
             assert agree(task.prompt_tokens(prompt), example), (name, prompt, answer)
 
@@ -852,3 +853,15 @@ def test_a_template_may_be_a_file(tmp_path):
     assert isinstance(found, CausalLM) and found.template == "{{ 'é' }}"
     with pytest.raises(ConfigError, match="task.template: there is no file at chat.jinj"):
         resolved(config_of(messages="m", template="chat.jinj"), tables)
+
+
+def test_rows_are_counted_as_left_out_when_none_of_their_examples_is_left(tmp_path):
+    """Of conversations that are several examples each, the first is short enough where the last one is cut away."""
+    long = [*TALKS["thinking"][0][:-1], assistant("5" * 80)]
+    far = [user("x" * 500), *TALKS["thinking"][0][1:]]
+    file = tiny.write_jsonl(tmp_path / "talks.jsonl", [{"m": json.dumps(one)} for one in (long, far, long)])
+    rows = data.read(str(file), tmp_path / "cache", "data.train")
+    examples = encoded(chat_tokenizer("qwen3"), rows, messages="m", max_length=200)
+    cut = cut_of(examples)
+    assert cut and cut.examples == 6 and size(examples) + cut.dropped == 6 and cut.dropped >= 2
+    assert rows.account and rows.account.dropped == {"without a token to learn within 200 tokens": 1}

@@ -220,6 +220,34 @@ def test_a_conversation_is_answered_where_the_assistant_s_last_turn_was(chat, tm
     assert "> assistant: 2\n> user: the film\n" in ok("generate", "run", "--file", tmp_path / "talks.jsonl", *more[:2])
 
 
+def test_tools_are_shown_to_the_template_as_in_training(work, tmp_path, monkeypatch):
+    """By the run's column of tools, for conversations as for texts; rows, files and flags without it have none."""
+    template = tiny.CHAT.replace("{% for", "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}{% for", 1)
+    config = CausalLM(messages="messages", tools="tools", template=template)
+    run = made_run(work / "decoder", work / "cache", config)
+    monkeypatch.setattr(sys.modules["train.commands.generate"], "open_run", lambda _: run)
+    asked: list[list[str]] = []
+
+    def answered(run: Any, task: Any, tokens: Any, key: Any, **_: Any) -> list[str]:
+        asked.append([task.tokenizer.decode(one) for one in tokens])
+        return [""] * len(tokens)
+
+    monkeypatch.setattr(sys.modules["train.commands.generate"], "continued", answered)
+    tools = [[{"name": "film", "type": "function"}], None, '[{"name": "plot"}]']
+    tiny.write_jsonl(tmp_path / "t.jsonl", [{"messages": TALK[:1], "q": "1 + 1 =", "tools": one} for one in tools])
+    tiny.write_jsonl(tmp_path / "none.jsonl", [{"messages": TALK[:1]}] * 3)
+    ok("generate", "run", "--file", tmp_path / "t.jsonl")
+    ok("generate", "run", "--file", tmp_path / "t.jsonl", "--column", "q")
+    ok("generate", "run", "--file", tmp_path / "none.jsonl")
+    bare = "<user> : 1 + 1 = <end> <assistant> :"
+    assert asked == [[f"film {bare}", bare, f"plot {bare}"], [f"film {bare}", bare, f"plot {bare}"], [bare] * 3]
+    assert isinstance(run.task, LanguageModel)
+    (example,) = run.task.encode(data.Table.from_list([{"messages": TALK[:2], "tools": tools[0]}]))[""]["input_ids"]
+    assert run.task.tokenizer.decode(example).startswith(asked[0][0])
+    tiny.write_jsonl(tmp_path / "bad.jsonl", [{"messages": TALK[:1], "tools": "no JSON"}])
+    assert "bad.jsonl, row 1: got 'no JSON'" in refused("generate", "run", "--file", tmp_path / "bad.jsonl")
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

@@ -18,9 +18,8 @@ from train.commands.results import check_new, write_results
 from train.config import ConfigError
 from train.networks import check_tokens
 from train.runs import Run, open_run
-from train.tasks.chat import messages_of
+from train.tasks.chat import messages_of, tools_of
 from train.tasks.language import LanguageModel
-from train.tasks.marked import ids
 
 STEP = 32
 """Prompts are padded to multiples of so many tokens, so that few shapes are compiled."""
@@ -45,7 +44,7 @@ def generate(
       file: a file of prompts instead: .txt with one on each line, a table (jsonl, json, csv, tsv, parquet), or - for
         the lines of the standard input. Blank lines keep their place.
       column: of a table, by default the run's column of messages, prompts or texts. Of messages, the last one is left
-        out if it is the assistant's.
+        out if it is the assistant's. Tools are read from the run's column of tools, where the table has it.
       out: write a new .jsonl file instead: prompt, completion and row (from 1), in the order of the input.
       max_new_tokens: the length of a continuation, at most.
       temperature: 0 takes the likeliest token each time; higher is more random.
@@ -61,7 +60,15 @@ def generate(
     own = config.messages or config.prompt or config.text
     assert own is not None
     try:
-        inputs = read_inputs(prompt, file, (column or own,), opened.config, flag="--prompt", chosen=column is not None)
+        inputs = read_inputs(
+            prompt,
+            file,
+            (column or own,),
+            opened.config,
+            flag="--prompt",
+            chosen=column is not None,
+            beside=config.tools,
+        )
         messages = config.messages is not None and column in (None, config.messages) and inputs.unit == "row"
         prompts = [
             None if row is None else _prompt(row[0], inputs.where(i), task, messages)
@@ -160,21 +167,16 @@ def _tokens(
     for i, one in enumerate(prompts):
         if one is None:
             continue
-        found.append(task.prompt_tokens(one) if isinstance(one, str) else _conversation(one, task, inputs.where(i)))
+        try:
+            found.append(task.prompt_tokens(one, tools_of(inputs.beside[i])))
+        except ConfigError as error:
+            raise ConfigError(f"{inputs.where(i)}: {error}") from error
         if not found[-1]:
             faults[i] = "the tokenizer makes no token of it"
         elif most is not None and len(found[-1]) + new > most:
             faults[i] = f"{len(found[-1])} prompt and {new} new tokens; the network has {most} positions"
     refuse_rows(faults, inputs, "Expected shorter prompts; or pass a smaller --max-new-tokens")
     return found
-
-
-def _conversation(messages: list[dict[str, Any]], task: LanguageModel, where: str) -> list[int]:
-    assert task.chat is not None
-    try:
-        return ids(task.chat.prompt(messages), task.tokenizer)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
 
 
 def _quoted(prompt: str | list[dict[str, Any]] | None) -> str:

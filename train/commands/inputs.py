@@ -28,11 +28,13 @@ class Inputs(NamedTuple):
         place of a blank one.
       source: the file, or None where flags gave the texts.
       unit: what the rows are called; they are counted from 1.
+      beside: for each input what one more column of the table holds, or None.
     """
 
     rows: list[tuple[Any, ...] | None]
     source: str | None
     unit: str
+    beside: Sequence[Any]
 
     def where(self, i: int) -> str:
         """The place of an input, for errors."""
@@ -45,7 +47,14 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(
-    given: Sequence[str], file: Path | None, columns: Sequence[str], config: TrainConfig, *, flag: str, chosen: bool
+    given: Sequence[str],
+    file: Path | None,
+    columns: Sequence[str],
+    config: TrainConfig,
+    *,
+    flag: str,
+    chosen: bool,
+    beside: str | None = None,
 ) -> Inputs:
     """The inputs of a command.
 
@@ -56,6 +65,7 @@ def read_inputs(
       config: of the run, which says how tables are read.
       flag: the name of the flag for texts.
       chosen: whether the first column was chosen by ``--column``.
+      beside: a column that is read too where the table has it.
 
     Raises:
       ConfigError: if there are none, or several sources; a file cannot be read, or a value in it is no text, naming
@@ -71,11 +81,12 @@ def read_inputs(
         if chosen:
             raise ConfigError(f"got --column with {file or flag}, which has no columns; leave it out")
         texts = list(given) if file is None else lines(_content(file))
-        found = Inputs([None] * len(texts), None if file is None else _name(file), "text" if file is None else "line")
+        source, unit = (None, "text") if file is None else (_name(file), "line")
         rows = [tuple(text.split("\t")) if len(columns) > 1 else (text,) for text in texts]
+        found = Inputs([], source, unit, [None] * len(texts))
     else:
-        found = Inputs([], str(file), "row")
-        rows = _table(file, columns, config, chosen=chosen)
+        rows, more = _table(file, columns, config, chosen=chosen, beside=beside)
+        found = Inputs([], str(file), "row", more)
     rows = [None if all(_is_blank(value) for value in row) else row for row in rows]
     if wrong := [found.where(i) for i, row in enumerate(rows) if row is not None and len(row) != len(columns)]:
         raise ConfigError(
@@ -114,7 +125,9 @@ def _name(file: Path) -> str:
     return "standard input" if str(file) == "-" else str(file)
 
 
-def _table(file: Path, columns: Sequence[str], config: TrainConfig, *, chosen: bool) -> list[tuple[Any, ...]]:
+def _table(
+    file: Path, columns: Sequence[str], config: TrainConfig, *, chosen: bool, beside: str | None
+) -> tuple[list[tuple[Any, ...]], Sequence[Any]]:
     if not file.exists() and ":" not in file.name:
         beside = sorted(str(one) for one in file.parent.glob("*") if one.is_file())
         raise ConfigError(f"there is no file at {file}{nearest(str(file), beside)}")
@@ -129,7 +142,8 @@ def _table(file: Path, columns: Sequence[str], config: TrainConfig, *, chosen: b
         values = [data.column(table, name, field) for name, field in zip(columns, fields, strict=True)]
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-    return list(zip(*values, strict=True))
+    more = data.cells(table, beside) if beside in table.column_names else [None] * len(table)
+    return list(zip(*values, strict=True)), more
 
 
 def _is_blank(value: Any) -> bool:

@@ -17,7 +17,7 @@ from train.cuts import Cut
 from train.data import Table, cells, column, texts
 from train.processes import say
 from train.tasks.base import Measured, cross_entropy
-from train.tasks.chat import Chat, messages_of, tools_of
+from train.tasks.chat import Chat, Message, messages_of, tools_of
 from train.tasks.marked import Example, Marked, ids, packed, plain, plain_prompt, shortened, tokenized
 
 
@@ -50,15 +50,16 @@ class LanguageModel:
           ConfigError: if a conversation does not fit the template, or no example has a token to learn.
         """
         config = self.config
-        examples = list((tokenized if self.chat else plain)(self._marked(table), self.tokenizer))
+        rows, marked = zip(*self._marked(table), strict=True) if len(table) else ((), ())
+        examples = list((tokenized if self.chat else plain)(marked, self.tokenizer))
         kept, cut = shortened(examples, config.max_length)
         if not kept:
             raise ConfigError(
                 f"task: none of the {len(examples)} examples has a token to learn within max_length = "
                 f"{config.max_length}; pass a larger --task.max-length, or check the columns"
             )
-        if len(examples) == len(table):  # conversations may be several examples each
-            table.drop(cut.dropped, f"without a token to learn within {config.max_length} tokens")
+        used = {row for row, example in zip(rows, examples, strict=True) if example.learns(config.max_length)}
+        table.drop(len(table) - len(used), f"without a token to learn within {config.max_length} tokens")
         if joined := sum(example.joined for example in kept):
             say(
                 f"in {joined} of {len(kept)} examples one token holds the end of a prompt and the start of its answer, "
@@ -81,28 +82,37 @@ class LanguageModel:
         closing = None if self.chat is None or self.chat.end is None else ids(self.chat.end, tokenizer)[-1]
         return sorted({tokenizer.eos_token_id, closing} - {None})
 
-    def prompt_tokens(self, prompt: str) -> list[int]:
+    def prompt_tokens(self, prompt: str | list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """The tokens after which an answer to ``prompt`` is generated.
 
         They are those in front of the learnt ones of an example, but for a token that joins both.
+
+        Args:
+          prompt: a text; of a run on conversations also the messages that are to be answered.
+          tools: that the template shows, as `tools_of` returns them.
         """
         if self.chat is None:
+            assert isinstance(prompt, str)
             return plain_prompt(prompt, self.tokenizer)
-        return ids(self.chat.prompt([{"role": "user", "content": prompt}]), self.tokenizer)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return ids(self.chat.prompt(messages, tools), self.tokenizer)
 
-    def _marked(self, table: Table) -> list[Marked]:
+    def _marked(self, table: Table) -> list[tuple[int, Marked]]:
+        """The texts of every row, each with its row."""
         config = self.config
         if config.messages is not None:
             return self._conversations(table, column(table, config.messages, "task.messages"))
         if config.text is not None:
-            return [Marked(text, [(0, len(text))]) for text in texts(table, config.text, "task.text")]
+            whole = texts(table, config.text, "task.text")
+            return [(row, Marked(text, [(0, len(text))])) for row, text in enumerate(whole)]
         assert config.prompt is not None and config.completion is not None
         prompts = texts(table, config.prompt, "task.prompt")
         pairs = list(zip(prompts, texts(table, config.completion, "task.completion"), strict=True))
         if self.chat:
             turns = [({"role": "user", "content": one}, {"role": "assistant", "content": two}) for one, two in pairs]
             return self._conversations(table, list(map(list, turns)))
-        return [Marked(one + two, [(0 if config.learn_prompt else len(one), len(one + two))]) for one, two in pairs]
+        starts = [0 if config.learn_prompt else len(one) for one, _ in pairs]
+        return [(row, Marked(one + two, [(starts[row], len(one + two))])) for row, (one, two) in enumerate(pairs)]
 
     def _tools(self, table: Table) -> Sequence[Any]:
         """Of each row; where some rows have none, they may be missing."""
@@ -111,22 +121,23 @@ class LanguageModel:
             return [None] * len(table)
         return cells(table, name) if name in table.column_names else column(table, name, "task.tools")
 
-    def _conversations(self, table: Table, conversations: Sequence[Any]) -> list[Marked]:
+    def _conversations(self, table: Table, conversations: Sequence[Any]) -> list[tuple[int, Marked]]:
         """Each as one text that is learnt whole, or as texts that have its turns of the assistant."""
         assert self.chat is not None
-        found: list[Marked] = []
+        found: list[tuple[int, Marked]] = []
         unread: Counter[str] = Counter()
         for row, (raw, of_row) in enumerate(zip(conversations, self._tools(table), strict=True)):
             try:
                 messages, known = messages_of(raw), tools_of(of_row)
                 if self.config.learn_prompt:
-                    found.append(self.chat.whole(messages, known))
+                    turns = [self.chat.whole(messages, known)]
                 else:
                     # A conversation without a turn is counted with the examples that have nothing to learn.
-                    found += self.chat.turns(messages, known) or [Marked(self.chat.whole(messages, known).text, [])]
+                    turns = self.chat.turns(messages, known) or [Marked(self.chat.whole(messages, known).text, [])]
             except ConfigError as error:
                 field = "messages" if self.config.messages else "chat"
                 raise ConfigError(f"task.{field}: {table.where([row])}: {error}") from error
+            found += [(row, turn) for turn in turns]
             unread.update(self.chat.unread(messages))
         if unread:
             keys = ", ".join(f"{key} (in {count} rows)" for key, count in sorted(unread.items()))

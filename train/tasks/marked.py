@@ -32,6 +32,10 @@ class Example(NamedTuple):
     learnt: list[int]
     joined: bool = False
 
+    def learns(self, limit: int) -> bool:
+        """Whether a learnt token is among the first ``limit``; the first has nothing to be predicted from."""
+        return any(self.learnt[1:limit])
+
 
 class Frame(NamedTuple):
     """What stands around a plain text: the tokens in front of it and behind it, and both as text."""
@@ -159,13 +163,12 @@ def shortened(examples: Sequence[Example], limit: int) -> tuple[list[Example], C
 
     The first token of an example has nothing to be predicted from, so it never counts as learnt.
     """
-    kept, lost, ends = [], 0, 0
-    for tokens, learnt, joined in examples:
-        gone = sum(learnt[max(limit, 1) :])
+    lost, ends = 0, 0
+    for example in examples:
+        gone = sum(example.learnt[max(limit, 1) :])
         lost += gone
-        ends += gone > 0 and learnt[-1]
-        if any(learnt[1:limit]):
-            kept.append(Example(tokens[:limit], learnt[:limit], joined))
+        ends += gone > 0 and example.learnt[-1]
+    kept = [Example(one.tokens[:limit], one.learnt[:limit], one.joined) for one in examples if one.learns(limit)]
     return kept, Cut(
         limit=limit,
         examples=len(examples),

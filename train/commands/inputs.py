@@ -129,8 +129,8 @@ def _table(
     file: Path, columns: Sequence[str], config: TrainConfig, *, chosen: bool, beside: str | None
 ) -> tuple[list[tuple[Any, ...]], Sequence[Any]]:
     if not file.exists() and ":" not in file.name:
-        beside = sorted(str(one) for one in file.parent.glob("*") if one.is_file())
-        raise ConfigError(f"there is no file at {file}{nearest(str(file), beside)}")
+        others = sorted(str(one) for one in file.parent.glob("*") if one.is_file())
+        raise ConfigError(f"there is no file at {file}{nearest(str(file), others)}")
     table = data.read(str(file), config.cache_dir, "file", quoted_tsv=config.data.quoted_tsv)
     if not chosen and columns[0] not in table.column_names:
         raise ConfigError(

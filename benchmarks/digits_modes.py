@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from jlora._table import table
+from jlora._src.table import table
 from train.__main__ import parse
 from train.run import run
 

@@ -1,20 +1,20 @@
 """LoRA for any JAX program: a pure transform of parameter trees. See the README for the first five lines."""
 
-from jlora import _serialize as _serialize
-from jlora._interpret import MaterializeError, MaterializeWarning
-from jlora._product import low_rank_product
-from jlora._types import Adapters, Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
-from jlora.apply import Explanation, explain, lora
-from jlora.attach import attach, detach
-from jlora.checkpoint import load, save
-from jlora.config import LoraConfig, Rule
-from jlora.init import init
-from jlora.merge import Rounding, merge, rounding, unmerge
-from jlora.optim import combine, freeze, labels, partition, trainable_mask
-from jlora.sharding import Rules, adapter_shardings, shardings
-from jlora.stack import stack, unstack
-from jlora.targets import Plan, plan
-from jlora.trace import trace
+from jlora._src.config import LoraConfig, Rule
+from jlora._src.engine.interpreter import MaterializeError, MaterializeWarning
+from jlora._src.engine.lora import Explanation, explain, lora
+from jlora._src.engine.product import low_rank_product
+from jlora._src.engine.trace import trace
+from jlora._src.tree import serialize as serialize
+from jlora._src.tree.attach import attach, detach
+from jlora._src.tree.init import init
+from jlora._src.tree.labels import combine, freeze, labels, partition, trainable_mask
+from jlora._src.tree.merge import Rounding, merge, rounding, unmerge
+from jlora._src.tree.plan import Plan, plan
+from jlora._src.tree.save import load, save
+from jlora._src.tree.sharding import Rules, adapter_shardings, shardings
+from jlora._src.tree.stack import stack, unstack
+from jlora._src.types import Adapters, Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
 
 __version__ = "0.1.0"
 

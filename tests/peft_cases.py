@@ -18,7 +18,8 @@ from golden.make_peft import CASES, FOLDER, inputs
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora import models, names, peft
+from jlora import models, peft
+from jlora.files import tensor_names as names
 
 TOLERANCE = 1e-4
 EXPECTED = load_file(FOLDER / "expected.safetensors")

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
-from jlora._sums import write_sums
+from jlora.files.checksums import write_sums
 from jlora.models import TensorError
 
 

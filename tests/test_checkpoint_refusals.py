@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jlora import models
-from jlora._tensors import is_finite
+from jlora.files.safetensors import is_finite
 from tests.messages import expect, message
 from tests.small_checkpoints import BERT, VIT, change, network, same
 

@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from jlora import models
-from jlora._paths import named_leaves
-from jlora._tensors import Tensor
+from jlora._src.paths import named_leaves
+from jlora.files.safetensors import Tensor
 from tests.messages import expect, message
 from tests.small_checkpoints import BERT, ROOT, change, network, same
 

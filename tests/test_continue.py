@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora._sums import files_in, write_sums
+from jlora.files.checksums import files_in, write_sums
 from tests import tiny
 from tests.runs import assert_same_run, compiled_once, content, program, records, stopping
 from train.checkpoints import Checkpoints

@@ -29,8 +29,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora
 from jlora import models, peft
-from jlora._sums import SUMS
-from jlora._tensors import read_json
+from jlora.files.checksums import SUMS
+from jlora.files.safetensors import read_json
 from tests import peft_cases, tiny
 from tests.damage import STRANGE, WAYS, Damage, damage
 from tests.runs import program

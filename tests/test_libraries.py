@@ -16,7 +16,7 @@ import pytest
 from zoo import MODELS, Model, merged, pulled_back
 
 import jlora
-from jlora import _paths
+from jlora._src import paths as _paths
 
 COMPILING = futures.ThreadPoolExecutor(max_workers=2)
 every_model = pytest.mark.parametrize("name", MODELS)

@@ -26,8 +26,8 @@ from safetensors.numpy import load_file
 
 import jlora
 from jlora import models, peft
-from jlora._peft_config import PeftConfig, exact_alpha, read_config
-from jlora._peft_read import TENSORS
+from jlora.peft.config import PeftConfig, exact_alpha, read_config
+from jlora.peft.tensors import TENSORS
 from tests.messages import expect, message
 from tests.peft_cases import (
     EXPECTED,

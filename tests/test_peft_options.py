@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora import _peft_options as options
 from jlora import models, peft
-from jlora._peft_config import _FIELDS
+from jlora.peft import options
+from jlora.peft.config import _FIELDS
 from tests.messages import expect, message
 from tests.peft_cases import assert_close, needs_peft
 

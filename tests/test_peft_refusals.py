@@ -16,7 +16,7 @@ import pytest
 
 import jlora
 from jlora import peft
-from jlora._tensors import TensorError
+from jlora.files.safetensors import TensorError
 from tests.messages import expect, message
 from tests.peft_cases import PRE, QUERY, A, B, base, cut, edited, grown, loaded, rename, save
 

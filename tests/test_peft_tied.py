@@ -19,8 +19,9 @@ from jax.sharding import AxisType
 from safetensors.numpy import load_file
 
 import jlora
-from jlora import models, names, peft
-from jlora._paths import named_leaves
+from jlora import models, peft
+from jlora._src.paths import named_leaves
+from jlora.files import tensor_names
 from tests.messages import expect, message
 from tests.peft_cases import assert_close, assert_same, needs_peft
 from tests.small_checkpoints import change
@@ -252,7 +253,7 @@ def test_dora_of_a_tied_table_has_no_form(checkpoints: dict[str, Path], tmp_path
 
 def test_a_tied_model_of_ones_own(tmp_path: Path) -> None:
     """A plain table says so with ``tied``."""
-    table = {**names.embedding("table", "tokens", tied="out"), **names.linear("up", "up")}
+    table = {**tensor_names.embedding("table", "tokens", tied="out"), **tensor_names.linear("up", "up")}
     params = {"table": {"embedding": jnp.ones((5, 3))}, "up": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}}
 
     def apply(params: Any, ids: Any) -> Any:

@@ -22,7 +22,7 @@ from toys import assert_close
 
 import jlora
 from jlora import models
-from jlora._paths import named_leaves
+from jlora._src.paths import named_leaves
 from jlora.models._registry import FAMILIES
 from tests.messages import expect, message
 

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import jlora
-from jlora._paths import named_leaves
+from jlora._src.paths import named_leaves
 from tests import tiny
 from tests.runs import program, records
 from train import flops, gauges

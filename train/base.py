@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 import jlora
-from jlora._sums import check_sums, write_sums
+from jlora.files.checksums import check_sums, write_sums
 from jlora.models import TensorError
 from train import store
 from train.config import ConfigError, ImageClassification, TrainConfig

@@ -25,8 +25,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jlora._sums import check_sums, files_in, write_sums
-from jlora.checkpoint import differences, one_line, record_of
+from jlora._src.tree.save import differences, one_line, record_of
+from jlora.files.checksums import check_sums, files_in, write_sums
 from jlora.models import TensorError
 from train.config import SaveConfig
 from train.parallel import Layout

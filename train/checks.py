@@ -11,8 +11,8 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jlora import LoraConfig
-from jlora._fields import expected, fits, shown
-from jlora._paths import bad_pattern
+from jlora._src.fields import expected, fits, shown
+from jlora._src.paths import bad_pattern
 from train.config import (
     CausalLM,
     ComputeConfig,

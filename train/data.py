@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import datasets
 import numpy as np
 
-from jlora._paths import nearest
+from jlora._src.paths import nearest
 from train.config import ConfigError, DataConfig
 from train.sources import Account, beside, content, read_source
 

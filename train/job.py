@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import jlora
-from jlora._paths import named_leaves
+from jlora._src.paths import named_leaves
 from train.batches import Examples, batch_of, cut_of, lengths, quarters, size
 from train.checks import validate_for
 from train.config import ConfigError, FitConfig, TrainConfig

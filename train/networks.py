@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import models
-from jlora._tensors import read_json
-from jlora.config import HEADS
+from jlora._src.config import HEADS
+from jlora.files.safetensors import read_json
 from jlora.models import ModelError, Remat, TensorError
 from jlora.models._layers import recomputed
 from train.batches import Examples

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora._paths import named_leaves
+from jlora._src.paths import named_leaves
 from train.batches import Batch
 from train.checks import refuse
 from train.config import ComputeConfig, ConfigError, TrainConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jlora._table import table
+from jlora._src.table import table
 from train.processes import is_first
 from train.progress import Pace
 

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import jlora
-from jlora.config import HEADS
+from jlora._src.config import HEADS
 from train import flops, gauges, look, processes, report, store, writers
 from train.base import Base, base
 from train.batches import batch_of, size

@@ -14,9 +14,9 @@ from typing import Any
 
 import filelock
 
-from jlora._paths import bullets
-from jlora._sums import SUMS, check_sums, write_sums
-from jlora._tensors import read_json
+from jlora._src.paths import bullets
+from jlora.files.checksums import SUMS, check_sums, write_sums
+from jlora.files.safetensors import read_json
 from jlora.models import TensorError
 from train import store
 from train.config import ConfigError, TrainConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jlora
-from jlora._tensors import read_json
+from jlora.files.safetensors import read_json
 from jlora.models import TensorError
 from train import store
 from train.base import cached_at, identity, load_params

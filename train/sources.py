@@ -18,9 +18,9 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from jlora._paths import nearest
-from jlora._sums import check_sums, write_sums
-from jlora._tensors import TensorError, read_json
+from jlora._src.paths import nearest
+from jlora.files.checksums import check_sums, write_sums
+from jlora.files.safetensors import TensorError, read_json
 from train.config import ConfigError
 from train.formats import File, read_tables
 

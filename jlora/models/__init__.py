@@ -4,7 +4,7 @@ A family is a folder with the network (``modeling``) and the names of its tensor
 nothing of LoRA; any other model in JAX is adapted just as well.
 """
 
-from jlora._tensors import TensorError
+from jlora.files.safetensors import TensorError
 from jlora.models._checkpoint import load, save
 from jlora.models._export import export
 from jlora.models._family import ModelError, Task

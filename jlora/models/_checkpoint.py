@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._paths import bullets, named_leaves, nearest
-from jlora._tensors import Tensor, open_checkpoint, write_checkpoint, write_json
-from jlora._types import Array, PyTree
-from jlora._types import Path as LeafPath
+from jlora._src.paths import bullets, named_leaves, nearest
+from jlora._src.types import Array, PyTree
+from jlora._src.types import Path as LeafPath
+from jlora.files.safetensors import Tensor, open_checkpoint, write_checkpoint, write_json
+from jlora.files.tensor_names import Name, Names, to_torch, torch_shape
 from jlora.models._family import Family, ModelConfig, ModelError, Task
 from jlora.models._layers import Remat
 from jlora.models._network import (
@@ -33,7 +34,6 @@ from jlora.models._network import (
     network_of,
 )
 from jlora.models._reading import are_equal, read_leaf
-from jlora.names import Name, Names, to_torch, torch_shape
 
 Shardings: TypeAlias = Any
 """None, one sharding for all, a tree of them like the parameters, or ``(path, shape) -> sharding``."""

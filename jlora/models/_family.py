@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_ty
 
 import flax.linen as nn
 
-from jlora._fields import Within, faults, fits, shown
-from jlora._paths import bullets, nearest
-from jlora.names import Names
-from jlora.sharding import Rules
+from jlora._src.fields import Within, faults, fits, shown
+from jlora._src.paths import bullets, nearest
+from jlora._src.tree.sharding import Rules
+from jlora.files.tensor_names import Names
 
 Task = Literal["features", "sequence-classification", "causal-lm", "image-classification"]
 """What the network ends in: its hidden states, or the head for a task."""

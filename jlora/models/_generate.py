@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jlora._types import Array, PyTree
+from jlora._src.types import Array, PyTree
 from jlora.models._causal import Cache, CausalLM
 from jlora.models._family import ModelError
 

@@ -13,14 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora._paths import nearest
-from jlora._tensors import read_json
-from jlora._types import Array, PyTree
+from jlora._src.paths import nearest
+from jlora._src.tree.sharding import Rules
+from jlora._src.types import Array, PyTree
+from jlora.files.safetensors import read_json
+from jlora.files.tensor_names import ModelNames
 from jlora.models._family import Family, ModelConfig, ModelError, Task, ending_of, task_of
 from jlora.models._layers import Remat
 from jlora.models._registry import FAMILIES
-from jlora.names import ModelNames
-from jlora.sharding import Rules
 
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 GENERATION = "generation_config.json"
@@ -49,7 +49,7 @@ def build(
 
 
 def names(model: nn.Module) -> ModelNames:
-    """Where each leaf of a network of `jlora.models` lies in transformers 5 and in checkpoints; see `jlora.names`."""
+    """Where each leaf of a network lies in transformers 5 and in checkpoints; see `jlora.files.tensor_names`."""
     family, task = family_and_task(model)
     config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
     kind = json.loads(config.hf)["model_type"]

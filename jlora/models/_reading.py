@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora._tensors import Tensor, TensorError, is_finite
-from jlora._types import Array
-from jlora.names import Name, to_torch, torch_axes
+from jlora._src.types import Array
+from jlora.files.safetensors import Tensor, TensorError, is_finite
+from jlora.files.tensor_names import Name, to_torch, torch_axes
 
 CHUNK_BYTES = 16 * 2**20
 

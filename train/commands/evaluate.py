@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jlora._paths import bullets
+from jlora._src.paths import bullets
 from train import data, report
 from train.batches import Examples, cut_of
 from train.commands.inputs import RunPath

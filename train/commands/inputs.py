@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from jlora._paths import bullets, nearest
+from jlora._src.paths import bullets, nearest
 from train import data
 from train.config import ConfigError, TrainConfig
 from train.lines import decode, lines

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from jlora._paths import bullets
-from jlora._sums import SUMS, check_sums
+from jlora._src.paths import bullets
+from jlora.files.checksums import SUMS, check_sums
 from jlora.models import TensorError
 from train import store
 from train.config import ConfigError, TrainConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora._paths import bullets
+from jlora._src.paths import bullets
 from train.batches import Batch, Examples
 from train.config import ConfigError, Domain, ImageClassification
 from train.data import Table

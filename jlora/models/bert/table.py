@@ -7,10 +7,10 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
+from jlora._src.tree.sharding import Rules
+from jlora.files.tensor_names import Name, embedding, linear, norm
 from jlora.models._family import Family, ModelError, Task, read_config
 from jlora.models.bert.modeling import Bert, BertConfig, BertForSequenceClassification
-from jlora.names import Name, embedding, linear, norm
-from jlora.sharding import Rules
 
 _MODULES = {
     "query": "attention.self.query",

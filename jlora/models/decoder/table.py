@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 from jax.sharding import PartitionSpec as P
 
-from jlora._fields import Within
+from jlora._src.fields import Within
+from jlora._src.tree.sharding import Rules
+from jlora.files.tensor_names import Name, embedding, linear, norm
 from jlora.models._family import Family, ModelError, PositiveOrNull, SizeOrNull, Task, read_config
 from jlora.models._layers import Activation
 from jlora.models.decoder.modeling import (
@@ -17,8 +19,6 @@ from jlora.models.decoder.modeling import (
     DecoderForSequenceClassification,
 )
 from jlora.models.decoder.rope import read_rope
-from jlora.names import Name, embedding, linear, norm
-from jlora.sharding import Rules
 
 # Attributes that are no fields, and what they may be; fields are worked out from them.
 _COMMON: dict[str, Any] = {

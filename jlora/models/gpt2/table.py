@@ -7,10 +7,10 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
+from jlora._src.tree.sharding import Rules
+from jlora.files.tensor_names import Name, conv1d, embedding, linear, norm
 from jlora.models._family import Family, Task, read_config
 from jlora.models.gpt2.modeling import GPT2, GPT2Config, GPT2ForCausalLM, GPT2ForSequenceClassification
-from jlora.names import Name, conv1d, embedding, linear, norm
-from jlora.sharding import Rules
 
 RULES: Rules = (
     # Hardly a number divides the vocabulary (50257).

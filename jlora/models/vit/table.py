@@ -7,10 +7,10 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
+from jlora._src.tree.sharding import Rules
+from jlora.files.tensor_names import Name, array, conv2d, linear, norm, stored_as
 from jlora.models._family import Family, ModelError, Task, read_config
 from jlora.models.vit.modeling import ViT, ViTConfig, ViTForImageClassification
-from jlora.names import Name, array, conv2d, linear, norm, stored_as
-from jlora.sharding import Rules
 
 _MODULES = {
     "query": "attention.q_proj",

@@ -1,0 +1,151 @@
+"""The low-rank product ``(x·a)·b`` and its derivatives, oriented so that no activation is transposed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+
+from jlora._src.engine import compat
+from jlora._src.engine.named_axes import contract, low_rank_dtype
+from jlora._src.types import Array
+
+Names = tuple[Hashable, ...]
+Spec = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Which axes of two arrays meet: the parameter of the primitive. Hashable.
+
+    Attributes:
+      names: of the axes of both operands, and of the result.
+      precision: as in `jax.lax.dot_general`.
+      specs: on a mesh with Explicit axes, the mesh axes of each of ``names``; None on any other.
+      last: whether it goes from rank back to full width.
+    """
+
+    names: tuple[Names, Names, Names]
+    precision: Any = None
+    specs: tuple[Spec, Spec, Spec] | None = None
+    last: bool = False
+
+    def turned(self, *order: int) -> Product:
+        """The product whose operands and result are these, of three: 0 and 1 are this one's operands, 2 its result."""
+        pick: Any = lambda entries: entries and tuple(entries[i] for i in order)  # noqa: E731
+        return dataclasses.replace(self, names=pick(self.names), specs=pick(self.specs))
+
+
+def low_rank_product(x: Array, a: Array, b: Array, *, inputs: int = 1) -> Array:
+    """``(x·a)·b``: the update of a LoRA layer, without its scale (Hu et al. 2021, eq. 3).
+
+    Its gradient is formed as ``dA = (dhᵀ x)ᵀ`` and ``dB = hᵀ g`` with ``h = x·a`` and ``dh = g·bᵀ``, so
+    that XLA:CPU never transposes an activation. Forward and reverse mode work, and derivatives of any order.
+
+    >>> y = x @ w + scale * jlora.low_rank_product(x, a, b)
+
+    Args:
+      x: activations ``[..., *inputs]``, any float dtype. Products run in it, or in bfloat16 if it is narrower, with
+        float32 accumulation.
+      a: ``[*inputs, rank]``.
+      b: ``[rank, *outputs]``.
+      inputs: how many trailing axes of ``x`` are contracted.
+
+    Returns:
+      ``[..., *outputs]`` in the dtype of the products.
+
+    Raises:
+      ValueError: when the shapes do not fit.
+    """
+    if a.ndim != inputs + 1 or x.shape[x.ndim - inputs :] != a.shape[:-1] or a.shape[-1] != b.shape[0]:
+        raise ValueError(
+            f"low_rank_product: got x {x.shape}, a {a.shape}, b {b.shape} with inputs={inputs}. Expected "
+            "a = x's last `inputs` axes + (rank,), and b = (rank,) + outputs."
+        )
+    lead = tuple(("x", i) for i in range(x.ndim - inputs))
+    ins = tuple(("in", i) for i in range(inputs))
+    outs = tuple(("out", i) for i in range(b.ndim - 1))
+    first = Product(((*lead, *ins), (*ins, "r"), (*lead, "r")))
+    second = Product(((*lead, "r"), ("r", *outs), (*lead, *outs)), last=True)
+    return chain((first, second), x.astype(low_rank_dtype(x.dtype)), a, b)
+
+
+def chain(products: Sequence[Product], x: Array, *factors: Array) -> Array:
+    """``x`` contracted with one factor after the other, in its own dtype; see `low_rank_product`."""
+    return _chained(tuple(products), *compat.vary_alike(x, *factors))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # so that equal layers are traced and differentiated once
+def _chained(products: tuple[Product, ...], x: Array, *factors: Array) -> Array:
+    for product, factor in zip(products, factors, strict=True):
+        x = _bind(x, factor, product, x.dtype, x.dtype)
+    return x
+
+
+# A primitive of our own: JAX's transpose of `lax.dot_general` always has the cotangent on the left, rounds a factor's
+# gradient to the cotangent's dtype, and is a dot to checkpoint policies, while a `jax.custom_vjp` has no forward mode.
+# `contract` is closed under every transformation: it is linear in either operand, its transposes are contractions of
+# the same names, and a mapped axis is one more name.
+_contract_p = core.Primitive("contract")
+
+
+def _bind(x: Array, y: Array, product: Product, within: Any, dtype: Any) -> Array:
+    """The product of ``x`` and ``y``, both cast to the dtype ``within``, rounded once to ``dtype``."""
+    return _contract_p.bind(x, y, product=product, within=within, dtype=dtype)
+
+
+def _contract(x: Array, y: Array, *, product: Product, within: Any, dtype: Any) -> Array:
+    x_names, y_names, out = product.names
+    spec = product.specs and dict(zip(out, product.specs[2], strict=True))
+    x, y = x.astype(within), y.astype(within)
+    return contract(x, x_names, y, y_names, out, precision=product.precision, dtype=dtype, spec=spec)
+
+
+def _abstract(x: Any, y: Any, **params: Any) -> Any:
+    return jax.make_jaxpr(functools.partial(_contract, **params))(x, y).out_avals[0]
+
+
+def _jvp(primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> tuple[Array, Any]:
+    """The value of a first product is a plain dot, which is small, and which the policies of `jax.checkpoint` that save
+    dots save. That of a last product, at full width, is no dot to them, and is computed again."""
+    (x, y), (dx, dy) = primals, tangents
+    value = _contract_p.bind(x, y, **params) if params["product"].last else _contract(x, y, **params)
+    pairs = [pair for pair, t in (((dx, y), dx), ((x, dy), dy)) if not isinstance(t, ad.Zero)]
+    return value, functools.reduce(ad.add_tangents, [_contract_p.bind(*pair, **params) for pair in pairs])
+
+
+def _transpose_x(ct: Array, x: Any, y: Array, *, product: Product, within: Any, dtype: Any) -> Array:
+    return _bind(ct, y, product.turned(2, 1, 0), within, x.aval.dtype)
+
+
+def _transpose_y(ct: Array, x: Array, y: Any, *, product: Product, within: Any, dtype: Any) -> Array:
+    return _bind(ct, x, product.turned(2, 0, 1), within, y.aval.dtype)
+
+
+def _batch(args: Sequence[Array], dims: Sequence[Any], *, product: Product, **params: Any) -> tuple[Array, int]:
+    """A mapped axis is one more name, which leads in the result."""
+    *names, out = product.names
+    new = ("mapped", sum(isinstance(n, tuple) and n[0] == "mapped" for n in {*names[0], *names[1]}))
+    names = [own if d is None else (*own[:d], new, *own[d:]) for own, d in zip(names, dims, strict=True)]
+    specs = product.specs
+    if specs is not None:
+        *own, out_spec = specs
+        given = [compat.explicit_spec(x) if d is not None else None for x, d in zip(args, dims, strict=True)]
+        along = [spec[d] for spec, d in zip(given, dims, strict=True) if spec is not None]
+        own = [before if now is None else now for before, now in zip(own, given, strict=True)]
+        specs = (*own, (next((axis for axis in along if axis is not None), None), *out_spec))
+    mapped: Any = dataclasses.replace(product, names=(*names, (new, *out)), specs=specs)
+    return _contract_p.bind(*args, product=mapped, **params), 0
+
+
+_contract_p.def_impl(jax.jit(_contract, static_argnames=("product", "within", "dtype")))
+_contract_p.def_abstract_eval(_abstract)
+mlir.register_lowering(_contract_p, mlir.lower_fun(_contract, multiple_results=False))
+ad.defbilinear(_contract_p, _transpose_x, _transpose_y)
+ad.primitive_jvps[_contract_p] = _jvp
+batching.primitive_batchers[_contract_p] = _batch

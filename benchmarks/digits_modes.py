@@ -16,7 +16,7 @@ from typing import Any
 
 from jlora._src.table import table
 from train.__main__ import parse
-from train.run import run
+from train.experiment import run
 
 SEEDS = (0, 1, 2)
 MODES = ("full", "lora", "head")

@@ -50,7 +50,7 @@ import optax
 
 import jlora
 from benchmarks import _measure
-from train import flops
+from train.compute import flops
 
 PARTS = ("flash", "torch", "members", "plain", "remat", "forms")
 MEMBERS = 16

@@ -33,17 +33,18 @@ import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
 from benchmarks._measure import Bar, interleave, ratio, table
-from train import commands, data
+from train import commands
 from train.__main__ import ROOT, parse
-from train.batches import batch_of
+from train.compute.keys import random_key
+from train.compute.optimizer import make_optimizer, make_schedule
+from train.compute.step import init_state, make_step
+from train.data import tables as data
+from train.data.batches import batch_of
+from train.experiment import run
 from train.job import encoded, plan_of, start_adapters
-from train.keys import random_key
-from train.networks import make_network
-from train.optim import make_optimizer, make_schedule
-from train.run import run
-from train.runs import open_run
-from train.step import init_state, make_step
-from train.tasks import make_task, resolved
+from train.networks.network import make_network
+from train.rundir.finished import open_run
+from train.tasks.registry import make_task, resolved
 
 LEAST_ACCURACY, MOST_TIME = 0.845, 0.95
 STEPS = 500

@@ -2,7 +2,7 @@
 
     python -m benchmarks.trainer [--rounds 7] [--steps 200] [--starts 5] [--json FILE]
 
-- overhead: the time of so many steps by `train.loop.fit` (batches built, metrics fetched and written, progress shown)
+- overhead: the time of so many steps by `train.loop.loop.fit` (batches built, metrics fetched and written, shown)
   against the bare compiled step on batches that lie ready, for networks whose step takes about 1, 15 and 100 ms here.
   Both run the same compiled function, in turn. What a checkpoint takes from the training is told beside.
 - starts: seconds from starting ``python -m train`` (configs/digits.py, its base in the cache) until the first step's
@@ -30,22 +30,22 @@ import jax.numpy as jnp
 
 import jlora
 from benchmarks._measure import Bar, interleave, ratio, table
-from train import data
 from train.__main__ import ROOT, parse
-from train.batches import batch_of, size, training_rows
-from train.checkpoints import Checkpoints
+from train.compute.keys import random_key
+from train.compute.layouts import Jit
+from train.compute.optimizer import make_optimizer, make_schedule
+from train.compute.step import init_state, make_step
 from train.config import SaveConfig
+from train.data import tables as data
+from train.data.batches import batch_of, size, training_rows
+from train.experiment import run
 from train.job import encoded
-from train.keys import random_key
-from train.loop import Training, fit
-from train.networks import make_network
-from train.optim import make_optimizer, make_schedule
-from train.parallel import Jit
-from train.progress import Pace, Position
-from train.records import Records
-from train.run import run
-from train.step import init_state, make_step
-from train.tasks import make_task, resolved
+from train.loop.checkpoints import Checkpoints
+from train.loop.loop import Training, fit
+from train.loop.progress import Pace, Position
+from train.networks.network import make_network
+from train.rundir.records import Records
+from train.tasks.registry import make_task, resolved
 
 MOST_OVERHEAD, MOST_START = 1.03, 1.2
 NETWORKS = {

@@ -9,11 +9,13 @@ import jax
 
 import jlora
 from jlora.models import example_inputs
-from train import networks, runs, tasks
 from train.config import DataConfig, Pretrained, TrainConfig
+from train.networks import network as networks
+from train.rundir import finished
+from train.tasks.registry import make_task
 
 
-def made_run(checkpoint: Path, cache_dir: Path, task: Any, **model: Any) -> runs.Run:
+def made_run(checkpoint: Path, cache_dir: Path, task: Any, **model: Any) -> finished.Run:
     """A run of ``task`` on a checkpoint."""
     lora = jlora.LoraConfig(rank=2, alpha=4)
     config = TrainConfig("made", task, Pretrained(str(checkpoint), **model), DataConfig("x"), lora, cache_dir=cache_dir)
@@ -24,6 +26,4 @@ def made_run(checkpoint: Path, cache_dir: Path, task: Any, **model: Any) -> runs
     fresh = jlora.init(jax.random.key(1), params, config.lora, uses)
     leaves, treedef = jax.tree.flatten(fresh)
     adapters = [jax.random.normal(jax.random.key(i), x.shape, x.dtype) * 0.3 for i, x in enumerate(leaves)]
-    return runs.Run(
-        Path("made"), config, network, tasks.make_task(config, network), params, treedef.unflatten(adapters)
-    )
+    return finished.Run(Path("made"), config, network, make_task(config, network), params, treedef.unflatten(adapters))

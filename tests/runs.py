@@ -20,7 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import jlora
 from train.__main__ import main
-from train.stop import Stop
+from train.loop.stop import Stop
 
 ROOT = Path(__file__).parents[1]
 TIMES = ("seconds", "step_seconds", "examples_per_second", "tokens_per_second", "mfu")

@@ -19,16 +19,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests import tiny
 from tests.chat_templates import CHATML, SPECIAL, TEMPLATES
-from train import cuts, data
-from train.batches import Examples, cut_of, size
 from train.checks import validate
 from train.config import CausalLM, ConfigError, DataConfig, Pretrained, SequenceClassification, TrainConfig
-from train.data import Table
-from train.tasks import resolved
+from train.data import cuts
+from train.data import tables as data
+from train.data.batches import Examples, cut_of, size
+from train.data.tables import Table
 from train.tasks.chat import Chat, messages_of, tools_of
 from train.tasks.classify import TextClassification
 from train.tasks.language import LanguageModel
 from train.tasks.marked import Example, Marked, packed, plain, shortened, tokenized
+from train.tasks.registry import resolved
 
 CORPUS = ["What is 2+2? The answer is 4, as the assistant says.\n\nuser system tool think name a\n"] * 3
 GPT2 = Path("../shared/models/gpt2-tokenizer")

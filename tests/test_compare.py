@@ -15,9 +15,9 @@ import tyro
 
 from tests.messages import expect, message
 from train.__main__ import main
-from train.compare import report
-from train.compare.drawing import COLOURS
+from train.commands.report import report
 from train.config import ConfigError
+from train.report.curves import COLOURS
 
 pytest.importorskip("matplotlib")
 

@@ -18,15 +18,15 @@ import jlora
 from jlora.files.checksums import files_in, write_sums
 from tests import tiny
 from tests.runs import assert_same_run, compiled_once, content, program, records, stopping
-from train.checkpoints import Checkpoints
+from train.compute.layouts import Jit
+from train.compute.optimizer import make_optimizer
+from train.compute.step import init_state
 from train.config import ConfigError, FitConfig, SaveConfig
-from train.further import go_on
-from train.optim import make_optimizer
-from train.parallel import Jit
-from train.progress import Pace, Position
-from train.rundir import LATER
-from train.step import init_state
-from train.stop import EXIT_CODE
+from train.loop.checkpoints import Checkpoints
+from train.loop.extend import go_on
+from train.loop.progress import Pace, Position
+from train.loop.stop import EXIT_CODE
+from train.rundir.directory import LATER
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -36,18 +36,18 @@ from tests.damage import STRANGE, WAYS, Damage, damage
 from tests.runs import program
 from tests.small_checkpoints import BERT, VIT
 from tests.test_adapters_on_disk import made
-from train import store
 from train.__main__ import load_config, parse
-from train.checkpoints import CheckpointError
 from train.checks import validate
+from train.compute.keys import random_key
+from train.compute.optimizer import make_optimizer
+from train.compute.step import init_state
 from train.config import ConfigError, TrainConfig
 from train.job import make_job, start_adapters
-from train.kept import Kept
-from train.keys import random_key
-from train.optim import make_optimizer
-from train.rundir import open_run_dir
-from train.runs import open_run, read_config
-from train.step import init_state
+from train.loop.checkpoints import CheckpointError
+from train.loop.kept import Kept
+from train.rundir import files
+from train.rundir.directory import open_run_dir
+from train.rundir.finished import open_run, read_config
 
 ASKED = os.environ.get("JLORA_DAMAGES")
 COUNT = int(ASKED or 30)
@@ -410,8 +410,8 @@ def test_configurations_as_json(runs: Path, reader: Any, tmp_path: Path) -> None
         if outcome.error is not None:
             named(outcome.error, done)
             return "refused"
-        told = store.flat(json.loads((tmp_path / "copy" / "config.json").read_text()))
-        found = store.flat(json.loads(json.dumps(store.to_json(outcome.value))))
+        told = files.flat(json.loads((tmp_path / "copy" / "config.json").read_text()))
+        found = files.flat(json.loads(json.dumps(files.to_json(outcome.value))))
         assert told.items() <= found.items()
         return "as it was" if outcome.value == read(folder) else "another valid configuration"
 

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 import jlora
-from train.flops import count, peak
+from train.compute.flops import count, peak
 
 SQUARE = 2 * 8**3
 """Of a product of two 8 by 8 matrices."""

@@ -17,7 +17,7 @@ from toys import MLP, SPLIT, TOYS, Toy, adapted_loss, adapters_for, loss_of, mer
 
 import jlora
 from benchmarks import _measure
-from train import flops
+from train.compute import flops
 
 
 def conv(params: Any, x: Any) -> Any:

@@ -15,14 +15,15 @@ from PIL import Image
 
 from jlora import LoraConfig
 from tests.runs import program
-from train import data
 from train.config import ConfigError, DataConfig, ImageClassification, Pretrained, TrainConfig
-from train.data import Table
-from train.networks import make_network
-from train.tasks import make_task, pictures
+from train.data import tables as data
+from train.data.tables import Table
+from train.networks.network import make_network
+from train.tasks import pictures
 from train.tasks.images import Images, blank, first_side
 from train.tasks.labels import class_names, class_numbers
 from train.tasks.pictures import Picture, Unreadable, opened, shown
+from train.tasks.registry import make_task
 
 SIDE = 8
 GREY = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), np.uint8)

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-FLOORS = {  # a room imports from those above it; of its own files, from those that stand before
+JLORA = {  # a room imports from those above it; of its own files, from those that stand before
     "_src": "types table fields | paths | config",
     "_src.engine": "compat | named_axes mutation gradient probes | product factored staging dependence",
     "_src.engine.rules": "products | arithmetic control_flow | moves | writes | labels | table",
@@ -20,6 +22,23 @@ FLOORS = {  # a room imports from those above it; of its own files, from those t
     "bert.modeling gpt2.modeling decoder.modeling vit.modeling | bert.table gpt2.table decoder.table vit.table | "
     "_registry _reading | _network | _checkpoint | _generate | _export | __init__",
     "": "__init__",
+}
+TRAIN = {
+    "": "config | checks",
+    "data": "cuts lines | batches formats | sources | tables",
+    "networks": "network",
+    "compute": "keys flops throughput optimizer processes",
+    "rundir": "files | records directory",
+    "tasks": "metrics marked base labels pictures | chat | classify language | images | registry",
+    "compute ": "step | layouts",
+    "loop": "progress stop | evaluate checkpoints extend",
+    "report": "console examples writers reading | figures | curves | page",
+    " ": "job",
+    "loop ": "loop | kept",
+    "  ": "pretrain | experiment",
+    "rundir ": "finished",
+    "commands": "inputs results sheet | show predict generate evaluate export report inspect | __init__",
+    "   ": "__main__",
 }
 
 
@@ -33,16 +52,17 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-def test_every_module_imports_lower_layers_only() -> None:
-    floors = [(room.strip(), floor.split()) for room, names in FLOORS.items() for floor in names.split("|")]
+@pytest.mark.parametrize(("package", "rooms"), [("jlora", JLORA), ("train", TRAIN)])
+def test_every_module_imports_lower_layers_only(package: str, rooms: dict[str, str]) -> None:
+    floors = [(room.strip(), floor.split()) for room, names in rooms.items() for floor in names.split("|")]
     level = {f"{room}.{name}".lstrip("."): i for i, (room, names) in enumerate(floors) for name in names}
-    files = {".".join(f.relative_to(ROOT / "jlora").with_suffix("").parts): f for f in (ROOT / "jlora").rglob("*.py")}
-    files = {name: f for name, f in files.items() if f.name != "__init__.py" or name in level}
-    assert set(files) == set(level), "give every module of jlora a layer"
+    files = {".".join(f.relative_to(ROOT / package).with_suffix("").parts): f for f in (ROOT / package).rglob("*.py")}
+    files = {name: f for name, f in files.items() if (f.name != "__init__.py" or name in level) and "assets" not in name}
+    assert set(files) == set(level), "give every module a layer"
     upward = [
         f"{name} imports {other}"
         for name, file in files.items()
-        for other in (i.removeprefix("jlora.") for i in imports(file) if i.startswith("jlora."))
+        for other in (i.removeprefix(f"{package}.") for i in imports(file) if i.startswith(f"{package}."))
         if other in level and level[other] >= level[name]
     ]
     assert not upward, upward

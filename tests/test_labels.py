@@ -20,15 +20,15 @@ from sklearn.utils.class_weight import compute_class_weight
 import jlora
 from tests import tiny
 from tests.runs import program, records
-from train import data
 from train.__main__ import parse
+from train.compute.optimizer import make_optimizer
+from train.compute.step import init_state, make_step
 from train.config import ConfigError, FitConfig, SequenceClassification
-from train.data import Table
-from train.optim import make_optimizer
-from train.step import init_state, make_step
-from train.tasks import resolved
+from train.data import tables as data
+from train.data.tables import Table
 from train.tasks.classify import Classification
 from train.tasks.labels import class_names, class_numbers, class_weights, counts_table, label_words, targets
+from train.tasks.registry import resolved
 
 NAN = float("nan")
 

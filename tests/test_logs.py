@@ -17,10 +17,10 @@ import pytest
 
 from tests import tiny
 from tests.runs import ROOT, program, records, stopping
-from train import loop
-from train.progress import Forecast, Pace, Position, Window, Work
-from train.report import Progress, ending
-from train.stop import EXIT_CODE, INTERRUPTED
+from train.loop import loop
+from train.loop.progress import Forecast, Pace, Position, Window, Work
+from train.loop.stop import EXIT_CODE, INTERRUPTED
+from train.report.console import Progress, ending
 
 LINE = re.compile(
     r"fit  step +(?P<step>\d+) of (?P<steps>\d+)  epoch (?P<epoch>\d+) of (?P<epochs>\d+)(?P<done> done  mean| ) "

@@ -22,12 +22,12 @@ from jlora import models
 from tests import tiny
 from tests.runs import free_port, program, records, start
 from train.__main__ import main
+from train.compute.keys import random_key
+from train.compute.layouts import Jit, Mesh, Pmap, parse_spec
+from train.compute.optimizer import make_optimizer
+from train.compute.step import init_state, make_step
 from train.config import ComputeConfig, FitConfig
-from train.keys import random_key
-from train.optim import make_optimizer
-from train.parallel import Jit, Mesh, Pmap, parse_spec
-from train.step import init_state, make_step
-from train.stop import EXIT_CODE
+from train.loop.stop import EXIT_CODE
 from train.tasks.base import cross_entropy
 
 LAYOUTS = {

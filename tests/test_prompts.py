@@ -17,11 +17,11 @@ import pytest
 from tests import tiny
 from tests.made import made_run
 from tests.runs import program
-from train import data
 from train.__main__ import load_config
 from train.commands.generate import continued, end_of_answers
 from train.commands.inputs import read_inputs
 from train.config import CausalLM, SequenceClassification
+from train.data import tables
 from train.tasks.language import LanguageModel
 
 WORDS = ("a great film", "the dull plot", "a story with\u2028a scene", 'fine, and "lovely"', "cold")
@@ -77,7 +77,7 @@ def written(file: Path, texts: tuple[str, ...], name: str) -> Path:
     elif file.suffix == ".json":
         file.write_text(json.dumps(rows))
     elif file.suffix == ".parquet":
-        data.Table.from_list(rows).to_parquet(file)
+        tables.Table.from_list(rows).to_parquet(file)
     else:
         how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
         with file.open("w", newline="") as out:
@@ -242,7 +242,7 @@ def test_tools_are_shown_to_the_template_as_in_training(work, tmp_path, monkeypa
     bare = "<user> : 1 + 1 = <end> <assistant> :"
     assert asked == [[f"film {bare}", bare, f"plot {bare}"], [f"film {bare}", bare, f"plot {bare}"], [bare] * 3]
     assert isinstance(run.task, LanguageModel)
-    learnt: Any = data.Table.from_list([{"messages": TALK[:2], "tools": tools[0]}])
+    learnt: Any = tables.Table.from_list([{"messages": TALK[:2], "tools": tools[0]}])
     (example,) = run.task.encode(learnt)[""]["input_ids"]
     assert run.task.tokenizer.decode(example).startswith(asked[0][0])
     tiny.write_jsonl(tmp_path / "bad.jsonl", [{"messages": TALK[:1], "tools": "no JSON"}])
@@ -259,7 +259,7 @@ def test_tools_are_shown_to_the_template_as_in_training(work, tmp_path, monkeypa
 )
 def test_a_conversation_that_is_none_is_named(chat, tmp_path, value, message):
     file = tmp_path / "talks.parquet"
-    data.Table.from_list([{"messages": TALK}, {"messages": value}]).to_parquet(file)
+    tables.Table.from_list([{"messages": TALK}, {"messages": value}]).to_parquet(file)
     assert re.search(f"generate: .*talks.parquet, row 2: {message}", refused("generate", "run", "--file", file))
 
 
@@ -301,7 +301,7 @@ def test_an_answer_ends_where_the_template_closes_it(work, tmp_path):
 
 
 def test_a_file_that_cannot_be_read_is_named_with_its_place(classifier, tmp_path):
-    data.Table.from_dict({"sentence": ["a", "b"], "tags": [["x"], ["y"]]}).to_parquet(tmp_path / "nested.parquet")
+    tables.Table.from_dict({"sentence": ["a", "b"], "tags": [["x"], ["y"]]}).to_parquet(tmp_path / "nested.parquet")
     text = refused("predict", "run", "--file", tmp_path / "nested.parquet", "--column", "tags")
     assert "nested.parquet, row 1: got ['x']; expected a text" in text
     tiny.write_jsonl(tmp_path / "rows.jsonl", [{"sentence": 7, "score": 0.5}])

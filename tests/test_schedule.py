@@ -12,8 +12,8 @@ import pytest
 
 from tests.runs import program
 from train.__main__ import main, parse
+from train.compute.optimizer import make_schedule
 from train.config import FitConfig, LearningRates, Schedule
-from train.optim import make_schedule
 
 PEAK = 3e-3
 STEPS = (1, 2, 3, 7, 20, 100)

@@ -17,12 +17,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests import tiny
 from tests.runs import program
-from train import data, look
 from train.__main__ import main
-from train.batches import Ragged
 from train.commands.sheet import write_sheet
 from train.config import CausalLM, SequenceClassification
-from train.networks import load_tokenizer
+from train.data import tables as data
+from train.data.batches import Ragged
+from train.networks.network import load_tokenizer
+from train.report import examples as look
 from train.tasks.classify import TextClassification, TextRegression
 from train.tasks.language import LanguageModel
 

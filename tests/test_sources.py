@@ -22,11 +22,13 @@ import pytest
 
 from tests import tiny
 from tests.runs import program
-from train import data, formats, rundir, store
 from train.__main__ import parse
 from train.config import ConfigError, DataConfig
-from train.data import Table, column, texts
-from train.lines import decode
+from train.data import formats
+from train.data import tables as data
+from train.data.lines import decode
+from train.data.tables import Table, column, texts
+from train.rundir import directory, files
 
 BOM = "\ufeff"
 CELLS = {
@@ -419,7 +421,7 @@ def test_an_edited_file_is_read_again_whatever_its_time(tmp_path, monkeypatch):
         raise AssertionError("converted again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("train.sources.read_tables", never)
+        patched.setattr("train.data.sources.read_tables", never)
         assert column(read(file), "text", "task.text") == ["b"]
         copy = tmp_path / "copy.csv"
         shutil.copy(file, copy)
@@ -480,11 +482,11 @@ def test_a_run_on_other_data_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     config = parse([])
     folder = Path("runs") / f"{config.name}-{config.mode}-seed{config.seed}-20260101-000000"
     (folder / "checkpoints" / "5").mkdir(parents=True)
-    store.write_json(folder / "config.json", store.to_json(config))
+    files.write_json(folder / "config.json", files.to_json(config))
     now = {"train": {"source": "a.csv", "digest": "1" * 64}, "validation": {"source": "b.csv", "digest": "2" * 64}}
 
     def choose() -> tuple[Path, str]:
-        place = rundir.open_run_dir(config, now)
+        place = directory.open_run_dir(config, now)
         assert place.lock is not None
         place.lock.release()
         return place.path, capsys.readouterr().out

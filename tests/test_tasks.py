@@ -19,13 +19,16 @@ import jlora
 from jlora import models, peft
 from tests import tiny
 from tests.runs import program
-from train import batches, data, metrics, store
 from train.__main__ import parse
-from train.batches import Ragged
 from train.config import CausalLM, ComputeConfig, ConfigError, DataConfig, SequenceClassification, TrainConfig
+from train.data import batches
+from train.data import tables as data
+from train.data.batches import Ragged
 from train.job import bucket_lengths
-from train.networks import load_tokenizer
-from train.runs import open_run
+from train.networks.network import load_tokenizer
+from train.rundir import files
+from train.rundir.finished import open_run
+from train.tasks import metrics
 from train.tasks.classify import TextClassification, TextRegression
 from train.tasks.language import LanguageModel
 
@@ -195,7 +198,7 @@ def test_exports_are_the_adapted_model(text_run, work):
     assert json.loads((folder / "hf/config.json").read_text())["id2label"] == {"0": "negative", "1": "positive"}
     assert "jlora" in (folder / "hf/README.md").read_text()
 
-    merged = store.load_tree(folder / "orbax", run.params)
+    merged = files.load_tree(folder / "orbax", run.params)
     np.testing.assert_allclose(run.network.forward(merged, inputs), expected, atol=1e-5)
 
 
@@ -225,7 +228,7 @@ def test_after_warm_up_nothing_is_compiled(work, tmp_path, accumulate):
         if event.startswith("/jax/core/compile/backend"):
             events.append(event)
 
-    from train.run import run
+    from train.experiment import run
 
     counts = {}
     for epochs in (2, 4):

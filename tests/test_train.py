@@ -18,9 +18,11 @@ import pytest
 
 import jlora
 from tests.runs import records
-from train import batches, data, networks, store
 from train.__main__ import DEFAULT_CONFIG, ROOT, load_config, main, parse
-from train.base import identity, publish
+from train.compute.keys import random_key
+from train.compute.layouts import Jit
+from train.compute.optimizer import make_optimizer, make_schedule
+from train.compute.step import init_state, make_step
 from train.config import (
     ComputeConfig,
     ConfigError,
@@ -31,15 +33,16 @@ from train.config import (
     PatchTransformer,
     TrainConfig,
 )
-from train.evaluate import make_measure
+from train.data import batches
+from train.data import tables as data
+from train.experiment import run
 from train.job import encoded
-from train.keys import random_key
-from train.networks import EVERYTHING, NEW_HEAD
-from train.optim import make_optimizer, make_schedule
-from train.parallel import Jit
-from train.run import run
-from train.step import init_state, make_step
-from train.tasks import make_task, resolved
+from train.loop.evaluate import make_measure
+from train.networks import network as networks
+from train.networks.network import EVERYTHING, NEW_HEAD
+from train.pretrain import identity, publish
+from train.rundir import files
+from train.tasks.registry import make_task, resolved
 
 MODES = ("lora", "full", "head")
 TINY = (
@@ -119,7 +122,7 @@ def test_the_run_directory_holds_all_that_the_run_made(summaries, mode):
 
     config = json.loads((run_dir / "config.json").read_text())
     assert (config["mode"], config["lora"]["rank"], config["fit"]["epochs"]) == (mode, 2, 2)
-    assert store.to_json(store.from_json(TrainConfig, config)) == config
+    assert files.to_json(files.from_json(TrainConfig, config)) == config
 
     told = records(run_dir)
     ends = [(record["phase"], record["epoch"], record["step"]) for record in told if "epoch" in record]
@@ -163,8 +166,8 @@ def test_the_files_are_enough_to_predict_again(summaries, mode, task, images, ne
     forward, like = network
     summary = summaries[mode]
     run_dir = Path(summary["run_dir"])
-    base = store.load_tree(Path(summary["base"]["path"]) / "params", like)
-    merged = store.load_tree(run_dir / "merged", like)
+    base = files.load_tree(Path(summary["base"]["path"]) / "params", like)
+    merged = files.load_tree(run_dir / "merged", like)
 
     config = {"lora": jlora.LoraConfig(rank=2, alpha=8), "full": EVERYTHING, "head": NEW_HEAD}[mode]
     uses = jlora.trace(forward, like, {"images": np.zeros((1, 8, 8, 1), np.float32)})
@@ -225,7 +228,7 @@ def test_two_runs_may_publish_the_same_base(tmp_path):
     for _ in range(2):
         publish(tmp_path / "bases" / "entry", {"w": jnp.ones(3)}, [], {})
     assert [path.name for path in (tmp_path / "bases").iterdir()] == ["entry"]
-    assert store.load_tree(tmp_path / "bases" / "entry" / "params", {"w": jnp.zeros(3)})["w"].tolist() == [1, 1, 1]
+    assert files.load_tree(tmp_path / "bases" / "entry" / "params", {"w": jnp.zeros(3)})["w"].tolist() == [1, 1, 1]
 
 
 def test_a_run_is_a_pure_function_of_its_configuration(summaries, cache_dir, tmp_path):

@@ -17,14 +17,14 @@ import jlora
 from jlora._src.paths import named_leaves
 from tests import tiny
 from tests.runs import program, records
-from train import flops, gauges
 from train.__main__ import parse
+from train.compute import flops, throughput
+from train.compute.optimizer import make_optimizer
+from train.compute.step import init_state, make_step
 from train.config import FitConfig
-from train.optim import make_optimizer
-from train.progress import Pace, Window, Work
-from train.run import run
-from train.runs import open_run
-from train.step import init_state, make_step
+from train.experiment import run
+from train.loop.progress import Pace, Window, Work
+from train.rundir.finished import open_run
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_utilization_is_the_products_by_the_time_at_the_peak(work, tmp_path, mon
     last = ends[-1]  # of the second epoch, in which nothing is compiled
     assert last["tokens_per_second"] * last["step_seconds"] * 8 == pytest.approx(sum(lengths), rel=1e-6)
     summary = json.loads((tmp_path / "none/summary.json").read_text())
-    assert summary["peak_memory_bytes"] > 10**7 and {*gauges.SPEEDS} <= summary.keys()
+    assert summary["peak_memory_bytes"] > 10**7 and {*throughput.SPEEDS} <= summary.keys()
 
 
 # Dtypes and memory

@@ -15,7 +15,7 @@ import pytest
 
 from tests.messages import expect, message
 from train.config import ConfigError
-from train.writers import check, open_writers
+from train.report.writers import check, open_writers
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = [
@@ -40,7 +40,7 @@ EXPECTED = {
 
 def test_without_names_nothing_is_imported_or_written(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from train.writers import check, open_writers\n"
+        "import sys; from pathlib import Path; from train.report.writers import check, open_writers\n"
         f"check(())\nwith open_writers((), Path({str(tmp_path)!r}), {{}}) as writers: writers.write({RECORDS[0]})\n"
         "assert not {'tensorboardX', 'wandb'} & set(sys.modules)"
     )

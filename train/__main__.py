@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before all that takes its time to import
-    from train.stop import watch
+    from train.loop.stop import watch
 
     watch()
 
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code.
 
     0: done. 1: a mistake in the program. 2: the user's input cannot be run, the training diverged, or a file cannot be
-    read or written. `train.stop.EXIT_CODE`: stopped when it was asked to, and goes on when it is started again;
-    `train.stop.INTERRUPTED`: the same, by Ctrl-C.
+    read or written. `train.loop.stop.EXIT_CODE`: stopped when it was asked to, and goes on when it is started again;
+    `train.loop.stop.INTERRUPTED`: the same, by Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, io.TextIOWrapper):  # data may hold what the terminal's encoding does not
@@ -64,10 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = parse(argv)
         # Only now, so that `--help` and a misspelt flag need not wait for the libraries that train.
-        from train.checkpoints import CheckpointError
-        from train.processes import leave
-        from train.run import run
-        from train.stop import Stopped
+        from train.compute.processes import leave
+        from train.experiment import run
+        from train.loop.checkpoints import CheckpointError
+        from train.loop.stop import Stopped
     except ConfigError as error:
         return _refused(error)
     try:

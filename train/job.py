@@ -12,21 +12,22 @@ import numpy as np
 
 import jlora
 from jlora._src.paths import named_leaves
-from train.batches import Examples, batch_of, cut_of, lengths, quarters, size
 from train.checks import validate_for
+from train.compute.keys import random_key
+from train.compute.layouts import Layout, Mesh, make_layout
+from train.compute.processes import check_same, say
 from train.config import ConfigError, FitConfig, TrainConfig
-from train.cuts import Cut, line
-from train.data import Account, Table, load
-from train.keys import random_key
-from train.networks import Network, check_tokens, make_network, what_to_train
-from train.parallel import Layout, Mesh, make_layout
-from train.processes import check_same, say
-from train.progress import Pace
-from train.store import flat, to_json
-from train.tasks import Task, make_task, resolved
+from train.data.batches import Examples, batch_of, cut_of, lengths, quarters, size
+from train.data.cuts import Cut, line
+from train.data.tables import Account, Table, load
+from train.loop.progress import Pace
+from train.networks.network import Network, check_tokens, make_network, what_to_train
+from train.rundir.files import flat, to_json
+from train.tasks.base import Task
 from train.tasks.classify import Classification
 from train.tasks.images import Images, blank
 from train.tasks.labels import counts
+from train.tasks.registry import make_task, resolved
 
 OWN = ("cache_dir", "processes", "run_dir")
 """Fields that each process may have for itself; of the run directory the first one's counts."""

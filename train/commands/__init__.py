@@ -13,8 +13,8 @@ from train.commands.export import export
 from train.commands.generate import generate
 from train.commands.inspect import inspect
 from train.commands.predict import predict
+from train.commands.report import report
 from train.commands.show import Asked, show
-from train.compare import report
 from train.config import ConfigError
 
 __all__ = ["COMMANDS", "USER_ERRORS", "Asked"]

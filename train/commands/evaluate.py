@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jlora._src.paths import bullets
-from train import data, report
-from train.batches import Examples, cut_of
 from train.commands.inputs import RunPath
+from train.compute.layouts import Jit
 from train.config import ConfigError
-from train.cuts import line
-from train.evaluate import make_measure
+from train.data import tables
+from train.data.batches import Examples, cut_of
+from train.data.cuts import line
 from train.job import bucket_lengths
-from train.networks import check_tokens
-from train.parallel import Jit
-from train.rundir import changes
-from train.runs import Run, open_run
-from train.tasks import Task
+from train.loop.evaluate import make_measure
+from train.networks.network import check_tokens
+from train.report import console
+from train.rundir.directory import changes
+from train.rundir.finished import Run, open_run
+from train.tasks.base import Task
 
 
 def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) -> None:
@@ -32,9 +33,9 @@ def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) 
     opened = open_run(run)
     config = opened.config
     if source is None:
-        table = data.load(config.data, config.cache_dir)["validation"]
+        table = tables.load(config.data, config.cache_dir)["validation"]
     else:
-        table = data.read(source, config.cache_dir, "source", quoted_tsv=config.data.quoted_tsv)
+        table = tables.read(source, config.cache_dir, "source", quoted_tsv=config.data.quoted_tsv)
     table = table if limit is None else table.keep(range(min(limit, len(table))), f"beyond the limit of {limit:,}")
     sets = {name or "validation": examples for name, examples in opened.task.encode(table).items()}
     if table.account is not None:
@@ -45,7 +46,7 @@ def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) 
         if (cut := cut_of(examples)) is not None and cut.cut + cut.dropped:
             print(line(name, cut, trains=False))
     for name, figures in measured(opened, sets).items():
-        print(f"{name}: {report.figures_line(figures)}")
+        print(f"{name}: {console.figures_line(figures)}")
 
 
 def measured(run: Run, sets: Mapping[str, Examples]) -> dict[str, dict[str, float]]:

@@ -9,11 +9,11 @@ import jax
 
 import jlora
 from jlora import models, peft
-from train import store
 from train.commands.inputs import RunPath
 from train.config import ConfigError, Pretrained
-from train.networks import read_settings
-from train.runs import Run, open_run
+from train.networks.network import read_settings
+from train.rundir import files
+from train.rundir.finished import Run, open_run
 
 
 def export(
@@ -34,7 +34,7 @@ def export(
     if to == "orbax":
         if folder.exists():
             raise ConfigError(f"export: {folder} is there already; pass --out with a new folder")
-        store.save_tree(folder, jax.jit(jlora.merge)(opened.params, opened.adapters))
+        files.save_tree(folder, jax.jit(jlora.merge)(opened.params, opened.adapters))
     elif network.model is None:
         raise ConfigError(f"export: a {type(config.model).__name__} exists in JAX alone; pass --to orbax")
     elif to == "peft":

@@ -12,12 +12,12 @@ import tyro
 
 import jlora
 from jlora import models
-from train.batches import Ragged, batch_of, ordered_rows
 from train.commands.inputs import Inputs, RunPath, read_inputs, refuse_rows, text_of
 from train.commands.results import check_new, write_results
 from train.config import ConfigError
-from train.networks import check_tokens
-from train.runs import Run, open_run
+from train.data.batches import Ragged, batch_of, ordered_rows
+from train.networks.network import check_tokens
+from train.rundir.finished import Run, open_run
 from train.tasks.chat import messages_of, tools_of
 from train.tasks.language import LanguageModel
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from jlora._src.paths import bullets, nearest
-from train import data
 from train.config import ConfigError, TrainConfig
-from train.lines import decode, lines
+from train.data import tables
+from train.data.lines import decode, lines
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
@@ -131,7 +131,7 @@ def _table(
     if not file.exists() and ":" not in file.name:
         others = sorted(str(one) for one in file.parent.glob("*") if one.is_file())
         raise ConfigError(f"there is no file at {file}{nearest(str(file), others)}")
-    table = data.read(str(file), config.cache_dir, "file", quoted_tsv=config.data.quoted_tsv)
+    table = tables.read(str(file), config.cache_dir, "file", quoted_tsv=config.data.quoted_tsv)
     if not chosen and columns[0] not in table.column_names:
         raise ConfigError(
             f"{file} has no column {columns[0]!r}, from which the run was trained; it has "
@@ -139,10 +139,10 @@ def _table(
         )
     try:
         fields = ("column", *["file"] * (len(columns) - 1))
-        values = [data.column(table, name, field) for name, field in zip(columns, fields, strict=True)]
+        values = [tables.column(table, name, field) for name, field in zip(columns, fields, strict=True)]
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-    more = data.cells(table, beside) if beside in table.column_names else [None] * len(table)
+    more = tables.cells(table, beside) if beside in table.column_names else [None] * len(table)
     return list(zip(*values, strict=True)), more
 
 

@@ -12,14 +12,14 @@ import tyro
 from scipy.special import softmax
 
 import jlora
-from train.batches import batch_of, cut_of, ordered_rows
 from train.commands.inputs import RunPath, read_inputs, text_of
 from train.commands.results import check_new, write_results
 from train.config import ConfigError
-from train.cuts import line
+from train.data.batches import batch_of, cut_of, ordered_rows
+from train.data.cuts import line
 from train.job import bucket_lengths
-from train.networks import check_tokens
-from train.runs import Run, open_run
+from train.networks.network import check_tokens
+from train.rundir.finished import Run, open_run
 from train.tasks.classify import TextRegression, Texts
 
 _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})

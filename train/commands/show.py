@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from train import look
-from train.batches import Examples, cut_of, size
 from train.commands.sheet import write_sheet
 from train.config import ConfigError, ImageClassification, TrainConfig
-from train.cuts import line
+from train.data.batches import Examples, cut_of, size
+from train.data.cuts import line
 from train.job import Material, material
+from train.report import examples as look
 
 MANY = 12
 """Labels up to which each one is counted."""

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from train.batches import Batch, Examples
-from train.data import Table
+from train.data.batches import Batch, Examples
+from train.data.tables import Table
 
 Measured: TypeAlias = Mapping[str, np.ndarray]
 """What `Task.measure` returns, for all examples: arrays whose leading axis counts them."""

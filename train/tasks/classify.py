@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import metrics
-from train.batches import Batch, Examples, Ragged
 from train.config import SequenceClassification
-from train.cuts import cut_to
-from train.data import Table, texts
+from train.data.batches import Batch, Examples, Ragged
+from train.data.cuts import cut_to
+from train.data.tables import Table, texts
+from train.tasks import metrics
 from train.tasks.base import Measured, cross_entropy
 from train.tasks.labels import class_numbers, targets, weight_vector
 

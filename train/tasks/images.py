@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from jlora._src.paths import bullets
-from train.batches import Batch, Examples
+from train.compute.processes import say
 from train.config import ConfigError, Domain, ImageClassification
-from train.data import Table
-from train.processes import say
+from train.data.batches import Batch, Examples
+from train.data.tables import Table
 from train.tasks import pictures
 from train.tasks.classify import Classification
 from train.tasks.labels import class_numbers, weight_vector

@@ -13,7 +13,7 @@ import numpy as np
 from jlora._src.paths import nearest
 from jlora._src.table import table as text_table
 from train.config import ConfigError
-from train.data import Table, column
+from train.data.tables import Table, column
 
 NO_LABEL = "-1"
 """What datasets of the hub hold where there is no label, such as in the test split of a benchmark."""
@@ -164,7 +164,7 @@ def weight_vector(weights: Weights, names: Sequence[str]) -> np.ndarray | None:
     """The weights that `class_weights` gave, in the order of the classes, float32 [classes]."""
     if weights is None or not names:
         return None
-    assert not isinstance(weights, str), "resolved by `train.tasks.resolved`"
+    assert not isinstance(weights, str), "resolved by `train.tasks.registry.resolved`"
     return np.asarray([weights[name] for name in names], np.float32)
 
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import metrics
-from train.batches import Batch, Examples, Ragged
+from train.compute.processes import say
 from train.config import CausalLM, ConfigError
-from train.cuts import Cut
-from train.data import Table, cells, column, texts
-from train.processes import say
+from train.data.batches import Batch, Examples, Ragged
+from train.data.cuts import Cut
+from train.data.tables import Table, cells, column, texts
+from train.tasks import metrics
 from train.tasks.base import Measured, cross_entropy
 from train.tasks.chat import Chat, Message, messages_of, tools_of
 from train.tasks.marked import Example, Marked, ids, packed, plain, plain_prompt, shortened, tokenized

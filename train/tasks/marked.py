@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.cuts import Cut
+from train.data.cuts import Cut
 
 CHUNK = 1000
 """Texts that are tokenized at once: offsets take far more memory than the tokens that remain."""

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from train.data import Table, column
+from train.data.tables import Table, column
 
 WHITE16 = 65535
 """White in a picture of 16 bits a pixel."""

@@ -1,0 +1,124 @@
+"""One training step, a pure function: (state, base, batch, key) → (state, metrics).
+
+The state holds what is trained and nothing more. The base comes in as its own argument: it is never differentiated,
+never updated and has no optimizer state. A loss is a sum and a count, so that it does not matter how a batch is
+divided, over devices or in time: every part gives its mean and its count, and the means are weighted by the counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jlora
+from train.data.batches import Batch
+from train.networks.network import Forward
+from train.tasks.base import Task
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+      step: int32 scalar, the number of updates so far.
+      adapters: all that is trained, as `jlora.init` gives it.
+      opt_state: of the optimizer over the adapters.
+    """
+
+    step: jax.Array
+    adapters: dict[str, Any]
+    opt_state: optax.OptState
+
+
+Step = Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, Metrics]]
+
+
+def init_state(tx: optax.GradientTransformation, adapters: dict[str, Any]) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), adapters, tx.init(adapters))
+
+
+def make_step(
+    forward: Forward,
+    task: Task,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    smoothing: float = 0.0,
+    accumulate: int = 1,
+    axis: str | None = None,
+) -> Step:
+    """The step that trains the adapters of any model.
+
+    Args:
+      forward: the bare model, ``forward(params, inputs, key) -> outputs``.
+      task: which part of a batch are its inputs, and the loss.
+      tx: gives the direction of the update, see `train.compute.optimizer.make_optimizer`.
+      schedule: the learning rate by the number of updates so far.
+      smoothing: of the labels.
+      accumulate: parts of the batch, a divisor of its rows, that are computed one after the other.
+      axis: the name under which devices that see different rows are mapped (`jax.pmap`, `jax.shard_map`); None when the
+        batch is one array, wherever it lies.
+
+    Returns:
+      ``step(state, base, batch, key) -> (state, metrics)``, to be compiled; the key is for dropout, one for the whole
+      training. The metrics are float32 scalars: ``loss`` (mean of the batch), ``grad_norm``, ``learning_rate``.
+    """
+    apply = jlora.lora(forward)
+
+    def loss_fn(adapters: Any, base: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        adapters_key, network_key = jax.random.split(key)
+        outputs = apply(jlora.attach(base, adapters, dropout_key=adapters_key), task.inputs(batch), network_key)
+        total, count = task.loss(outputs, batch, smoothing)
+        return _mean(total, count), count
+
+    def weighted(adapters: Any, base: Any, batch: Batch, key: jax.Array) -> tuple[Any, jax.Array]:
+        """Loss and gradient of a part times its count, in float32; and the count."""
+        (loss, count), grads = jax.value_and_grad(loss_fn, has_aux=True)(adapters, base, batch, key)
+        return jax.tree.map(lambda x: x.astype(jnp.float32) * count, (loss, grads)), count
+
+    def accumulated(adapters: Any, base: Any, batch: Batch, key: jax.Array) -> tuple[Any, jax.Array]:
+        """The sum of `weighted` over the parts."""
+        if accumulate == 1:
+            return weighted(adapters, base, batch, key)
+
+        def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            found = weighted(adapters, base, part[1], jax.random.fold_in(key, part[0]))
+            return jax.tree.map(jnp.add, total, found), None
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (adapters, jnp.float32(0)))
+        start = ((zeros[1], zeros[0]), zeros[1])
+        parts = jnp.arange(accumulate), jax.tree.map(lambda x: _divided(x, accumulate), dict(batch))
+        return jax.lax.scan(add, start, parts)[0]
+
+    def step(state: TrainState, base: Any, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        found = accumulated(state.adapters, base, batch, key)
+        sums, count = found if axis is None else jax.lax.psum(found, axis)
+        loss, grads = jax.tree.map(lambda x: _mean(x, count), sums)
+
+        rate = jnp.asarray(schedule(state.step), jnp.float32)
+        direction, opt_state = tx.update(grads, state.opt_state, state.adapters)
+        adapters: Any = optax.apply_updates(state.adapters, optax.tree.scale(-rate, direction))
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
+        return TrainState(state.step + 1, adapters, opt_state), metrics
+
+    return step
+
+
+def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
+    """``total / count``, where nothing was counted 0. A count of weighted examples may be less than 1."""
+    return total / jnp.where(count > 0, count, 1)
+
+
+def _divided(rows: jax.Array, parts: int) -> jax.Array:
+    """[rows, ...] to [parts, rows / parts, ...]; a part has every ``parts``-th row, so that no row changes device."""
+    return jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)

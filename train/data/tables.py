@@ -1,0 +1,241 @@
+"""From a source to a table: the examples that `train.config.DataConfig` names, and their columns for the tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import decimal
+import functools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+import numpy as np
+
+from jlora._src.paths import nearest
+from train.config import ConfigError, DataConfig
+from train.data.sources import Account, beside, content, read_source
+
+
+class Table(datasets.Dataset):
+    """Rows that know where they were read.
+
+    Attributes:
+      account: what is told of them; None for rows that were made, not read.
+      rows: the number of each row in the source, from 0.
+    """
+
+    account: Account | None = None
+    rows: np.ndarray | None = None
+
+    @classmethod
+    def from_dict(cls, *args: Any, **options: Any) -> Table:
+        made: Any = super().from_dict(*args, **options)
+        return made
+
+    @classmethod
+    def of(cls, dataset: datasets.Dataset, account: Account) -> Table:
+        table = cls(dataset.data, info=dataset.info, split=dataset.split)
+        table.account, table.rows = account, np.arange(len(table))
+        return table
+
+    def select(self, indices: Iterable[int], *args: Any, **options: Any) -> Table:  # pyright: ignore
+        indices = np.asarray(list(indices), np.int64)
+        found: Any = super().select(indices, *args, **options)
+        found.__class__ = Table
+        found.account, found.rows = self.account, None if self.rows is None else self.rows[indices]
+        return found
+
+    def keep(self, indices: Sequence[int] | np.ndarray, why: str) -> Table:
+        """These rows; ``why`` tells in the account why the others are dropped."""
+        found = self.select(indices)
+        if self.account is not None:
+            dropped = {**self.account.dropped, why: len(self) - len(found)}
+            found.account = dataclasses.replace(self.account, dropped={k: n for k, n in dropped.items() if n})
+        return found
+
+    def drop(self, count: int, why: str) -> None:
+        """Tell in the account that a task uses so many rows less."""
+        if self.account is not None and count:
+            self.account.dropped[why] = self.account.dropped.get(why, 0) + count
+
+    def where(self, rows: Sequence[int], most: int = 5) -> str:
+        """The places of rows in their files, such as ``rows 2, 7 of train.csv``; they count from 1, after a header."""
+        name, numbers = "", [row + 1 for row in rows]
+        if self.account is not None and self.rows is not None:
+            files, places = self.account.files or {self.account.source: self.account.read}, self.rows[list(rows)]
+            starts = np.cumsum([0, *files.values()])
+            first = int(np.searchsorted(starts, places[0], side="right")) - 1
+            # Of several files the first one with such a row is named.
+            places = np.sort(places[(places >= starts[first]) & (places < starts[first + 1])])
+            name, numbers = f" of {list(files)[first]}", [int(place - starts[first]) + 1 for place in places]
+        shown = [f"{number:,}" for number in numbers[:most]]
+        rest = f" and {len(rows) - len(shown):,} more" if len(rows) > len(shown) else ""
+        return f"row{'s' if len(rows) > 1 else ''} {', '.join(shown)}{name}{rest}"
+
+
+def load(config: DataConfig, cache_dir: Path) -> dict[str, Table]:
+    """The training and the validation examples.
+
+    What files hold is written to Arrow files below ``cache_dir``, by their content, and mapped; only datasets of the
+    hub are fetched.
+
+    Returns:
+      ``{"train": table, "validation": table}``, each with its account.
+
+    Raises:
+      ConfigError: if a source is not there, cannot be read, is empty, or if there is no validation data.
+    """
+    train = read(config.train, cache_dir, "data.train", quoted_tsv=config.quoted_tsv)
+    # Files are often in some order. A choice does not depend on the run's seed, so that runs can be compared.
+    order = np.random.default_rng(0).permutation(len(train))
+    if config.validation is None and config.holdout:
+        apart = round(config.holdout * len(train))
+        if not 0 < apart < len(train):
+            raise ConfigError(
+                f"data.holdout: {config.holdout} of {len(train)} training examples are {apart}; expected at least one "
+                "on either side. Pass another --data.holdout, or --data.validation FILE"
+            )
+        validation = train.keep(order[:apart], "trained on")
+        train, order = train.keep(order[apart:], "set apart for validation"), np.arange(len(train) - apart)
+    else:
+        source, found = (config.validation, None) if config.validation else beside(config.train)
+        validation = read(source, cache_dir, "data.validation", found=found, quoted_tsv=config.quoted_tsv)
+    if config.limit is not None and config.limit < len(train):
+        train = train.keep(order[: config.limit], f"beyond the limit of {config.limit:,}")
+    if config.validation_limit is not None:
+        first = range(min(config.validation_limit, len(validation)))
+        validation = validation.keep(first, f"beyond the limit of {config.validation_limit:,}")
+    return {"train": train, "validation": validation}
+
+
+def read(source: str, cache_dir: Path, field: str, *, found: str | None = None, quoted_tsv: bool = False) -> Table:
+    """The examples of one source.
+
+    Args:
+      source: see `train.config.DataConfig`.
+      field: the field of the configuration that it came from, for errors.
+      found: how the source was found, if it was not asked for.
+      quoted_tsv: see `train.config.DataConfig`.
+
+    Raises:
+      ConfigError: as `load`.
+    """
+    rows, account = read_source(source, cache_dir, field, found, quoted_tsv)
+    table = Table.of(rows, account)
+    if account.split is None or not Path(account.source).is_file():
+        return table
+    if "split" not in table.column_names:
+        raise ConfigError(
+            f"{field}: {account.source} has no column `split`, by which :{account.split} would choose rows"
+        )
+    chosen = [i for i, value in enumerate(cells(table, "split")) if value == account.split]
+    if not chosen:
+        raise ConfigError(f"{field}: {account.source} has no row whose split is {account.split!r}")
+    return table.keep(chosen, "of other splits")
+
+
+def contents(config: DataConfig) -> list[str | None]:
+    """The digests of the local files that a configuration names or finds; None for what lies elsewhere or is gone."""
+    try:
+        validation = config.validation or beside(config.train)[0]
+    except ConfigError:
+        return [content(config.train), None]
+    return [content(config.train), content(validation)]
+
+
+def column(table: Table, name: str, field: str) -> list[Any]:
+    """A column's values, all of one kind: texts, numbers, truth values, lists, objects, or pictures.
+
+    Args:
+      field: the field of the configuration that names the column, for errors.
+
+    Raises:
+      ConfigError: if there is no such column; naming rows, if values are missing in it (so is an empty label), if they
+        are of several kinds, or of one that the field cannot be of: dates, bytes, and for labels lists and objects.
+    """
+    if name not in table.column_names:
+        advice = "rename the column" if field == "file" else f"pass --{field.replace('_', '-')} and one of them"
+        source = "it" if table.account is None else table.account.source
+        raise ConfigError(
+            f"{field}: the data has no column {name!r}{nearest(name, table.column_names)}; {source} has "
+            f"{', '.join(table.column_names)}; {advice}"
+        )
+    values, empty = cells(table, name), "" if field == "task.label" else None
+    if missing := [i for i, value in enumerate(values) if _is_missing(value, empty)]:
+        raise ConfigError(
+            f"{field}: {len(missing)} of {len(values)} values of the column {name!r} are missing, in "
+            f"{table.where(missing)}; take these rows out"
+        )
+    rows: dict[str, int] = {}
+    for row, value in enumerate(values):
+        rows.setdefault(_kind(type(value)), row)
+    for kind, row in rows.items():
+        if kind in _UNFIT.get(field, _UNFIT[""]):
+            _refuse(table, name, field, row, values[row], "expected a name or a number" if empty == "" else "")
+    if len(rows) > 1:
+        (one, first), (other, row), *_ = rows.items()
+        advice = f"expected {one} in all rows, as in {table.where([first])} ({values[first]!r:.60})"
+        _refuse(table, name, field, row, values[row], advice)
+    return values
+
+
+def _is_missing(value: Any, empty: str | None) -> bool:
+    # pandas writes NaN for a missing value.
+    return value is None or isinstance(value, str) and value == empty or isinstance(value, float) and math.isnan(value)
+
+
+def texts(table: Table, name: str, field: str) -> list[str]:
+    """A column's texts, as they were written; whole numbers are texts too.
+
+    Raises:
+      ConfigError: as `column`; naming the row, if one holds something whose text is not known.
+    """
+    values = column(table, name, field)
+    for row, value in enumerate(values):
+        if type(value) not in (str, int):
+            _refuse(table, name, field, row, value, "expected text")
+    return [str(value) for value in values]
+
+
+def _refuse(table: Table, name: str, field: str, row: int, value: Any, advice: str) -> NoReturn:
+    advice = advice and f"{advice}; "
+    raise ConfigError(
+        f"{field}: the column {name!r} holds {_kind(type(value))} in {table.where([row])}: {value!r:.80}; {advice}"
+        "write it as text, or name another column"
+    )
+
+
+def cells(table: datasets.Dataset, name: str) -> list[Any]:
+    """A column's values as they are read, missing ones too; see `column`."""
+    if not isinstance(table.features[name], datasets.Json):
+        return table[name][:]
+    # datasets decodes JSON with a parser that rounds numbers.
+    rows: Any = table.select_columns([name]).with_format("arrow")[:]
+    written = (text for chunk in rows.column(name).chunks for text in chunk.storage.to_pylist())
+    return [None if text is None else json.loads(text) for text in written]
+
+
+@functools.cache
+def _kind(kind: type) -> str:
+    return next((name for kinds, name in _KINDS if issubclass(kind, kinds)), f"a {kind.__name__}")
+
+
+_KINDS: tuple[tuple[Any, str], ...] = (
+    (str, "text"),
+    (bool, "true or false"),
+    ((int, float, decimal.Decimal), "a number"),
+    ((list, np.ndarray), "a list"),
+    (dict, "an object"),
+    ((datetime.date, datetime.time, datetime.timedelta), "a date or time"),
+    (bytes, "bytes"),
+)
+_UNFIT = {
+    "task.label": ("a list", "an object", "a date or time", "bytes"),
+    "task.image": ("a date or time",),
+    "": ("a date or time", "bytes"),
+}
+"""What a column of a field cannot hold."""

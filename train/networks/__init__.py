@@ -1,0 +1,1 @@
+"""The networks, as functions of their parameters. They know nothing of LoRA."""

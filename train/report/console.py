@@ -1,0 +1,171 @@
+"""What a run shows: progress, tables, curves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jlora._src.table import table
+from train.compute.processes import is_first
+from train.loop.progress import Pace
+
+
+class Progress:
+    """A bar where stderr is a terminal; a line on stdout for every record that is due, unless the bar shows it there.
+
+    Of several processes the first one shows it.
+
+    Use as a context manager: `advance` after every step, `show` after every record.
+
+    Args:
+      phase: the name of the training.
+      pace: of the training.
+      done: how many of its steps were done before.
+    """
+
+    def __init__(self, phase: str, pace: Pace, done: int):
+        self._phase, self._pace, self._done = phase, pace, done
+        self._bar = tqdm(
+            total=pace.steps,
+            initial=done,
+            desc=phase,
+            disable=None if is_first() else True,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| step {n_fmt} of {total_fmt}{postfix}",
+        )
+        self._plain = is_first() and (bool(self._bar.disable) or not sys.stdout.isatty())
+        self._figures = ""
+
+    def __enter__(self) -> Progress:
+        pace, left = self._pace, self._pace.steps - self._done
+        if left > 0:
+            self._say(
+                f"{left} of {pace.steps} steps, {pace.epoch} in an epoch; "
+                f"logged every {pace.line}, evaluated every {pace.eval}"
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def show(self, record: Mapping[str, Any], figures: Sequence[str] = (), left: float | None = None) -> None:
+        """Show a record, of which ``figures`` were measured; ``left`` are the seconds that the rest will take.
+
+        The records of epochs in which nothing was measured are left out where lines tell the same.
+        """
+        if "epoch" in record and not figures and self._pace.line != self._pace.epoch:
+            return
+        parts, measured = self._parts(record, left), [f"{name} {record[name]:.4f}" for name in figures]
+        self._figures = "  ".join(measured) or self._figures  # a bar goes on showing the newest ones
+        if not self._bar.disable:
+            self._bar.set_postfix_str("  ".join([*parts, self._figures]).rstrip())
+        width = len(str(self._pace.steps))
+        self._say("  ".join([f"step {record['step']:>{width}} of {self._pace.steps}", *parts, *measured]))
+
+    def _parts(self, record: Mapping[str, Any], left: float | None) -> list[str]:
+        """What a line and the bar say of a record, but for its step and its figures."""
+        pace = self._pace
+        epoch = f"epoch {-(-record['step'] // pace.epoch)} of {pace.steps // pace.epoch}"
+        whole = "epoch" in record
+        parts = [f"{epoch} done" if whole else epoch, f"{'mean ' if whole else ''}loss {record['loss']:.4f}"]
+        parts.append(f"lr {record['learning_rate']:.2e}")
+        for name, unit in (("tokens_per_second", "tokens/s"), ("examples_per_second", "examples/s")):
+            if name in record:
+                parts.append(f"{record[name]:,.{0 if record[name] >= 10 else 1}f} {unit}")
+                break
+        if "padding" in record:
+            parts.append(f"padding {record['padding']:.0%}")
+        return parts if left is None else [*parts, f"{_clock(left)} left"]
+
+    def _say(self, line: str) -> None:
+        if self._plain:
+            tqdm.write(f"{self._phase}  {line}", file=sys.stdout)  # which clears a bar on the same terminal first
+            sys.stdout.flush()
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def ending(summary: Mapping[str, Any]) -> str:
+    """Why a run ended, and which of its steps was kept, for a person."""
+    kept, best = summary["kept_step"], summary["best_step"]
+    text = f"ended at step {summary['steps']} of {summary['planned_steps']}: {summary['ended']}\n"
+    text += f"kept: step {kept}, the {summary['kept']} one"
+    if summary["kept_figure"] is not None:  # a checkpoint of an earlier version does not tell the last one's
+        text += f", {summary['figure']} {summary['kept_figure']:.4f}"
+    if summary["kept"] == "last" and best is not None and summary["best_figure"] != summary["kept_figure"]:
+        text += f" (step {best} had {summary['best_figure']:.4f}; --keep best keeps it)"
+    return text
+
+
+def comparison_table(summary: dict[str, Any]) -> str:
+    """A run's models on every set of examples, by the metric that counts, and how many predictions tell them apart."""
+    sets, primary = summary["examples"], summary["primary"]
+    differ = f"of {sum(sets.values()):,} predictions differ from"
+    differing = summary["differing_predictions"]
+    labels = {
+        "base": ("base", ""),
+        "adapted": (f"adapted ({summary['mode']})", ""),
+        "merged": ("merged", f"{differing.get('merged_vs_adapted')} {differ} the adapted model's"),
+        "detached": ("detached", f"{differing.get('detached_vs_base')} {differ} the base's"),
+    }
+    rows = [
+        [labels[model][0], *(f"{figures[name][primary]:.4f}" for name in sets), labels[model][1]]
+        for model, figures in summary["metrics"].items()
+    ]
+    if not differing:
+        return table([primary, *sets], [row[:-1] for row in rows], right=range(1, 1 + len(sets)))
+    return table([primary, *sets, ""], rows, right=range(1, 1 + len(sets)))
+
+
+def figures_line(figures: dict[str, float]) -> str:
+    """All metrics of one set of examples, for a person."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+
+def draw_curves(path: Path, records: Sequence[dict[str, Any]], figures: Sequence[str]) -> bool:
+    """Draw the loss, and ``figures`` of the records, over the steps of all phases, one after the other, as a PNG.
+
+    Returns:
+      Whether it was drawn: False without matplotlib (the extra `plots`).
+    """
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    loss, measured = figure.subplots(1, 2)
+    before, named = 0, set()
+    for number, phase in enumerate(dict.fromkeys(record["phase"] for record in records)):
+        of_phase = [record for record in records if record["phase"] == phase]
+        # Where there are lines between the epochs' ends, they tell the loss in more detail.
+        lines = [record for record in of_phase if "epoch" not in record] or of_phase
+        steps = [before + record["step"] for record in lines]
+        loss.plot(steps, [record["loss"] for record in lines], color="black")
+        for colour, name in enumerate(figures):
+            points = [(before + record["step"], record[name]) for record in of_phase if name in record]
+            if points:
+                label = None if name in named else name.replace("_", " ")
+                measured.plot(*zip(*points, strict=True), marker=".", color=f"C{colour}", label=label)
+                named.add(name)
+        if number:
+            for axes in (loss, measured):
+                axes.axvline(before, color="gray", linestyle=":")
+        before = max(before + record["step"] for record in of_phase)
+    loss.set(xlabel="step", ylabel="training loss", yscale="log", xlim=(0, before))
+    measured.set(xlabel="step", xlim=(0, before * 1.02))
+    if all(name.endswith("accuracy") for name in figures):
+        measured.set(ylim=(0, 1.02))
+    measured.legend()
+    figure.savefig(path, dpi=120)
+    return True

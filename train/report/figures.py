@@ -1,0 +1,165 @@
+"""From what the files of runs tell to what is shown of it: rows of tables, and points of curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from train.report.reading import Points, RunFiles, is_number
+from train.rundir.directory import ASIDE
+
+Rows = list[tuple[str, list[str]]]
+"""Rows of a table: what they tell, and a cell for each run."""
+
+RATES = ("tokens_per_second", "examples_per_second")
+"""The first of these that a run tells is drawn."""
+
+
+def figure_tables(runs: Sequence[RunFiles]) -> dict[str, Rows]:
+    """Tables of the runs' figures by their titles, without the rows of which no run knows anything."""
+    primaries = _in_order(run.primary for run in runs)
+    tables = {primary: _of_models(runs, primary) for primary in primaries}
+    tables["other figures, adapted"] = _others(runs, primaries)
+    tables["training"] = [(label, [tell(run) for run in runs]) for label, tell in TRAINING.items()]
+    tables["speed and memory"] = [(label, [tell(run.summary) for run in runs]) for label, tell in SPEED.items()]
+    tables = {title: [row for row in rows if any(row[1])] for title, rows in tables.items()}
+    return {_words(title): rows for title, rows in tables.items() if rows}
+
+
+def main_figures(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
+    """The adapted models' main figures as columns by their titles, of two lines at most; a cell for each run."""
+    columns = {"run": [run.name for run in runs]}
+    for primary in _in_order(run.primary for run in runs):
+        for name in _sets(runs, primary):
+            columns[f"{name}\n{_words(primary)}"] = [_figure(run, "adapted", name, primary) for run in runs]
+    columns["parameters\ntrained"] = [_number(run.summary.get("trainable"), "{:,}") for run in runs]
+    columns["state"] = [_state(run) for run in runs]
+    return columns
+
+
+def differing_fields(runs: Sequence[RunFiles]) -> Rows:
+    """The fields in which the configurations differ, but for `ASIDE`; empty cells where a run has no such field."""
+    names = _in_order(name for run in runs for name in run.config if name.split(".")[0] not in ASIDE)
+    parts = _in_order(name.split(".")[0] for name in names)
+    names.sort(key=lambda name: parts.index(name.split(".")[0]))
+    missing = object()
+    values = {name: [run.config.get(name, missing) for run in runs] for name in names}
+    return [
+        (name, ["" if one is missing else _shown(one) for one in of_runs])
+        for name, of_runs in values.items()
+        if any(one != of_runs[0] for one in of_runs)
+    ]
+
+
+def plans(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
+    """Each plan, and the names of the runs that have it."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        found.setdefault(run.plan, []).append(run.name)
+    return {plan: names for plan, names in found.items() if plan}
+
+
+def curves(runs: Sequence[RunFiles]) -> dict[str, list[Points]]:
+    """Steps and values of every run (none where it has none), by the title of the panel that shows them."""
+    measured = _in_order(f"{name}_{run.primary}" for run in runs for name in _sets([run], run.primary))
+    speeds = _in_order(name for run in runs for name in [name for name in RATES if run.averages(name)][:1])
+    found = {"training loss": [run.averages("loss") for run in runs]}
+    found |= {_words(name): [run.measurements(name) for run in runs] for name in measured}
+    found |= {_words(name): [run.averages(name) for run in runs] for name in ("learning_rate", *speeds)}
+    return {title: lines for title, lines in found.items() if any(lines)}
+
+
+def _in_order(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _sets(runs: Sequence[RunFiles], metric: str) -> list[str]:
+    """The sets of examples on which a metric was measured."""
+    ending = f"_{metric}"
+    ended = [name for run in runs for _, name, of_set in run.figures if of_set == metric]
+    way = [name for run in runs if run.primary == metric for record in run.records for name in record]
+    return _in_order([*ended, *(name.removesuffix(ending) for name in way if name.endswith(ending))])
+
+
+def _of_models(runs: Sequence[RunFiles], metric: str) -> Rows:
+    models = _in_order(["base", "adapted", *(model for run in runs for model, _, _ in run.figures)])
+    return [
+        (f"{name}, {model}", [_figure(run, model, name, metric) for run in runs])
+        for name in _sets(runs, metric)
+        for model in models
+    ]
+
+
+def _others(runs: Sequence[RunFiles], primaries: Sequence[str]) -> Rows:
+    keys = dict.fromkeys(key for run in runs for key in run.figures if key[0] == "adapted" and key[2] not in primaries)
+    return [
+        (f"{name}, {_words(metric)}", [_figure(run, model, name, metric) for run in runs])
+        for model, name, metric in keys
+    ]
+
+
+def _figure(run: RunFiles, model: str, name: str, metric: str) -> str:
+    """A model's figure; of an unfinished run's adapted model the newest one, and when it was measured."""
+    if run.summary or model != "adapted":
+        return _number(run.figures.get((model, name, metric)), "{:.4f}")
+    step, value = (run.measurements(f"{name}_{metric}") or [(0, None)])[-1]
+    return _number(value, f"{{:.4f}} at step {step:,}")
+
+
+def _number(value: Any, form: str) -> str:
+    return form.format(value) if is_number(value) else ""
+
+
+def _scaled(name: str, scale: float, form: str) -> Callable[[Mapping[str, Any]], str]:
+    """Tells a number of a summary in another unit."""
+    return lambda summary: _number(summary[name] * scale if is_number(summary.get(name)) else None, form)
+
+
+def _state(run: RunFiles) -> str:
+    if run.summary:
+        return "finished"
+    ends = [record for record in run.records if is_number(record.get("epoch")) and record["epoch"] > 0]
+    epochs, step = run.config.get("fit.epochs"), run.records[-1]["step"] if run.records else 0
+    known = ends and isinstance(epochs, int)
+    return f"unfinished, step {step:,} of {ends[-1]['step'] * epochs // ends[-1]['epoch'] if known else '?'}"
+
+
+def _trained(run: RunFiles) -> str:
+    trainable, total = run.summary.get("trainable"), run.summary.get("total")
+    if isinstance(trainable, int) and isinstance(total, int) and total:
+        return f"{trainable:,} of {total:,} ({trainable / total:.2%})"
+    return _number(trainable, "{:,}")
+
+
+def _duration(run: RunFiles) -> str:
+    seconds = run.summary.get("seconds")
+    return str(timedelta(seconds=round(seconds))) if is_number(seconds) else ""
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value) or '""'
+
+
+TRAINING: dict[str, Callable[[RunFiles], str]] = {
+    "state": _state,
+    "mode": lambda run: str(run.config.get("mode", "")),
+    "seed": lambda run: str(run.config.get("seed", "")),
+    "step kept": lambda run: _number(run.summary.get("kept_step"), "{:,}"),
+    "ended": lambda run: str(run.summary.get("ended") or ""),
+    "parameters trained": _trained,
+    "time, h:mm:ss": _duration,
+}
+SPEED: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "layout": lambda summary: str(summary.get("layout") or ""),
+    "time of a step": _scaled("step_seconds", 1e3, "{:,.1f} ms"),
+    "examples per second": _scaled("examples_per_second", 1, "{:,.0f}"),
+    "tokens per second": _scaled("tokens_per_second", 1, "{:,.0f}"),
+    "share of the devices' peak": _scaled("mfu", 1, "{:.1%}"),
+    "peak memory": _scaled("peak_memory_bytes", 2**-30, "{:.2f} GiB"),
+}

@@ -1,0 +1,31 @@
+"""The page of several runs: `page.html`, filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from train.report.curves import COLOURS, LINES, svg
+from train.report.figures import differing_fields, figure_tables, plans
+from train.report.reading import RunFiles
+
+
+def page(runs: Sequence[RunFiles]) -> str:
+    """The page, in HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("page.html").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
+        heads=list(zip([run.name for run in runs], COLOURS, LINES, strict=False)),
+        tables=figure_tables(runs),
+        curves=svg(runs),
+        fields=differing_fields(runs),
+        plans=plans(runs),
+    )

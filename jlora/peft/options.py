@@ -1,6 +1,6 @@
 """What PEFT computes and jlora does not, by the keys of ``adapter_config.json``, and the way out of each.
 
-PEFT merges some of these and not others: `tests/test_peft_options.py` tries every way in peft 0.21.
+PEFT merges some of these and not others: `tests/peft/test_peft_options.py` tries every way in peft 0.21.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     HF_HUB_OFFLINE=1 python tests/golden/make_peft.py
 
-`tests/test_peft.py` reads them on machines without torch, and writes them anew where there is torch.
+`tests/peft/test_peft.py` reads them on machines without torch, and writes them anew where there is torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models from four libraries that know nothing of jlora, and plain functions: what `tests/test_libraries.py` adapts."""
+"""Models from four libraries that know nothing of jlora, and plain functions; see `tests/engine/test_libraries.py`."""
 
 from . import convolutions, equinox, haiku, linen, nnx, plain
 from ._model import MODELS, Model

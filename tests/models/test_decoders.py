@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora import models
 
-GOLDEN = Path(__file__).parent / "golden" / "decoders"
+GOLDEN = Path(__file__).parents[1] / "golden" / "decoders"
 TOLERANCE = 1e-4
 every_decoder = pytest.mark.parametrize("name", CONFIGS)
 

@@ -2,7 +2,7 @@
 
 The suite runs a fixed sample. All 300 draws, with a table of what came of them:
 
-    JLORA_PEFT_DRAWS=300 python -m pytest tests/test_peft_fuzz.py -s
+    JLORA_PEFT_DRAWS=300 python -m pytest tests/peft/test_peft_fuzz.py -s
 
 Adapters are stored in the draw's dtype, over weights rounded to it. Both sides compute in float32, so that what differs
 is what was read and written, not how bfloat16 rounds.

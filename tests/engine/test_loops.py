@@ -18,7 +18,7 @@ from toys import assert_close
 import jlora
 from tests.messages import expect, message
 
-DOC = (Path(__file__).parents[1] / "docs" / "loops.md").read_text()
+DOC = (Path(__file__).parents[2] / "docs" / "loops.md").read_text()
 
 
 @pytest.fixture(scope="module")

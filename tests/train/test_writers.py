@@ -17,7 +17,7 @@ from tests.messages import expect, message
 from train.config import ConfigError
 from train.report.writers import check, open_writers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECORDS = [
     {"phase": "base", "step": 5, "loss": 2.0, "learning_rate": 0.5},
     {"phase": "base", "step": 9, "epoch": 1, "loss": 1.5, "accuracy": 0.25, "seconds": 0.125},

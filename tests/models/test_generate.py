@@ -21,7 +21,7 @@ import jlora
 from jlora import models
 from jlora.models import _generate
 
-GOLDEN = Path(__file__).parent / "golden" / "decoders"
+GOLDEN = Path(__file__).parents[1] / "golden" / "decoders"
 ROWS = np.asarray([0, 2])  # a full prompt, and one that is padded on the left
 
 

@@ -1,7 +1,7 @@
 """Damaged files: an error of the documented kind that names the file and what in it, or what was written; no print.
 
-A sample runs with the suite. ``JLORA_DAMAGES=500 pytest tests/test_damage.py`` does so many of each kind, and says what
-became of them.
+A sample runs with the suite. ``JLORA_DAMAGES=500 pytest tests/models/test_damage.py`` does so many of each kind, and
+says what became of them.
 
 PEFT's and Hugging Face's files have no room for a sum. What a changed byte of their tensors' data makes, and a value of
 their configurations that is as good as the one before, nobody can tell from what was meant; there the test asks that
@@ -35,7 +35,7 @@ from tests import peft_cases, tiny
 from tests.damage import STRANGE, WAYS, Damage, damage
 from tests.runs import program
 from tests.small_checkpoints import BERT, VIT
-from tests.test_adapters_on_disk import made
+from tests.tree.test_adapters_on_disk import made
 from train.__main__ import load_config, parse
 from train.checks import validate
 from train.compute.keys import random_key

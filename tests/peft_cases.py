@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_peft import CASES, FOLDER, inputs
 from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora import models, peft
 from jlora.files import tensor_names as names
+from tests.golden.make_peft import CASES, FOLDER, inputs
 
 TOLERANCE = 1e-4
 EXPECTED = load_file(FOLDER / "expected.safetensors")

@@ -14,7 +14,9 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from toys import (
+
+import jlora
+from tests.toys import (
     FULLY_SHARDED,
     MLP,
     SPLIT,
@@ -32,8 +34,6 @@ from toys import (
     stack,
     tensor_parallel,
 )
-
-import jlora
 
 check_vma = pytest.mark.parametrize("check_vma", [True, False])
 

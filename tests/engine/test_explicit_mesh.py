@@ -13,7 +13,9 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from toys import (
+
+import jlora
+from tests.toys import (
     FULLY_SHARDED,
     MLP,
     SPLIT,
@@ -30,8 +32,6 @@ from toys import (
     stacked,
     tensor_parallel,
 )
-
-import jlora
 
 
 @functools.cache

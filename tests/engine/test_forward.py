@@ -13,10 +13,10 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from toys import MLP, SPLIT, TOYS, Toy, adapted_loss, adapters_for, loss_of, merged_loss, mlp, normal
 
 import jlora
 from benchmarks import _measure
+from tests.toys import MLP, SPLIT, TOYS, Toy, adapted_loss, adapters_for, loss_of, merged_loss, mlp, normal
 from train.compute import flops
 
 

@@ -15,10 +15,10 @@ from flax.training.train_state import TrainState
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from toys import MLP, TOYS, adapters_for, assert_close, loss_of, mlp
 
 import jlora
 from benchmarks import _encoder, _measure
+from tests.toys import MLP, TOYS, adapters_for, assert_close, loss_of, mlp
 
 
 def tree_of(name: str) -> Any:

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from zoo import MODELS, Model, merged, pulled_back
 
 import jlora
 from jlora._src import paths as _paths
+from tests.zoo import MODELS, Model, merged, pulled_back
 
 COMPILING = futures.ThreadPoolExecutor(max_workers=2)
 every_model = pytest.mark.parametrize("name", MODELS)

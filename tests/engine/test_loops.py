@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from toys import assert_close
 
 import jlora
 from tests.messages import expect, message
+from tests.toys import assert_close
 
 DOC = (Path(__file__).parents[2] / "docs" / "loops.md").read_text()
 

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from messages import expect
-from test_laws import MOVES, TOLERANCE
-from test_trace import BENDS
-from toys import adapted_loss, adapters_for, assert_law, loss_of, merged_loss, normal, stack, unstack
 
 import jlora
 from benchmarks import standardized_weights
+from tests.engine.test_laws import MOVES, TOLERANCE
+from tests.engine.test_trace import BENDS
+from tests.messages import expect
+from tests.toys import adapted_loss, adapters_for, assert_law, loss_of, merged_loss, normal, stack, unstack
 
 Way = Callable[[Any], Any]
 still = lax.stop_gradient

@@ -12,9 +12,9 @@ from jax import lax
 from jax.experimental import compute_on as compute
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from toys import MLP, TOYS, adapted_loss, adapters_for, assert_close, layer, loss_of, merged_loss, mlp, tied
 
 import jlora
+from tests.toys import MLP, TOYS, adapted_loss, adapters_for, assert_close, layer, loss_of, merged_loss, mlp, tied
 
 Space = jax.memory.Space
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from toys import MLP, RANK, TOYS, adapters_for, assert_law, layer, named_mlp, normal
 
 import jlora
+from tests.toys import MLP, RANK, TOYS, adapters_for, assert_law, layer, named_mlp, normal
 
 POLICIES = {
     "dots_saveable": jax.checkpoint_policies.dots_saveable,

@@ -16,11 +16,11 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import lax
-from messages import expect, message
-from test_laws import MOVES, Case, cases
-from toys import adapters_for, assert_law, normal
 
 import jlora
+from tests.engine.test_laws import MOVES, Case, cases
+from tests.messages import expect, message
+from tests.toys import adapters_for, assert_law, normal
 
 still = lax.stop_gradient
 RANK2 = jlora.LoraConfig(rank=2)

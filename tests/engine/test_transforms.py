@@ -15,7 +15,9 @@ import pytest
 from jax import export, lax
 from jax.core import Tracer
 from jax.experimental import compute_on as places
-from toys import (
+
+import jlora
+from tests.toys import (
     MLP,
     TOYS,
     adapted_loss,
@@ -29,8 +31,6 @@ from toys import (
     stack,
     unstack,
 )
-
-import jlora
 
 
 @functools.cache

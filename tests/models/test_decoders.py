@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_decoders import CONFIGS, batch, network, states
 from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora import models
+from tests.golden.make_decoders import CONFIGS, batch, network, states
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "decoders"
 TOLERANCE = 1e-4

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_encoders import CONFIGS, HERE, MINILM, PARTS, SHARED, batches, compute, network, tokenized
 from safetensors.numpy import load_file
 
 from jlora import models
+from tests.golden.make_encoders import CONFIGS, HERE, MINILM, PARTS, SHARED, batches, compute, network, tokenized
 
 TOLERANCE = 1e-4
 every_encoder = pytest.mark.parametrize("name", CONFIGS)

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_decoders import CONFIGS, NEW, batch
 from safetensors.numpy import load_file
 
 import jlora
 from jlora import models
 from jlora.models import _generate
+from tests.golden.make_decoders import CONFIGS, NEW, batch
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "decoders"
 ROWS = np.asarray([0, 2])  # a full prompt, and one that is padded on the left

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from golden.make_peft import CASES, FOLDER, inputs, torch_base, torch_logits, write_case
 from safetensors.numpy import load_file
 
 import jlora
 from jlora import models, peft
 from jlora.peft.config import PeftConfig, exact_alpha, read_config
 from jlora.peft.tensors import TENSORS
+from tests.golden.make_peft import CASES, FOLDER, inputs, torch_base, torch_logits, write_case
 from tests.messages import expect, message
 from tests.peft_cases import (
     EXPECTED,

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_peft import FOLDER
 from jax.sharding import AxisType
 from safetensors.numpy import load_file
 
@@ -22,6 +21,7 @@ import jlora
 from jlora import models, peft
 from jlora._src.paths import named_leaves
 from jlora.files import tensor_names
+from tests.golden.make_peft import FOLDER
 from tests.messages import expect, message
 from tests.peft_cases import assert_close, assert_same, needs_peft
 from tests.small_checkpoints import change

@@ -15,7 +15,9 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from toys import (
+
+import jlora
+from tests.toys import (
     FULLY_SHARDED,
     MLP,
     TOYS,
@@ -25,8 +27,6 @@ from toys import (
     loss_of,
     mlp,
 )
-
-import jlora
 
 # Compilations.
 

@@ -15,9 +15,9 @@ import pytest
 from flax import nnx
 from flax.core import freeze as freeze_dict
 from haiku.data_structures import to_immutable_dict as FlatMap
-from toys import assert_close
 
 import jlora
+from tests.toys import assert_close
 
 KEY = jax.random.key(0)
 PARAMS = {

@@ -14,10 +14,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
-from toys import MLP
 
 import jlora
 from tests.messages import expect, message
+from tests.toys import MLP
 
 CONFIG = jlora.LoraConfig(rank=3, alpha=1.7, dropout=0.1, targets=("w",), train_also=("bias",), use_dora=True)
 FRESH: Any = jax.tree.map(lambda x: x + 0.1, jlora.init(jax.random.key(0), MLP.params, CONFIG))

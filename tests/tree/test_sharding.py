@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from golden import make_decoders, make_encoders
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from toys import assert_close
 
 import jlora
 from jlora import models
 from jlora._src.paths import named_leaves
 from jlora.models._registry import FAMILIES
+from tests.golden import make_decoders, make_encoders
 from tests.messages import expect, message
+from tests.toys import assert_close
 
 TINY = {
     name: json.loads((module.HERE / name / "config.json").read_text())

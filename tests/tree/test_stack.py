@@ -12,10 +12,10 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import TOYS, assert_close, normal
 
 import jlora
 from tests.messages import expect, message
+from tests.toys import TOYS, assert_close, normal
 
 TOY = TOYS["stacked"]
 USES = jlora.trace(TOY.fn, TOY.params, TOY.x)

@@ -42,7 +42,7 @@ from train.experiment import run
 from train.job import encoded
 from train.loop.checkpoints import Checkpoints
 from train.loop.loop import Training, fit
-from train.loop.progress import Pace, Position
+from train.loop.progress import Intervals, Position
 from train.networks.network import make_network
 from train.rundir.records import Records
 from train.tasks.registry import make_task, resolved
@@ -102,7 +102,7 @@ def overhead(flags: str, rounds: int, steps: int, folder: Path) -> tuple[float, 
         learning_rate=1e-4,
         rate_flag="",
         seed=0,
-        pace=Pace(epoch, steps, max(1, steps // 50), steps),
+        intervals=Intervals(epoch, steps, max(1, steps // 50), steps),
         evaluate=lambda _: {"accuracy": 0.0},
         figure=("accuracy", 1),
         log=Records(folder / "metrics.jsonl").write,

@@ -1,6 +1,6 @@
 """LoRA for any JAX program: a pure transform of parameter trees. See the README for the first five lines."""
 
-from jlora._src.config import LoraConfig, Rule
+from jlora._src.config import LoraConfig, Override
 from jlora._src.engine.interpreter import MaterializeError, MaterializeWarning
 from jlora._src.engine.lora import Explanation, explain, lora
 from jlora._src.engine.product import low_rank_product
@@ -12,7 +12,7 @@ from jlora._src.tree.labels import combine, freeze, labels, partition, trainable
 from jlora._src.tree.merge import Rounding, merge, rounding, unmerge
 from jlora._src.tree.plan import Plan, plan
 from jlora._src.tree.save import load, save
-from jlora._src.tree.sharding import Rules, adapter_shardings, shardings
+from jlora._src.tree.sharding import ShardingRules, adapter_shardings, shardings
 from jlora._src.tree.stack import stack, unstack
 from jlora._src.types import Adapters, Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
 
@@ -30,8 +30,8 @@ __all__ = [
     "MaterializeWarning",
     "Plan",
     "Rounding",
-    "Rule",
-    "Rules",
+    "Override",
+    "ShardingRules",
     "Target",
     "Use",
     "WeightUse",

@@ -15,7 +15,7 @@ from train.rundir import finished
 from train.tasks.registry import make_task
 
 
-def made_run(checkpoint: Path, cache_dir: Path, task: Any, **model: Any) -> finished.Run:
+def made_run(checkpoint: Path, cache_dir: Path, task: Any, **model: Any) -> finished.FinishedRun:
     """A run of ``task`` on a checkpoint."""
     lora = jlora.LoraConfig(rank=2, alpha=4)
     config = TrainConfig("made", task, Pretrained(str(checkpoint), **model), DataConfig("x"), lora, cache_dir=cache_dir)
@@ -26,4 +26,6 @@ def made_run(checkpoint: Path, cache_dir: Path, task: Any, **model: Any) -> fini
     fresh = jlora.init(jax.random.key(1), params, config.lora, uses)
     leaves, treedef = jax.tree.flatten(fresh)
     adapters = [jax.random.normal(jax.random.key(i), x.shape, x.dtype) * 0.3 for i, x in enumerate(leaves)]
-    return finished.Run(Path("made"), config, network, make_task(config, network), params, treedef.unflatten(adapters))
+    return finished.FinishedRun(
+        Path("made"), config, network, make_task(config, network), params, treedef.unflatten(adapters)
+    )

@@ -33,7 +33,7 @@ needs_peft = pytest.mark.skipif(
 class Base(NamedTuple):
     apply: Callable[..., Any]
     params: Any
-    names: names.Names
+    names: names.TensorNames
 
 
 def toy(params: Any, ids: Any, images: Any) -> Any:

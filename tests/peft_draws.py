@@ -297,8 +297,8 @@ def draw_ours(draw: Draw, b: Base, dtype: str) -> tuple[jlora.LoraConfig, dict[s
         alpha=draw.one([1.0, 3.0, 5.3, 16.0]),
         targets=tuple(f"^{re.escape(p)}$" for p in targets),
         exclude=(),
-        rules=tuple(
-            jlora.Rule(draw.one(targets), rank=draw.one([1, 4]), alpha=draw.one([2.0, 7.0]))
+        overrides=tuple(
+            jlora.Override(draw.one(targets), rank=draw.one([1, 4]), alpha=draw.one([2.0, 7.0]))
             for _ in "a" * draw.chance(0.4)
         ),
         train_also=tuple(f"^{re.escape(p)}$" for p in draw.some(others, 3)) if draw.chance(0.4) else (),

@@ -34,7 +34,7 @@ TRAIN = {
     "loop": "progress stop | evaluate checkpoints extend",
     "report": "console examples writers reading | figures | curves | page",
     " ": "job",
-    "loop ": "loop | kept",
+    "loop ": "loop | run_files",
     "  ": "pretrain | experiment",
     "rundir ": "finished",
     "commands": "inputs results sheet | show predict generate evaluate export report inspect | __init__",

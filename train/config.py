@@ -15,7 +15,7 @@ from jlora import LoraConfig
 Mode = Literal["lora", "full", "head"]
 Schedule = Literal["cosine", "linear", "constant"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Layout = Literal["jit", "pmap", "mesh"]
+LayoutName = Literal["jit", "pmap", "mesh"]
 Remat = Literal["none", "dots", "full"]
 Writer = Literal["tensorboard", "wandb"]
 
@@ -305,7 +305,7 @@ class ComputeConfig:
         products (dots), or whole layers (full).
     """
 
-    layout: Layout = "jit"
+    layout: LayoutName = "jit"
     data: int | None = None
     fsdp: int = 1
     tensor: int = 1

@@ -30,8 +30,8 @@ from train.config import TrainConfig
 from train.data.batches import batch_of, size
 from train.job import Job, make_job, start_adapters
 from train.loop.evaluate import Measure, compare, make_measure
-from train.loop.kept import Kept
 from train.loop.loop import Fitted, Training, fit
+from train.loop.run_files import RunFiles
 from train.loop.stop import BEFORE, Stop, at_once
 from train.networks.network import make_network
 from train.pretrain import Base, base
@@ -68,7 +68,7 @@ def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
 
     job = make_job(config, stop.check)
     config = job.config
-    place = open_run_dir(config, job.accounts)
+    place = open_run_dir(config, job.provenance)
     if place.finished and not place.further:
         say(
             f"{place.path} is finished: nothing is left to train. Pass more --fit.epochs to train it further, or "
@@ -76,17 +76,17 @@ def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
         )
         return read_summary(place.path)
     say(f"{config.name}, mode {config.mode}, seed {config.seed}, {job.layout}\n\n{job.plan}\n")
-    say("".join(f"data.{name}: {account.line()}\n" for name, account in job.data.items()))
+    say("".join(f"data.{name}: {provenance.line()}\n" for name, provenance in job.data.items()))
     if job.label_counts:
         say(f"{counts_table(job.label_counts, getattr(config.task, 'class_weights', None))}\n")
     for name, count in job.blank_images.items():
         say(f"{name}: {count:,} images have one colour only\n")
-    if (example := look.first(job.task, job.learnt)) is not None:
+    if (example := look.first(job.task, job.examples)) is not None:
         say(f"{example}\n")
     if isinstance(job.layout, Jit) and jax.device_count() > 1:
         say(f"{jax.device_count() - 1} devices are idle: --compute.layout mesh uses them all\n")
 
-    with Kept(config, place, str(job.plan), job.pace(config.fit, job.learnt)) as kept:
+    with RunFiles(config, place, str(job.plan), job.intervals(config.fit, job.examples)) as kept:
         measure = make_measure(job.layout, job.network.forward, job.task, config.eval_batch_size, job.buckets, stop)
         start = frozen(job, measure, kept, stop)
         fitted = trained(job, start, measure, kept, stop)
@@ -99,7 +99,7 @@ def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
     return summary
 
 
-def frozen(job: Job, measure: Measure, kept: Kept, stop: Stop) -> Base:
+def frozen(job: Job, measure: Measure, kept: RunFiles, stop: Stop) -> Base:
     """The base, which stays as it is: a checkpoint's parameters, or a network trained from scratch."""
     if job.network.load is None:
         start = base(job, measure, kept.log_base, stop)
@@ -112,7 +112,7 @@ def frozen(job: Job, measure: Measure, kept: Kept, stop: Stop) -> Base:
     return Base(job.layout.place_base(job.shapes, lambda shardings: load(key, shardings)), None, cached=False)
 
 
-def trained(job: Job, start: Base, measure: Measure, kept: Kept, stop: Stop) -> Fitted:
+def trained(job: Job, start: Base, measure: Measure, kept: RunFiles, stop: Stop) -> Fitted:
     """The adapters that are kept, and how their training ended."""
     config = job.config
 
@@ -124,12 +124,12 @@ def trained(job: Job, start: Base, measure: Measure, kept: Kept, stop: Stop) -> 
         phase="fit",
         forward=job.network.forward,
         task=job.task,
-        examples=job.learnt,
+        examples=job.examples,
         config=config.fit,
         learning_rate=getattr(config.learning_rate, config.mode),
         rate_flag=f"--learning-rate.{config.mode}",
         seed=config.seed,
-        pace=job.pace(config.fit, job.learnt),
+        intervals=job.intervals(config.fit, job.examples),
         evaluate=evaluate,
         figure=job.figure(list(job.test)[-1]),
         log=kept.records.write,
@@ -156,13 +156,13 @@ def ideal_seconds(job: Job) -> Callable[[tuple[int, ...]], float]:
 
     @functools.cache
     def seconds(shape: tuple[int, ...]) -> float:
-        batch = batch_of(job.learnt, np.zeros(shape[0], np.int64), shape[1:])
+        batch = batch_of(job.examples, np.zeros(shape[0], np.int64), shape[1:])
         return flops.count(step, state, job.shapes, batch, jax.random.key(0)) / (peak * job.layout.devices)
 
     return seconds
 
 
-def figures(job: Job, start: Base, fitted: Fitted, measure: Measure, kept: Kept) -> dict[str, Any]:
+def figures(job: Job, start: Base, fitted: Fitted, measure: Measure, kept: RunFiles) -> dict[str, Any]:
     """What became of it, measured; the merged parameters of a network trained from scratch are kept too."""
     config, task, layout, adapters, position = job.config, job.task, job.layout, fitted.adapters, fitted.position
     models = {"base": (start.params, None), "adapted": (start.params, adapters)}
@@ -183,12 +183,12 @@ def figures(job: Job, start: Base, fitted: Fitted, measure: Measure, kept: Kept)
         "metrics": measured,
         "differing_predictions": {f"{one}_vs_{two}": differing(one, two) for one, two in pairs if one in models},
         "examples": {name: size(examples) for name, examples in job.test.items()},
-        "data": job.accounts,
+        "data": job.provenance,
         "labels": job.label_counts,
         "blank_images": job.blank_images,
         "cut": {name: cut._asdict() for name, cut in job.cuts.items()},
         "steps": position.step,
-        "planned_steps": job.pace(config.fit, job.learnt).steps,
+        "planned_steps": job.intervals(config.fit, job.examples).steps,
         "ended": fitted.ended,
         "figure": job.figure(list(job.test)[-1])[0],
         "kept": "best" if kept.saving.keep_best else "last",
@@ -208,7 +208,7 @@ def figures(job: Job, start: Base, fitted: Fitted, measure: Measure, kept: Kept)
     }
 
 
-def told(job: Job, summary: dict[str, Any], kept: Kept) -> None:
+def told(job: Job, summary: dict[str, Any], kept: RunFiles) -> None:
     """Draw and print it, and write the summary last: a run with one is finished."""
     shown = [f"{name}_{job.task.primary}" for name in job.test]
     drawn = console.draw_curves(kept.path / "curves.png", kept.records.read(), shown)

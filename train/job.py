@@ -19,8 +19,8 @@ from train.compute.processes import check_same, say
 from train.config import ConfigError, FitConfig, TrainConfig
 from train.data.batches import Examples, batch_of, cut_of, lengths, quarters, size
 from train.data.cuts import Cut, line
-from train.data.tables import Account, Table, load
-from train.loop.progress import Pace
+from train.data.tables import Provenance, Table, load
+from train.loop.progress import Intervals
 from train.networks.network import Network, check_tokens, make_network, what_to_train
 from train.rundir.files import flat, to_json
 from train.tasks.base import Task
@@ -52,20 +52,20 @@ class Job:
     layout: Layout
     train: Mapping[str, Examples]
     test: Mapping[str, Examples]
-    data: Mapping[str, Account]
+    data: Mapping[str, Provenance]
     buckets: tuple[int, ...]
     uses: Mapping[str, jlora.WeightUse]
     plan: jlora.Plan
 
     @property
-    def learnt(self) -> Examples:
+    def examples(self) -> Examples:
         """The training examples."""
         return self.train[list(self.train)[-1]]
 
     @property
-    def accounts(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What is told of the data, as JSON."""
-        return {name: account.to_json() for name, account in self.data.items()}
+        return {name: provenance.to_json() for name, provenance in self.data.items()}
 
     @functools.cached_property
     def shapes(self) -> Any:
@@ -87,7 +87,7 @@ class Job:
     @property
     def _sets(self) -> dict[str, Examples]:
         """The examples as one domain shows them."""
-        return {"train": self.learnt, "validation": list(self.test.values())[-1]}
+        return {"train": self.examples, "validation": list(self.test.values())[-1]}
 
     def figure(self, domain: str) -> tuple[str, int]:
         """The figure that counts on the examples of a domain, and its sign: 1 if more is better, else -1."""
@@ -96,12 +96,12 @@ class Job:
     @property
     def cuts(self) -> dict[str, Cut]:
         """What was cut of each set of texts."""
-        found = {"train": cut_of(self.learnt)} | {name: cut_of(examples) for name, examples in self.test.items()}
+        found = {"train": cut_of(self.examples)} | {name: cut_of(examples) for name, examples in self.test.items()}
         return {name: cut for name, cut in found.items() if cut is not None}
 
-    def pace(self, fit: FitConfig, examples: Examples) -> Pace:
+    def intervals(self, fit: FitConfig, examples: Examples) -> Intervals:
         """When something is due in a training on some examples."""
-        return Pace.of(
+        return Intervals.of(
             fit.epochs,
             size(examples) // fit.batch_size,
             log_every=self.config.log_every,
@@ -110,7 +110,7 @@ class Job:
         )
 
 
-class Material(NamedTuple):
+class TrainingData(NamedTuple):
     """What a run learns, before anything is said of how.
 
     Attributes:
@@ -128,7 +128,7 @@ class Material(NamedTuple):
     test: Mapping[str, Examples]
 
 
-def material(config: TrainConfig, check: Callable[[], None] = lambda: None) -> Material:
+def training_data(config: TrainConfig, check: Callable[[], None] = lambda: None) -> TrainingData:
     """The examples that a valid configuration names, encoded; ``check`` is called between the steps.
 
     Raises:
@@ -142,7 +142,7 @@ def material(config: TrainConfig, check: Callable[[], None] = lambda: None) -> M
     train, test = encoded(task, tables)
     check()
     check_tokens(network, train, test)
-    return Material(config, tables, network, task, train, test)
+    return TrainingData(config, tables, network, task, train, test)
 
 
 def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
@@ -153,13 +153,13 @@ def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
     Raises:
       ConfigError: if data, checkpoint, targets or devices are not as it says, or not the same in all processes.
     """
-    config, tables, network, task, train, test = material(config, check)
+    config, tables, network, task, train, test = training_data(config, check)
     learnt = train[list(train)[-1]]
     validate_for(config, size(learnt))
     layout = make_layout(config, network.rules)
     buckets = bucket_lengths(config, train, test)
     uses, plan = plan_of(config, network, task.inputs(batch_of(learnt, np.arange(1), buckets)))
-    data = {name: table.account for name, table in tables.items() if table.account is not None}
+    data = {name: table.provenance for name, table in tables.items() if table.provenance is not None}
     job = Job(config, network, task, layout, train, test, data, buckets, uses, plan)
     for name, cut in job.cuts.items():
         say(line(name, cut))

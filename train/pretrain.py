@@ -87,7 +87,7 @@ def base(job: Job, measure: Measure, log: Callable[[Record], None], stop: Stop) 
         learning_rate=config.learning_rate.base,
         rate_flag="--learning-rate.base",
         seed=config.seed,
-        pace=job.pace(config.base, examples),
+        intervals=job.intervals(config.base, examples),
         evaluate=evaluate,
         figure=job.figure(domain),
         log=note,

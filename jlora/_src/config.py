@@ -1,4 +1,4 @@
-"""What to adapt and how: `LoraConfig` and its ordered `Rule`s. Plain frozen data, round-trip to JSON."""
+"""What to adapt and how: `LoraConfig` and its ordered `Override`s. Plain frozen data, round-trip to JSON."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ HEADS = (r"(^|/)(lm_head|classifier|score|head)(/|$)",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
-    """Overrides for the targets whose path matches ``pattern``; the first rule that matches wins.
+class Override:
+    """Overrides for the targets whose path matches ``pattern``; the first override that matches wins.
 
-    >>> LoraConfig(rank=8, rules=(Rule(r"layer_0/", rank=2), Rule(r"value", alpha=32)))
+    >>> LoraConfig(rank=8, overrides=(Override(r"layer_0/", rank=2), Override(r"value", alpha=32)))
 
     Attributes:
       pattern: a regular expression, searched in the path.
@@ -52,7 +52,7 @@ class LoraConfig:
         `trace` found (a table that is looked up first is not among them, also when it is tied to the output
         projection). Or regular expressions, searched in the ``/``-joined path.
       exclude: regular expressions of paths that are never adapted; by default output heads, by name.
-      rules: ordered overrides, the first match wins.
+      overrides: ordered overrides, the first match wins.
       train_also: regular expressions of leaves trained whole: a new head, norms, biases. They win over
         ``targets`` and ``exclude``. (PEFT's ``modules_to_save`` and ``bias``.)
       dropout: rate in [0, 1) on the adapters' input, where `attach` is given a key.
@@ -68,7 +68,7 @@ class LoraConfig:
     alpha: float = 16.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     exclude: tuple[str, ...] = HEADS
-    rules: tuple[Rule, ...] = ()
+    overrides: tuple[Override, ...] = ()
     train_also: tuple[str, ...] = ()
     dropout: float = 0.0
     use_rslora: bool = False
@@ -89,13 +89,17 @@ class LoraConfig:
                 continue
             object.__setattr__(self, name, tuple(value))
             wrong += [f"{name}: {problem}" for p in value if (problem := bad_pattern(p))]
-        if isinstance(self.rules, tuple | list) and all(isinstance(rule, Rule) for rule in self.rules):
-            object.__setattr__(self, "rules", tuple(self.rules))
-            for i, rule in enumerate(self.rules):
-                wrong += _out_of_range(f"rules[{i}].", rule)
-                wrong += [f"rules[{i}].pattern: {problem}" for p in [rule.pattern] if (problem := bad_pattern(p))]
+        if isinstance(self.overrides, tuple | list) and all(
+            isinstance(override, Override) for override in self.overrides
+        ):
+            object.__setattr__(self, "overrides", tuple(self.overrides))
+            for i, override in enumerate(self.overrides):
+                wrong += _out_of_range(f"overrides[{i}].", override)
+                wrong += [
+                    f"overrides[{i}].pattern: {problem}" for p in [override.pattern] if (problem := bad_pattern(p))
+                ]
         else:
-            wrong.append(f"rules={shown(self.rules)}; expected a tuple of Rules")
+            wrong.append(f"overrides={shown(self.overrides)}; expected a tuple of Override")
         try:
             floating = self.dtype is not None and jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name if floating else self.dtype)
@@ -107,11 +111,11 @@ class LoraConfig:
             raise ValueError(f"LoraConfig: {len(wrong)} field(s) are out of range:{bullets(wrong)}")
 
     def for_path(self, path: str) -> LoraConfig:
-        """This config with the first rule that matches ``path`` applied."""
-        rule = next((r for r in self.rules if re.search(r.pattern, path)), None)
-        if rule is None:
+        """This config with the first override that matches ``path`` applied."""
+        override = next((r for r in self.overrides if re.search(r.pattern, path)), None)
+        if override is None:
             return self
-        given = {k: v for k, v in dataclasses.asdict(rule).items() if k != "pattern" and v is not None}
+        given = {k: v for k, v in dataclasses.asdict(override).items() if k != "pattern" and v is not None}
         return dataclasses.replace(self, **given)
 
     @property
@@ -137,22 +141,22 @@ class LoraConfig:
         """A config from plain data, as in a JSON file; raises as `from_json`."""
         if not isinstance(fields, dict):
             raise ValueError(f"LoraConfig: got {shown(fields)}; expected an object of its fields")
-        rules = fields.get("rules", ())
-        if not isinstance(rules, tuple | list) or not all(isinstance(rule, dict) for rule in rules):
-            raise ValueError(f"LoraConfig: rules = {shown(rules)}; expected a list of objects")
+        overrides = fields.get("overrides", ())
+        if not isinstance(overrides, tuple | list) or not all(isinstance(override, dict) for override in overrides):
+            raise ValueError(f"LoraConfig: overrides = {shown(overrides)}; expected a list of objects")
         unknown = _unknown("", fields, cls)
-        for i, rule in enumerate(rules):
-            unknown += _unknown(f"rules[{i}].", rule, Rule)
-            unknown += [] if "pattern" in rule else [f"rules[{i}].pattern is missing"]
+        for i, override in enumerate(overrides):
+            unknown += _unknown(f"overrides[{i}].", override, Override)
+            unknown += [] if "pattern" in override else [f"overrides[{i}].pattern is missing"]
         if unknown:
             known = ", ".join(f.name for f in dataclasses.fields(cls))
             raise ValueError(f"LoraConfig: unknown or missing field(s):{bullets(unknown)}\nExpected among: {known}.")
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        given["rules"] = tuple(Rule(**r) for r in rules)
+        given["overrides"] = tuple(Override(**r) for r in overrides)
         return cls(**given)
 
 
-def _plain_numbers(config: LoraConfig | Rule) -> None:
+def _plain_numbers(config: LoraConfig | Override) -> None:
     """Makes NumPy's scalars, and arrays of one number, Python's numbers: hashable, and the same after JSON."""
     for name in ("rank", "alpha", "dropout", "use_rslora", "use_dora"):
         value = getattr(config, name)
@@ -160,7 +164,7 @@ def _plain_numbers(config: LoraConfig | Rule) -> None:
             object.__setattr__(config, name, value.item())
 
 
-def _out_of_range(prefix: str, config: LoraConfig | Rule) -> list[str]:
+def _out_of_range(prefix: str, config: LoraConfig | Override) -> list[str]:
     expected = {
         "rank": (lambda x: type(x) is int and x > 0, "an integer above 0"),
         "alpha": (lambda x: fits(x, float) and x > 0, "a number above 0"),
@@ -172,7 +176,7 @@ def _out_of_range(prefix: str, config: LoraConfig | Rule) -> list[str]:
     return [
         f"{prefix}{name}={shown(value)}; expected {expected[name][1]}"
         for name, value in given.items()
-        if not (expected[name][0](value) or (value is None and isinstance(config, Rule)))
+        if not (expected[name][0](value) or (value is None and isinstance(config, Override)))
     ]
 
 

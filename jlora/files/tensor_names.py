@@ -24,7 +24,7 @@ _FROM_TORCH: dict[str, tuple[int, ...]] = {"linear": (1, 0), "conv2d": (2, 3, 1,
 """The axes of PyTorch's array, in the order in which ours has them; those of other kinds stay as they are."""
 
 
-class Name(NamedTuple):
+class TensorName(NamedTuple):
     """Where one leaf lies.
 
     Attributes:
@@ -48,10 +48,10 @@ class Name(NamedTuple):
         return self.stored or self.tensors
 
 
-Names: TypeAlias = Mapping[Path, Name]
+TensorNames: TypeAlias = Mapping[Path, TensorName]
 
 
-class ModelNames(dict[Path, Name]):
+class ModelNames(dict[Path, TensorName]):
     """The table of a network that knows its class in PyTorch too, so that others can make the model by it.
 
     Attributes:
@@ -59,12 +59,12 @@ class ModelNames(dict[Path, Name]):
       class_name: its name there.
     """
 
-    def __init__(self, names: Names, library: str, class_name: str) -> None:
+    def __init__(self, names: TensorNames, library: str, class_name: str) -> None:
         super().__init__(names)
         self.library, self.class_name = library, class_name
 
 
-def linear(path: Path, module: str, *, bias: bool = True, layers: int | None = None) -> dict[Path, Name]:
+def linear(path: Path, module: str, *, bias: bool = True, layers: int | None = None) -> dict[Path, TensorName]:
     """``kernel`` [in, out] and ``bias`` below ``path``, of ``torch.nn.Linear``, whose weight is [out, in].
 
     Args:
@@ -76,22 +76,22 @@ def linear(path: Path, module: str, *, bias: bool = True, layers: int | None = N
     return _module(path, module, ("kernel", "linear"), bias, layers)
 
 
-def conv1d(path: Path, module: str, *, layers: int | None = None) -> dict[Path, Name]:
+def conv1d(path: Path, module: str, *, layers: int | None = None) -> dict[Path, TensorName]:
     """As `linear`, for the layer that GPT-2 calls ``Conv1D``, whose weight is [in, out] as ours is."""
     return _module(path, module, ("kernel", "conv1d"), True, layers)
 
 
-def conv2d(path: Path, module: str, *, bias: bool = True) -> dict[Path, Name]:
+def conv2d(path: Path, module: str, *, bias: bool = True) -> dict[Path, TensorName]:
     """``kernel`` [height, width, in, out] and ``bias``, of ``torch.nn.Conv2d`` with its [out, in, height, width]."""
     return _module(path, module, ("kernel", "conv2d"), bias, None)
 
 
-def norm(path: Path, module: str, *, bias: bool = True, layers: int | None = None) -> dict[Path, Name]:
+def norm(path: Path, module: str, *, bias: bool = True, layers: int | None = None) -> dict[Path, TensorName]:
     """``scale`` and ``bias``, of ``torch.nn.LayerNorm``, or without bias of an RMS norm."""
     return _module(path, module, ("scale", "array"), bias, layers)
 
 
-def embedding(path: Path, module: str, *, tied: str | None = None) -> dict[Path, Name]:
+def embedding(path: Path, module: str, *, tied: str | None = None) -> dict[Path, TensorName]:
     """``embedding`` [rows, features], of ``torch.nn.Embedding``.
 
     Args:
@@ -105,12 +105,12 @@ def embedding(path: Path, module: str, *, tied: str | None = None) -> dict[Path,
     return {leaf: name._replace(tied=(f"{tied}.weight",)) for leaf, name in found.items()}
 
 
-def array(path: Path, tensor: str) -> dict[Path, Name]:
+def array(path: Path, tensor: str) -> dict[Path, TensorName]:
     """A leaf that is the same array on both sides."""
-    return {path: Name((tensor,))}
+    return {path: TensorName((tensor,))}
 
 
-def stored_as(names: Names, *replacements: tuple[str, str]) -> dict[Path, Name]:
+def stored_as(names: TensorNames, *replacements: tuple[str, str]) -> dict[Path, TensorName]:
     """The same table, for a model whose checkpoint files name some tensors otherwise than the model itself.
 
     Args:
@@ -124,13 +124,15 @@ def stored_as(names: Names, *replacements: tuple[str, str]) -> dict[Path, Name]:
     return {path: name._replace(stored=tuple(map(in_file, name.tensors))) for path, name in names.items()}
 
 
-def _module(path: Path, module: str, weight: tuple[str, Kind], bias: bool, layers: int | None) -> dict[Path, Name]:
+def _module(
+    path: Path, module: str, weight: tuple[str, Kind], bias: bool, layers: int | None
+) -> dict[Path, TensorName]:
     leaf, kind = weight
     modules = (module,) if layers is None else tuple(module.format(i) for i in range(layers))
     stacked = layers is not None
-    found = {f"{path}/{leaf}": Name(tuple(f"{m}.weight" for m in modules), kind, stacked)}
+    found = {f"{path}/{leaf}": TensorName(tuple(f"{m}.weight" for m in modules), kind, stacked)}
     if bias:
-        found[f"{path}/bias"] = Name(tuple(f"{m}.bias" for m in modules), "array", stacked)
+        found[f"{path}/bias"] = TensorName(tuple(f"{m}.bias" for m in modules), "array", stacked)
     return found
 
 
@@ -149,7 +151,7 @@ def to_torch(array: np.ndarray, kind: Kind) -> np.ndarray:
     return array.transpose(np.argsort(torch_axes(kind, array.ndim)))
 
 
-def torch_shape(shape: tuple[int, ...], name: Name) -> tuple[int, ...]:
+def torch_shape(shape: tuple[int, ...], name: TensorName) -> tuple[int, ...]:
     """The shape of each of a leaf's tensors in PyTorch, from the shape of our leaf."""
     one = shape[1:] if name.stacked else shape
     return tuple(one[i] for i in np.argsort(torch_axes(name.kind, len(one))))

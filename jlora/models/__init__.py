@@ -10,7 +10,7 @@ from jlora.models._export import export
 from jlora.models._family import ModelError, Task
 from jlora.models._generate import generate
 from jlora.models._layers import Remat
-from jlora.models._network import abstract, build, example_inputs, fetch, names, rules
+from jlora.models._network import abstract, build, example_inputs, fetch, names, sharding_rules
 
 __all__ = [
     "ModelError",
@@ -25,6 +25,6 @@ __all__ = [
     "generate",
     "load",
     "names",
-    "rules",
+    "sharding_rules",
     "save",
 ]

@@ -19,7 +19,7 @@ from jlora._src.paths import bullets, named_leaves, nearest
 from jlora._src.types import Array, PyTree
 from jlora._src.types import Path as LeafPath
 from jlora.files.safetensors import Tensor, open_checkpoint, write_checkpoint, write_json
-from jlora.files.tensor_names import Name, Names, to_torch, torch_shape
+from jlora.files.tensor_names import TensorName, TensorNames, to_torch, torch_shape
 from jlora.models._family import Family, ModelConfig, ModelError, Task
 from jlora.models._layers import Remat
 from jlora.models._network import (
@@ -162,7 +162,7 @@ def write(
     config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
     folder.mkdir(parents=True, exist_ok=True)
 
-    def tensor(path: LeafPath, layer: int, name: Name) -> np.ndarray:
+    def tensor(path: LeafPath, layer: int, name: TensorName) -> np.ndarray:
         leaf = fetch_leaf(path)
         return to_torch(np.asarray(leaf[layer] if name.stacked else leaf), name.kind)
 
@@ -211,7 +211,7 @@ def _start(
 
 def _resolve(
     tensors: Mapping[str, Tensor],
-    names: Names,
+    names: TensorNames,
     shapes: Mapping[LeafPath, Any],
     family: Family,
     ties: Mapping[str, str],

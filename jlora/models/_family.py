@@ -11,8 +11,8 @@ import flax.linen as nn
 
 from jlora._src.fields import Within, faults, fits, shown
 from jlora._src.paths import bullets, nearest
-from jlora._src.tree.sharding import Rules
-from jlora.files.tensor_names import Names
+from jlora._src.tree.sharding import ShardingRules
+from jlora.files.tensor_names import TensorNames
 
 Task = Literal["features", "sequence-classification", "causal-lm", "image-classification"]
 """What the network ends in: its hidden states, or the head for a task."""
@@ -185,8 +185,8 @@ class Family:
 
     config: Callable[[Mapping[str, Any]], ModelConfig]
     networks: Mapping[Task, Callable[..., nn.Module]]
-    names: Callable[[Any, Task], Names]
-    rules: Rules
+    names: Callable[[Any, Task], TensorNames]
+    rules: ShardingRules
     prefix: str
     architecture: str
     heads: str

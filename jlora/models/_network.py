@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._src.paths import nearest
-from jlora._src.tree.sharding import Rules
+from jlora._src.tree.sharding import ShardingRules
 from jlora._src.types import Array, PyTree
 from jlora.files.safetensors import read_json
 from jlora.files.tensor_names import ModelNames
@@ -57,7 +57,7 @@ def names(model: nn.Module) -> ModelNames:
     return ModelNames(family.names(config, task), library, class_of(family, task))
 
 
-def rules(model: nn.Module) -> Rules:
+def sharding_rules(model: nn.Module) -> ShardingRules:
     """How the parameters of a network of `jlora.models` are split over a mesh; see `jlora.shardings`.
 
     The first linear layer of a pair is split over the mesh axis ``tensor`` by its outputs, the second by its inputs
@@ -67,7 +67,7 @@ def rules(model: nn.Module) -> Rules:
 
     >>> mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     >>> model = build(path)
-    >>> places = jlora.shardings(abstract(model), mesh, rules(model))
+    >>> places = jlora.shardings(abstract(model), mesh, sharding_rules(model))
     >>> model, params = load(path, shardings=places)
 
     The axes are Auto: with Explicit ones a program has to say where its products lie, and the networks do not.

@@ -11,12 +11,12 @@ import numpy as np
 
 from jlora._src.types import Array
 from jlora.files.safetensors import Tensor, TensorError, is_finite
-from jlora.files.tensor_names import Name, to_torch, torch_axes
+from jlora.files.tensor_names import TensorName, to_torch, torch_axes
 
 CHUNK_BYTES = 16 * 2**20
 
 
-def read_leaf(tensors: Sequence[Tensor], name: Name, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
+def read_leaf(tensors: Sequence[Tensor], name: TensorName, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
     """One leaf on its devices; only the slices that this process's devices hold are read."""
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     parts: dict[tuple[range, ...], np.ndarray] = {}
@@ -53,7 +53,7 @@ def _chunks(tensor: Tensor, rows: range) -> Iterator[tuple[slice]]:
         yield (slice(rows[start], rows[min(start + count, len(rows)) - 1] + 1),)
 
 
-def _read_into(out: np.ndarray, tensor: Tensor, name: Name, index: Sequence[slice]) -> None:
+def _read_into(out: np.ndarray, tensor: Tensor, name: TensorName, index: Sequence[slice]) -> None:
     """Fill ``out`` with ``tensor[index]`` in our layout, a few rows of PyTorch's at a time."""
     if not tensor.shape:
         _cast_into(out, tensor.read(), tensor)

@@ -15,7 +15,7 @@ from jlora._src.config import HEADS
 from jlora._src.fields import fits, shown
 from jlora._src.paths import bullets
 from jlora.files.safetensors import read_json
-from jlora.files.tensor_names import Kind, ModelNames, Names
+from jlora.files.tensor_names import Kind, ModelNames, TensorNames
 from jlora.peft import options
 
 CONFIG = "adapter_config.json"
@@ -302,7 +302,7 @@ def _module_of(tensor: str) -> str:
 
 
 def config_json(
-    config: PeftConfig, names: Names, *, fan_in_fan_out: bool, base_model: str | None, task_type: str | None
+    config: PeftConfig, names: TensorNames, *, fan_in_fan_out: bool, base_model: str | None, task_type: str | None
 ) -> dict:
     """What to write: only keys that PEFT and its readers have long known."""
     auto = None

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._src.config import LoraConfig, Rule
+from jlora._src.config import LoraConfig, Override
 from jlora._src.engine.named_axes import promoted
 from jlora._src.paths import check_paths, named_leaves
 from jlora._src.types import Adapters, Array, LoraFactors, PyTree
 from jlora._src.types import Path as LeafPath
-from jlora.files.tensor_names import Names, from_torch
+from jlora.files.tensor_names import TensorNames, from_torch
 from jlora.peft import layout, tied
 from jlora.peft.config import (
     CONFIG,
@@ -28,7 +28,7 @@ from jlora.peft.tensors import TENSORS, module_of, named_as, open_adapter, read_
 
 
 def load(
-    folder: str | Path, names: Names, params: PyTree = None
+    folder: str | Path, names: TensorNames, params: PyTree = None
 ) -> tuple[dict[LeafPath, LoraFactors | Array], LoraConfig]:
     """Adapters that PEFT (or `save`) wrote, for our parameters.
 
@@ -126,7 +126,9 @@ def _our_config(adapters: Adapters, theirs: PeftConfig) -> LoraConfig:
         alpha=alpha,
         targets=tuple(_exactly(path) for path in made),
         exclude=(),
-        rules=tuple(Rule(_exactly(p), rank=r, alpha=a) for p, (r, a) in made.items() if (r, a) != (rank, alpha)),
+        overrides=tuple(
+            Override(_exactly(p), rank=r, alpha=a) for p, (r, a) in made.items() if (r, a) != (rank, alpha)
+        ),
         train_also=tuple(_exactly(path) for path in adapters if path not in made),
         dropout=theirs.lora_dropout,
         use_rslora=theirs.use_rslora,

@@ -15,7 +15,7 @@ from jlora._src.config import HEADS
 from jlora._src.paths import bullets, nearest
 from jlora._src.types import Path as LeafPath
 from jlora.files.safetensors import Tensor, TensorError, open_tensors
-from jlora.files.tensor_names import Kind, Name, Names, to_torch, torch_axes, torch_shape
+from jlora.files.tensor_names import Kind, TensorName, TensorNames, to_torch, torch_axes, torch_shape
 from jlora.peft import layout
 from jlora.peft.config import PeftConfig, PeftError
 from jlora.peft.layout import Part
@@ -83,14 +83,14 @@ def open_adapter(folder: Path) -> dict[str, Tensor]:
     return open_tensors(file)
 
 
-def named_as(names: Names, keys: Collection[str]) -> Names:
+def named_as(names: TensorNames, keys: Collection[str]) -> TensorNames:
     """The table by the names that an adapter has: those in PyTorch's model, or in files.
 
     Older versions of transformers had the latter in the model too, and PEFT writes what is there.
     """
     stored = {path: name._replace(tensors=name.files) for path, name in names.items()}
 
-    def known(table: Names) -> int:
+    def known(table: TensorNames) -> int:
         modules = {module_of(tensor) for name in table.values() for tensor in name.tensors}
         return sum(any(f".{module}." in key for key in keys) for module in modules)
 
@@ -101,7 +101,7 @@ def sort_tensors(
     folder: Path,
     config: PeftConfig,
     tensors: Mapping[str, Tensor],
-    names: Names,
+    names: TensorNames,
     leaves: Mapping[LeafPath, Any] | None,
 ) -> Found:
     """What each tensor of an adapter is in our model; without ``leaves``, their shapes are those of the file.
@@ -160,7 +160,7 @@ def sort_tensors(
     return found
 
 
-def _check_vocabulary(folder: Path, found: Found, at: Mapping[str, tuple[LeafPath, Name]]) -> None:
+def _check_vocabulary(folder: Path, found: Found, at: Mapping[str, tuple[LeafPath, TensorName]]) -> None:
     """Raises a PeftError if the adapter is of another number of tokens than the parameters, naming every module."""
     wrong = {}
     for weight, (path, name) in at.items():
@@ -218,7 +218,7 @@ def _spelling(weights: Iterable[str], ours: Mapping[str, Any]) -> Spelling:
     return max(candidates, key=lambda s: sum(s.ours(weight) in ours for weight in weights))
 
 
-def _mixed(layers: Collection[str], whole: Collection[str], names: Names) -> list[str]:
+def _mixed(layers: Collection[str], whole: Collection[str], names: TensorNames) -> list[str]:
     """Stacked leaves of which PEFT trained some layers whole and others by factors; here a leaf is one or the other."""
     return [
         f"{path!r}: {next(t for t in name.tensors if t in whole)!r} is trained whole, and other layers of this leaf by "
@@ -232,7 +232,7 @@ def _mixed(layers: Collection[str], whole: Collection[str], names: Names) -> lis
 
 
 def _shapes_in(
-    layers: Mapping[str, dict[Part, Tensor]], whole: Mapping[str, Tensor], names: Names
+    layers: Mapping[str, dict[Part, Tensor]], whole: Mapping[str, Tensor], names: TensorNames
 ) -> dict[LeafPath, jax.ShapeDtypeStruct]:
     """The shapes of the leaves that have a tensor in the file, as the first of their tensors tells them."""
     found = {}

@@ -15,7 +15,7 @@ import numpy as np
 from jlora._src.paths import bullets
 from jlora._src.types import Array, LoraFactors
 from jlora._src.types import Path as LeafPath
-from jlora.files.tensor_names import Name, Names
+from jlora.files.tensor_names import TensorName, TensorNames
 from jlora.peft import layout
 from jlora.peft.config import PeftConfig, PeftError
 
@@ -30,7 +30,7 @@ class _Transposed:
         return np.asarray(self.table, dtype).T
 
 
-def heads(names: Names) -> dict[LeafPath, tuple[LeafPath, str]]:
+def heads(names: TensorNames) -> dict[LeafPath, tuple[LeafPath, str]]:
     """By the path that stands for each tied projection, the path of its table and its tensor."""
     return {
         f"{path} ({tensor.removesuffix('.weight')})": (path, tensor)
@@ -39,7 +39,7 @@ def heads(names: Names) -> dict[LeafPath, tuple[LeafPath, str]]:
     }
 
 
-def projections(names: Names, keys: Collection[str]) -> list[str]:
+def projections(names: TensorNames, keys: Collection[str]) -> list[str]:
     """The modules, among those of an adapter's tensors, that are tied to the embedding or are so in PyTorch's model."""
     tied = {tensor for name in names.values() for tensor in name.tied}
     tied |= {tensor for name in names.values() for tensor in name.tensors if tensor.endswith("lm_head.weight")}
@@ -47,12 +47,12 @@ def projections(names: Names, keys: Collection[str]) -> list[str]:
     return [module for module in modules if any(f".{module}." in key for key in keys)]
 
 
-def split_names(names: Names) -> Names:
+def split_names(names: TensorNames) -> TensorNames:
     """The table of names in which each tied projection is a leaf."""
-    return {**names, **{head: Name((tensor,), "linear") for head, (_, tensor) in heads(names).items()}}
+    return {**names, **{head: TensorName((tensor,), "linear") for head, (_, tensor) in heads(names).items()}}
 
 
-def split_leaves(leaves: Mapping[LeafPath, Any], names: Names) -> dict[LeafPath, Any]:
+def split_leaves(leaves: Mapping[LeafPath, Any], names: TensorNames) -> dict[LeafPath, Any]:
     """The parameters with these leaves."""
     found = dict(leaves)
     for head, (path, _) in heads(names).items():
@@ -63,7 +63,7 @@ def split_leaves(leaves: Mapping[LeafPath, Any], names: Names) -> dict[LeafPath,
 
 
 def split_adapters(
-    adapters: Mapping[LeafPath, LoraFactors | Array], names: Names
+    adapters: Mapping[LeafPath, LoraFactors | Array], names: TensorNames
 ) -> dict[LeafPath, LoraFactors | Array]:
     """The adapters, those of tied tables for the projection too."""
     tied = {head: adapters[path] for head, (path, _) in heads(names).items() if path in adapters}
@@ -71,7 +71,7 @@ def split_adapters(
 
 
 def join(
-    adapters: Mapping[LeafPath, LoraFactors | Array], names: Names, config: PeftConfig, folder: Path
+    adapters: Mapping[LeafPath, LoraFactors | Array], names: TensorNames, config: PeftConfig, folder: Path
 ) -> dict[LeafPath, LoraFactors | Array]:
     """The inverse of `split_adapters`.
 

@@ -22,7 +22,7 @@ from jlora._src.tree.merge import check_finite, merge
 from jlora._src.types import Adapters, Array, LoraFactors, LoraWeight, PyTree
 from jlora._src.types import Path as LeafPath
 from jlora.files.safetensors import write_json, write_tensors
-from jlora.files.tensor_names import Kind, Names, to_torch
+from jlora.files.tensor_names import Kind, TensorNames, to_torch
 from jlora.peft import layout, tied
 from jlora.peft.config import (
     CONFIG,
@@ -42,7 +42,7 @@ _NO_VALUE = "goes into what PEFT stores beside the adapters, and the params are 
 
 def save(
     folder: str | Path,
-    names: Names,
+    names: TensorNames,
     params: PyTree,
     adapters: Adapters,
     config: LoraConfig,
@@ -149,7 +149,7 @@ def save(
 
 
 def _with_whole_heads(
-    adapters: Adapters, leaves: Mapping[LeafPath, Any], names: Names, heads: Collection[str]
+    adapters: Adapters, leaves: Mapping[LeafPath, Any], names: TensorNames, heads: Collection[str]
 ) -> Adapters:
     """The adapters with those factors folded into their weights that lie in a head which PEFT trains whole."""
     inside = {
@@ -162,7 +162,9 @@ def _with_whole_heads(
     return {path: merged.get(path, value) for path, value in adapters.items()}
 
 
-def _check_writable(adapters: Adapters, leaves: Mapping[LeafPath, Any], names: Names, task_type: str | None) -> None:
+def _check_writable(
+    adapters: Adapters, leaves: Mapping[LeafPath, Any], names: TensorNames, task_type: str | None
+) -> None:
     """Raises a PeftError that names every adapter of which PEFT has no form."""
     wrong = []
     dora = any(isinstance(value, LoraFactors) and value.magnitude is not None for value in adapters.values())
@@ -192,7 +194,7 @@ def _check_writable(adapters: Adapters, leaves: Mapping[LeafPath, Any], names: N
     refuse(wrong)
 
 
-def _check_plain(adapters: Adapters, names: Names, heads: Collection[str]) -> None:
+def _check_plain(adapters: Adapters, names: TensorNames, heads: Collection[str]) -> None:
     """Raises a PeftError that names everything but plain factors of linear layers and embeddings."""
     wrong = []
     for path, value in adapters.items():
@@ -216,7 +218,7 @@ def _with_written_scale(value: LoraFactors | Array, use_rslora: bool, uniform: b
 
 
 def _as_layers(
-    factors: Mapping[LeafPath, LoraFactors], leaves: Mapping[LeafPath, Any], names: Names
+    factors: Mapping[LeafPath, LoraFactors], leaves: Mapping[LeafPath, Any], names: TensorNames
 ) -> dict[str, layout.Layer]:
     """The updates by PyTorch's module; missing magnitudes are filled in."""
     found: dict[str, layout.Layer] = {}

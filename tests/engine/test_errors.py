@@ -46,21 +46,21 @@ def test_a_config_lists_every_field_that_is_out_of_range() -> None:
             targets="query",  # type: ignore[arg-type]
             exclude=("(",),
             dtype="int8",
-            rules=(jlora.Rule("x", rank=-2),),
+            overrides=(jlora.Override("x", rank=-2),),
         ),
     )
-    expect(text, "7 field(s)", "rank=0; expected an integer above 0", "alpha=-1", "dropout=1.0", "rules[0].rank=-2")
+    expect(text, "7 field(s)", "rank=0; expected an integer above 0", "alpha=-1", "dropout=1.0", "overrides[0].rank=-2")
     expect(
         text, "targets='query'; expected 'all-linear' or a tuple of patterns: ('query',)", "'(' is no regular", "int8"
     )
 
 
 def test_a_misspelt_field_is_named_with_the_nearest() -> None:
-    text = message(ValueError, lambda: jlora.LoraConfig.from_json('{"rnak": 4, "rules": [{"patern": "x"}]}'))
+    text = message(ValueError, lambda: jlora.LoraConfig.from_json('{"rnak": 4, "overrides": [{"patern": "x"}]}'))
     expect(
         text,
         "rnak (closest: 'rank')",
-        "rules[0].patern (closest: 'pattern')",
+        "overrides[0].patern (closest: 'pattern')",
         "Expected among: rank",
     )
 
@@ -77,7 +77,7 @@ def test_patterns_that_match_nothing_are_listed_with_the_closest_paths() -> None
         targets=("layer_0/query", "qeury"),
         train_also=("haed",),
         exclude=("nothing",),
-        rules=(jlora.Rule("kernle", rank=1),),
+        overrides=(jlora.Override("kernle", rank=1),),
     )
     text = message(ValueError, lambda: jlora.plan(PARAMS, config))
     expect(
@@ -90,7 +90,7 @@ def test_patterns_that_match_nothing_are_listed_with_the_closest_paths() -> None
     expect(
         text,
         "exclude 'nothing' matches no weight",
-        "rule 'kernle' matches no adapted weight (closest: 'layer_0/query/kernel'",
+        "override 'kernle' matches no adapted weight (closest: 'layer_0/query/kernel'",
     )
 
 

@@ -65,7 +65,7 @@ def test_nnx_optimizers_move_adapters_that_are_parameters(ran: dict[str, Any]) -
         return jnp.mean((apply(jlora.attach(params, adapters), x) - y) ** 2)
 
     alone = first_step(loss, start, optax.adamw(1e-2))
-    assert_close(ran["learnt"], alone)
+    assert_close(ran["loss_mask"], alone)
     holder = nnx.Dict(adapters=nnx.data(jax.tree.map(nnx.Param, start)))
     both = nnx.ModelAndOptimizer(holder, optax.adamw(1e-2), wrt=nnx.Param)
     both.update(nnx.grad(lambda m: loss(nnx.as_pure(m.adapters)))(holder))
@@ -83,7 +83,7 @@ def test_nnx_optimizers_move_adapters_that_are_parameters(ran: dict[str, Any]) -
 def test_a_merged_nnx_model_of_its_own_leaves_the_base(ran: dict[str, Any]) -> None:
     """The document's form keeps the params; nnx.update on their own model overwrites them; other leaves are shared."""
     graphdef, params, x = (ran[name] for name in ("graphdef", "params", "x"))
-    learnt = jax.tree.map(lambda a: a + 0.1, ran["learnt"])
+    learnt = jax.tree.map(lambda a: a + 0.1, ran["loss_mask"])
     before = jax.tree.map(np.array, params)
     merged: Any = jlora.merge(params, learnt)
     served = nnx.merge(graphdef, merged)

@@ -452,9 +452,9 @@ def test_numbers_of_numpy_are_numbers() -> None:
         alpha=np.float32(8.5),  # type: ignore[arg-type]
         dropout=np.array(0.25),  # type: ignore[arg-type]
         use_dora=np.bool_(True),  # type: ignore[arg-type]
-        rules=(jlora.Rule("x", rank=np.int32(2), alpha=jnp.float32(3)),),  # type: ignore[arg-type]
+        overrides=(jlora.Override("x", rank=np.int32(2), alpha=jnp.float32(3)),),  # type: ignore[arg-type]
     )
-    plain = jlora.LoraConfig(4, 8.5, dropout=0.25, use_dora=True, rules=(jlora.Rule("x", rank=2, alpha=3.0),))
+    plain = jlora.LoraConfig(4, 8.5, dropout=0.25, use_dora=True, overrides=(jlora.Override("x", rank=2, alpha=3.0),))
     assert given == plain
     assert hash(given) == hash(plain)
     assert jlora.LoraConfig.from_json(given.to_json()) == plain

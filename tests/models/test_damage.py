@@ -44,7 +44,7 @@ from train.compute.step import init_state
 from train.config import ConfigError, TrainConfig
 from train.job import make_job, start_adapters
 from train.loop.checkpoints import CheckpointError
-from train.loop.kept import Kept
+from train.loop.run_files import RunFiles
 from train.rundir import files
 from train.rundir.directory import open_run_dir
 from train.rundir.finished import open_run, read_config
@@ -331,9 +331,9 @@ def test_runs_that_go_on(runs: Path, reader: Any, tmp_path: Path) -> None:
         (tmp_path / name / SUMS).unlink()
 
     def go_on(folder: Path) -> Any:
-        place = open_run_dir(dataclasses.replace(job.config, run_dir=folder), job.accounts)
+        place = open_run_dir(dataclasses.replace(job.config, run_dir=folder), job.provenance)
         try:
-            with Kept(job.config, place, str(job.plan), job.pace(job.config.fit, job.learnt)) as kept:
+            with RunFiles(job.config, place, str(job.plan), job.intervals(job.config.fit, job.examples)) as kept:
                 position = kept.saving.position
                 state, key = kept.saving.checkpoints.restore(position.step, job.layout, like, random_key(0, "x"))
                 kept.saving.begin()

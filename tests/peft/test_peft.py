@@ -208,13 +208,17 @@ def test_one_rank_for_all(case: str, tmp_path: Path) -> None:
 
 LAYER = "encoder/layer_1/"
 OURS: dict[str, tuple[str, jlora.LoraConfig, dict[str, Any]]] = {
-    "rules": (
+    "overrides": (
         "roberta",
         jlora.LoraConfig(
             3,
             alpha=5,
             targets=("query", "value", "word_embeddings"),
-            rules=(jlora.Rule(LAYER + "query", rank=2), jlora.Rule("value", alpha=11), jlora.Rule("word_e", alpha=1)),
+            overrides=(
+                jlora.Override(LAYER + "query", rank=2),
+                jlora.Override("value", alpha=11),
+                jlora.Override("word_e", alpha=1),
+            ),
             dropout=0.2,
         ),
         {"r": 3, "lora_alpha": 5.0, "rank_pattern": {"1.attention.self.query": 2}, "lora_dropout": 0.2,
@@ -234,7 +238,7 @@ OURS: dict[str, tuple[str, jlora.LoraConfig, dict[str, Any]]] = {
     "dora in parts": (
         "toy",
         jlora.LoraConfig(2, targets=("dense/kernel", "conv/kernel", "tokens"), use_dora=True, use_rslora=True,
-                         rules=(jlora.Rule("dense", use_dora=False),)),
+                         overrides=(jlora.Override("dense", use_dora=False),)),
         {"use_dora": True, "use_rslora": True},
     ),
     "all biases, all blocks": (
@@ -283,7 +287,7 @@ def test_folding_a_scale_rounds_nothing(tmp_path: Path) -> None:
     """A bfloat16 B times the scale is stored in float32 where bfloat16 does not hold the product, both ways."""
     b = base("toy")
     config = jlora.LoraConfig(3, alpha=4, targets=("dense", "up/kernel"), dtype="bfloat16")
-    config = dataclasses.replace(config, rules=(jlora.Rule("up", alpha=6.0),))
+    config = dataclasses.replace(config, overrides=(jlora.Override("up", alpha=6.0),))
     adapters = grown("toy", config)
     peft.save(tmp_path / "1", b.names, b.params, adapters, config, uniform_rank=True)
     stored = {key.split(".")[-3] + key[-8]: x for key, x in load_file(tmp_path / "1" / TENSORS).items()}

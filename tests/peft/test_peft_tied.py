@@ -165,7 +165,7 @@ def test_only_a_language_model_has_a_projection_to_untie(checkpoints: dict[str, 
 def test_an_untied_network_is_read_into_its_shards(checkpoints: dict[str, Path]) -> None:
     mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     model = models.build(checkpoints["llama"], untie=True)
-    places = jlora.shardings(models.abstract(model), mesh, models.rules(model))
+    places = jlora.shardings(models.abstract(model), mesh, models.sharding_rules(model))
     _, params = models.load(checkpoints["llama"], untie=True, shardings=places)
     head = params["params"]["lm_head"]["kernel"]
     assert head.sharding == places["params"]["lm_head"]["kernel"] and not head.sharding.is_fully_replicated
@@ -242,7 +242,7 @@ def test_dora_of_a_tied_table_has_no_form(checkpoints: dict[str, Path], tmp_path
     text = message(peft.PeftError, lambda: peft.save(tmp_path, models.names(model), params, adapters, config))
     expect(text, f"'{table_of('llama')}' has DoRA", "'lm_head.weight'", "merge")
     plain = jlora.LoraConfig(
-        2, targets=config.targets, use_dora=True, rules=(jlora.Rule("embed_tokens", use_dora=False),)
+        2, targets=config.targets, use_dora=True, overrides=(jlora.Override("embed_tokens", use_dora=False),)
     )
     adapters = grown(folder, "llama", False, plain)
     peft.save(tmp_path, models.names(model), params, adapters, plain)

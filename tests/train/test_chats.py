@@ -147,7 +147,7 @@ def encoded(tokenizer: Any, rows: Table, **config: Any) -> Examples:
 
 
 def as_shown(examples: Examples, tokenizer: Any) -> list[str]:
-    pairs = zip(examples["input_ids"], examples["learnt"], strict=True)
+    pairs = zip(examples["input_ids"], examples["loss_mask"], strict=True)
     return [shown_tokens(pair, tokenizer) for pair in pairs]
 
 
@@ -552,8 +552,8 @@ def test_the_templates_marks_are_what_transformers_makes_of_them(name):
         messages = TALKS[talk][0]
         peer = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         (found,) = tokenized(turns(tokenizer, messages), tokenizer)
-        assert (found.tokens, found.learnt) == (peer["input_ids"], peer["assistant_masks"])
-        assert sum(found.learnt) > 0
+        assert (found.tokens, found.loss_mask) == (peer["input_ids"], peer["assistant_masks"])
+        assert sum(found.loss_mask) > 0
         (other,) = tokenized(turns(slow(tokenizer), messages), slow(tokenizer))
         assert other == found
 
@@ -597,11 +597,11 @@ def test_texts_begin_once_and_end_once(kind, frame):
     for text in ("2+2=4", begin + "2+2=4", "2+2=4" + end, begin + "2+2=4" + end):
         found = encoded(tokenizer, table(t=[text]), text="t")
         assert pieces(found["input_ids"][0]) == wanted, text
-        assert found["learnt"][0].all()
+        assert found["loss_mask"][0].all()
     for prompt, completion in (("2+2=", "4"), (begin + "2+2=", "4" + end)):
         found = encoded(tokenizer, table(p=[prompt], c=[completion]), prompt="p", completion="c")
         assert pieces(found["input_ids"][0]) == wanted, (prompt, completion)
-        learnt = pieces(found["input_ids"][0][found["learnt"][0] == 1])
+        learnt = pieces(found["input_ids"][0][found["loss_mask"][0] == 1])
         assert learnt == ["4", *([end] if end else [])]
         task = LanguageModel(CausalLM(prompt="p", completion="c"), tokenizer)
         assert pieces(task.prompt_tokens(prompt)) == wanted[: len(wanted) - len(learnt)]
@@ -647,7 +647,7 @@ def ascii_texts(rng: np.random.Generator, count: int) -> list[str]:
 
 def agree(prompt: list[int], example: Example) -> bool:
     """Whether the tokens of a prompt are those in front of the learnt ones, up to a token that joins both."""
-    first = example.learnt.index(1)
+    first = example.loss_mask.index(1)
     if not example.joined:
         return prompt == example.tokens[:first]
     return prompt[: first - 1] == example.tokens[: first - 1] and len(prompt) > first - 1
@@ -691,9 +691,9 @@ def test_tokenizers_without_offsets_learn_the_same(kind):
     for fast, by_prefix, one in found:
         assert fast.tokens == by_prefix.tokens
         if fast.joined:
-            assert all(a <= b for a, b in zip(fast.learnt, by_prefix.learnt, strict=True)), one
+            assert all(a <= b for a, b in zip(fast.loss_mask, by_prefix.loss_mask, strict=True)), one
         else:
-            assert fast.learnt == by_prefix.learnt, (one, tokenizer.convert_ids_to_tokens(fast.tokens))
+            assert fast.loss_mask == by_prefix.loss_mask, (one, tokenizer.convert_ids_to_tokens(fast.tokens))
 
 
 def test_a_token_that_reaches_into_a_learnt_part_is_learnt():
@@ -702,12 +702,12 @@ def test_a_token_that_reaches_into_a_learnt_part_is_learnt():
     assert tokenizer.tokenize("The answer")[0] == "The"
     for fast in (tokenizer, slow(tokenizer)):
         (found,) = tokenized([Marked("The answer", [(0, 2)])], fast)
-        assert found.learnt[:1] == [1] and not any(found.learnt[1:])
+        assert found.loss_mask[:1] == [1] and not any(found.loss_mask[1:])
         (found,) = tokenized([Marked("The answer", [(2, 10)])], fast)
-        assert all(found.learnt) and found.joined
+        assert all(found.loss_mask) and found.joined
     trimmed = wrapped("trimmed", eos="</s>")
     (found,) = tokenized([Marked(" \nThe", [(0, 5)])], trimmed)
-    assert trimmed.convert_ids_to_tokens(found.tokens)[0] == "Ġ" and all(found.learnt)
+    assert trimmed.convert_ids_to_tokens(found.tokens)[0] == "Ġ" and all(found.loss_mask)
 
 
 def test_offsets_that_miss_characters_are_not_trusted():
@@ -766,7 +766,7 @@ def test_what_max_length_takes_is_counted():
         Example([1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, 0, 1, 0]),
     ]
     kept, cut = shortened(examples, 4)
-    assert kept == [Example(one.tokens[:4], one.learnt[:4]) for one in examples[:3]]
+    assert kept == [Example(one.tokens[:4], one.loss_mask[:4]) for one in examples[:3]]
     assert cut == cuts.Cut(limit=4, examples=4, longest=7, cut=3, dropped=1, tokens=9, lost=4, ends=2)
     line = cuts.line("train", cut)
     assert line.startswith("train: 3 of 4 examples are cut at 4 tokens: 4 of 9 tokens of loss are lost")
@@ -779,13 +779,13 @@ def test_what_max_length_takes_is_counted():
 @pytest.mark.parametrize("limit", [4, 20, 24, 200])
 @pytest.mark.parametrize("pack", [False, True])
 def test_no_token_is_lost_but_those_that_are_counted(pack, limit):
-    """Kept and lost tokens of loss are all of them, packed or not."""
+    """RunFiles and lost tokens of loss are all of them, packed or not."""
     tokenizer = chat_tokenizer("chatml")
     rng = np.random.default_rng(3)
     rows = table(p=texts(rng, 30), c=texts(rng, 30))
     config = {"prompt": "p", "completion": "c", "chat": True}
     whole = encoded(tokenizer, rows, **config, max_length=10_000)
-    total = sum(int(one[1:].sum()) for one in whole["learnt"])
+    total = sum(int(one[1:].sum()) for one in whole["loss_mask"])
     assert cut_of(whole) is not None and cut_of(whole).lost == 0  # pyright: ignore[reportOptionalMemberAccess]
     if limit < 8:
         with pytest.raises(ConfigError, match="none of the 30 examples has a token to learn"):
@@ -794,7 +794,7 @@ def test_no_token_is_lost_but_those_that_are_counted(pack, limit):
     examples = encoded(tokenizer, rows, **config, max_length=limit, pack=pack)
     cut = cut_of(examples)
     assert cut is not None and cut.tokens == total and cut.examples == 30
-    assert sum(int(one.sum()) for one in examples["learnt"]) == total - cut.lost
+    assert sum(int(one.sum()) for one in examples["loss_mask"]) == total - cut.lost
     if not pack:
         assert size(examples) == 30 - cut.dropped
     assert all(len(one) <= limit for one in examples["input_ids"])
@@ -805,7 +805,7 @@ def test_packing_keeps_every_token_of_every_example():
     examples = [Example(list(rng.integers(1, 99, n)), [1] * n) for n in rng.integers(1, 9, 40)]
     rows = list(packed(examples, 12))
     assert [token for row, _ in rows for token in row.tokens] == [token for one in examples for token in one.tokens]
-    assert sum(sum(row.learnt) for row, _ in rows) == sum(len(one.tokens) - 1 for one in examples)
+    assert sum(sum(row.loss_mask) for row, _ in rows) == sum(len(one.tokens) - 1 for one in examples)
     assert sum(len(set(segments)) for _, segments in rows) == len(examples)
 
 
@@ -865,4 +865,4 @@ def test_rows_are_counted_as_left_out_when_none_of_their_examples_is_left(tmp_pa
     examples = encoded(chat_tokenizer("qwen3"), rows, messages="m", max_length=200)
     cut = cut_of(examples)
     assert cut and cut.examples == 6 and size(examples) + cut.dropped == 6 and cut.dropped >= 2
-    assert rows.account and rows.account.dropped == {"without a token to learn within 200 tokens": 1}
+    assert rows.provenance and rows.provenance.dropped == {"without a token to learn within 200 tokens": 1}

@@ -24,7 +24,7 @@ from train.compute.step import init_state
 from train.config import ConfigError, FitConfig, SaveConfig
 from train.loop.checkpoints import Checkpoints
 from train.loop.extend import go_on
-from train.loop.progress import Pace, Position
+from train.loop.progress import Intervals, Position
 from train.loop.stop import EXIT_CODE
 from train.rundir.directory import LATER
 
@@ -141,14 +141,14 @@ def test_a_falling_schedule_stretches_over_the_new_steps_and_it_is_told(work, tm
 def test_what_is_told_is_what_the_schedules_are(name, warmup):
     """Over plans of plans: exact if and only if no step had another learning rate."""
     fit = FitConfig(schedule=name, warmup=warmup, epochs=6)
-    pace = Pace.of(6, 10, log_every=1, eval_every=1, eval_every_steps=None)
+    intervals = Intervals.of(6, 10, log_every=1, eval_every=1, eval_every_steps=None)
     for planned in ([[0, 3]], [[0, 4], [10, 3]], [[0, 6], [20, 2]], [[0, 6], [25, 3], [30, 3]]):
         position = Position(step=30, planned=[list(one) for one in planned])
-        told = go_on(fit, 1e-3, pace, position, finished=False)
+        told = go_on(fit, 1e-3, intervals, position, finished=False)
         assert position.planned == [one for one in planned if one[0] < 30] + [[30, 6]]
         exact = name == "constant" and round(warmup * 60) == round(warmup * 10 * planned[0][1])
         assert ("so is what it learns" in told) == exact, (planned, told)
-    assert go_on(fit, 1e-3, pace, Position(step=30, planned=[[0, 6]]), finished=False) == ""
+    assert go_on(fit, 1e-3, intervals, Position(step=30, planned=[[0, 6]]), finished=False) == ""
 
 
 def test_a_measurement_that_a_longer_run_would_not_have_is_told(work, tmp_path):
@@ -279,10 +279,12 @@ def test_patience_keeps_the_best_and_says_so(work, tmp_path):
 
 
 def test_going_on_needs_something_to_train():
-    pace = Pace.of(2, 8, log_every=1, eval_every=1, eval_every_steps=None)
+    intervals = Intervals.of(2, 8, log_every=1, eval_every=1, eval_every_steps=None)
     with pytest.raises(ConfigError, match=r"fit.epochs: got 2.*pass --fit.epochs 3 or more"):
-        go_on(FitConfig(epochs=2), 1e-3, pace, Position(step=20, planned=[[0, 4]]), finished=False)
+        go_on(FitConfig(epochs=2), 1e-3, intervals, Position(step=20, planned=[[0, 4]]), finished=False)
     with pytest.raises(ConfigError, match=r"fit.patience: got 2.*pass --fit.patience 5 or more, or None"):
-        go_on(FitConfig(epochs=2, patience=2), 1e-3, pace, Position(step=8, stale=4, planned=[[0, 2]]), finished=True)
+        go_on(
+            FitConfig(epochs=2, patience=2), 1e-3, intervals, Position(step=8, stale=4, planned=[[0, 2]]), finished=True
+        )
     # One that was killed before it wrote its figures only has to write them.
-    assert go_on(FitConfig(epochs=2), 1e-3, pace, Position(step=16, planned=[[0, 2]]), finished=False) == ""
+    assert go_on(FitConfig(epochs=2), 1e-3, intervals, Position(step=16, planned=[[0, 2]]), finished=False) == ""

@@ -211,7 +211,7 @@ def test_a_declared_class_is_known_by_its_name_alone():
     """Its number is that of its own data, and may be another class here."""
     with pytest.raises(ConfigError, match=r"'World' \(row 1\), 'Sports' \(row 2\), which is no class"):
         class_numbers(rows([0, 1], ("World", "Sports")), "label", ("sports", "world"))
-    # Names that are numbers are class numbers, as of other data.
+    # TensorNames that are numbers are class numbers, as of other data.
     assert class_numbers(rows([0, 1], ("0", "1")), "label", ("bad", "good")).tolist() == [0, 1]
 
 

@@ -18,7 +18,7 @@ import pytest
 from tests import tiny
 from tests.runs import ROOT, program, records, stopping
 from train.loop import loop
-from train.loop.progress import Forecast, Pace, Position, Window, Work
+from train.loop.progress import Forecast, Intervals, Position, StepCounts, Window
 from train.loop.stop import EXIT_CODE, INTERRUPTED
 from train.report.console import Progress, ending
 
@@ -80,7 +80,7 @@ def shown(monkeypatch: Any, out: io.StringIO, err: io.StringIO) -> tuple[str, st
     monkeypatch.setattr(sys, "stderr", err)
     line = {"step": 5, "loss": 0.51234, "learning_rate": 9.1e-4, "tokens_per_second": 1234.5, "padding": 0.18}
     end = {"epoch": 1, "step": 10, "loss": 0.4, "learning_rate": 8e-4, "examples_per_second": 3.25, "test_f1": 0.75}
-    with Progress("fit", Pace(epoch=10, steps=40, line=5, eval=10), 0) as progress:
+    with Progress("fit", Intervals(epoch=10, steps=40, line=5, eval=10), 0) as progress:
         for _ in range(5):
             progress.advance()
         progress.show(line, (), 3661.2)
@@ -129,36 +129,36 @@ def test_lines_are_flushed(monkeypatch):
 
 def test_there_are_as_many_lines_as_asked_for_whatever_an_epoch_is():
     """With epochs shorter than a line, too; the records of epochs are beside them."""
-    pace = Pace.of(500, 2, log_every=None, eval_every=1, eval_every_steps=None)
-    assert [done for done in range(1, 101) if pace.is_line_due(done)] == [20, 40, 60, 80, 100]
-    pace = Pace.of(3, 8, log_every=10, eval_every=3, eval_every_steps=None)
-    assert [done for done in range(1, 25) if pace.is_line_due(done)] == [10, 20]
-    pace = Pace.of(3, 8, log_every=8, eval_every=3, eval_every_steps=None)
-    assert not any(pace.is_line_due(done) for done in range(1, 25))  # the epochs' records are the same
+    intervals = Intervals.of(500, 2, log_every=None, eval_every=1, eval_every_steps=None)
+    assert [done for done in range(1, 101) if intervals.is_line_due(done)] == [20, 40, 60, 80, 100]
+    intervals = Intervals.of(3, 8, log_every=10, eval_every=3, eval_every_steps=None)
+    assert [done for done in range(1, 25) if intervals.is_line_due(done)] == [10, 20]
+    intervals = Intervals.of(3, 8, log_every=8, eval_every=3, eval_every_steps=None)
+    assert not any(intervals.is_line_due(done) for done in range(1, 25))  # the epochs' records are the same
 
 
 # Figures of a line
 
 
 def test_the_time_left_is_that_of_steps_and_measurements():
-    pace = Pace.of(3, 10, log_every=None, eval_every=1, eval_every_steps=7)
+    intervals = Intervals.of(3, 10, log_every=None, eval_every=1, eval_every_steps=7)
     for done in range(31):
-        assert pace.evals_after(done) == sum(pace.is_eval_due(step) for step in range(done + 1, 31))
+        assert intervals.evals_after(done) == sum(intervals.is_eval_due(step) for step in range(done + 1, 31))
     forecast = Forecast()
-    assert forecast.left(5, pace) is None
+    assert forecast.left(5, intervals) is None
     for seconds in (1.0, 3.0):
         forecast.add(seconds)
-    assert forecast.left(20, pace) == 20.0
+    assert forecast.left(20, intervals) == 20.0
     forecast.measuring = 5.0
-    assert forecast.left(20, pace) == 20.0 + 3 * 5.0  # after 21, 28 and 30
-    assert forecast.left(30, pace) == 0
+    assert forecast.left(20, intervals) == 20.0 + 3 * 5.0  # after 21, 28 and 30
+    assert forecast.left(30, intervals) == 0
 
 
 def test_a_window_has_the_newest_learning_rate_and_the_share_of_padding():
     """Of all steps, compiled or not, and through a checkpoint."""
     position = Position()
     for rate in (0.1, 0.2, 0.4):
-        position.line.add({"loss": 1.0, "learning_rate": rate}, Work(8, 30, 0.0, places=40))
+        position.line.add({"loss": 1.0, "learning_rate": rate}, StepCounts(8, 30, 0.0, places=40))
         position = Position.from_json(position.to_json())
     averages = position.line.averages()
     assert (averages["learning_rate"], averages["padding"], averages["loss"]) == (0.4, 0.25, 1.0)

@@ -220,7 +220,7 @@ def sharded() -> tuple[Mesh, Any, Any, Any]:
         "intermediate_size": 512, "vocab_size": 128,
     }  # fmt: skip
     model: Any = models.build(config, task="causal-lm")
-    mesh = Mesh(ComputeConfig(layout="mesh", fsdp=8), models.rules(model))
+    mesh = Mesh(ComputeConfig(layout="mesh", fsdp=8), models.sharding_rules(model))
 
     class Tokens:
         def inputs(self, batch: Any) -> Any:
@@ -306,7 +306,7 @@ def test_what_is_placed_comes_back(layout):
         return {"x": rows[part]}
 
     batch = layout.place_batch(build, 16)
-    each = layout.compile_each(lambda base, _, batch: {"y": batch["x"] * base["w"].sum()})
+    each = layout.compile_rows(lambda base, _, batch: {"y": batch["x"] * base["w"].sum()})
     np.testing.assert_array_equal(each(placed, None, batch)["y"], rows * base["w"].sum())
     assert sum(part.stop - part.start for part in built) == 16
 

@@ -220,7 +220,7 @@ def test_the_first_token_of_a_text_is_not_marked(work):
     assert shown == ["[CLS]⟦ a film [SEP]⟧", "[CLS]⟦ the plot [SEP]⟧"]
     assert look.about(task, examples, 0) == "8 tokens, 6 learnt (in ⟦ ⟧), 2 examples packed"
     total, count = task.loss(np.zeros((1, 8, len(tiny.VOCABULARY))), {n: c[0][None] for n, c in examples.items()})  # pyright: ignore[reportArgumentType]
-    assert int(count) == look.learnt_of(examples, 0).sum()
+    assert int(count) == look.loss_mask_of(examples, 0).sum()
 
 
 def test_the_first_example_of_a_run_is_short_and_on_one_line(work):

@@ -322,8 +322,8 @@ def test_a_folder_is_read_as_its_files_are(tmp_path):
         for name, count in (("train", 9), ("validation", 5)):
             assert column(tables[name], "text", "task.text") == [row["text"] for row in rows[:count]], kind
             assert column(tables[name], "label", "task.label") == ["None"] * count
-        account = tables["validation"].account
-        assert account and (account.split, account.files) == ("test", {f"{folder}/test.{kind}": 5})
+        provenance = tables["validation"].provenance
+        assert provenance and (provenance.split, provenance.files) == ("test", {f"{folder}/test.{kind}": 5})
     told = refusal(lambda: data.read(f"{tmp_path}/csv:dev", tmp_path / "cache", "data.train"))
     assert "there is no split dev; there are train, test" in told
     (tmp_path / "csv" / "train.csv").write_text("text,label\na\n")
@@ -376,7 +376,7 @@ def test_files_of_the_hub_are_read_as_files(tmp_path, monkeypatch):
     table = data.read("owner/name/config:train", tmp_path / "cache", "data.validation")
     assert asked == [("owner/name", "config")]
     assert table.to_list() == [{"text": "007", "label": "None"}]
-    assert table.account and (table.account.source, table.account.split) == ("owner/name/config", "train")
+    assert table.provenance and (table.provenance.source, table.provenance.split) == ("owner/name/config", "train")
     # Others are read by datasets, and their rows have a digest that does not depend on how they lie.
     rows = datasets.Dataset.from_dict({"text": [str(i) for i in range(2500)]})
     parts = datasets.concatenate_datasets([rows.select(range(999)), rows.select(range(999, 2500))])
@@ -385,9 +385,9 @@ def test_files_of_the_hub_are_read_as_files(tmp_path, monkeypatch):
         monkeypatch.setattr(builder, "name", "webdataset")
         found = datasets.DatasetDict({"train": one})
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)  # noqa: B023
-        account = data.read("owner/name:train", tmp_path / "cache", "data.train").account
-        assert account and account.read == 2500
-        digests.append(account.digest)
+        provenance = data.read("owner/name:train", tmp_path / "cache", "data.train").provenance
+        assert provenance and provenance.read == 2500
+        digests.append(provenance.digest)
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -402,7 +402,7 @@ def test_a_folder_of_pictures_is_kept_by_content(tmp_path):
     shutil.move(tmp_path / "set" / "train" / "a" / "x.png", tmp_path / "set" / "train" / "b" / "y.png")
     os.utime(tmp_path / "set" / "train" / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
     again = data.read(f"{tmp_path}/set:train", tmp_path / "cache", "data.train")
-    assert first.account and again.account and first.account.digest != again.account.digest
+    assert first.provenance and again.provenance and first.provenance.digest != again.provenance.digest
     assert len(again) == 2
 
 
@@ -449,19 +449,19 @@ def test_accounts_tell_what_became_of_every_row(tmp_path):
     rows = [{"text": str(i), "label": "x", "split": "train" if i % 4 else "dev"} for i in range(40)]
     file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     tables = data.load(DataConfig(f"{file}:train", f"{file}:dev", limit=7, validation_limit=9), tmp_path / "cache")
-    account = tables["train"].account
-    assert account and account.to_json() == {
+    provenance = tables["train"].provenance
+    assert provenance and provenance.to_json() == {
         "source": str(file), "found": None, "files": {str(file): 40}, "split": "train",
         "digest": data.content(str(file)), "read": 40, "used": 7,
         "dropped": {"of other splits": 10, "beyond the limit of 7": 23},
     }  # fmt: skip
-    assert account.line() == (
+    assert provenance.line() == (
         f"{file}, split train: 40 rows read, 7 used; left out: 10 of other splits, 23 beyond the limit of 7; "
-        f"sha256 {account.digest[:12]}"
+        f"sha256 {provenance.digest[:12]}"
     )
-    assert tables["validation"].account and tables["validation"].account.used == len(tables["validation"]) == 9
+    assert tables["validation"].provenance and tables["validation"].provenance.used == len(tables["validation"]) == 9
     tables = data.load(DataConfig(str(file), holdout=0.25, limit=20), tmp_path / "cache")
-    told = {name: table.account.dropped for name, table in tables.items() if table.account}
+    told = {name: table.provenance.dropped for name, table in tables.items() if table.provenance}
     assert told == {
         "train": {"set apart for validation": 10, "beyond the limit of 20": 10},
         "validation": {"trained on": 30},
@@ -470,9 +470,9 @@ def test_accounts_tell_what_became_of_every_row(tmp_path):
         column(tables["validation"], "text", "task.text")
     )
     tables["train"].drop(3, "without a token to learn")
-    assert tables["train"].account and tables["train"].account.used == 17
+    assert tables["train"].provenance and tables["train"].provenance.used == 17
     tiny.write_jsonl(tmp_path / "test.jsonl", rows[:5])
-    beside = data.load(DataConfig(str(file)), tmp_path / "cache")["validation"].account
+    beside = data.load(DataConfig(str(file)), tmp_path / "cache")["validation"].provenance
     assert beside and beside.line().startswith(f"{tmp_path}/test.jsonl, found beside rows.jsonl: 5 rows read, all used")
 
 

@@ -327,7 +327,7 @@ def language_model(work: Path, **config: Any) -> LanguageModel:
 
 
 def learnt_words(examples: batches.Examples, row: int = 0) -> list[str]:
-    pairs = zip(examples["input_ids"][row], examples["learnt"][row], strict=True)
+    pairs = zip(examples["input_ids"][row], examples["loss_mask"][row], strict=True)
     return [tiny.VOCABULARY[token] for token, learnt in pairs if learnt]
 
 

@@ -65,7 +65,7 @@ def test_rules_take_every_leaf_and_each_takes_one(name: str) -> None:
         model = models.build(TINY[name], task=task)
         shapes = models.abstract(model)
         for shape in MESHES:
-            places = jlora.shardings(shapes, mesh(*shape), models.rules(model))
+            places = jlora.shardings(shapes, mesh(*shape), models.sharding_rules(model))
             assert jax.tree.structure(places) == jax.tree.structure(shapes)
             assert not any("data" in str(place.spec) for place in jax.tree.leaves(places))
 
@@ -78,7 +78,7 @@ def test_every_rule_of_a_family_is_some_networks(kind: str) -> None:
         rule
         for hf in [*shared, *({**hf, "tie_word_embeddings": False} for hf in shared if hf["model_type"] == "gpt2")]
         for task in FAMILIES[hf["model_type"]].networks
-        for rule in models.rules(models.build(hf, task=task))
+        for rule in models.sharding_rules(models.build(hf, task=task))
     }
     assert used == set(FAMILIES[kind].rules)
 
@@ -88,7 +88,7 @@ def test_published_networks_are_split_evenly(name: str) -> None:
     """Over eight devices each holds an eighth, but for norms, biases and, split over two axes, small vocabularies."""
     model = models.build(PUBLISHED[name])
     shapes = models.abstract(model)
-    places = {shape: jlora.shardings(shapes, mesh(*shape), models.rules(model)) for shape in MESHES}
+    places = {shape: jlora.shardings(shapes, mesh(*shape), models.sharding_rules(model)) for shape in MESHES}
     assert held(places[8, 1, 1], shapes) == 1
     assert 1 / 8 <= held(places[1, 8, 1], shapes) < 1.03 / 8
     small = PUBLISHED[name]["model_type"] in ("bert", "roberta", "gpt2")
@@ -98,7 +98,7 @@ def test_published_networks_are_split_evenly(name: str) -> None:
 def test_the_first_of_a_pair_is_split_by_its_outputs_and_the_second_by_its_inputs() -> None:
     """So that one sum over the mesh axis ``tensor`` a pair is enough."""
     model = models.build(TINY["llama-linear"])
-    places, _ = named_leaves(jlora.shardings(models.abstract(model), mesh(2, 2, 2), models.rules(model)))
+    places, _ = named_leaves(jlora.shardings(models.abstract(model), mesh(2, 2, 2), models.sharding_rules(model)))
     layers = "params/model/layers"
     assert places[f"{layers}/self_attn/q_proj/kernel"].spec == P(None, "fsdp", "tensor")
     assert places[f"{layers}/self_attn/q_proj/bias"].spec == P(None, "tensor")
@@ -200,7 +200,7 @@ def assert_same_training(name: str, folder: Path, shape: tuple[int, int, int], *
     leaves, treedef = jax.tree.flatten(models.abstract(model))
     rng = np.random.default_rng(0)
     models.save(folder, model, treedef.unflatten([rng.normal(0, 0.3, x.shape).astype("float32") for x in leaves]))
-    places = jlora.shardings(models.abstract(model), mesh(*shape), models.rules(model))
+    places = jlora.shardings(models.abstract(model), mesh(*shape), models.sharding_rules(model))
     whole, split = models.load(folder)[1], models.load(folder, shardings=places)[1]
     total = sum(x.nbytes for x in jax.tree.leaves(split))
     parts = [sum(x.addressable_shards[i].data.nbytes for x in jax.tree.leaves(split)) for i in range(8)]

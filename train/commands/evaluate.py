@@ -16,7 +16,7 @@ from train.loop.evaluate import make_measure
 from train.networks.network import check_tokens
 from train.report import console
 from train.rundir.directory import changes
-from train.rundir.finished import Run, open_run
+from train.rundir.finished import FinishedRun, open_run
 from train.tasks.base import Task
 
 
@@ -38,9 +38,9 @@ def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) 
         table = tables.read(source, config.cache_dir, "source", quoted_tsv=config.data.quoted_tsv)
     table = table if limit is None else table.keep(range(min(limit, len(table))), f"beyond the limit of {limit:,}")
     sets = {name or "validation": examples for name, examples in opened.task.encode(table).items()}
-    if table.account is not None:
-        print(table.account.line())
-        if source is None and (differing := changes(run, {"validation": table.account.to_json()})):
+    if table.provenance is not None:
+        print(table.provenance.line())
+        if source is None and (differing := changes(run, {"validation": table.provenance.to_json()})):
             print(f"these are not the examples of the run:{bullets(differing)}")
     for name, examples in sets.items():
         if (cut := cut_of(examples)) is not None and cut.cut + cut.dropped:
@@ -49,7 +49,7 @@ def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) 
         print(f"{name}: {console.figures_line(figures)}")
 
 
-def measured(run: Run, sets: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
+def measured(run: FinishedRun, sets: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
     """The adapted model's metrics on sets of examples, by their names."""
     task: Task = run.task
     check_tokens(run.network, sets)

@@ -13,7 +13,7 @@ from train.commands.inputs import RunPath
 from train.config import ConfigError, Pretrained
 from train.networks.network import read_settings
 from train.rundir import files
-from train.rundir.finished import Run, open_run
+from train.rundir.finished import FinishedRun, open_run
 
 
 def export(
@@ -63,7 +63,7 @@ def export(
     print(f"written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
-def _pictures(run: Run) -> str | None:
+def _pictures(run: FinishedRun) -> str | None:
     """The checkpoint, if it says how it wants its images."""
     assert isinstance(run.config.model, Pretrained)
     return run.network.source if read_settings(run.config.model, "preprocessor_config.json") else None

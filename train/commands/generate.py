@@ -17,7 +17,7 @@ from train.commands.results import check_new, write_results
 from train.config import ConfigError
 from train.data.batches import Ragged, batch_of, ordered_rows
 from train.networks.network import check_tokens
-from train.rundir.finished import Run, open_run
+from train.rundir.finished import FinishedRun, open_run
 from train.tasks.chat import messages_of, tools_of
 from train.tasks.language import LanguageModel
 
@@ -93,7 +93,9 @@ def generate(
     )
 
 
-def continued(opened: Run, task: LanguageModel, tokens: Sequence[list[int]], key: Any, **sampling: Any) -> list[str]:
+def continued(
+    opened: FinishedRun, task: LanguageModel, tokens: Sequence[list[int]], key: Any, **sampling: Any
+) -> list[str]:
     """What follows each prompt, as text."""
     model: Any = opened.network.model
     examples = {

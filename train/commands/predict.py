@@ -19,7 +19,7 @@ from train.data.batches import batch_of, cut_of, ordered_rows
 from train.data.cuts import line
 from train.job import bucket_lengths
 from train.networks.network import check_tokens
-from train.rundir.finished import Run, open_run
+from train.rundir.finished import FinishedRun, open_run
 from train.tasks.classify import TextRegression, Texts
 
 _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
@@ -84,7 +84,7 @@ def _line(record: dict[str, Any]) -> str:
     return "\t".join(one.translate(_ESCAPES) for one in shown)
 
 
-def outputs(opened: Run, task: Texts, rows: list[list[str]]) -> np.ndarray:
+def outputs(opened: FinishedRun, task: Texts, rows: list[list[str]]) -> np.ndarray:
     """The adapted model's outputs for each text or pair of texts, float32 [n, labels]."""
     first, *second = (list(column) for column in zip(*rows, strict=True))
     examples = task.tokens(first, second[0] if second else None)

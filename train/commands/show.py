@@ -13,7 +13,7 @@ from train.commands.sheet import write_sheet
 from train.config import ConfigError, ImageClassification, TrainConfig
 from train.data.batches import Examples, cut_of, size
 from train.data.cuts import line
-from train.job import Material, material
+from train.job import TrainingData, training_data
 from train.report import examples as look
 
 MANY = 12
@@ -50,7 +50,7 @@ def show(config: TrainConfig, asked: Asked) -> None:
     if asked.tokens if images else asked.out is not None:
         flag, kind = ("--tokens", "texts") if images else ("--out", "images")
         raise ConfigError(f"show: got {flag}, which is for {kind}; leave it out")
-    found = material(config)
+    found = training_data(config)
     print(f"{config.name}: {type(config.task).__name__}\n")
     for name, sets in (("train", found.train), ("validation", found.test)):
         print("\n".join(summary(name, found, sets)))
@@ -60,7 +60,7 @@ def show(config: TrainConfig, asked: Asked) -> None:
         _print(found, asked.examples, bars=asked.tokens)
 
 
-def _print(found: Material, count: int, *, bars: bool) -> None:
+def _print(found: TrainingData, count: int, *, bars: bool) -> None:
     learnt = found.train[list(found.train)[-1]]
     for row in range(min(count, size(learnt))):
         print(f"\nexample {row + 1} of {size(learnt):,}: {look.about(found.task, learnt, row)}")
@@ -68,7 +68,7 @@ def _print(found: Material, count: int, *, bars: bool) -> None:
         print("\n-- packed behind it --\n".join(look.marked(one, bars=bars) for one in parts))
 
 
-def summary(name: str, found: Material, sets: Mapping[str, Examples]) -> Iterator[str]:
+def summary(name: str, found: TrainingData, sets: Mapping[str, Examples]) -> Iterator[str]:
     """Lines about the training or the validation examples: how many, how long, of which labels."""
     task: Any = found.config.task
     examples = sets[list(sets)[-1]]
@@ -80,7 +80,7 @@ def summary(name: str, found: Material, sets: Mapping[str, Examples]) -> Iterato
         yield f"  tokens  {_spread(long)}"
         if cut is not None and cut.cut + cut.dropped:
             yield f"  {line('cut', cut)}"
-        if "learnt" in examples:
+        if "loss_mask" in examples:
             share = learnt.sum() / long.sum()
             yield f"  learnt  {_spread(learnt)}; {learnt.sum():,} of {long.sum():,} tokens ({share:.1%})"
     else:
@@ -95,7 +95,7 @@ def counts(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
     long, learnt = [], []
     for row, ids in enumerate(examples["input_ids"]):
         segments = examples["segment_ids"][row] if "segment_ids" in examples else np.ones(len(ids), np.int32)
-        marks = look.learnt_of(examples, row) if "learnt" in examples else np.zeros(len(ids), bool)
+        marks = look.loss_mask_of(examples, row) if "loss_mask" in examples else np.zeros(len(ids), bool)
         long += np.bincount(segments)[1:].tolist()
         learnt += np.bincount(segments, marks)[1:].astype(int).tolist()
     return np.asarray(long), np.asarray(learnt)
@@ -117,7 +117,7 @@ def _labels(names: Sequence[str], values: np.ndarray) -> str:
     return ", ".join(shown)
 
 
-def _draw(out: Path, found: Material, each: int) -> None:
+def _draw(out: Path, found: TrainingData, each: int) -> None:
     network, names = found.network, getattr(found.task, "labels", ())
     pixels = {
         domain: np.clip(examples["image"] * np.asarray(network.std) + np.asarray(network.mean), 0, 1)

@@ -24,7 +24,7 @@ from train.compute.step import Step, TrainState
 from train.config import ComputeConfig, ConfigError, TrainConfig
 from train.data.batches import Batch
 
-Each: TypeAlias = Callable[[Any, Any, Any], dict[str, jax.Array]]
+RowFunction: TypeAlias = Callable[[Any, Any, Any], dict[str, jax.Array]]
 """``fn(base, adapters, batch)``: for each row of the batch what is measured."""
 
 AXES = ("data", "fsdp", "tensor")
@@ -66,7 +66,7 @@ class Layout(Protocol):
         """``step``, for states that lie as ``state`` does. It takes over the memory of the state that it is given."""
         ...
 
-    def compile_each(self, fn: Each) -> Callable[..., dict[str, np.ndarray]]:
+    def compile_rows(self, fn: RowFunction) -> Callable[..., dict[str, np.ndarray]]:
         """``fn``, whose results for all rows come to every process."""
         ...
 
@@ -116,7 +116,7 @@ class Jit:
     def compile_step(self, step: Step, state: TrainState) -> Callable[..., Any]:
         return jax.jit(step, donate_argnums=0)
 
-    def compile_each(self, fn: Each) -> Callable[..., dict[str, np.ndarray]]:
+    def compile_rows(self, fn: RowFunction) -> Callable[..., dict[str, np.ndarray]]:
         compiled = jax.jit(fn)
         return lambda *args: jax.device_get(compiled(*args))
 
@@ -172,7 +172,7 @@ class Pmap:
 
         return stepped
 
-    def compile_each(self, fn: Each) -> Callable[..., dict[str, np.ndarray]]:
+    def compile_rows(self, fn: RowFunction) -> Callable[..., dict[str, np.ndarray]]:
         mapped = jax.pmap(fn)
 
         def each(*args: Any) -> dict[str, np.ndarray]:
@@ -214,7 +214,7 @@ class Mesh:
 
     axis = None
 
-    def __init__(self, config: ComputeConfig, rules: jlora.Rules):
+    def __init__(self, config: ComputeConfig, rules: jlora.ShardingRules):
         sizes = {axis: getattr(config, axis) for axis in AXES}
         others = config.fsdp * config.tensor
         sizes["data"] = config.data or jax.device_count() // others
@@ -299,7 +299,7 @@ class Mesh:
         # Pinned: the compiler may prefer others for the results, and then the second step would be compiled anew.
         return jax.jit(step, donate_argnums=0, out_shardings=(places, self._whole))
 
-    def compile_each(self, fn: Each) -> Callable[..., dict[str, np.ndarray]]:
+    def compile_rows(self, fn: RowFunction) -> Callable[..., dict[str, np.ndarray]]:
         compiled = jax.jit(fn, out_shardings=self._whole)
         return lambda *args: {name: np.asarray(x.addressable_data(0)) for name, x in compiled(*args).items()}
 
@@ -317,7 +317,7 @@ class Mesh:
         return state
 
 
-def make_layout(config: TrainConfig, rules: jlora.Rules) -> Layout:
+def make_layout(config: TrainConfig, rules: jlora.ShardingRules) -> Layout:
     """The layout that a configuration asks for, on the devices that there are.
 
     Args:

@@ -33,7 +33,7 @@ READERS = 1
 
 
 @dataclass
-class Account:
+class Provenance:
     """What is told of a set of examples.
 
     Attributes:
@@ -110,7 +110,7 @@ def beside(train: str) -> tuple[str, str]:
 
 def read_source(
     source: str, cache_dir: Path, of: str, found: str | None, quoted_tsv: bool
-) -> tuple[datasets.Dataset, Account]:
+) -> tuple[datasets.Dataset, Provenance]:
     """All rows of a source's split, and what is told of them; a file has one split, which is asked for by a column.
 
     Args:
@@ -127,9 +127,9 @@ def read_source(
             files = [File(path, str(path))]
             if files[0].suffix not in SUFFIXES:
                 raise ConfigError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
-            rows, account = _from_files(files, cache_dir, quoted_tsv)
+            rows, provenance = _from_files(files, cache_dir, quoted_tsv)
         elif path.is_dir() or not (path.suffix in SUFFIXES or location.startswith((".", "/"))):
-            rows, account = _from_dataset(location, split, cache_dir, of, quoted_tsv)
+            rows, provenance = _from_dataset(location, split, cache_dir, of, quoted_tsv)
         else:
             siblings = sorted(str(file) for file in path.parent.glob("*") if file.suffix in SUFFIXES)
             raise ConfigError(f"there is no file at {location}{nearest(location, siblings)}")
@@ -143,7 +143,7 @@ def read_source(
         ) from error
     if not len(rows):
         raise ConfigError(f"{of}: {source} has no examples")
-    return rows, dataclasses.replace(account, source=location, found=found, split=split or account.split)
+    return rows, dataclasses.replace(provenance, source=location, found=found, split=split or provenance.split)
 
 
 # Files that are read here
@@ -151,7 +151,7 @@ def read_source(
 
 def _from_files(
     files: Sequence[File], cache_dir: Path, quoted_tsv: bool, features: datasets.Features | None = None
-) -> tuple[datasets.Dataset, Account]:
+) -> tuple[datasets.Dataset, Provenance]:
     digests = [_digest(file.path) for file in files]
     made_of = [READERS, quoted_tsv, str(features), [file.suffix for file in files], digests]
     folder = cache_dir / "data" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
@@ -161,7 +161,7 @@ def _from_files(
     rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     names = [file.name for file in files]
-    return rows, Account("", None, dict(zip(names, counts, strict=True)), None, digest, len(rows))
+    return rows, Provenance("", None, dict(zip(names, counts, strict=True)), None, digest, len(rows))
 
 
 def _is_whole(folder: Path) -> bool:
@@ -219,7 +219,7 @@ def _digest(path: Path) -> str:
 
 def _from_dataset(
     location: str, split: str | None, cache_dir: Path, of: str, quoted_tsv: bool
-) -> tuple[datasets.Dataset, Account]:
+) -> tuple[datasets.Dataset, Provenance]:
     """A split of a folder, or of a dataset on the hub.
 
     Files of `SUFFIXES` in it are read here. Others, such as pictures, are read by `datasets`: its cache goes by names
@@ -242,13 +242,13 @@ def _from_dataset(
     if own and builder.name in (("csv", "json", "text", "parquet") if local else ("csv", "json", "text")):
         chosen = _split(list(own), split, of)
         here = own[chosen] if local else _fetched(own[chosen], kept)
-        rows, account = _from_files(here, cache_dir, quoted_tsv, builder.info.features)
-        return rows, dataclasses.replace(account, split=chosen)
+        rows, provenance = _from_files(here, cache_dir, quoted_tsv, builder.info.features)
+        return rows, dataclasses.replace(provenance, split=chosen)
     found = datasets.load_dataset(name, configuration, cache_dir=str(kept))
     assert isinstance(found, datasets.DatasetDict)
     chosen = _split([str(one) for one in found], split, of)
     rows = found[chosen]
-    return rows, Account("", None, {}, chosen, digest or _digest_of_rows(rows), len(rows))
+    return rows, Provenance("", None, {}, chosen, digest or _digest_of_rows(rows), len(rows))
 
 
 def _split(there: Sequence[str], split: str | None, of: str) -> str:

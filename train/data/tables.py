@@ -17,18 +17,18 @@ import numpy as np
 
 from jlora._src.paths import nearest
 from train.config import ConfigError, DataConfig
-from train.data.sources import Account, beside, content, read_source
+from train.data.sources import Provenance, beside, content, read_source
 
 
 class Table(datasets.Dataset):
     """Rows that know where they were read.
 
     Attributes:
-      account: what is told of them; None for rows that were made, not read.
+      provenance: what is told of them; None for rows that were made, not read.
       rows: the number of each row in the source, from 0.
     """
 
-    account: Account | None = None
+    provenance: Provenance | None = None
     rows: np.ndarray | None = None
 
     @classmethod
@@ -37,36 +37,39 @@ class Table(datasets.Dataset):
         return made
 
     @classmethod
-    def of(cls, dataset: datasets.Dataset, account: Account) -> Table:
+    def of(cls, dataset: datasets.Dataset, provenance: Provenance) -> Table:
         table = cls(dataset.data, info=dataset.info, split=dataset.split)
-        table.account, table.rows = account, np.arange(len(table))
+        table.provenance, table.rows = provenance, np.arange(len(table))
         return table
 
     def select(self, indices: Iterable[int], *args: Any, **options: Any) -> Table:  # pyright: ignore
         indices = np.asarray(list(indices), np.int64)
         found: Any = super().select(indices, *args, **options)
         found.__class__ = Table
-        found.account, found.rows = self.account, None if self.rows is None else self.rows[indices]
+        found.provenance, found.rows = self.provenance, None if self.rows is None else self.rows[indices]
         return found
 
     def keep(self, indices: Sequence[int] | np.ndarray, why: str) -> Table:
-        """These rows; ``why`` tells in the account why the others are dropped."""
+        """These rows; ``why`` tells in the provenance why the others are dropped."""
         found = self.select(indices)
-        if self.account is not None:
-            dropped = {**self.account.dropped, why: len(self) - len(found)}
-            found.account = dataclasses.replace(self.account, dropped={k: n for k, n in dropped.items() if n})
+        if self.provenance is not None:
+            dropped = {**self.provenance.dropped, why: len(self) - len(found)}
+            found.provenance = dataclasses.replace(self.provenance, dropped={k: n for k, n in dropped.items() if n})
         return found
 
     def drop(self, count: int, why: str) -> None:
-        """Tell in the account that a task uses so many rows less."""
-        if self.account is not None and count:
-            self.account.dropped[why] = self.account.dropped.get(why, 0) + count
+        """Tell in the provenance that a task uses so many rows less."""
+        if self.provenance is not None and count:
+            self.provenance.dropped[why] = self.provenance.dropped.get(why, 0) + count
 
     def where(self, rows: Sequence[int], most: int = 5) -> str:
         """The places of rows in their files, such as ``rows 2, 7 of train.csv``; they count from 1, after a header."""
         name, numbers = "", [row + 1 for row in rows]
-        if self.account is not None and self.rows is not None:
-            files, places = self.account.files or {self.account.source: self.account.read}, self.rows[list(rows)]
+        if self.provenance is not None and self.rows is not None:
+            files, places = (
+                self.provenance.files or {self.provenance.source: self.provenance.read},
+                self.rows[list(rows)],
+            )
             starts = np.cumsum([0, *files.values()])
             first = int(np.searchsorted(starts, places[0], side="right")) - 1
             # Of several files the first one with such a row is named.
@@ -84,7 +87,7 @@ def load(config: DataConfig, cache_dir: Path) -> dict[str, Table]:
     hub are fetched.
 
     Returns:
-      ``{"train": table, "validation": table}``, each with its account.
+      ``{"train": table, "validation": table}``, each with its provenance.
 
     Raises:
       ConfigError: if a source is not there, cannot be read, is empty, or if there is no validation data.
@@ -124,17 +127,17 @@ def read(source: str, cache_dir: Path, field: str, *, found: str | None = None, 
     Raises:
       ConfigError: as `load`.
     """
-    rows, account = read_source(source, cache_dir, field, found, quoted_tsv)
-    table = Table.of(rows, account)
-    if account.split is None or not Path(account.source).is_file():
+    rows, provenance = read_source(source, cache_dir, field, found, quoted_tsv)
+    table = Table.of(rows, provenance)
+    if provenance.split is None or not Path(provenance.source).is_file():
         return table
     if "split" not in table.column_names:
         raise ConfigError(
-            f"{field}: {account.source} has no column `split`, by which :{account.split} would choose rows"
+            f"{field}: {provenance.source} has no column `split`, by which :{provenance.split} would choose rows"
         )
-    chosen = [i for i, value in enumerate(cells(table, "split")) if value == account.split]
+    chosen = [i for i, value in enumerate(cells(table, "split")) if value == provenance.split]
     if not chosen:
-        raise ConfigError(f"{field}: {account.source} has no row whose split is {account.split!r}")
+        raise ConfigError(f"{field}: {provenance.source} has no row whose split is {provenance.split!r}")
     return table.keep(chosen, "of other splits")
 
 
@@ -159,7 +162,7 @@ def column(table: Table, name: str, field: str) -> list[Any]:
     """
     if name not in table.column_names:
         advice = "rename the column" if field == "file" else f"pass --{field.replace('_', '-')} and one of them"
-        source = "it" if table.account is None else table.account.source
+        source = "it" if table.provenance is None else table.provenance.source
         raise ConfigError(
             f"{field}: the data has no column {name!r}{nearest(name, table.column_names)}; {source} has "
             f"{', '.join(table.column_names)}; {advice}"

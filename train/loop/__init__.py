@@ -6,5 +6,5 @@
 ``stop``         SIGTERM and Ctrl-C: a question that the loop asks
 ``loop``         steps, with metrics, evaluations and checkpoints on the way
 ``extend``       a run that goes on with more epochs than it was planned with
-``kept``         the files of a run while it trains
+``run_files``    the files of a run while it trains
 """

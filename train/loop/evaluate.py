@@ -44,7 +44,7 @@ def make_measure(
         outputs = forward(params, inputs) if adapters is None else adapted(jlora.attach(params, adapters), inputs)
         return task.measure(outputs, batch)
 
-    compiled = layout.compile_each(measure_batch)
+    compiled = layout.compile_rows(measure_batch)
 
     def measure(params: Any, adapters: Any, examples: Examples) -> Measured:
         found: dict[str, np.ndarray] = {}

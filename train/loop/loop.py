@@ -21,7 +21,7 @@ from train.compute.step import TrainState, init_state, make_step
 from train.config import ConfigError, FitConfig, SaveConfig
 from train.data.batches import Examples, batch_of, bucket_of, lengths, size, training_rows
 from train.loop.checkpoints import Checkpoints
-from train.loop.progress import Forecast, Pace, Position, Window, Work
+from train.loop.progress import Forecast, Intervals, Position, StepCounts, Window
 from train.loop.stop import Stop, Stopped, at_once
 from train.networks.network import Forward
 from train.report import console
@@ -49,7 +49,7 @@ class Training:
       learning_rate: the peak.
       rate_flag: the flag that sets it, for a message.
       seed: of the order of the examples and of dropout.
-      pace: when something is due.
+      intervals: when something is due.
       buckets: the lengths to which batches are padded.
       accumulate: parts of a batch that are computed one after the other.
       evaluate: takes adapters at their places and returns figures for the record; may raise `train.loop.stop.Stopped`.
@@ -66,7 +66,7 @@ class Training:
     learning_rate: float
     rate_flag: str
     seed: int
-    pace: Pace
+    intervals: Intervals
     evaluate: Callable[[dict[str, Any]], dict[str, float]]
     figure: tuple[str, int]
     log: Callable[[Record], None]
@@ -76,7 +76,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Saving:
+class Checkpointing:
     """Where a training is kept, and when.
 
     Attributes:
@@ -125,7 +125,7 @@ def fit(
     base: Any,
     start: Callable[[Any], dict[str, Any]],
     *,
-    saving: Saving | None = None,
+    saving: Checkpointing | None = None,
     stop: Stop | None = None,
 ) -> Fitted:
     """Train adapters; ``base`` stays as it is.
@@ -142,7 +142,7 @@ def fit(
       Stopped: if it was asked to stop, and did.
     """
     loop = _Loop(training, layout, base, start, saving, stop)
-    with console.Progress(training.phase, training.pace, loop.position.step) as loop.progress:
+    with console.Progress(training.phase, training.intervals, loop.position.step) as loop.progress:
         return loop.run()
 
 
@@ -157,12 +157,12 @@ class _Loop:
         layout: Layout,
         base: Any,
         start: Callable[[Any], dict[str, Any]],
-        saving: Saving | None,
+        saving: Checkpointing | None,
         stop: Stop | None,
     ):
         self.t, self.layout, self.base, self.saving, self.stop = training, layout, base, saving, stop
-        config, pace = training.config, training.pace
-        tx, schedule = make_optimizer(config), make_schedule(config, training.learning_rate, pace.steps)
+        config, intervals = training.config, training.intervals
+        tx, schedule = make_optimizer(config), make_schedule(config, training.learning_rate, intervals.steps)
         self.key = random_key(training.seed, f"{training.phase} dropout")
         self.state: TrainState = layout.make_state(lambda base: init_state(tx, start(base)), base)
         self.position = Position() if saving is None else saving.position
@@ -183,7 +183,7 @@ class _Loop:
         self.step = layout.compile_step(step, self.state)
         self.lengths = lengths(training.examples)
         self.seen: set[tuple[int, ...]] = set()
-        self.waiting: deque[tuple[int, Any, Work, bool]] = deque()
+        self.waiting: deque[tuple[int, Any, StepCounts, bool]] = deque()
         self.forecast = Forecast()
         self.clock = self.saved_at = time.perf_counter()
 
@@ -196,10 +196,10 @@ class _Loop:
             raise Stopped(self.stopped(), stopped.code) from None
 
     def train(self) -> Fitted:
-        position, pace = self.position, self.t.pace
+        position, intervals = self.position, self.t.intervals
         if position.unmeasured:
             self.look()
-        while position.step < pace.steps and not self.is_exhausted():
+        while position.step < intervals.steps and not self.is_exhausted():
             self.advance()
             self.look()
             if self.stop is not None and self.stop.asked():
@@ -219,7 +219,7 @@ class _Loop:
     def ended(self) -> str:
         """Why the training is at its end."""
         t, position = self.t, self.position
-        if position.step < t.pace.steps:
+        if position.step < t.intervals.steps:
             return f"{position.stale} measurements in a row had no better {t.figure[0]} ({t.phase}.patience)"
         return f"all {t.config.epochs} epochs are done"
 
@@ -236,13 +236,13 @@ class _Loop:
         batch = self.layout.place_batch(lambda part: batch_of(t.examples, rows[part], bucket), len(rows))
         shape = (len(rows), *bucket)
         tokens, places = (0, 0) if self.lengths is None else (int(self.lengths[rows].sum()), math.prod(shape))
-        work, timed = Work(len(rows), tokens, t.ideal_seconds(shape), places), shape in self.seen
+        counts, timed = StepCounts(len(rows), tokens, t.ideal_seconds(shape), places), shape in self.seen
         if not timed:  # It will be compiled, and that is no part of the steps' time: the steps around it wait for it.
             self.fetch(0)
         with contextlib.nullcontext() if timed else self.compiling():
             self.state, metrics = self.step(self.state, self.base, batch, self.key)
         self.seen.add(shape)
-        self.waiting.append((done + 1, metrics, work, timed))
+        self.waiting.append((done + 1, metrics, counts, timed))
         self.position.step = done + 1
         self.fetch(self.ahead() if timed else 0)
         self.progress.advance()
@@ -263,26 +263,26 @@ class _Loop:
         """
         position = self.position
         while len(self.waiting) > leave:
-            done, metrics, work, timed = self.waiting.popleft()
+            done, metrics, counts, timed = self.waiting.popleft()
             found = {name: np.asarray(value).item() for name, value in metrics.items()}
             if not all(math.isfinite(found[name]) for name in ("loss", "grad_norm")):
                 raise ConfigError(self.diverged(done, found))
             now = time.perf_counter()
             for window in (position.line, position.epoch):
-                window.add(found, work)
+                window.add(found, counts)
                 if timed:
-                    window.add_time(now - self.clock, work)
+                    window.add_time(now - self.clock, counts)
             if timed:
                 self.forecast.add(now - self.clock)
             position.seconds += now - self.clock
             self.clock = now
-            if not self.t.pace.is_eval_due(done):
+            if not self.t.intervals.is_eval_due(done):
                 self.tell(done, {})
 
     def look(self) -> None:
         """What is due after a step: a measurement, a checkpoint."""
         t, position, is_best = self.t, self.position, False
-        if t.pace.is_eval_due(position.step):
+        if t.intervals.is_eval_due(position.step):
             self.fetch(0)
             position.unmeasured = True
             with contextlib.nullcontext() if self.forecast.measuring else self.compiling():
@@ -299,17 +299,19 @@ class _Loop:
 
     def tell(self, done: int, figures: dict[str, float]) -> None:
         """The records that are due after a step, of which the last one has the figures."""
-        pace, position = self.t.pace, self.position
+        intervals, position = self.t.intervals, self.position
         told: list[Record] = []
-        is_end = pace.is_epoch_end(done)
-        if pace.is_line_due(done):
+        is_end = intervals.is_epoch_end(done)
+        if intervals.is_line_due(done):
             told.append({"step": done} | position.line.averages() | ({} if is_end else figures))
             position.line = Window()
         if is_end:
             seconds = {"seconds": round(position.seconds, 3)}
-            told.append({"epoch": done // pace.epoch, "step": done} | position.epoch.averages() | figures | seconds)
+            told.append(
+                {"epoch": done // intervals.epoch, "step": done} | position.epoch.averages() | figures | seconds
+            )
             position.epoch = Window()
-        left = self.forecast.left(done, pace)
+        left = self.forecast.left(done, intervals)
         for record in told:
             self.t.log({"phase": self.t.phase} | record)
             self.progress.show(record, [name for name in figures if name in record], left)
@@ -320,7 +322,7 @@ class _Loop:
         config = self.saving.config
         if config.every_steps is not None:
             return self.position.step % config.every_steps == 0
-        if jax.process_count() > 1 and self.position.step % min(self.t.pace.line, 50):
+        if jax.process_count() > 1 and self.position.step % min(self.t.intervals.line, 50):
             return False
         due = time.perf_counter() - self.saved_at > 60 * config.every_minutes
         return first_decides(lambda: "yes" if due else "no") == "yes"
@@ -356,7 +358,7 @@ class _Loop:
 
     def stopped(self) -> str:
         """Save, and say from where the training will go on."""
-        done = f"{self.t.phase}: stopped after step {self.position.step} of {self.t.pace.steps}, as asked"
+        done = f"{self.t.phase}: stopped after step {self.position.step} of {self.t.intervals.steps}, as asked"
         if self.saving is None:
             return f"{done}; {ANEW}"
         self.save()
@@ -371,7 +373,7 @@ class _Loop:
         good = f"; the newest checkpoint, of step {saved[-1]}, is from before" if saved else ""
         return (
             f"{self.t.phase}: the loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']} in step "
-            f"{done} (epoch {(done - 1) // self.t.pace.epoch + 1}), of the training examples {shown}{good}. The "
+            f"{done} (epoch {(done - 1) // self.t.intervals.epoch + 1}), of the training examples {shown}{good}. The "
             f"training diverged: pass a smaller {self.t.rate_flag}, more --{self.t.phase}.warmup or "
             f"--{self.t.phase}.clip 1.0, or take the examples out"
         )

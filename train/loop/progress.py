@@ -1,4 +1,4 @@
-"""How far a training is: the pace that its configuration sets, and the position that a checkpoint keeps."""
+"""How far a training is: the intervals that its configuration sets, and the position that a checkpoint keeps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LINES = 50
 
 
 @dataclass(frozen=True)
-class Pace:
+class Intervals:
     """When something is due, by the number of steps done so far.
 
     Attributes:
@@ -31,11 +31,11 @@ class Pace:
     @staticmethod
     def of(
         epochs: int, steps_per_epoch: int, *, log_every: int | None, eval_every: int, eval_every_steps: int | None
-    ) -> Pace:
+    ) -> Intervals:
         """The pace of so many epochs."""
         steps = epochs * steps_per_epoch
         line = log_every or max(1, steps // LINES)
-        return Pace(steps_per_epoch, steps, line, eval_every_steps or eval_every * steps_per_epoch)
+        return Intervals(steps_per_epoch, steps, line, eval_every_steps or eval_every * steps_per_epoch)
 
     def is_epoch_end(self, done: int) -> bool:
         return done % self.epoch == 0
@@ -54,7 +54,7 @@ class Pace:
         return self.steps // self.eval - done // self.eval + last
 
 
-class Work(NamedTuple):
+class StepCounts(NamedTuple):
     """What a step works through; see `Window`."""
 
     examples: int
@@ -88,23 +88,23 @@ class Window:
     real: int = 0
     places: int = 0
 
-    def add(self, metrics: Mapping[str, Any], work: Work | None = None) -> None:
+    def add(self, metrics: Mapping[str, Any], counts: StepCounts | None = None) -> None:
         """Count a step with these metrics."""
         self.steps += 1
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
         self.learning_rate = metrics.get("learning_rate", self.learning_rate)
-        if work is not None:
-            self.real += work.tokens
-            self.places += work.places
+        if counts is not None:
+            self.real += counts.tokens
+            self.places += counts.places
 
-    def add_time(self, seconds: float, work: Work) -> None:
+    def add_time(self, seconds: float, counts: StepCounts) -> None:
         """Count the time of a step."""
         self.seconds += seconds
         self.timed += 1
-        self.examples += work.examples
-        self.tokens += work.tokens
-        self.ideal_seconds += work.ideal_seconds
+        self.examples += counts.examples
+        self.tokens += counts.tokens
+        self.ideal_seconds += counts.ideal_seconds
 
     def averages(self) -> dict[str, float]:
         """The metrics' means, the newest learning rate, the share of padding, and the speed of the timed steps."""
@@ -146,11 +146,11 @@ class Forecast:
         """Of a step; None before one was timed."""
         return self.seconds / self.steps if self.steps else None
 
-    def left(self, done: int, pace: Pace) -> float | None:
+    def left(self, done: int, intervals: Intervals) -> float | None:
         """Seconds after so many steps until the last one is done and measured; None before a step was timed."""
         if self.step_seconds is None:
             return None
-        return self.step_seconds * (pace.steps - done) + self.measuring * pace.evals_after(done)
+        return self.step_seconds * (intervals.steps - done) + self.measuring * intervals.evals_after(done)
 
 
 @dataclass

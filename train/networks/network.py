@@ -56,7 +56,7 @@ class Network:
 
     forward: Forward
     init: Callable[[jax.Array], Any]
-    rules: jlora.Rules
+    rules: jlora.ShardingRules
     load: Callable[[jax.Array | None, Any], Any] | None = None
     model: nn.Module | None = None
     tokenizer: Any = None
@@ -148,7 +148,7 @@ def _pretrained(config: Pretrained, task: TaskConfig, remat: Remat) -> Network:
     return Network(
         forward,
         init=lambda key: {"params": model.init(key, models.example_inputs(model))["params"]},
-        rules=models.rules(model),
+        rules=models.sharding_rules(model),
         load=load,
         model=model,
         tokenizer=tokenizer,
@@ -278,7 +278,7 @@ def patches(images: jax.Array, side: int) -> jax.Array:
     return jnp.swapaxes(grid, 2, 3).reshape(batch, -1, side * side * channels)
 
 
-_RULES: dict[type, jlora.Rules] = {
+_RULES: dict[type, jlora.ShardingRules] = {
     Mlp: ((r"hidden_\d+/kernel$", P("fsdp", "tensor")), (r"head/kernel$", P("fsdp")), (r"bias$", P())),
     PatchTransformer: (
         (r"(query|key|value|up)/kernel$", P("fsdp", "tensor")),

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from jlora._src.table import table
 from train.compute.processes import is_first
-from train.loop.progress import Pace
+from train.loop.progress import Intervals
 
 
 class Progress:
@@ -23,14 +23,14 @@ class Progress:
 
     Args:
       phase: the name of the training.
-      pace: of the training.
+      intervals: of the training.
       done: how many of its steps were done before.
     """
 
-    def __init__(self, phase: str, pace: Pace, done: int):
-        self._phase, self._pace, self._done = phase, pace, done
+    def __init__(self, phase: str, intervals: Intervals, done: int):
+        self._phase, self._pace, self._done = phase, intervals, done
         self._bar = tqdm(
-            total=pace.steps,
+            total=intervals.steps,
             initial=done,
             desc=phase,
             disable=None if is_first() else True,
@@ -41,11 +41,11 @@ class Progress:
         self._figures = ""
 
     def __enter__(self) -> Progress:
-        pace, left = self._pace, self._pace.steps - self._done
+        intervals, left = self._pace, self._pace.steps - self._done
         if left > 0:
             self._say(
-                f"{left} of {pace.steps} steps, {pace.epoch} in an epoch; "
-                f"logged every {pace.line}, evaluated every {pace.eval}"
+                f"{left} of {intervals.steps} steps, {intervals.epoch} in an epoch; "
+                f"logged every {intervals.line}, evaluated every {intervals.eval}"
             )
         return self
 
@@ -71,8 +71,8 @@ class Progress:
 
     def _parts(self, record: Mapping[str, Any], left: float | None) -> list[str]:
         """What a line and the bar say of a record, but for its step and its figures."""
-        pace = self._pace
-        epoch = f"epoch {-(-record['step'] // pace.epoch)} of {pace.steps // pace.epoch}"
+        intervals = self._pace
+        epoch = f"epoch {-(-record['step'] // intervals.epoch)} of {intervals.steps // intervals.epoch}"
         whole = "epoch" in record
         parts = [f"{epoch} done" if whole else epoch, f"{'mean ' if whole else ''}loss {record['loss']:.4f}"]
         parts.append(f"lr {record['learning_rate']:.2e}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from train.report.figures import curves, main_figures
-from train.report.reading import Points, RunFiles
+from train.report.reading import Points, ReportedRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ SVG_METADATA = ("Creator", "Date", "Format", "Type")
 """What matplotlib would write into an SVG: addresses, and the time."""
 
 
-def svg(runs: Sequence[RunFiles]) -> str:
+def svg(runs: Sequence[ReportedRun]) -> str:
     """The curves as an element of a page; empty if there are none."""
     if not curves(runs):
         return ""
@@ -53,12 +53,12 @@ def svg(runs: Sequence[RunFiles]) -> str:
     return drawn[drawn.index("<svg") :].replace(INK, "currentColor")
 
 
-def picture(runs: Sequence[RunFiles]) -> bytes:
+def picture(runs: Sequence[ReportedRun]) -> bytes:
     """The main figures and the curves as a PNG."""
     return _saved(runs, table=True, format="png", dpi=150, facecolor="white")
 
 
-def _saved(runs: Sequence[RunFiles], *, table: bool, **how: Any) -> bytes:
+def _saved(runs: Sequence[ReportedRun], *, table: bool, **how: Any) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -104,7 +104,7 @@ def _tick(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else np.format_float_positional(value, 4, fractional=False, trim="-")
 
 
-def _draw_table(axes: Axes, runs: Sequence[RunFiles]) -> None:
+def _draw_table(axes: Axes, runs: Sequence[ReportedRun]) -> None:
     """The adapted models' main figures, a row for each run with a sample of its line."""
     columns = {"": ["\u2501\u2501" if line == "solid" else "\u254d\u254d" for line in LINES[: len(runs)]]}
     columns |= main_figures(runs)

@@ -57,8 +57,8 @@ def about(task: Task, examples: Examples, row: int) -> str:
     """How long an example is, how much of it is learnt, and its label."""
     long = len(examples["input_ids"][row])
     facts = [f"{long:,} token{'s' if long != 1 else ''}"]
-    if "learnt" in examples:
-        facts.append(f"{learnt_of(examples, row).sum():,} learnt ({marks().legend})")
+    if "loss_mask" in examples:
+        facts.append(f"{loss_mask_of(examples, row).sum():,} learnt ({marks().legend})")
     if "segment_ids" in examples and (packed := len(np.unique(examples["segment_ids"][row]))) > 1:
         facts.append(f"{packed:,} examples packed")
     if "label" in examples:
@@ -74,9 +74,9 @@ def label(task: Task, value: Any) -> str:
     return f"label {names[value]!r}" + (f" (class {value})" if names[value] != str(value) else "")
 
 
-def learnt_of(examples: Examples, row: int) -> np.ndarray:
+def loss_mask_of(examples: Examples, row: int) -> np.ndarray:
     """Which tokens of an example carry loss, bool [length]: the first one has nothing that it is predicted from."""
-    found = np.asarray(examples["learnt"][row], bool).copy()
+    found = np.asarray(examples["loss_mask"][row], bool).copy()
     found[:1] = False
     return found
 
@@ -88,7 +88,7 @@ def pieces(task: Any, examples: Examples, row: int, *, every: bool = False) -> l
       every: whether each token is a part.
     """
     ids = examples["input_ids"][row]
-    learnt = learnt_of(examples, row) if "learnt" in examples else np.zeros(len(ids), bool)
+    learnt = loss_mask_of(examples, row) if "loss_mask" in examples else np.zeros(len(ids), bool)
     segments = examples["segment_ids"][row] if "segment_ids" in examples else np.zeros(len(ids), int)
     found = []
     for number in dict.fromkeys(segments.tolist()):

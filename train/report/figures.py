@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from train.report.reading import Points, RunFiles, is_number
+from train.report.reading import Points, ReportedRun, is_number
 from train.rundir.directory import ASIDE
 
 Rows = list[tuple[str, list[str]]]
@@ -17,7 +17,7 @@ RATES = ("tokens_per_second", "examples_per_second")
 """The first of these that a run tells is drawn."""
 
 
-def figure_tables(runs: Sequence[RunFiles]) -> dict[str, Rows]:
+def figure_tables(runs: Sequence[ReportedRun]) -> dict[str, Rows]:
     """Tables of the runs' figures by their titles, without the rows of which no run knows anything."""
     primaries = _in_order(run.primary for run in runs)
     tables = {primary: _of_models(runs, primary) for primary in primaries}
@@ -28,7 +28,7 @@ def figure_tables(runs: Sequence[RunFiles]) -> dict[str, Rows]:
     return {_words(title): rows for title, rows in tables.items() if rows}
 
 
-def main_figures(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
+def main_figures(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
     """The adapted models' main figures as columns by their titles, of two lines at most; a cell for each run."""
     columns = {"run": [run.name for run in runs]}
     for primary in _in_order(run.primary for run in runs):
@@ -39,7 +39,7 @@ def main_figures(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
     return columns
 
 
-def differing_fields(runs: Sequence[RunFiles]) -> Rows:
+def differing_fields(runs: Sequence[ReportedRun]) -> Rows:
     """The fields in which the configurations differ, but for `ASIDE`; empty cells where a run has no such field."""
     names = _in_order(name for run in runs for name in run.config if name.split(".")[0] not in ASIDE)
     parts = _in_order(name.split(".")[0] for name in names)
@@ -53,7 +53,7 @@ def differing_fields(runs: Sequence[RunFiles]) -> Rows:
     ]
 
 
-def plans(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
+def plans(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
     """Each plan, and the names of the runs that have it."""
     found: dict[str, list[str]] = {}
     for run in runs:
@@ -61,7 +61,7 @@ def plans(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
     return {plan: names for plan, names in found.items() if plan}
 
 
-def curves(runs: Sequence[RunFiles]) -> dict[str, list[Points]]:
+def curves(runs: Sequence[ReportedRun]) -> dict[str, list[Points]]:
     """Steps and values of every run (none where it has none), by the title of the panel that shows them."""
     measured = _in_order(f"{name}_{run.primary}" for run in runs for name in _sets([run], run.primary))
     speeds = _in_order(name for run in runs for name in [name for name in RATES if run.averages(name)][:1])
@@ -79,7 +79,7 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _sets(runs: Sequence[RunFiles], metric: str) -> list[str]:
+def _sets(runs: Sequence[ReportedRun], metric: str) -> list[str]:
     """The sets of examples on which a metric was measured."""
     ending = f"_{metric}"
     ended = [name for run in runs for _, name, of_set in run.figures if of_set == metric]
@@ -87,7 +87,7 @@ def _sets(runs: Sequence[RunFiles], metric: str) -> list[str]:
     return _in_order([*ended, *(name.removesuffix(ending) for name in way if name.endswith(ending))])
 
 
-def _of_models(runs: Sequence[RunFiles], metric: str) -> Rows:
+def _of_models(runs: Sequence[ReportedRun], metric: str) -> Rows:
     models = _in_order(["base", "adapted", *(model for run in runs for model, _, _ in run.figures)])
     return [
         (f"{name}, {model}", [_figure(run, model, name, metric) for run in runs])
@@ -96,7 +96,7 @@ def _of_models(runs: Sequence[RunFiles], metric: str) -> Rows:
     ]
 
 
-def _others(runs: Sequence[RunFiles], primaries: Sequence[str]) -> Rows:
+def _others(runs: Sequence[ReportedRun], primaries: Sequence[str]) -> Rows:
     keys = dict.fromkeys(key for run in runs for key in run.figures if key[0] == "adapted" and key[2] not in primaries)
     return [
         (f"{name}, {_words(metric)}", [_figure(run, model, name, metric) for run in runs])
@@ -104,7 +104,7 @@ def _others(runs: Sequence[RunFiles], primaries: Sequence[str]) -> Rows:
     ]
 
 
-def _figure(run: RunFiles, model: str, name: str, metric: str) -> str:
+def _figure(run: ReportedRun, model: str, name: str, metric: str) -> str:
     """A model's figure; of an unfinished run's adapted model the newest one, and when it was measured."""
     if run.summary or model != "adapted":
         return _number(run.figures.get((model, name, metric)), "{:.4f}")
@@ -121,7 +121,7 @@ def _scaled(name: str, scale: float, form: str) -> Callable[[Mapping[str, Any]],
     return lambda summary: _number(summary[name] * scale if is_number(summary.get(name)) else None, form)
 
 
-def _state(run: RunFiles) -> str:
+def _state(run: ReportedRun) -> str:
     if run.summary:
         return "finished"
     ends = [record for record in run.records if is_number(record.get("epoch")) and record["epoch"] > 0]
@@ -130,14 +130,14 @@ def _state(run: RunFiles) -> str:
     return f"unfinished, step {step:,} of {ends[-1]['step'] * epochs // ends[-1]['epoch'] if known else '?'}"
 
 
-def _trained(run: RunFiles) -> str:
+def _trained(run: ReportedRun) -> str:
     trainable, total = run.summary.get("trainable"), run.summary.get("total")
     if isinstance(trainable, int) and isinstance(total, int) and total:
         return f"{trainable:,} of {total:,} ({trainable / total:.2%})"
     return _number(trainable, "{:,}")
 
 
-def _duration(run: RunFiles) -> str:
+def _duration(run: ReportedRun) -> str:
     seconds = run.summary.get("seconds")
     return str(timedelta(seconds=round(seconds))) if is_number(seconds) else ""
 
@@ -146,7 +146,7 @@ def _shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value) or '""'
 
 
-TRAINING: dict[str, Callable[[RunFiles], str]] = {
+TRAINING: dict[str, Callable[[ReportedRun], str]] = {
     "state": _state,
     "mode": lambda run: str(run.config.get("mode", "")),
     "seed": lambda run: str(run.config.get("seed", "")),

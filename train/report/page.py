@@ -9,10 +9,10 @@ import jinja2
 
 from train.report.curves import COLOURS, LINES, svg
 from train.report.figures import differing_fields, figure_tables, plans
-from train.report.reading import RunFiles
+from train.report.reading import ReportedRun
 
 
-def page(runs: Sequence[RunFiles]) -> str:
+def page(runs: Sequence[ReportedRun]) -> str:
     """The page, in HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -28,7 +28,7 @@ Points = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
-class RunFiles:
+class ReportedRun:
     """What the files of a run tell.
 
     Attributes:
@@ -76,7 +76,7 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float)
 
 
-def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
+def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
     """The runs in these folders; a folder that is given twice counts once.
 
     Raises:
@@ -101,7 +101,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [name(mine) for mine in parts]
 
 
-def _read(folder: Path, name: str, problems: list[str]) -> RunFiles:
+def _read(folder: Path, name: str, problems: list[str]) -> ReportedRun:
     config = _read_json(folder / "config.json", problems)
     if config is None:
         problems.append(f"{folder} is no run directory: it has no config.json; python -m train makes one below runs/")
@@ -114,7 +114,7 @@ def _read(folder: Path, name: str, problems: list[str]) -> RunFiles:
         except TensorError as error:
             problems.append(str(error))
     plan = folder / "plan.txt"
-    return RunFiles(
+    return ReportedRun(
         name=name,
         config=config,
         primary=summary.get("primary") or _primary(config),

@@ -167,7 +167,7 @@ class _Wandb:
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """Kept in the directory: so it moves and goes with it, and another directory of this name is another run."""
+    """RunFiles in the directory: so it moves and goes with it, and another directory of this name is another run."""
     path = run_dir / "wandb" / "id"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ FINISHED = ("config.json", DATA, "metrics.jsonl", "plan.txt", f"adapters/{SUMS}"
 
 
 @dataclass(frozen=True)
-class RunDir:
+class RunDirectory:
     """A run's directory.
 
     Attributes:
@@ -60,7 +60,7 @@ class RunDir:
     lock: filelock.BaseFileLock | None
 
 
-def open_run_dir(config: TrainConfig, data: Mapping[str, Any]) -> RunDir:
+def open_run_dir(config: TrainConfig, data: Mapping[str, Any]) -> RunDirectory:
     """The directory that a configuration is to be run in, with its ``config.json``; the first process chooses.
 
     Args:
@@ -80,7 +80,7 @@ def open_run_dir(config: TrainConfig, data: Mapping[str, Any]) -> RunDir:
         return json.dumps([str(path), (path / SUMMARY).is_file(), further])
 
     path, finished, further = json.loads(first_decides(choose))
-    return RunDir(Path(path), finished, further, locks[0] if is_first() else None)
+    return RunDirectory(Path(path), finished, further, locks[0] if is_first() else None)
 
 
 def _choose(config: TrainConfig, data: Mapping[str, Any], locks: list[filelock.BaseFileLock]) -> tuple[Path, bool]:

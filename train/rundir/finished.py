@@ -21,7 +21,7 @@ from train.tasks.registry import make_task
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run.
 
     Attributes:
@@ -45,7 +45,7 @@ class Run:
         return jlora.attach(self.params, self.adapters)
 
 
-def open_run(folder: Path) -> Run:
+def open_run(folder: Path) -> FinishedRun:
     """The run in ``folder``.
 
     Raises:
@@ -75,7 +75,9 @@ def open_run(folder: Path) -> Run:
         adapters = jlora.load(folder / "adapters")
     except TensorError as error:
         raise ConfigError(str(error)) from error
-    return Run(folder, config, network, make_task(config, network), _params(folder, config, network, summary), adapters)
+    return FinishedRun(
+        folder, config, network, make_task(config, network), _params(folder, config, network, summary), adapters
+    )
 
 
 def read_config(file: Path, written: dict[str, Any]) -> TrainConfig:

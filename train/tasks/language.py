@@ -22,7 +22,7 @@ from train.tasks.marked import Example, Marked, ids, packed, plain, plain_prompt
 
 
 class LanguageModel:
-    """The loss is that of the learnt tokens, each predicted from those before it."""
+    """The loss is that of the tokens that carry loss, each predicted from those before it."""
 
     primary = "loss"
     higher_is_better = False
@@ -42,7 +42,7 @@ class LanguageModel:
     # From tables to examples
 
     def encode(self, table: Table) -> dict[str, Examples]:
-        """Tokens, mask, which tokens are learnt, and when packed segments: int32 [length] for each example.
+        """Tokens, mask, the loss mask, and when packed segments: int32 [length] for each example.
 
         A row is one example; a conversation may be several (see `train.tasks.chat`).
 
@@ -63,7 +63,7 @@ class LanguageModel:
         if joined := sum(example.joined for example in kept):
             say(
                 f"in {joined} of {len(kept)} examples one token holds the end of a prompt and the start of its answer, "
-                "and is learnt. Where that is a space, end prompts (or the template's generation prompt) without it"
+                "and carries loss. Where that is a space, end prompts (or the template's generation prompt) without it"
             )
         if config.pack:
             return {"": _columns(list(packed(kept, config.max_length)), self.pad, cut)}
@@ -85,7 +85,7 @@ class LanguageModel:
     def prompt_tokens(self, prompt: str | list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """The tokens after which an answer to ``prompt`` is generated.
 
-        They are those in front of the learnt ones of an example, but for a token that joins both.
+        They are those in front of the tokens of loss of an example, but for a token that joins both.
 
         Args:
           prompt: a text; of a run on conversations also the messages that are to be answered.
@@ -122,7 +122,7 @@ class LanguageModel:
         return cells(table, name) if name in table.column_names else column(table, name, "task.tools")
 
     def _conversations(self, table: Table, conversations: Sequence[Any]) -> list[tuple[int, Marked]]:
-        """Each as one text that is learnt whole, or as texts that have its turns of the assistant."""
+        """Each as one text that carries loss whole, or as texts that have its turns of the assistant."""
         assert self.chat is not None
         found: list[tuple[int, Marked]] = []
         unread: Counter[str] = Counter()
@@ -145,7 +145,7 @@ class LanguageModel:
         if len(found) > len(conversations):
             say(
                 f"{len(conversations)} conversations are {len(found)} examples: the chat template shows earlier turns "
-                "otherwise than they are generated, so each is learnt where it is generated"
+                "otherwise than they are generated, so each carries loss where it is generated"
             )
         return found
 
@@ -155,20 +155,20 @@ class LanguageModel:
         return {name: batch[name] for name in ("input_ids", "attention_mask", "segment_ids") if name in batch}
 
     def loss(self, outputs: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-        """Cross entropy of the learnt tokens; ``outputs`` are logits [batch, length, vocabulary]."""
-        losses, learnt = _token_losses(outputs, batch, smoothing)
-        return losses.sum(), learnt.sum().astype(jnp.float32)
+        """Cross entropy of the tokens that carry loss; ``outputs`` are logits [batch, length, vocabulary]."""
+        losses, loss_mask = _token_losses(outputs, batch, smoothing)
+        return losses.sum(), loss_mask.sum().astype(jnp.float32)
 
     def measure(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """Of each example: the loss, how many tokens are learnt and guessed right, a checksum of the guesses."""
-        losses, learnt = _token_losses(outputs, batch)
+        """Of each example: the loss, how many tokens carry loss and are guessed right, a checksum of the guesses."""
+        losses, loss_mask = _token_losses(outputs, batch)
         guesses = outputs[:, :-1].argmax(axis=-1)
-        right = (guesses == batch["input_ids"][:, 1:]) * learnt
+        right = (guesses == batch["input_ids"][:, 1:]) * loss_mask
         places = jnp.arange(1, guesses.shape[1] + 1, dtype=jnp.uint32)
-        checksum = (guesses.astype(jnp.uint32) * learnt.astype(jnp.uint32) * (2 * places + 1)).sum(axis=1)
+        checksum = (guesses.astype(jnp.uint32) * loss_mask.astype(jnp.uint32) * (2 * places + 1)).sum(axis=1)
         return {
             "loss": losses.sum(axis=1),
-            "tokens": learnt.sum(axis=1),
+            "tokens": loss_mask.sum(axis=1),
             "right": right.sum(axis=1),
             "guesses": checksum,
         }
@@ -182,17 +182,17 @@ class LanguageModel:
 
 
 def _token_losses(logits: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """The loss of each token but the first, 0 where it is not learnt, and where it is; [batch, length - 1] both."""
-    learnt = jnp.asarray(batch["learnt"])[:, 1:]
+    """The loss of each token but the first, 0 where it carries none, and the loss mask; [batch, length - 1] both."""
+    loss_mask = jnp.asarray(batch["loss_mask"])[:, 1:]
     losses = cross_entropy(logits[:, :-1], jnp.asarray(batch["input_ids"])[:, 1:], smoothing)
-    return losses * learnt, learnt
+    return losses * loss_mask, loss_mask
 
 
 def _columns(rows: Sequence[tuple[Example, list[int] | None]], pad: int, cut: Cut) -> Examples:
     examples = {
         "input_ids": Ragged([example.tokens for example, _ in rows], pad, cut=cut),
         "attention_mask": Ragged([[1] * len(example.tokens) for example, _ in rows], 0),
-        "learnt": Ragged([example.learnt for example, _ in rows], 0),
+        "loss_mask": Ragged([example.loss_mask for example, _ in rows], 0),
     }
     if rows and rows[0][1] is not None:
         examples["segment_ids"] = Ragged([segments or [] for _, segments in rows], 0)

@@ -1,7 +1,7 @@
-"""Texts of which parts are learnt, and the same as tokens.
+"""Texts of which some parts carry loss, and the same as tokens.
 
-Which tokens are learnt is decided by characters: the whole text is tokenized once, and a token that holds any
-character of a learnt part is learnt. So an answer is tokenized as it stands in its text, and tokens that join the end
+Which tokens carry loss is decided by characters: the whole text is tokenized once, and a token that holds any
+character of such a part carries loss. So an answer is tokenized as it stands in its text, and tokens that join the end
 of a prompt with the start of its answer are part of the answer.
 """
 
@@ -19,22 +19,22 @@ CHUNK = 1000
 
 
 class Marked(NamedTuple):
-    """A text, and its parts that are learnt as ``(start, end)``, in characters."""
+    """A text, and its parts that carry loss, as ``(start, end)``, in characters."""
 
     text: str
     spans: list[tuple[int, int]]
 
 
 class Example(NamedTuple):
-    """One example: its tokens, which of them are learnt, and whether one of these begins before its learnt part."""
+    """One example: its tokens, which of them carry loss, and whether one of these begins before its part."""
 
     tokens: list[int]
-    learnt: list[int]
+    loss_mask: list[int]
     joined: bool = False
 
     def learns(self, limit: int) -> bool:
-        """Whether a learnt token is among the first ``limit``; the first has nothing to be predicted from."""
-        return any(self.learnt[1:limit])
+        """Whether one of the first ``limit`` tokens carries loss; the first has nothing to be predicted from."""
+        return any(self.loss_mask[1:limit])
 
 
 class Frame(NamedTuple):
@@ -58,14 +58,16 @@ def frame(tokenizer: Any) -> Frame:
 def plain(marked: Sequence[Marked], tokenizer: Any) -> Iterator[Example]:
     """Texts as tokens, each with one begin and one end token (where the tokenizer has them), be they in it or not.
 
-    The end token is learnt.
+    The end token carries loss.
     """
     around = frame(tokenizer)
-    for tokens, learnt, joined in tokenized([_bare(one, around) for one in marked], tokenizer):
-        first = int(learnt[:1] == [1])  # the begin token cannot be predicted; it is learnt where all of the text is
+    for tokens, loss_mask, joined in tokenized([_bare(one, around) for one in marked], tokenizer):
+        first = int(
+            loss_mask[:1] == [1]
+        )  # the begin token cannot be predicted; it carries loss where all of the text does
         yield Example(
             [*around.begin, *tokens, *around.end],
-            [*[first] * len(around.begin), *learnt, *[1] * len(around.end)],
+            [*[first] * len(around.begin), *loss_mask, *[1] * len(around.end)],
             joined,
         )
 
@@ -125,29 +127,29 @@ def _with_spaces(offsets: np.ndarray) -> np.ndarray:
 
 
 def _by_offsets(marked: Marked, offsets: np.ndarray) -> tuple[list[int], bool]:
-    """Which tokens hold a character of a learnt part; a token without width belongs to the character at its place."""
+    """Which tokens hold a character of a part that carries loss; one without width belongs to the character there."""
     inside = np.zeros(len(marked.text) + 1, np.int64)
     for start, end in marked.spans:
         inside[start:end] = 1
     before = np.concatenate([[0], inside.cumsum()])
     starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
-    learnt = before[ends] > before[starts]
+    loss_mask = before[ends] > before[starts]
     joined = any(((starts < start) & (ends > start)).any() for start, end in marked.spans if start < end)
-    return learnt.astype(int).tolist(), bool(joined)
+    return loss_mask.astype(int).tolist(), bool(joined)
 
 
 def _by_prefixes(marked: Marked, tokens: list[int], tokenizer: Any) -> tuple[list[int], bool]:
     """The same without offsets: a token that a text cut at a place does not have reaches beyond that place."""
-    learnt, joined = [0] * len(tokens), False
+    loss_mask, joined = [0] * len(tokens), False
     for start, end in marked.spans:
         if start == end:
             continue
         first, last = (ids(marked.text[:place], tokenizer) for place in (start, end))
         begin, stop = _shared(first, tokens), _shared(last, tokens)
         stop += stop < min(len(last), len(tokens))
-        learnt[begin:stop] = [1] * (stop - begin)
+        loss_mask[begin:stop] = [1] * (stop - begin)
         joined |= begin < len(first)
-    return learnt, joined
+    return loss_mask, joined
 
 
 def _shared(one: Sequence[int], two: Sequence[int]) -> int:
@@ -159,23 +161,23 @@ def _shared(one: Sequence[int], two: Sequence[int]) -> int:
 
 
 def shortened(examples: Sequence[Example], limit: int) -> tuple[list[Example], Cut]:
-    """The examples cut on the right to ``limit`` tokens, without those that have no learnt token left; what was lost.
+    """The examples cut on the right to ``limit`` tokens, without those that have no token of loss left; what was lost.
 
-    The first token of an example has nothing to be predicted from, so it never counts as learnt.
+    The first token of an example has nothing to be predicted from, so it never carries loss.
     """
     lost, ends = 0, 0
     for example in examples:
-        gone = sum(example.learnt[max(limit, 1) :])
+        gone = sum(example.loss_mask[max(limit, 1) :])
         lost += gone
-        ends += gone > 0 and example.learnt[-1]
-    kept = [Example(one.tokens[:limit], one.learnt[:limit], one.joined) for one in examples if one.learns(limit)]
+        ends += gone > 0 and example.loss_mask[-1]
+    kept = [Example(one.tokens[:limit], one.loss_mask[:limit], one.joined) for one in examples if one.learns(limit)]
     return kept, Cut(
         limit=limit,
         examples=len(examples),
         longest=max((len(one.tokens) for one in examples), default=0),
         cut=sum(len(one.tokens) > limit for one in examples),
         dropped=len(examples) - len(kept),
-        tokens=sum(sum(one.learnt[1:]) for one in examples),
+        tokens=sum(sum(one.loss_mask[1:]) for one in examples),
         lost=lost,
         ends=ends,
     )
@@ -184,14 +186,14 @@ def shortened(examples: Sequence[Example], limit: int) -> tuple[list[Example], C
 def packed(examples: Sequence[Example], length: int) -> Iterator[tuple[Example, list[int]]]:
     """Examples put into rows of at most ``length`` tokens in their order, with the number of each token's segment.
 
-    The first token of a segment has nothing to be predicted from, so it is not learnt.
+    The first token of a segment has nothing to be predicted from, so it carries no loss.
     """
     row, segments = Example([], []), []
-    for tokens, learnt, _ in examples:
+    for tokens, loss_mask, _ in examples:
         if row.tokens and len(row.tokens) + len(tokens) > length:
             yield row, segments
             row, segments = Example([], []), []
         row.tokens.extend(tokens)
-        row.learnt.extend([0, *learnt[1:]])
+        row.loss_mask.extend([0, *loss_mask[1:]])
         segments.extend([segments[-1] + 1 if segments else 1] * len(tokens))
     yield row, segments

@@ -15,7 +15,7 @@ from jlora._src.engine import compat
 from jlora._src.engine.named_axes import contract, low_rank_dtype
 from jlora._src.types import Array
 
-Names = tuple[Hashable, ...]
+AxisNames = tuple[Hashable, ...]
 Spec = tuple[Any, ...]
 
 
@@ -30,7 +30,7 @@ class Product:
       last: whether it goes from rank back to full width.
     """
 
-    names: tuple[Names, Names, Names]
+    names: tuple[AxisNames, AxisNames, AxisNames]
     precision: Any = None
     specs: tuple[Spec, Spec, Spec] | None = None
     last: bool = False

@@ -184,10 +184,14 @@ class _Chooser:
         for name, patterns, pool in (
             ("train_also", config.train_also, self.leaves),
             ("exclude", () if config.exclude == HEADS else config.exclude, self.leaves),
-            ("rule", tuple(r.pattern for r in config.rules), [p for p, t in targets.items() if t.axes is not None]),
+            (
+                "override",
+                tuple(r.pattern for r in config.overrides),
+                [p for p, t in targets.items() if t.axes is not None],
+            ),
         ):
             wrong += [
-                f"{name} {pattern!r} matches no {'adapted ' if name == 'rule' else ''}weight"
+                f"{name} {pattern!r} matches no {'adapted ' if name == 'override' else ''}weight"
                 f"{paths.nearest(pattern, pool)}"
                 for pattern in patterns
                 if not any(re.search(pattern, p) for p in pool)
@@ -211,7 +215,7 @@ class _Chooser:
             warnings.warn(
                 f"plan: the rank is above what {len(self.too_high)} weight(s) can have:"
                 f"{paths.bullets(self.too_high)}\nTheir updates are not low-rank, and cost more than the weights "
-                "themselves. Lower it with a Rule.",
+                "themselves. Lower it with a Override.",
                 stacklevel=4,
             )
 

@@ -15,11 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jlora._src.paths import bad_pattern, bullets, check_kinds, check_paths, named_leaves, nearest
 from jlora._src.types import Adapters, FullWeight, LoraFactors, LoraWeight, Path, PyTree, is_attached
 
-Rules: TypeAlias = Sequence[tuple[str, PartitionSpec]]
+ShardingRules: TypeAlias = Sequence[tuple[str, PartitionSpec]]
 """``(pattern, spec)`` pairs; a pattern is searched (`re.search`) in the ``/``-joined path, and the first match wins."""
 
 
-def shardings(params: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
+def shardings(params: PyTree, mesh: Mesh, rules: ShardingRules) -> PyTree:
     """A sharding for each leaf, by the first rule whose pattern its path matches.
 
     >>> mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
@@ -156,12 +156,12 @@ def _weight_shape(leaf: Any) -> tuple[int, ...]:
     return tuple(size for _, size in sorted(zip(order, sizes, strict=True)))
 
 
-def _first(rules: Rules, path: Path) -> int | None:
+def _first(rules: ShardingRules, path: Path) -> int | None:
     """Which rule takes the leaf."""
     return next((i for i, (pattern, _) in enumerate(rules) if re.search(pattern, path)), None)
 
 
-def _untaken(leaves: Mapping[Path, Any], taker: Mapping[Path, int | None], rules: Rules) -> Iterable[str]:
+def _untaken(leaves: Mapping[Path, Any], taker: Mapping[Path, int | None], rules: ShardingRules) -> Iterable[str]:
     patterns = [pattern for pattern, _ in rules]
     for path, leaf in leaves.items():
         if is_attached(leaf):
@@ -170,7 +170,7 @@ def _untaken(leaves: Mapping[Path, Any], taker: Mapping[Path, int | None], rules
             yield f"{path!r} of shape {np.shape(leaf)} is matched by no rule{nearest(path, patterns)}"
 
 
-def _idle(taker: Mapping[Path, int | None], rules: Rules) -> Iterable[str]:
+def _idle(taker: Mapping[Path, int | None], rules: ShardingRules) -> Iterable[str]:
     for i, (pattern, _) in enumerate(rules):
         matched = [path for path in taker if re.search(pattern, path)]
         if not matched:
@@ -184,7 +184,7 @@ def _idle(taker: Mapping[Path, int | None], rules: Rules) -> Iterable[str]:
             )
 
 
-def _bad_specs(mesh: Mesh, rules: Rules) -> list[str]:
+def _bad_specs(mesh: Mesh, rules: ShardingRules) -> list[str]:
     """What is wrong with the specs, whatever the leaves are."""
     wrong = []
     for pattern, spec in rules:
@@ -205,7 +205,9 @@ def _bad_specs(mesh: Mesh, rules: Rules) -> list[str]:
     return wrong
 
 
-def _uneven(leaves: Mapping[Path, Any], taker: Mapping[Path, int | None], mesh: Mesh, rules: Rules) -> Iterable[str]:
+def _uneven(
+    leaves: Mapping[Path, Any], taker: Mapping[Path, int | None], mesh: Mesh, rules: ShardingRules
+) -> Iterable[str]:
     for path, i in taker.items():
         if i is not None and not _bad_specs(mesh, [rules[i]]):
             pattern, spec = rules[i]

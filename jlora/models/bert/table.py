@@ -7,8 +7,8 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
-from jlora._src.tree.sharding import Rules
-from jlora.files.tensor_names import Name, embedding, linear, norm
+from jlora._src.tree.sharding import ShardingRules
+from jlora.files.tensor_names import TensorName, embedding, linear, norm
 from jlora.models._family import Family, ModelError, Task, read_config
 from jlora.models.bert.modeling import Bert, BertConfig, BertForSequenceClassification
 
@@ -21,7 +21,7 @@ _MODULES = {
     "output": "output.dense",
 }
 
-RULES: Rules = (
+RULES: ShardingRules = (
     # Hardly a number divides their vocabularies (30522 and 50265).
     (r"_embeddings/embedding$", P(None, "fsdp")),
     (r"/(query|key|value|intermediate|pooler|dense)/kernel$", P("fsdp", "tensor")),
@@ -33,12 +33,12 @@ RULES: Rules = (
 )
 
 
-def names(config: BertConfig, task: Task) -> dict[str, Name]:
+def names(config: BertConfig, task: Task) -> dict[str, TensorName]:
     """Every leaf of the network for ``task``, and its tensor's name in transformers' class for it."""
     kind = "roberta" if config.roberta else "bert"
     bare = task == "features"
     path, module = ("params", "") if bare else ("params/encoder", f"{kind}.")
-    found: dict[str, Name] = {}
+    found: dict[str, TensorName] = {}
     for table in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
         found |= embedding(f"{path}/{table}", f"{module}embeddings.{table}")
     found |= norm(f"{path}/embeddings_norm", f"{module}embeddings.LayerNorm")

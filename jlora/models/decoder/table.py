@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from jax.sharding import PartitionSpec as P
 
 from jlora._src.fields import Within
-from jlora._src.tree.sharding import Rules
-from jlora.files.tensor_names import Name, embedding, linear, norm
+from jlora._src.tree.sharding import ShardingRules
+from jlora.files.tensor_names import TensorName, embedding, linear, norm
 from jlora.models._family import Family, ModelError, PositiveOrNull, SizeOrNull, Task, read_config
 from jlora.models._layers import Activation
 from jlora.models.decoder.modeling import (
@@ -42,7 +42,7 @@ _ABSENT: dict[str, tuple[Any, ...]] = {
     "query_pre_attn_scalar": (None,),
 }
 
-RULES: Rules = (
+RULES: ShardingRules = (
     (r"/embed_tokens/embedding$", P("tensor", "fsdp")),
     (r"/(q|k|v|gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
     (r"/(q|k|v|gate|up)_proj/bias$", P(None, "tensor")),
@@ -54,7 +54,7 @@ RULES: Rules = (
 )
 
 
-def names(config: DecoderConfig, task: Task) -> dict[str, Name]:
+def names(config: DecoderConfig, task: Task) -> dict[str, TensorName]:
     """Every leaf of the network for ``task``, and its tensor's name in transformers' class for it."""
     bare, layers = task == "features", config.num_hidden_layers
     path, module = ("params", "") if bare else ("params/model", "model.")

@@ -7,12 +7,12 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
-from jlora._src.tree.sharding import Rules
-from jlora.files.tensor_names import Name, conv1d, embedding, linear, norm
+from jlora._src.tree.sharding import ShardingRules
+from jlora.files.tensor_names import TensorName, conv1d, embedding, linear, norm
 from jlora.models._family import Family, Task, read_config
 from jlora.models.gpt2.modeling import GPT2, GPT2Config, GPT2ForCausalLM, GPT2ForSequenceClassification
 
-RULES: Rules = (
+RULES: ShardingRules = (
     # Hardly a number divides the vocabulary (50257).
     (r"/(wte|wpe)/embedding$", P(None, "fsdp")),
     (r"/(c_attn|c_fc)/kernel$", P(None, "fsdp", "tensor")),
@@ -23,7 +23,7 @@ RULES: Rules = (
 )
 
 
-def names(config: GPT2Config, task: Task) -> dict[str, Name]:
+def names(config: GPT2Config, task: Task) -> dict[str, TensorName]:
     """Every leaf of the network for ``task``, and its tensor's name in transformers' class for it."""
     bare, layers = task == "features", config.n_layer
     path, module = ("params", "") if bare else ("params/transformer", "transformer.")

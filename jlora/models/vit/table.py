@@ -7,8 +7,8 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
-from jlora._src.tree.sharding import Rules
-from jlora.files.tensor_names import Name, array, conv2d, linear, norm, stored_as
+from jlora._src.tree.sharding import ShardingRules
+from jlora.files.tensor_names import TensorName, array, conv2d, linear, norm, stored_as
 from jlora.models._family import Family, ModelError, Task, read_config
 from jlora.models.vit.modeling import ViT, ViTConfig, ViTForImageClassification
 
@@ -32,7 +32,7 @@ _STORED = (
 )
 """The names of modules in transformers 5, and those in checkpoints."""
 
-RULES: Rules = (
+RULES: ShardingRules = (
     (r"/patch_embeddings/kernel$", P(None, None, None, "fsdp")),
     (r"/(query|key|value|intermediate|pooler)/kernel$", P("fsdp", "tensor")),
     (r"/(query|key|value|intermediate|pooler)/bias$", P("tensor")),
@@ -43,7 +43,7 @@ RULES: Rules = (
 )
 
 
-def names(config: ViTConfig, task: Task) -> dict[str, Name]:
+def names(config: ViTConfig, task: Task) -> dict[str, TensorName]:
     """Every leaf of the network for ``task``, and its tensor's name in transformers' class for it."""
     bare = task == "features"
     path, module = ("params", "") if bare else ("params/encoder", "vit.")

@@ -6,15 +6,15 @@ from train.compute.processes import is_first, say
 from train.config import ConfigError, TrainConfig
 from train.loop.checkpoints import Checkpoints
 from train.loop.extend import go_on
-from train.loop.loop import Saving
-from train.loop.progress import Pace, Position
+from train.loop.loop import Checkpointing
+from train.loop.progress import Intervals, Position
 from train.report import writers
 from train.rundir import files
-from train.rundir.directory import RunDir, reopen
+from train.rundir.directory import RunDirectory, reopen
 from train.rundir.records import Record, Records
 
 
-class Kept:
+class RunFiles:
     """The files of a run that trains, from where it goes on; a context that closes them.
 
     Attributes:
@@ -23,8 +23,8 @@ class Kept:
       saving: its checkpoints, and where the training goes on.
     """
 
-    def __init__(self, config: TrainConfig, place: RunDir, plan: str, pace: Pace):
-        """Open them; ``plan`` is kept beside, and ``pace`` is the training's.
+    def __init__(self, config: TrainConfig, place: RunDirectory, plan: str, intervals: Intervals):
+        """Open them; ``plan`` is kept beside, and ``intervals`` is the training's.
 
         Raises:
           ConfigError: if there is no checkpoint of the step that the configuration asks for, or nothing is left
@@ -36,7 +36,7 @@ class Kept:
         checkpoints = Checkpoints(place.path / "checkpoints", config.save, keep_best=keep_best)
         position = _resumed(config, place, checkpoints, keep_best)
         peak = getattr(config.learning_rate, config.mode)
-        told = go_on(config.fit, peak, pace, position, finished=place.further)
+        told = go_on(config.fit, peak, intervals, position, finished=place.further)
         self._resumed = position.step > 0
         if self._resumed:
             say(f"going on with {place.path} after step {position.step}" + (f"\n{told}" if told else "") + "\n")
@@ -53,7 +53,7 @@ class Kept:
             if self._resumed:
                 self.records.cut(position.metrics_bytes, position.metrics_digest)
 
-        self.saving = Saving(
+        self.saving = Checkpointing(
             checkpoints,
             config.save,
             position,
@@ -66,7 +66,7 @@ class Kept:
         if is_first():
             (place.path / "plan.txt").write_text(plan + "\n")
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> RunFiles:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
@@ -81,7 +81,7 @@ class Kept:
             self.records.write(record)
 
 
-def _resumed(config: TrainConfig, place: RunDir, checkpoints: Checkpoints, keep_best: bool) -> Position:
+def _resumed(config: TrainConfig, place: RunDirectory, checkpoints: Checkpoints, keep_best: bool) -> Position:
     """Where the training goes on."""
     steps = checkpoints.steps()
     step = config.resume if isinstance(config.resume, int) else max(steps, default=0)

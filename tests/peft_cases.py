@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,9 +101,8 @@ def loaded(case: str) -> tuple[dict[str, Any], jlora.LoraConfig]:
 def assert_same(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
     """Equal adapters, static fields and all, bit for bit."""
     assert list(a) == list(b) and jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal_dtypes(a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def assert_close(got: Any, expected: Any, tolerance: float = TOLERANCE) -> None:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
-import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -72,7 +72,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     """The same adapters, bit for bit, and the same records, without gaps or repetitions."""
     one, other = jlora.load(found / "adapters"), jlora.load(expected / "adapters")
     assert one.keys() == other.keys()
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+    chex.assert_trees_all_equal(one, other)
     assert records(found) == records(expected)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (found, expected)]
     assert summaries[0]["metrics"] == summaries[1]["metrics"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,7 +136,7 @@ def merged_loss(fn: Callable[..., Any]) -> Callable[..., Any]:
 def assert_close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
     """Same structure, and the same numbers up to float32's rounding."""
     actual, expected = jax.block_until_ready((actual, expected))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, tolerance, tolerance), actual, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def assert_law(fn: Callable[..., Any], adapters: Any, params: Any, *args: Any, jit: bool = True) -> None:

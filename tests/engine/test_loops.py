@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ def test_a_merged_nnx_model_of_its_own_leaves_the_base(ran: dict[str, Any]) -> N
     merged: Any = jlora.merge(params, learnt)
     served = nnx.merge(graphdef, merged)
     assert_close(served(x), ran["nnx_apply"](jlora.attach(params, learnt), x))
-    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(params), nnx.to_pure_dict(before))
+    chex.assert_trees_all_equal(nnx.to_pure_dict(params), nnx.to_pure_dict(before))
     assert served.bias.get_value() is params["bias"].get_value()
     other = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     own: Any = nnx.split(other)[1]

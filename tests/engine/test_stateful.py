@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -272,7 +273,7 @@ def test_an_object_held_twice_is_refused_when_it_changes() -> None:
     expect(text, "argument 0: 'a/rngs/count' is replaced, and another place", "they were one object", "nnx.split")
     y, _, after = in_parts(module, adapters, X)
     expected, _, peer = plain(module, adapters, X)
-    np.testing.assert_allclose(y, expected, atol=1e-6)
+    np.testing.assert_allclose(y, expected, rtol=1e-7, atol=1e-6)
     assert np.abs(y).max() > 0
     assert after.a.rngs.count[...] == peer.a.rngs.count[...] == 2
 
@@ -352,8 +353,7 @@ def test_libraries_that_thread_their_state_are_no_alarm() -> None:
     y, updates = jlora.lora(lambda v, x: linen.apply(v, x, mutable=["batch_stats"]))(tree, X)
     merged = jlora.merge(*jlora.detach(tree))
     expected = linen.apply(merged, X, mutable=["batch_stats"])
-    for a, b in zip(jax.tree.leaves((y, updates)), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+    chex.assert_trees_all_close((y, updates), expected, rtol=1e-7, atol=2e-5)
 
     class Equinox(eqx.Module):
         linear: eqx.nn.Linear
@@ -370,8 +370,7 @@ def test_libraries_that_thread_their_state_are_no_alarm() -> None:
     factors = jlora.init(jax.random.key(0), model, jlora.LoraConfig(rank=2, targets=("linear/weight",)))
     y, after = jlora.lora(batched)(jlora.attach(model, factors), X, state)
     expected = batched(model, X, state)
-    for a, b in zip(jax.tree.leaves((y, after)), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    chex.assert_trees_all_close((y, after), expected, rtol=1e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("compiled", [lambda fn: fn, jax.jit], ids=["plain", "jit"])

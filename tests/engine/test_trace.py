@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import chex
 import equinox as eqx
 import haiku as hk
 import hypothesis
@@ -341,7 +342,7 @@ def test_quantized_weights_are_left_out_by_name_and_the_way_out_works() -> None:
         merged = lambda a: jnp.sum(jnp.sin(model(jlora.merge(dequantized(stored), a), ids)))  # noqa: E731
         return [jax.value_and_grad(f)(adapters) for f in (ours, merged)]
 
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 2e-5, 2e-5), *both(adapters))
+    chex.assert_trees_all_close(*both(adapters), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jlora
@@ -54,7 +54,7 @@ def test_the_same_gradient_for_less_memory(name: str) -> None:
 
     found = {remat: measured(remat) for remat in get_args(models.Remat)}
     for gradient, *_ in found.values():
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-4, 1e-6), gradient, found["none"][0])
+        chex.assert_trees_all_close(gradient, found["none"][0], rtol=1e-4, atol=1e-6)
     full, dots, none = (found[remat][1:] for remat in ("full", "dots", "none"))
     assert full[0] < dots[0] < none[0]
     if name in ("gpt2", "llama"):  # XLA:CPU computes what is not scanned again too early to free anything.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,7 +121,7 @@ def test_an_untied_network_computes_the_same(kind: str, checkpoints: dict[str, P
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
     again, read = models.load(tmp_path)
     assert again == untied
-    jax.tree.map(np.testing.assert_array_equal, read, more)
+    chex.assert_trees_all_equal(read, more)
 
 
 @every_kind
@@ -169,7 +170,7 @@ def test_an_untied_network_is_read_into_its_shards(checkpoints: dict[str, Path])
     _, params = models.load(checkpoints["llama"], untie=True, shardings=places)
     head = params["params"]["lm_head"]["kernel"]
     assert head.sharding == places["params"]["lm_head"]["kernel"] and not head.sharding.is_fully_replicated
-    jax.tree.map(np.testing.assert_array_equal, params, network(checkpoints["llama"], True)[1])
+    chex.assert_trees_all_equal(params, network(checkpoints["llama"], True)[1])
 
 
 # ---- adapters, without PEFT

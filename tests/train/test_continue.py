@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jlora
@@ -267,7 +267,7 @@ def test_patience_keeps_the_best_and_says_so(work, tmp_path):
         assert f"kept: step {kept}, the {which} one, validation_accuracy {measured[kept]:.4f}" in printed
         assert (f"(step {best} had {measured[best]:.4f}; --keep best keeps it)" in printed) == (kept == last)
         found[keep] = jlora.load(folder / "adapters")
-    jax.tree.map(np.testing.assert_array_equal, found[""], found["--keep best"])
+    chex.assert_trees_all_equal(found[""], found["--keep best"])
 
     argv += ["--run-dir", str(tmp_path / "run")]
     before = content(tmp_path / "run")

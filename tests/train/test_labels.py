@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import chex
 import datasets
 import jax
 import jax.numpy as jnp
@@ -343,8 +344,7 @@ def test_the_weighted_loss_is_its_definition_however_a_batch_is_divided(smoothin
     rows_apart = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     found.append(jax.jit(step())(state, base, jax.device_put(batch, rows_apart), key))
     for one in found:
-        for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(whole), strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(one, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_figures_are_not_weighted():

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -277,7 +278,7 @@ def test_every_use_of_a_weight_drops_entries_of_its_own(name: str) -> None:
         first = masks(USES[name], *names)
         again = jax.jit(lambda key: masks(USES[name], *names, key=key))(KEY)
     assert unlike(*first)
-    jax.tree.map(np.testing.assert_array_equal, first, again)
+    chex.assert_trees_all_equal(first, again)
 
 
 def test_devices_drop_entries_of_their_own() -> None:

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.monitoring
 import numpy as np
@@ -412,7 +413,7 @@ def test_conversations_are_packed_and_trained_on(work, tmp_path):
     found, _ = peft.load(tmp_path / "peft", models.names(run.network.model), run.params)
     assert set(found) == set(run.adapters) >= {"params/model/embed_tokens/embedding"}
     for path, factors in found.items():
-        jax.tree.map(np.testing.assert_array_equal, factors, run.adapters[path])
+        chex.assert_trees_all_equal(factors, run.adapters[path])
 
 
 def test_an_untied_language_model_is_trained_and_exported(work, tmp_path):

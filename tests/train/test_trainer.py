@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,8 +81,7 @@ def test_parts_of_a_batch_are_weighted_by_what_they_count(linear, labels):
     whole, metrics = stepped(linear, batch(labels), accumulate=1)
     for parts in (2, 4, 8):
         found, same = stepped(linear, batch(labels), accumulate=parts)
-        for one, other in zip(jax.tree.leaves((found, same)), jax.tree.leaves((whole, metrics)), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close((found, same), (whole, metrics), rtol=1e-5, atol=1e-6)
     wanted = np.array(labels) >= 0
     base, adapters = linear
     outputs = jlora.lora(forward)(jlora.attach(base, adapters), batch(labels)["x"])
@@ -124,7 +124,7 @@ def test_adamw_is_that_of_optax(linear):
         ours = optax.apply_updates(ours, optax.tree.scale(-1e-2, updates))
         updates, other = chain.update(grads, other, theirs)
         theirs = optax.apply_updates(theirs, updates)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), ours, theirs)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-6)
 
 
 # When something is due

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +38,7 @@ def made(dtype: Any = jnp.float32) -> dict[str, Any]:
 
 def assert_equal(one: Any, other: Any) -> None:
     assert jax.tree.structure(one) == jax.tree.structure(other)
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+    chex.assert_trees_all_equal(one, other)
     jax.tree.map(lambda x, y: x.dtype == y.dtype or pytest.fail(f"{x.dtype} != {y.dtype}"), one, other)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,9 +37,8 @@ TREES = {
 def assert_same(x: Any, y: Any) -> None:
     """Equal bit for bit, static fields included."""
     assert jax.tree.structure(x) == jax.tree.structure(y)
-    for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal_dtypes(x, y)
+    chex.assert_trees_all_equal(x, y)
 
 
 def test_an_exported_function_takes_and_returns_adapters_and_attached_trees() -> None:

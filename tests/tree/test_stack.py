@@ -114,7 +114,7 @@ def test_what_changes_nothing_fills_what_zeros_cannot() -> None:
     full = jax.tree.map(lambda x: x + 0.1, full)
     text = message(ValueError, lambda: jlora.stack([full, {}]))
     expect(text, "2 differences", "'down': adapters [1] lack it", "'up': adapters [1] lack it", "magnitude")
-    expect(text, "{**jlora.init(key, params, config), **adapters}")
+    expect(text, "{**jlora.init(key, params, plan), **adapters}")
     filling = {**jlora.init(jax.random.key(1), TOY.params, config, USES)}
     both = jax.vmap(run)(jlora.stack([full, filling]))
     assert_close(both[1], TOY.fn(TOY.params, TOY.x))

@@ -183,7 +183,7 @@ def test_damaged_records_are_named(damage: Any, part: str, tmp_path: Path) -> No
 
 
 def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
-    """The tool accepts them; and a change of one's own is taken once they are written anew, as the error says."""
+    """The tool accepts them, and an edited file loads after its sum is updated as the error says."""
     jlora.save(tmp_path / "adapters", made())
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path / "adapters", check=True)
     file = tmp_path / "adapters" / "adapters.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,7 +35,7 @@ def labels(tree: PyTree) -> PyTree:
     """
     if isinstance(tree, _PLACEHOLDER):
         return tree
-    if is_adapters(tree):
+    if _is_adapters(tree):
         return _labels_of_adapters(tree)
     flat, treedef = jax.tree.flatten(tree, is_leaf=is_attached)
     if not any(map(is_attached, flat)):
@@ -46,7 +47,7 @@ def labels(tree: PyTree) -> PyTree:
     return treedef.unflatten([_leaf_labels(leaf) for leaf in flat])
 
 
-def is_adapters(tree: PyTree) -> bool:
+def _is_adapters(tree: PyTree) -> bool:
     """Whether ``tree`` is an adapters tree: a flat Mapping with `LoraFactors` among its values."""
     return isinstance(tree, Mapping) and any(isinstance(v, LoraFactors) for v in tree.values())
 
@@ -80,12 +81,8 @@ def _labels_of_adapters(adapters: Any) -> Any:
 
 
 def _factor_labels(f: LoraFactors) -> LoraFactors:
-    names = LoraFactors("A", "B", "magnitude", f.scale, f.axes, f.dropout)  # pyright: ignore[reportArgumentType]
-    return jax.tree.map(lambda name, _: name, names if f.magnitude is not None else _without_magnitude(names), f)
-
-
-def _without_magnitude(f: LoraFactors) -> LoraFactors:
-    return LoraFactors(f.a, f.b, None, f.scale, f.axes, f.dropout)
+    names: Any = {"a": "A", "b": "B", "magnitude": None if f.magnitude is None else "magnitude"}
+    return dataclasses.replace(f, **names)
 
 
 def _leaf_labels(leaf: Any) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from jlora._src.table import table
+from jlora.messages import table
 from train.__main__ import parse
 from train.experiment import run
 

@@ -170,13 +170,14 @@ def _jlora(config: Any, fixed: bool, rounds: int) -> tuple[list[Any], Callable[[
     order = np.random.default_rng(0).permutation(16_000)
     batches = [batch_of(train[""], order[i * 32 : i * 32 + 32], buckets)
                for i in range(rounds + 1)]  # fmt: skip
-    uses, _ = plan_of(config, network, task.inputs(batches[0]))
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    plan = plan_of(config, network, shapes, task.inputs(batches[0]))
     assert network.load is not None
     base = network.load(random_key(0, "head"), None)
     tx, schedule = make_optimizer(config.fit), make_schedule(config.fit, config.learning_rate.lora, STEPS)
     step = jax.jit(make_step(network.forward, task, tx, schedule), donate_argnums=0)
     key = random_key(0, "dropout")
-    state = jax.jit(lambda base: init_state(tx, start_adapters(config, network, base, uses)))(base)
+    state = jax.jit(lambda base: init_state(tx, start_adapters(config, network, base, plan)))(base)
     for shape in {batch["input_ids"].shape: batch for batch in batches}.values():
         state, _ = step(state, base, shape, key)
 

@@ -1,60 +1,88 @@
+# ruff: noqa: I001  (in the order in which the README introduces them)
 """LoRA for any JAX program: a pure transform of parameter trees. See the README for the first five lines."""
 
-from jlora._src.config import LoraConfig, Override
-from jlora._src.engine.interpreter import MaterializeError, MaterializeWarning
-from jlora._src.engine.lora import Explanation, explain, lora
-from jlora._src.engine.product import low_rank_product
+# What to adapt, and fresh adapters.
+from jlora._src.config import HEADS, LoraConfig, Override
 from jlora._src.engine.trace import trace
-from jlora._src.tree import serialize as serialize
-from jlora._src.tree.attach import attach, detach
-from jlora._src.tree.init import init
-from jlora._src.tree.labels import combine, freeze, labels, partition, trainable_mask
-from jlora._src.tree.merge import Rounding, merge, rounding, unmerge
 from jlora._src.tree.plan import Plan, plan
+from jlora._src.tree.init import init
+
+# The adapted model.
+from jlora._src.engine.lora import lora
+from jlora._src.tree.attach import attach, detach
+
+# Optimizers of a whole tree.
+from jlora._src.tree.labels import combine, freeze, labels, partition, trainable_mask
+
+# Merged weights, and several adapters.
+from jlora._src.tree.merge import Rounding, merge, rounding, unmerge
+from jlora._src.tree.stack import stack, unstack
+
+# How a model is computed with its adapters.
+from jlora._src.engine.lora import Explanation, explain
+from jlora._src.engine.interpreter import MaterializeError, MaterializeWarning
+from jlora._src.engine.product import low_rank_product
+
+# On disk, and on a mesh.
 from jlora._src.tree.save import load, save
 from jlora._src.tree.sharding import ShardingRules, adapter_shardings, shardings
-from jlora._src.tree.stack import stack, unstack
+
+# Paths and types.
+from jlora._src.paths import named_leaves, path_key
 from jlora._src.types import Adapters, Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
+
+# Registers the types with jax.export and flax.serialization.
+from jlora._src.tree import serialize as _serialize  # noqa: F401
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adapters",
-    "Axes",
-    "Explanation",
-    "FullWeight",
+    # What to adapt, and fresh adapters.
+    "HEADS",
     "LoraConfig",
-    "LoraFactors",
-    "LoraWeight",
+    "Override",
+    "trace",
+    "Plan",
+    "plan",
+    "init",
+    # The adapted model.
+    "lora",
+    "attach",
+    "detach",
+    # Optimizers of a whole tree.
+    "combine",
+    "freeze",
+    "labels",
+    "partition",
+    "trainable_mask",
+    # Merged weights, and several adapters.
+    "Rounding",
+    "merge",
+    "rounding",
+    "unmerge",
+    "stack",
+    "unstack",
+    # How a model is computed with its adapters.
+    "Explanation",
+    "explain",
     "MaterializeError",
     "MaterializeWarning",
-    "Plan",
-    "Rounding",
-    "Override",
+    "low_rank_product",
+    # On disk, and on a mesh.
+    "load",
+    "save",
     "ShardingRules",
+    "adapter_shardings",
+    "shardings",
+    # Paths and types.
+    "named_leaves",
+    "path_key",
+    "Adapters",
+    "Axes",
+    "FullWeight",
+    "LoraFactors",
+    "LoraWeight",
     "Target",
     "Use",
     "WeightUse",
-    "adapter_shardings",
-    "attach",
-    "combine",
-    "detach",
-    "explain",
-    "freeze",
-    "init",
-    "labels",
-    "load",
-    "lora",
-    "low_rank_product",
-    "merge",
-    "partition",
-    "plan",
-    "rounding",
-    "save",
-    "shardings",
-    "stack",
-    "trace",
-    "trainable_mask",
-    "unmerge",
-    "unstack",
 ]

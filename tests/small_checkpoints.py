@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from jlora import models
-from jlora._src.paths import named_leaves
+from jlora import models, named_leaves
 
 ROOT = Path(__file__).parents[1]
 BERT: dict[str, Any] = {

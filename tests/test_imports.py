@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+import jlora
+
 ROOT = Path(__file__).parents[1]
 JLORA = {  # a room imports from those above it; of its own files, from those that stand before
-    "_src": "types table fields | paths | config",
+    " ": "messages | fields",
+    "_src": "types | paths config",
     "_src.engine": "compat | named_axes mutation gradient probes | product factored staging dependence",
     "_src.engine.rules": "products | arithmetic control_flow | moves | writes | labels | table",
     "_src.engine ": "interpreter trace | lora",
-    "files": "safetensors tensor_names | checksums",
-    "_src.tree": "state attach labels serialize sharding stack | plan merge | init save",
+    "files": "adapters safetensors tensor_names | checksums",
+    "_src.tree": "checks serialize state | attach labels merge plan save sharding stack | init",
     "peft": "options | config layout | tensors tied | read write | __init__",
     "models": "_family | _layers decoder.rope | _causal | "
     "bert.modeling gpt2.modeling decoder.modeling vit.modeling | bert.table gpt2.table decoder.table vit.table | "
@@ -82,9 +88,57 @@ def test_importing_starts_no_backend() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={"PATH": "", "JAX_PLATFORMS": "cpu"})
 
 
-def test_all_is_what_is_public() -> None:
-    """`__all__` is sorted, complete and importable."""
-    import jlora
+ROOMS = ["jlora", "jlora.fields", "jlora.messages", "jlora.models", "jlora.peft"]
 
-    assert jlora.__all__ == sorted(jlora.__all__)
-    assert all(hasattr(jlora, name) for name in jlora.__all__)
+
+def test_all_is_what_is_public() -> None:
+    """`__all__` has what `jlora/__init__.py` imports, in the same order; modules of jlora are rooms of their own."""
+    tree = ast.parse((ROOT / "jlora/__init__.py").read_text())
+    imported = [a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names if not a.asname]
+    assert jlora.__all__ == imported
+    modules = {name for name, value in vars(jlora).items() if isinstance(value, types.ModuleType)}
+    assert {name for name in vars(jlora) if not name.startswith("_")} - modules == set(imported)
+    assert {name for name in modules if not name.startswith("_")} <= {"fields", "files", "messages", "models", "peft"}
+
+
+def test_no_function_hides_a_module() -> None:
+    """``jlora.trace`` is a function, and there is no module of that name in `jlora`; likewise in every package."""
+    for init in (ROOT / "jlora").rglob("__init__.py"):
+        inside = [*init.parent.glob("*.py"), *(file.parent for file in init.parent.glob("*/__init__.py"))]
+        modules = {path.stem for path in inside}
+        body = ast.parse(init.read_text()).body
+        names = {a.asname or a.name for node in body if isinstance(node, ast.ImportFrom) for a in node.names}
+        names |= {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert not modules & names, init
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_every_public_name_is_documented(module: str) -> None:
+    """A function or class has a docstring, a constant or type alias one below it."""
+    undocumented = [name for name in importlib.import_module(module).__all__ if not documentation(module, name)]
+    assert not undocumented, undocumented
+
+
+def documentation(module: str, name: str) -> str | None:
+    """The docstring of a name, where it is defined."""
+    file = importlib.import_module(module).__file__
+    body = ast.parse(Path(file or "").read_text()).body
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        match node:
+            case ast.FunctionDef(name=found) | ast.ClassDef(name=found) if found == name:
+                return ast.get_docstring(node)
+            case ast.AnnAssign(target=ast.Name(id=found)) | ast.Assign(targets=[ast.Name(id=found)]) if found == name:
+                text = after.value if isinstance(after, ast.Expr) else None
+                return str(text.value) if isinstance(text, ast.Constant) else None
+            case ast.ImportFrom(module=str(source)) if name in {alias.name for alias in node.names}:
+                return documentation(source, name)
+    return None
+
+
+@pytest.mark.parametrize("package", ["train", "benchmarks", "configs"])
+def test_users_of_the_library_import_public_names_only(package: str) -> None:
+    """Nothing of `jlora._src`, nor of any other module with an underscore."""
+    private = re.compile(r"jlora(\.\w+)*\._")
+    files = (ROOT / package).rglob("*.py")
+    found = [f"{file.relative_to(ROOT)}: {name}" for file in files for name in imports(file) if private.match(name)]
+    assert not found, found

@@ -45,10 +45,10 @@ def test_its_claims_hold(ran: tuple[dict[str, Any], str]) -> None:
     np.testing.assert_allclose(n["served"], apply(attach(params, n["adapters"]), tokens), atol=1e-4)
     chex.assert_trees_all_equal(n["base"], params)
     np.testing.assert_allclose(n["answers"][0], n["served"], atol=1e-4)
-    chex.assert_trees_all_equal(n["again"], n["learnt"])
+    chex.assert_trees_all_equal(n["again"], n["tuned"])
     assert max(n["report"].values()) < 1e-3
     with pytest.raises(n["peft"].PeftError, match=r"vLLM(.|\n)*classifier/dense/kernel' is trained whole"):
-        n["peft"].save("nowhere", n["names"], n["weights"], n["learnt"], n["config"], uniform_rank=True)
+        n["peft"].save("nowhere", n["names"], n["weights"], n["tuned"], n["config"], uniform_rank=True)
     for one, place in zip(jax.tree.leaves(n["divided"]), jax.tree.leaves(n["own"]), strict=True):
         assert one.sharding == place
     assert any("fsdp" in place.spec for place in jax.tree.leaves(n["own"]))
@@ -60,7 +60,7 @@ def test_its_optimizer_is_for_adapters_and_attached_trees(ran: tuple[dict[str, A
     n, _ = ran
     jlora, params = n["jlora"], n["params"]
     config = jlora.LoraConfig(rank=2, targets=("Dense_0/kernel",), train_also=("head",), use_dora=dora)
-    adapters = jlora.init(jax.random.key(0), params, config, n["uses"])
+    adapters = jlora.init(jax.random.key(0), params, config, jlora.trace(n["model"].apply, params, n["tokens"]))
     for tree in (adapters, jlora.attach(params, adapters)):
         names = jlora.labels(tree)
         updates, _ = n["lora_plus"].update(jax.tree.map(np.ones_like, tree), n["lora_plus"].init(tree), tree)
@@ -91,12 +91,12 @@ def test_pytorch_opens_what_it_says_that_it_opens(ran: tuple[dict[str, Any], str
         warnings.simplefilter("ignore")
         auto = transformers.AutoModelForSequenceClassification
         base = auto.from_pretrained(folder)  # its head is a new one; that of the adapter takes its place
-        moved = {path: jax.tree.map(lambda x: x + 0.1, value) for path, value in n["learnt"].items()}
+        moved = {path: jax.tree.map(lambda x: x + 0.1, value) for path, value in n["tuned"].items()}
         n["peft"].save(f"{folder}/adapter", n["names"], n["weights"], moved, n["config"], task_type="SEQ_CLS")
         adapted = theirs.PeftModel.from_pretrained(base, f"{folder}/adapter")
         np.testing.assert_allclose(logits(adapted), expected(moved), atol=1e-5)
         merged = auto.from_pretrained(f"{folder}/merged")
-        np.testing.assert_allclose(logits(merged), expected(n["learnt"]), atol=1e-5)
+        np.testing.assert_allclose(logits(merged), expected(n["tuned"]), atol=1e-5)
         assert merged.config.id2label == {0: "bad", 1: "good"}
 
         config = theirs.LoraConfig(r=2, target_modules=["key"], init_lora_weights=False, task_type="SEQ_CLS")
@@ -104,7 +104,7 @@ def test_pytorch_opens_what_it_says_that_it_opens(ran: tuple[dict[str, Any], str
         adapted.save_pretrained(str(tmp_path))
         loaded, _ = n["peft"].load(tmp_path, n["names"], n["weights"])
         np.testing.assert_allclose(logits(adapted), expected(loaded), atol=1e-5)
-    chex.assert_trees_all_equal(n["jlora"].load(f"{folder}/orbax"), n["learnt"])
+    chex.assert_trees_all_equal(n["jlora"].load(f"{folder}/orbax"), n["tuned"])
 
 
 def test_there_are_exactly_two_set_up_commands() -> None:

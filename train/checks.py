@@ -11,8 +11,8 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jlora import LoraConfig
-from jlora._src.fields import expected, fits, shown
-from jlora._src.paths import bad_pattern
+from jlora.fields import bad_pattern, expected, fits
+from jlora.messages import shown
 from train.config import (
     CausalLM,
     ComputeConfig,

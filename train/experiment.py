@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import jlora
-from jlora._src.config import HEADS
+from jlora import HEADS
 from train.checks import validate
 from train.compute import flops, processes, throughput
 from train.compute.keys import random_key
@@ -137,7 +137,7 @@ def trained(job: Job, start: Base, measure: Measure, kept: RunFiles, stop: Stop)
         accumulate=config.compute.accumulate,
         ideal_seconds=ideal_seconds(job),
     )
-    make = lambda params: start_adapters(config, job.network, params, job.uses)  # noqa: E731
+    make = lambda params: start_adapters(config, job.network, params, job.plan)  # noqa: E731
     return fit(training, job.layout, start.params, make, saving=kept.saving, stop=stop)
 
 
@@ -152,7 +152,7 @@ def ideal_seconds(job: Job) -> Callable[[tuple[int, ...]], float]:
     network = make_network(dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat="none")))
     tx = optax.identity()
     step = make_step(network.forward, job.task, tx, optax.constant_schedule(0.0))
-    state = jax.eval_shape(lambda base: init_state(tx, start_adapters(config, network, base, job.uses)), job.shapes)
+    state = jax.eval_shape(lambda base: init_state(tx, start_adapters(config, network, base, job.plan)), job.shapes)
 
     @functools.cache
     def seconds(shape: tuple[int, ...]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 
 import jlora
-from jlora._src.paths import named_leaves
 from train.checks import validate_for
 from train.compute.keys import random_key
 from train.compute.layouts import Layout, Mesh, make_layout
@@ -43,7 +41,8 @@ class Job:
       train, test: the examples by the name of their domain; the last one is learnt, the first one by a base.
       data: what is told of the training and the validation examples.
       buckets: the lengths to which batches are padded.
-      uses, plan: how the network uses its weights, and what of it is adapted.
+      shapes: of the base's parameters, as the network makes them.
+      plan: which of them are trained, and how.
     """
 
     config: TrainConfig
@@ -54,7 +53,7 @@ class Job:
     test: Mapping[str, Examples]
     data: Mapping[str, Provenance]
     buckets: tuple[int, ...]
-    uses: Mapping[str, jlora.WeightUse]
+    shapes: Any
     plan: jlora.Plan
 
     @property
@@ -66,11 +65,6 @@ class Job:
     def provenance(self) -> dict[str, Any]:
         """What is told of the data, as JSON."""
         return {name: provenance.to_json() for name, provenance in self.data.items()}
-
-    @functools.cached_property
-    def shapes(self) -> Any:
-        """The base's shapes and dtypes, as the network makes them."""
-        return jax.eval_shape(self.network.init, jax.random.key(0))
 
     @property
     def label_counts(self) -> dict[str, dict[str, int]]:
@@ -158,9 +152,10 @@ def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
     validate_for(config, size(learnt))
     layout = make_layout(config, network.rules)
     buckets = bucket_lengths(config, train, test)
-    uses, plan = plan_of(config, network, task.inputs(batch_of(learnt, np.arange(1), buckets)))
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    plan = plan_of(config, network, shapes, task.inputs(batch_of(learnt, np.arange(1), buckets)))
     data = {name: table.provenance for name, table in tables.items() if table.provenance is not None}
-    job = Job(config, network, task, layout, train, test, data, buckets, uses, plan)
+    job = Job(config, network, task, layout, train, test, data, buckets, shapes, plan)
     for name, cut in job.cuts.items():
         say(line(name, cut))
     if isinstance(layout, Mesh):
@@ -192,24 +187,19 @@ def bucket_lengths(config: TrainConfig, *sets: Mapping[str, Examples]) -> tuple[
     return tuple(bucket for i, bucket in enumerate(wanted) if i == 0 or wanted[i - 1] < longest)
 
 
-def plan_of(
-    config: TrainConfig, network: Network, inputs: Mapping[str, Any]
-) -> tuple[Mapping[str, jlora.WeightUse], jlora.Plan]:
-    """How the network uses its weights, and the plan that follows."""
-    params = jax.eval_shape(network.init, random_key(config.seed, "model"))
-    uses = jlora.trace(network.forward, params, inputs)
+def plan_of(config: TrainConfig, network: Network, shapes: Any, inputs: Mapping[str, Any]) -> jlora.Plan:
+    """What the mode of a configuration trains, of parameters of these shapes."""
+    uses = jlora.trace(network.forward, shapes, inputs)
     try:
-        return uses, jlora.plan(params, what_to_train(config), uses)
+        return jlora.plan(shapes, what_to_train(config), uses)
     except ValueError as error:
         raise ConfigError(f"lora: {error}") from error
 
 
-def start_adapters(
-    config: TrainConfig, network: Network, params: Any, uses: Mapping[str, jlora.WeightUse]
-) -> dict[str, Any]:
-    """Fresh adapters; with the mode ``head``, a head that has learnt nothing."""
-    adapters: dict[str, Any] = jlora.init(random_key(config.seed, "adapters"), params, what_to_train(config), uses)
+def start_adapters(config: TrainConfig, network: Network, params: Any, plan: jlora.Plan) -> dict[str, Any]:
+    """Fresh adapters; with the mode ``head``, a freshly initialized head."""
+    adapters: dict[str, Any] = jlora.init(random_key(config.seed, "adapters"), params, plan)
     if config.mode != "head":
         return adapters
-    drawn, _ = named_leaves(network.init(random_key(config.seed, "head")))
+    drawn, _ = jlora.named_leaves(network.init(random_key(config.seed, "head")))
     return {path: drawn[path].astype(value.dtype) for path, value in adapters.items()}

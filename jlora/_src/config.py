@@ -1,4 +1,4 @@
-"""What to adapt and how: `LoraConfig` and its ordered `Override`s. Plain frozen data, round-trip to JSON."""
+"""What to adapt and how: `LoraConfig` and its ordered `Override`s. Frozen dataclasses that convert to JSON and back."""
 
 from __future__ import annotations
 
@@ -6,34 +6,38 @@ import dataclasses
 import json
 import math
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._src.fields import fits, shown
-from jlora._src.paths import bad_pattern, bullets, nearest
+from jlora.fields import Within, bad_pattern, faults
+from jlora.messages import bullets, nearest, shown
 
 HEADS = (r"(^|/)(lm_head|classifier|score|head)(/|$)",)
-"""The default ``exclude``: output heads by name, as a whole component of the path."""
+"""Patterns of output heads, by the usual names of their modules: the default ``exclude`` of `LoraConfig`."""
+
+_Rank: TypeAlias = Annotated[int, Within(0, above=True)]
+_Alpha: TypeAlias = Annotated[float, Within(0, above=True)]
+_Rate: TypeAlias = Annotated[float, Within(0, 1, below=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Override:
-    """Overrides for the targets whose path matches ``pattern``; the first override that matches wins.
+    """Other settings for the targets whose path matches ``pattern``; the first override that matches applies.
 
     >>> LoraConfig(rank=8, overrides=(Override(r"layer_0/", rank=2), Override(r"value", alpha=32)))
 
     Attributes:
       pattern: a regular expression, searched in the path.
-      rank, alpha, dropout, use_rslora, use_dora: as in `LoraConfig`; None leaves the config's own.
+      rank, alpha, dropout, use_rslora, use_dora: as in `LoraConfig`; None keeps the config's.
     """
 
     pattern: str
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
+    rank: _Rank | None = None
+    alpha: _Alpha | None = None
+    dropout: _Rate | None = None
     use_rslora: bool | None = None
     use_dora: bool | None = None
 
@@ -43,76 +47,53 @@ class Override:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which weights get a low-rank update, and which (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+    """Which weights get a low-rank update, and which kind (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
     Attributes:
-      rank: r, the inner size of the update; above 0.
-      alpha: the update is scaled by ``alpha / rank``; above 0.
-      targets: ``"all-linear"``: every weight that a matmul, convolution or expert matmul consumes first, as
-        `trace` found (a table that is looked up first is not among them, also when it is tied to the output
-        projection). Or regular expressions, searched in the ``/``-joined path.
-      exclude: regular expressions of paths that are never adapted; by default output heads, by name.
-      overrides: ordered overrides, the first match wins.
-      train_also: regular expressions of leaves trained whole: a new head, norms, biases. They win over
-        ``targets`` and ``exclude``. (PEFT's ``modules_to_save`` and ``bias``.)
-      dropout: rate in [0, 1) on the adapters' input, where `attach` is given a key.
+      rank: r, the inner dimension of the update.
+      alpha: the update is scaled by ``alpha / rank``.
+      targets: ``"all-linear"``: every weight whose first matrix use, as `trace` found it, is a matmul, convolution or
+        expert matmul (so not a table that is looked up first, even if it is also the output projection). Or regular
+        expressions, searched in the ``/``-joined path.
+      exclude: regular expressions of paths that are never adapted; by default output heads (`HEADS`).
+      overrides: settings by path; the first match applies.
+      train_also: regular expressions of leaves to train whole: a new head, norms, biases. They win over ``targets``
+        and ``exclude``. (PEFT's ``modules_to_save`` and ``bias``.)
+      dropout: rate in [0, 1) on the adapter's input; active where `attach` is given a key.
       use_rslora: scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
-      use_dora: learn the columns' magnitudes too (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+      use_dora: train the columns' magnitudes too (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
       dtype: of the trainable arrays, by name.
 
     Raises:
       ValueError: listing every field that is out of range.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: _Rank = 8
+    alpha: _Alpha = 16.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     exclude: tuple[str, ...] = HEADS
     overrides: tuple[Override, ...] = ()
     train_also: tuple[str, ...] = ()
-    dropout: float = 0.0
+    dropout: _Rate = 0.0
     use_rslora: bool = False
     use_dora: bool = False
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         _plain_numbers(self)
-        wrong = [*_out_of_range("", self)]
-        for name in ("targets", "exclude", "train_also"):
-            value = getattr(self, name)
-            if name == "targets" and value == "all-linear":
-                continue
-            if not isinstance(value, tuple | list):
-                instead = f": ({value!r},)" if isinstance(value, str) else ""
-                either = "'all-linear' or " if name == "targets" else ""
-                wrong.append(f"{name}={shown(value)}; expected {either}a tuple of patterns{instead}")
-                continue
-            object.__setattr__(self, name, tuple(value))
-            wrong += [f"{name}: {problem}" for p in value if (problem := bad_pattern(p))]
-        if isinstance(self.overrides, tuple | list) and all(
-            isinstance(override, Override) for override in self.overrides
-        ):
-            object.__setattr__(self, "overrides", tuple(self.overrides))
-            for i, override in enumerate(self.overrides):
-                wrong += _out_of_range(f"overrides[{i}].", override)
-                wrong += [
-                    f"overrides[{i}].pattern: {problem}" for p in [override.pattern] if (problem := bad_pattern(p))
-                ]
-        else:
-            wrong.append(f"overrides={shown(self.overrides)}; expected a tuple of Override")
-        try:
-            floating = self.dtype is not None and jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
-            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name if floating else self.dtype)
-        except (TypeError, ValueError):
-            floating = False
-        if not floating:
-            wrong.append(f"dtype={shown(self.dtype)}; expected the name of a float dtype, such as 'float32'")
+        for name in ("targets", "exclude", "train_also", "overrides"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        wrong = [*_bad_numbers(self), *_bad_patterns(self), *_bad_overrides(self.overrides)]
+        if (dtype := _float_name(self.dtype)) is None:
+            wrong.append(f"dtype = {shown(self.dtype)}; expected the name of a float dtype, such as 'float32'")
+        object.__setattr__(self, "dtype", dtype)
         if wrong:
             raise ValueError(f"LoraConfig: {len(wrong)} field(s) are out of range:{bullets(wrong)}")
 
     def for_path(self, path: str) -> LoraConfig:
         """This config with the first override that matches ``path`` applied."""
-        override = next((r for r in self.overrides if re.search(r.pattern, path)), None)
+        override = next((o for o in self.overrides if re.search(o.pattern, path)), None)
         if override is None:
             return self
         given = {k: v for k, v in dataclasses.asdict(override).items() if k != "pattern" and v is not None}
@@ -132,7 +113,7 @@ class LoraConfig:
         """The config that `to_json` wrote.
 
         Raises:
-          ValueError: naming every unknown field with the nearest known one, or every value out of range.
+          ValueError: listing every unknown field with the closest known one, or every value out of range.
         """
         return cls.from_dict(json.loads(text))
 
@@ -152,32 +133,57 @@ class LoraConfig:
             known = ", ".join(f.name for f in dataclasses.fields(cls))
             raise ValueError(f"LoraConfig: unknown or missing field(s):{bullets(unknown)}\nExpected among: {known}.")
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        given["overrides"] = tuple(Override(**r) for r in overrides)
+        given["overrides"] = tuple(Override(**override) for override in overrides)
         return cls(**given)
 
 
+_NUMBERS = ("rank", "alpha", "dropout", "use_rslora", "use_dora")
+"""What `LoraConfig` and `Override` share."""
+
+
 def _plain_numbers(config: LoraConfig | Override) -> None:
-    """Makes NumPy's scalars, and arrays of one number, Python's numbers: hashable, and the same after JSON."""
-    for name in ("rank", "alpha", "dropout", "use_rslora", "use_dora"):
+    """Turns NumPy scalars and zero-dimensional arrays into Python numbers, which hash and survive JSON."""
+    for name in _NUMBERS:
         value = getattr(config, name)
         if isinstance(value, np.generic | np.ndarray | jax.Array) and np.ndim(value) == 0:
             object.__setattr__(config, name, value.item())
 
 
-def _out_of_range(prefix: str, config: LoraConfig | Override) -> list[str]:
-    expected = {
-        "rank": (lambda x: type(x) is int and x > 0, "an integer above 0"),
-        "alpha": (lambda x: fits(x, float) and x > 0, "a number above 0"),
-        "dropout": (lambda x: fits(x, float) and 0 <= x < 1, "a rate in [0, 1)"),
-        "use_rslora": (lambda x: type(x) is bool, "True or False"),
-        "use_dora": (lambda x: type(x) is bool, "True or False"),
-    }
-    given = {name: getattr(config, name) for name in expected}
-    return [
-        f"{prefix}{name}={shown(value)}; expected {expected[name][1]}"
-        for name, value in given.items()
-        if not (expected[name][0](value) or (value is None and isinstance(config, Override)))
-    ]
+def _float_name(dtype: Any) -> str | None:
+    """The name of a floating dtype; None for anything else."""
+    try:  # NumPy takes None for float64
+        return jnp.dtype(dtype).name if dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating) else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _bad_numbers(config: LoraConfig | Override, prefix: str = "") -> list[str]:
+    hints = get_type_hints(type(config), include_extras=True)
+    given = {prefix + name: getattr(config, name) for name in _NUMBERS}
+    return faults(given, {prefix + name: hints[name] for name in _NUMBERS})
+
+
+def _bad_patterns(config: LoraConfig) -> list[str]:
+    wrong = []
+    for name in ("targets", "exclude", "train_also"):
+        value = getattr(config, name)
+        if isinstance(value, tuple):
+            wrong += [f"{name}: {problem}" for pattern in value if (problem := bad_pattern(pattern))]
+        elif name != "targets" or value != "all-linear":
+            instead = f": ({value!r},)" if isinstance(value, str) else ""
+            either = "'all-linear' or " if name == "targets" else ""
+            wrong.append(f"{name} = {shown(value)}; expected {either}a tuple of patterns{instead}")
+    return wrong
+
+
+def _bad_overrides(overrides: Any) -> list[str]:
+    if not isinstance(overrides, tuple) or not all(isinstance(override, Override) for override in overrides):
+        return [f"overrides = {shown(overrides)}; expected a tuple of Override"]
+    wrong = []
+    for i, override in enumerate(overrides):
+        wrong += _bad_numbers(override, f"overrides[{i}].")
+        wrong += [f"overrides[{i}].pattern: {problem}"] if (problem := bad_pattern(override.pattern)) else []
+    return wrong
 
 
 def _unknown(prefix: str, fields: dict[str, Any], cls: type) -> list[str]:

@@ -1,7 +1,4 @@
-"""The vocabulary: what an adapter is, what an attached weight is, how a weight is used.
-
-No algorithm lives here. Every other module imports this one.
-"""
+"""Types that every module shares: adapters, attached leaves, uses of a weight. No algorithms."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import numpy as np
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
 Path: TypeAlias = str
-"""Where a leaf lies: its keys joined by ``/``, such as ``params/block_0/query/kernel``."""
+"""The keys of a leaf joined by ``/``, such as ``params/block_0/query/kernel``."""
 
 
 class Axes(NamedTuple):
@@ -24,7 +21,7 @@ class Axes(NamedTuple):
     Attributes:
       batch: axes along which the weight is a stack of independent matrices (scanned layers, experts).
       inputs: axes that the model contracts with its activations.
-      outputs: axes that appear in the result.
+      outputs: axes that the result keeps.
     """
 
     batch: tuple[int, ...] = ()
@@ -52,7 +49,7 @@ class LoraFactors:
       scale: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA. Static.
       axes: which axes of the weight the factors' own axes follow. Static, and recorded so that
         merging never guesses.
-      dropout: rate in [0, 1) on the adapter's input, at work only when `attach` is given a key. Static.
+      dropout: rate in [0, 1) on the adapter's input, active where `attach` is given a key. Static.
     """
 
     a: Array
@@ -68,23 +65,23 @@ class LoraFactors:
 
 
 Adapters: TypeAlias = Mapping[Path, LoraFactors | Array]
-"""All that is trained, saved and shipped: `LoraFactors`, or whole leaves, keyed by the weight's path; a flat dict."""
+"""A flat dict of all that is trained: `LoraFactors`, or arrays for leaves trained whole, by the weight's path."""
 
 _NOT_WRAPPED = (
-    "the weight at {path!r} carries LoRA factors and met a function that does not understand them. "
+    "the weight at {path!r} carries LoRA factors, and a function was called on it that does not understand them. "
     "Wrap the function that takes the parameters: `apply = jlora.lora(model.apply)`, then call "
     "`apply(jlora.attach(params, adapters), ...)`; or give the plain function `jlora.merge(params, adapters)`."
 )
 
 
 _LABELS = (
-    "these are labels of jlora.labels, and they met a function at {path!r}. A module with a __call__ whose leaves are "
-    "labels is a function too, and optax calls it: give optax.partition the function `jlora.labels` itself."
+    "these are labels of jlora.labels, and a function was called on the one at {path!r}. A module of labels that has a "
+    "__call__ is itself callable, and optax calls it: pass the function `jlora.labels` to optax.partition instead."
 )
 
 
 class _Attached:
-    """What attached leaves share: they show the base's shape and dtype, and refuse to be arrays."""
+    """What attached leaves share: the base's shape and dtype, and an error where they are used as arrays."""
 
     base: Any
     path: Path
@@ -118,14 +115,14 @@ class _Attached:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraWeight(_Attached):
-    """A frozen base weight with its factors, in the place of the weight in the parameter tree.
+    """A frozen base weight and its factors, in place of the weight in the parameter tree.
 
     Attributes:
       base: the frozen weight, any float dtype.
       factors: the trainable update.
       strength: None, or a scalar array that multiplies the update at run time.
       dropout_key: None, or a PRNG key; with one, the adapter's input is dropped at ``factors.dropout``.
-      path: where the weight lies. Static.
+      path: of the weight. Static.
     """
 
     base: Any
@@ -138,12 +135,12 @@ class LoraWeight(_Attached):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class FullWeight(_Attached):
-    """A leaf trained whole: ``value`` is used, in the dtype of ``base``, which is kept for `detach`.
+    """A leaf trained whole: the model uses ``value``, in the dtype of ``base``, which is kept for `detach`.
 
     Attributes:
       base: the original leaf, frozen.
       value: the trainable leaf of the same shape.
-      path: where the leaf lies. Static.
+      path: of the leaf. Static.
     """
 
     base: Any
@@ -163,12 +160,12 @@ class Use(NamedTuple):
       primitive: the JAX primitive, such as ``dot_general``.
       axes: the weight's axes in this use, or None when the use has no matrix form.
       source: file and line of the user's code.
-      note: what happened, when ``axes`` is None; or why the weight is summed for this product.
-      summed: whether an adapted weight is summed to its full shape for it.
+      note: why ``axes`` is None, or why the weight is materialized for this product.
+      summed: whether an adapted weight is materialized (summed to its full shape) for it.
       gradient: whether the gradient of a floating result reaches the weight through this use.
-      work: multiplications of a product with data, by which uses are weighed. 0 for any other use, where the other
-        operand is no live data, as the vectors of a power iteration, and where the result reaches the function's only
-        by a scalar that a weight is multiplied by, as the norm that such an iteration finds.
+      work: the multiplications of a product with data, by which uses are weighted. 0 for any other use: if the other
+        operand is not data with a gradient, such as the vectors of a power iteration, or if the result affects the
+        function only through a scalar that multiplies a weight, such as the norm that such an iteration finds.
     """
 
     primitive: str
@@ -181,7 +178,7 @@ class Use(NamedTuple):
 
 
 NO_FORM = "the primitive has no matrix form"
-"""The note of a use by a primitive that is no product, nor anything that moves a weight."""
+"""The note of a use by a primitive that is neither a product nor a rearrangement of the weight."""
 MATMULS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"})
 
 
@@ -205,9 +202,8 @@ class WeightUse:
 
     @property
     def axes(self) -> Axes | None:
-        """The axes by which most is computed: products of the same axes are weighed together, by their
-        multiplications; of equal ones the first counts. For a table that is looked up first, those of the lookup.
-        None when no use has a matrix form."""
+        """The axes of the products with the most multiplications, summed over products with the same axes; the first
+        of equals. For a table that is looked up first, those of the lookup. None if no use has a matrix form."""
         first = next((use for use in self.learning if use.axes is not None), None)
         if first is None or first.primitive not in MATMULS:
             return first and first.axes
@@ -219,8 +215,8 @@ class WeightUse:
 
     @property
     def kind(self) -> str:
-        """``matmul``, ``lookup``, ``stopped`` (no gradient reaches it), ``unread`` or ``other``: decided by the
-        first matrix use through which a gradient reaches the weight."""
+        """``matmul``, ``lookup``, ``stopped`` (no gradient reaches the weight), ``unread`` or ``other``: by the first
+        matrix use through which a gradient reaches the weight."""
         for use in self.learning:
             if use.axes is not None:
                 return "matmul" if use.primitive in MATMULS else "lookup"
@@ -236,7 +232,7 @@ class WeightUse:
 
     @property
     def materialized(self) -> tuple[Use, ...]:
-        """Uses for which an adapted weight is summed to its full shape: the materialize policy applies."""
+        """Uses for which an adapted weight is materialized, under the policy of `lora`."""
         return tuple(use for use in self.uses if use.summed)
 
 
@@ -245,14 +241,14 @@ Uses: TypeAlias = Mapping[Path, WeightUse]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What `init` will make for one weight.
+    """What `init` makes for one weight.
 
     Attributes:
       path, shape, dtype: of the weight.
       axes: the roles of its axes; None for a leaf that is trained whole.
       rank, scale, dropout, dora: of the factors; rank 0 for a leaf that is trained whole.
-      trainable: number of trainable parameters.
-      used_by: what consumes the weight, for people.
+      trainable: the number of trainable parameters.
+      used_by: what consumes the weight, in words.
       lookup: whether the weight is a table whose rows are looked up.
     """
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from jlora._src.paths import bullets
 from jlora.files.safetensors import TensorError
+from jlora.messages import bullets
 
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](?:\./)?(.+)")

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jlora._src.paths import bullets
+from jlora.messages import bullets
 
 _DTYPES = {
     "F64": np.float64,

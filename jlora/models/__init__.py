@@ -9,7 +9,7 @@ from jlora.models._checkpoint import load, save
 from jlora.models._export import export
 from jlora.models._family import ModelError, Task
 from jlora.models._generate import generate
-from jlora.models._layers import Remat
+from jlora.models._layers import Remat, recomputed
 from jlora.models._network import abstract, build, example_inputs, fetch, names, sharding_rules
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "generate",
     "load",
     "names",
+    "recomputed",
     "sharding_rules",
     "save",
 ]

@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora._src.fields import fits, shown
+from jlora.fields import fits
+from jlora.messages import shown
 from jlora.models._family import ModelConfig, ModelError, Positive, Size, Spread, Token
 from jlora.models._layers import Remat, recomputed
 

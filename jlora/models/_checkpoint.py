@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._src.paths import bullets, named_leaves, nearest
+from jlora._src.paths import named_leaves
 from jlora._src.types import Array, PyTree
 from jlora._src.types import Path as LeafPath
 from jlora.files.safetensors import Tensor, open_checkpoint, write_checkpoint, write_json
 from jlora.files.tensor_names import TensorName, TensorNames, to_torch, torch_shape
+from jlora.messages import bullets, nearest
 from jlora.models._family import Family, ModelConfig, ModelError, Task
 from jlora.models._layers import Remat
 from jlora.models._network import (

@@ -12,11 +12,12 @@ from typing import Any
 
 import flax.linen as nn
 
-from jlora._src.paths import bullets, named_leaves
+from jlora._src.paths import named_leaves
 from jlora._src.tree.merge import Rounding, merge, rounding
 from jlora._src.types import Adapters, LoraFactors, PyTree
 from jlora._src.types import Path as LeafPath
 from jlora.files.safetensors import read_json
+from jlora.messages import bullets
 from jlora.models._causal import CausalConfig
 from jlora.models._checkpoint import check_leaves, write
 from jlora.models._family import ModelError, ending_of

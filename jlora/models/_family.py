@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_ty
 
 import flax.linen as nn
 
-from jlora._src.fields import Within, faults, fits, shown
-from jlora._src.paths import bullets, nearest
 from jlora._src.tree.sharding import ShardingRules
+from jlora.fields import Within, faults, fits
 from jlora.files.tensor_names import TensorNames
+from jlora.messages import bullets, nearest, shown
 
 Task = Literal["features", "sequence-classification", "causal-lm", "image-classification"]
 """What the network ends in: its hidden states, or the head for a task."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jlora._src.fields import OneOf
+from jlora.fields import OneOf
 from jlora.models._family import ModelError
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

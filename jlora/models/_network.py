@@ -13,11 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora._src.paths import nearest
 from jlora._src.tree.sharding import ShardingRules
 from jlora._src.types import Array, PyTree
 from jlora.files.safetensors import read_json
 from jlora.files.tensor_names import ModelNames
+from jlora.messages import nearest
 from jlora.models._family import Family, ModelConfig, ModelError, Task, ending_of, task_of
 from jlora.models._layers import Remat
 from jlora.models._registry import FAMILIES

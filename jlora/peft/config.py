@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora._src.config import HEADS
-from jlora._src.fields import fits, shown
-from jlora._src.paths import bullets
+from jlora.fields import fits
 from jlora.files.safetensors import read_json
 from jlora.files.tensor_names import Kind, ModelNames, TensorNames
+from jlora.messages import bullets, shown
 from jlora.peft import options
 
 CONFIG = "adapter_config.json"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jlora._src.fields import shown
+from jlora.messages import shown
 
 _INERT = frozenset(
     """auto_mapping base_model_name_or_path corda_config eva_config fan_in_fan_out inference_mode init_lora_weights

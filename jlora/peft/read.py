@@ -12,7 +12,8 @@ import numpy as np
 
 from jlora._src.config import LoraConfig, Override
 from jlora._src.engine.named_axes import promoted
-from jlora._src.paths import check_paths, named_leaves
+from jlora._src.paths import named_leaves
+from jlora._src.tree.checks import check_paths
 from jlora._src.types import Adapters, Array, LoraFactors, PyTree
 from jlora._src.types import Path as LeafPath
 from jlora.files.tensor_names import TensorNames, from_torch

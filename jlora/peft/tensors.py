@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._src.config import HEADS
-from jlora._src.paths import bullets, nearest
 from jlora._src.types import Path as LeafPath
 from jlora.files.safetensors import Tensor, TensorError, open_tensors
 from jlora.files.tensor_names import Kind, TensorName, TensorNames, to_torch, torch_axes, torch_shape
+from jlora.messages import bullets, nearest
 from jlora.peft import layout
 from jlora.peft.config import PeftConfig, PeftError
 from jlora.peft.layout import Part

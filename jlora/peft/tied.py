@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora._src.paths import bullets
 from jlora._src.types import Array, LoraFactors
 from jlora._src.types import Path as LeafPath
 from jlora.files.tensor_names import TensorName, TensorNames
+from jlora.messages import bullets
 from jlora.peft import layout
 from jlora.peft.config import PeftConfig, PeftError
 

@@ -16,13 +16,14 @@ import numpy as np
 
 from jlora._src.config import LoraConfig
 from jlora._src.engine.factored import column_norm, factored
-from jlora._src.paths import check_paths, named_leaves, nearest
-from jlora._src.tree.attach import check_adapters
-from jlora._src.tree.merge import check_finite, merge
+from jlora._src.paths import named_leaves
+from jlora._src.tree.checks import check_adapters, check_finite, check_paths
+from jlora._src.tree.merge import merge
 from jlora._src.types import Adapters, Array, LoraFactors, LoraWeight, PyTree
 from jlora._src.types import Path as LeafPath
 from jlora.files.safetensors import write_json, write_tensors
 from jlora.files.tensor_names import Kind, TensorNames, to_torch
+from jlora.messages import nearest
 from jlora.peft import layout, tied
 from jlora.peft.config import (
     CONFIG,

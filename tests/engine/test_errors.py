@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,9 +50,19 @@ def test_a_config_lists_every_field_that_is_out_of_range() -> None:
             overrides=(jlora.Override("x", rank=-2),),
         ),
     )
-    expect(text, "7 field(s)", "rank=0; expected an integer above 0", "alpha=-1", "dropout=1.0", "overrides[0].rank=-2")
     expect(
-        text, "targets='query'; expected 'all-linear' or a tuple of patterns: ('query',)", "'(' is no regular", "int8"
+        text,
+        "7 field(s)",
+        "rank = 0; expected an integer above 0",
+        "alpha = -1",
+        "dropout = 1.0",
+        "overrides[0].rank = -2",
+    )
+    expect(
+        text,
+        "targets = 'query'; expected 'all-linear' or a tuple of patterns: ('query',)",
+        "'(' is not a regular",
+        "int8",
     )
 
 
@@ -97,11 +108,11 @@ def test_patterns_that_match_nothing_are_listed_with_the_closest_paths() -> None
 @pytest.mark.parametrize(
     ("pattern", "why"),
     [
-        ("bias", "of shape (6,) and dtype float32 is no floating matrix"),
-        ("ids", "of shape (3,) and dtype int32 is no floating matrix"),
+        ("bias", "'layer_0/query/bias': shape (6,), dtype float32: not a floating matrix"),
+        ("ids", "'ids': shape (3,), dtype int32: not a floating matrix"),
     ],
 )
-def test_a_target_that_is_no_floating_matrix_is_refused(pattern: str, why: str) -> None:
+def test_a_target_that_is_not_a_floating_matrix_is_refused(pattern: str, why: str) -> None:
     expect(
         message(ValueError, lambda: jlora.plan(PARAMS, jlora.LoraConfig(targets=(pattern,)))),
         f"target '{pattern}'",
@@ -157,7 +168,7 @@ def test_train_also_must_be_floating() -> None:
     config = dataclasses.replace(ONE, train_also=("ids",))
     expect(
         message(ValueError, lambda: jlora.plan(PARAMS, config)),
-        "train_also matches 'ids' of dtype int32; expected a floating leaf",
+        "'ids': dtype int32; train_also expects a floating leaf",
     )
 
 
@@ -174,7 +185,7 @@ def test_two_leaves_of_one_path_are_refused() -> None:
 def test_ranks_and_keys_are_checked() -> None:
     wrong: list[Any] = [4.0, True, "8", float("nan")]
     for rank in wrong:
-        expect(message(ValueError, lambda r=rank: jlora.LoraConfig(rank=r)), f"rank={rank!r}; expected an integer")
+        expect(message(ValueError, lambda r=rank: jlora.LoraConfig(rank=r)), f"rank = {rank!r}; expected an integer")
     expect(message(TypeError, lambda: jlora.init(0, PARAMS, ONE)), "key=0", "jax.random.key(0)")  # type: ignore[arg-type]
 
 
@@ -184,6 +195,24 @@ def test_a_matrix_that_is_used_oddly_is_left_out_by_name() -> None:
     found = jlora.plan(params, jlora.LoraConfig(rank=2), uses)
     assert set(found) == {"even"}
     assert "consumed by exp" in found.left_out["odd"]
+
+
+def test_a_plan_makes_the_adapters_of_its_config() -> None:
+    config = dataclasses.replace(ONE, train_also=("head",), dtype="bfloat16")
+    made = jlora.init(jax.random.key(0), PARAMS, jlora.plan(PARAMS, config))
+    chex.assert_trees_all_equal(made, jlora.init(jax.random.key(0), PARAMS, config))
+    assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.bfloat16.dtype}
+
+
+def test_a_plan_of_other_params_is_refused() -> None:
+    plan = jlora.plan(PARAMS, dataclasses.replace(ONE, train_also=("head", "norm")))
+    other = {**PARAMS, "head": {"kernel": jnp.ones((4, 3))}, "layer_0": {"qeury": PARAMS["layer_0"]["query"]}}
+    text = message(ValueError, lambda: jlora.init(jax.random.key(0), other, plan))
+    expect(
+        text, "'layer_0/query/kernel' is missing (closest: 'layer_0/qeury/kernel'", "'layer_0/norm/scale' is missing"
+    )
+    expect(text, "'head/kernel' has shape (4, 3), (4, 2) in the plan", "jlora.plan")
+    expect(message(TypeError, lambda: jlora.init(jax.random.key(0), PARAMS, plan, {})), "uses", "plan")
 
 
 def test_shapes_are_no_values_to_copy() -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora._src import paths as _paths
 from tests.zoo import MODELS, Model, merged, pulled_back
 
 COMPILING = futures.ThreadPoolExecutor(max_workers=2)
@@ -103,7 +102,8 @@ def plain(model: Model) -> Any:
     """``run(weights) -> Run`` of the model itself, with other weights in the place of those in its tables."""
 
     def put(params: Any, weights: Any) -> Any:
-        return _paths.map_named(lambda path, leaf: weights.get(path, leaf), params)
+        leaves, treedef = jlora.named_leaves(params)
+        return treedef.unflatten([weights.get(path, leaf) for path, leaf in leaves.items()])
 
     return compiled(model, model.fn, put, weights_of(model))
 
@@ -117,7 +117,7 @@ def merged_run(run: Any, model: Model, adapters: Any) -> Run:
 
 def weights_of(model: Model) -> dict[str, Any]:
     """The weights in the model's tables."""
-    leaves, _ = _paths.named_leaves(model.params)
+    leaves, _ = jlora.named_leaves(model.params)
     return {path: leaves[path] for path in (*model.axes, *model.tables)}
 
 

@@ -329,7 +329,7 @@ def test_quantized_weights_are_left_out_by_name_and_the_way_out_works() -> None:
     text = message(
         ValueError, lambda: planned(lambda t, ids: model(dequantized(t), ids), stored, ids, targets=("dense/q",))
     )
-    expect(text, "'dense/q'", "int8 is no floating matrix", "attach to the dequantized tree")
+    expect(text, "'dense/q'", "int8: not a floating matrix", "attach to the dequantized tree")
 
     uses = jlora.trace(model, jax.eval_shape(dequantized, stored), ids)
     adapters = adapters_for(model, dequantized(stored), ids, targets=("dense", "groups"))
@@ -463,4 +463,4 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert type(given.for_path("x").rank) is int
     for field, value in (("rank", np.float32(4)), ("alpha", "x"), ("dropout", None), ("use_dora", "yes")):
         text = message(ValueError, lambda f=field, v=value: jlora.LoraConfig(**cast(Any, {f: v})))
-        expect(text, f"{field}={getattr(value, 'item', lambda v=value: v)()!r}; expected")
+        expect(text, f"{field} = {getattr(value, 'item', lambda v=value: v)()!r}; expected")

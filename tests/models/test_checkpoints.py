@@ -15,8 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from jlora import models
-from jlora._src.paths import named_leaves
+from jlora import models, named_leaves
 from jlora.files.safetensors import Tensor
 from tests.messages import expect, message
 from tests.small_checkpoints import BERT, ROOT, change, network, same

@@ -321,7 +321,7 @@ def test_runs_that_go_on(runs: Path, reader: Any, tmp_path: Path) -> None:
     assert job.network.load is not None
     base = job.network.load(random_key(0, "head"), None)
     like = job.layout.make_state(
-        lambda base: init_state(make_optimizer(config.fit), start_adapters(job.config, job.network, base, job.uses)),
+        lambda base: init_state(make_optimizer(config.fit), start_adapters(job.config, job.network, base, job.plan)),
         base,
     )
     for name in ("whole", "other"):

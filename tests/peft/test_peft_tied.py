@@ -19,8 +19,7 @@ from jax.sharding import AxisType
 from safetensors.numpy import load_file
 
 import jlora
-from jlora import models, peft
-from jlora._src.paths import named_leaves
+from jlora import models, named_leaves, peft
 from jlora.files import tensor_names
 from tests.golden.make_peft import FOLDER
 from tests.messages import expect, message

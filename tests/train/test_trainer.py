@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import jlora
-from jlora._src.paths import named_leaves
+from jlora import named_leaves
 from tests import tiny
 from tests.runs import program, records
 from train.__main__ import parse

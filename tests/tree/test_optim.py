@@ -1,4 +1,4 @@
-"""Law 4: only trainables move, under any optimizer; and what optax is told about a tree."""
+"""Law 4: only trainable leaves change, under any optimizer; and the labels and masks that optax gets."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_only_trainables_move_and_as_if_they_were_alone(name: str, adapters: Any, tree: Any) -> None:
-    """Training a whole tree with freeze(tx), from the gradients of every leaf, moves the adapters exactly as
-    training them alone with tx does; the rest stays bit for bit; the state is as large as for the adapters."""
+    """Training a whole tree with freeze(tx), from the gradients of every leaf, updates the adapters exactly as training
+    them alone with tx does; frozen leaves keep every bit; the state is as large as for the adapters."""
     tx, whole = OPTIMIZERS[name], jlora.freeze(OPTIMIZERS[name])
 
     @jax.jit
@@ -90,7 +90,7 @@ def test_only_trainables_move_and_as_if_they_were_alone(name: str, adapters: Any
 
 
 def value_and_functions(fn: Any, value: Any, grad: Any) -> Any:
-    """What a line search is given of the loss."""
+    """The extra arguments of a line search."""
     return {"value": value, "grad": grad, "value_fn": fn}
 
 

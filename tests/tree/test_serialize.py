@@ -74,14 +74,14 @@ def test_flax_compares_what_is_recorded() -> None:
     """Scale, axes, dropout, magnitude, shapes, whether there is a strength: each difference is named."""
     stored = serialization.to_bytes(FRESH)
     factors = FRESH["w0"]
-    for other, told in [
+    for other, facts in [
         (dataclasses.replace(factors, scale=2.0, dropout=0.0), ("scale is 0.5666", "expected 2.0", "dropout is 0.1")),
         (dataclasses.replace(factors, axes=factors.axes.flipped()), ("axes is {", "'inputs': {'0': 0}")),
         (dataclasses.replace(factors, magnitude=None), ("magnitude is an array of shape (16,), expected None",)),
         (dataclasses.replace(factors, a=factors.a[:, :2]), ("a is an array of shape (8, 3), expected", "(8, 2)")),
     ]:
         text = message(ValueError, lambda other=other: serialization.from_bytes({**FRESH, "w0": other}, stored))
-        expect(text, "LoraFactors at './w0'", "jlora.init", *told)
+        expect(text, "LoraFactors at './w0'", "jlora.init", *facts)
     strong = serialization.to_bytes(TREES["attached with a strength"])
     text = message(ValueError, lambda: serialization.from_bytes(TREES["attached"], strong))
     expect(text, "LoraWeight at './w0'", "strength is a scalar, expected None")

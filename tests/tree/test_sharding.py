@@ -1,4 +1,4 @@
-"""Where parameters and adapters lie on a mesh: the rules of every family, their errors, and what they do not change."""
+"""How parameters and adapters are sharded over a mesh: the rules of every family, their errors, unchanged results."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import models
-from jlora._src.paths import named_leaves
+from jlora import models, named_leaves
 from jlora.models._registry import FAMILIES
 from tests.golden import make_decoders, make_encoders
 from tests.messages import expect, message
@@ -96,7 +95,7 @@ def test_published_networks_are_split_evenly(name: str) -> None:
 
 
 def test_the_first_of_a_pair_is_split_by_its_outputs_and_the_second_by_its_inputs() -> None:
-    """So that one sum over the mesh axis ``tensor`` a pair is enough."""
+    """So that each pair needs only one sum over the mesh axis ``tensor``."""
     model = models.build(TINY["llama-linear"])
     places, _ = named_leaves(jlora.shardings(models.abstract(model), mesh(2, 2, 2), models.sharding_rules(model)))
     layers = "params/model/layers"
@@ -156,9 +155,9 @@ def test_one_sharding_for_all_and_leaves_that_are_trained_whole() -> None:
 
 @pytest.mark.parametrize("boxed", [False, True])
 @pytest.mark.parametrize("options", [{}, {"strength": 0.5, "dropout_key": jax.random.key(1)}])
-def test_an_attached_tree_lies_as_its_weights_and_adapters(boxed: bool, options: Any) -> None:
-    """Each leaf of an attached tree lies as the plain params' sharding and adapter_shardings say, strengths and keys on
-    every device; flax's boxes stay. A jit that pins these shardings computes the same."""
+def test_an_attached_tree_is_sharded_like_its_weights_and_adapters(boxed: bool, options: Any) -> None:
+    """Each leaf of an attached tree is sharded as in the plain params' shardings and adapter_shardings; strengths and
+    keys are replicated; flax's boxes are kept. A jit that pins these shardings computes the same."""
     grid = mesh(1, 4, 2)
     init = nn.initializers.lecun_normal()
 
@@ -195,7 +194,7 @@ def test_an_attached_tree_lies_as_its_weights_and_adapters(boxed: bool, options:
 
 
 def assert_same_training(name: str, folder: Path, shape: tuple[int, int, int], **options: Any) -> str:
-    """A checkpoint's adapters start, and its loss and their gradient are, as on one device; the compiled step."""
+    """Fresh adapters, loss and gradients of a checkpoint equal those on one device. Returns the compiled step."""
     model: Any = models.build(TINY[name])
     leaves, treedef = jax.tree.flatten(models.abstract(model))
     rng = np.random.default_rng(0)
@@ -254,20 +253,20 @@ def refused(*rules: Any, params: Any = SHAPES) -> str:
 
 
 def test_what_rules_leave_out_or_never_reach_is_named() -> None:
-    """All at once: leaves without a rule, rules without a leaf, and rules that come too late."""
+    """All at once: leaves without a rule, rules without a leaf, and rules that earlier ones shadow."""
     expect(
         refused(("/kernel$", P("fsdp")), ("/bais$", P()), ("layer/kernel", P())),
         "shardings: 4 problem(s) with the rules on the mesh (data=1, fsdp=4, tensor=2)",
-        "'layer/bias' of shape (8,) is matched by no rule (closest: 'layer/kernel', '/bais$'",
-        "'norm' of shape (7,) is matched by no rule",
+        "'layer/bias' of shape (8,) matches no rule (closest: 'layer/kernel', '/bais$'",
+        "'norm' of shape (7,) matches no rule",
         "rule '/bais$' matches no leaf (closest: 'layer/bias'",
-        "rule 'layer/kernel' takes no leaf: rules before it take all that it matches, such as 'layer/kernel' by ",
-        "put one of your own for that path before it, or use a mesh of another shape",
+        "rule 'layer/kernel' applies to no leaf: earlier rules match all of its leaves, such as 'layer/kernel' by ",
+        "put another one for that path before it, or use a mesh of another shape",
     )
 
 
 def test_what_a_mesh_cannot_split_is_named() -> None:
-    """All at once: specs that are too long, mesh axes that are not there or come twice, sizes that do not divide."""
+    """All at once: specs that are too long, unknown or repeated mesh axes, sizes that are not divisible."""
     expect(
         refused(("kernel", P(None, ("fsdp", "tensor"))), ("bias", P("fsdp", None)), ("norm", P(("fsdp", "tensor")))),
         "2 problem(s)",
@@ -281,7 +280,7 @@ def test_what_a_mesh_cannot_split_is_named() -> None:
         "rule 'bias' has ('fsdp',); expected a jax.sharding.PartitionSpec",
         "rule 'norm' names 'fsdp' 2 times",
     )
-    assert refused(("(", P()), ("", P())).count("is no regular expression") == 1
+    assert refused(("(", P()), ("", P())).count("is not a regular expression") == 1
     plain = {"w": jnp.ones((8, 8))}
     tree = jlora.attach(plain, jlora.init(jax.random.key(0), plain, jlora.LoraConfig(rank=2, targets=("w",))))
     expect(refused(("", P()), params=tree), "'w' is attached", "jlora.detach(tree)[0]")

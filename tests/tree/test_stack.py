@@ -74,7 +74,7 @@ def test_padding_alone_changes_no_bit_of_what_is_there() -> None:
 
 
 def test_a_path_that_some_lack_gets_zeros() -> None:
-    """Exact for LoRA: the one that lacks a path acts as if it had none there, and its zeros never learn."""
+    """Exact for LoRA: the one that lacks a path acts as if it had none there, and its zeros stay zero in training."""
     whole, part = filled(0, 2, 2.0), {"up": filled(10, 1, 4.0)["up"]}
     stacked: Any = jlora.stack([whole, part])
     assert_close(jax.vmap(run)(stacked), jnp.stack([run(whole), run(part)]))
@@ -114,14 +114,14 @@ def test_what_changes_nothing_fills_what_zeros_cannot() -> None:
     full = jax.tree.map(lambda x: x + 0.1, full)
     text = message(ValueError, lambda: jlora.stack([full, {}]))
     expect(text, "2 differences", "'down': adapters [1] lack it", "'up': adapters [1] lack it", "magnitude")
-    expect(text, "{**jlora.init(key, params, config), **adapters}")
+    expect(text, "{**jlora.init(key, params, plan), **adapters}")
     filling = {**jlora.init(jax.random.key(1), TOY.params, config, USES)}
     both = jax.vmap(run)(jlora.stack([full, filling]))
     assert_close(both[1], TOY.fn(TOY.params, TOY.x))
 
 
 def test_scales_are_trained_as_strengths() -> None:
-    """The other advice: one alpha and a strength each trains as adapters with scales of their own do."""
+    """The other advice: one alpha, with a strength for each, trains like adapters with scales of their own."""
     start = filled(0, 2, 2.0)
     scales = (1.0, 3.0)
     own = [{p: dataclasses.replace(f, scale=s) for p, f in start.items()} for s in scales]
@@ -142,7 +142,7 @@ def test_scales_are_trained_as_strengths() -> None:
 
 
 def test_what_cannot_be_stacked_is_named() -> None:
-    """Every path at once: dropout rates, axes, kinds and shapes; and no adapters, or what is none."""
+    """Every path at once: dropout rates, axes, kinds and shapes; no adapters; values that are not adapters."""
     one = filled(0, 2, 2.0)
     up, down = one["up"], one["down"]
     dropped = {"up": dataclasses.replace(up, dropout=0.5), "down": TOY.params["down"]}

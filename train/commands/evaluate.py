@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jlora._src.paths import bullets
+from jlora.messages import bullets
 from train.commands.inputs import RunPath
 from train.compute.layouts import Jit
 from train.config import ConfigError

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from jlora._src.paths import bullets, nearest
+from jlora.messages import bullets, nearest
 from train.config import ConfigError, TrainConfig
 from train.data import tables
 from train.data.lines import decode, lines

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
-
 import jax
+
+import jlora
 
 
 def random_key(seed: int, purpose: str) -> jax.Array:
     """The key for one purpose of a run. Purposes do not share randomness, and a new one does not change the others."""
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+    return jlora.path_key(jax.random.key(seed), purpose)

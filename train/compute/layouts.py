@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora._src.paths import named_leaves
+from jlora import named_leaves
 from train.checks import refuse
 from train.compute.step import Step, TrainState
 from train.config import ComputeConfig, ConfigError, TrainConfig

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jlora._src.paths import bullets
+from jlora.messages import bullets
 from train.config import ConfigError, ProcessesConfig
 
 T = TypeVar("T")

@@ -18,9 +18,9 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from jlora._src.paths import nearest
 from jlora.files.checksums import check_sums, write_sums
 from jlora.files.safetensors import TensorError, read_json
+from jlora.messages import nearest
 from train.config import ConfigError
 from train.data.formats import File, read_tables
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import datasets
 import numpy as np
 
-from jlora._src.paths import nearest
+from jlora.messages import nearest
 from train.config import ConfigError, DataConfig
 from train.data.sources import Provenance, beside, content, read_source
 

@@ -25,8 +25,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jlora._src.tree.save import differences, one_line, record_of
+from jlora.files.adapters import differences, record_of
 from jlora.files.checksums import check_sums, files_in, write_sums
+from jlora.messages import one_line
 from jlora.models import TensorError
 from train.compute.layouts import Layout
 from train.compute.step import TrainState

@@ -15,11 +15,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import models
-from jlora._src.config import HEADS
+from jlora import HEADS, models
 from jlora.files.safetensors import read_json
-from jlora.models import ModelError, Remat, TensorError
-from jlora.models._layers import recomputed
+from jlora.models import ModelError, Remat, TensorError, recomputed
 from train.config import (
     CausalLM,
     ConfigError,

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jlora._src.table import table
+from jlora.messages import table
 from train.compute.processes import is_first
 from train.loop.progress import Intervals
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from jlora._src.paths import bullets
 from jlora.files.checksums import SUMS, check_sums
+from jlora.messages import bullets
 from jlora.models import TensorError
 from train.config import ConfigError, TrainConfig
 from train.rundir import files

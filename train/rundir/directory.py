@@ -14,9 +14,9 @@ from typing import Any
 
 import filelock
 
-from jlora._src.paths import bullets
 from jlora.files.checksums import SUMS, check_sums, write_sums
 from jlora.files.safetensors import read_json
+from jlora.messages import bullets
 from jlora.models import TensorError
 from train.compute.processes import first_decides, is_first, say
 from train.config import ConfigError, TrainConfig

@@ -30,8 +30,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from jlora import LoraConfig
-from jlora._src.fields import expected, fits, shown
-from jlora._src.paths import nearest
+from jlora.fields import expected, fits
+from jlora.messages import nearest, shown
 
 
 def save_tree(path: Path, tree: Any) -> None:

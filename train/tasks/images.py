@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora._src.paths import bullets
+from jlora.messages import bullets
 from train.compute.processes import say
 from train.config import ConfigError, Domain, ImageClassification
 from train.data.batches import Batch, Examples

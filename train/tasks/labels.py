@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jlora._src.paths import nearest
-from jlora._src.table import table as text_table
+from jlora.messages import nearest
+from jlora.messages import table as text_table
 from train.config import ConfigError
 from train.data.tables import Table, column
 

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from jlora._src import paths
 from jlora._src.engine import compat
 from jlora._src.engine.factored import Factored, dense
 from jlora._src.engine.rules.products import Decline
 from jlora._src.engine.rules.table import PRIMITIVES, SQUARED, SQUARES
 from jlora._src.types import Path
+from jlora.messages import bullets
 
 Policy = Literal["warn", "error", "allow", "explain"]
 
@@ -119,7 +119,7 @@ class Session:
     def tell(self) -> None:
         """Warn of each materialized weight once, with every place where it was."""
         for what, dropped, places in self.told.values():
-            where = f"{places[0]}. " if len(places) == 1 else f"{len(places)} primitives:{paths.bullets(places)}\n"
+            where = f"{places[0]}. " if len(places) == 1 else f"{len(places)} primitives:{bullets(places)}\n"
             hint = 'Results stay exact, at the cost of a full-size sum; pass materialize="allow" to silence this.'
             warnings.warn(what + where + hint + dropped, MaterializeWarning, stacklevel=4)
         self.told.clear()

@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 import jax
 from jax import lax
 
-from jlora._src import paths
 from jlora._src.engine import compat
 from jlora._src.engine.dependence import constant_gathers, learned_factors
 from jlora._src.engine.factored import Factored, dense, factored
 from jlora._src.engine.interpreter import Event, Policy, Session
 from jlora._src.engine.staging import Staged, is_array, stage
-from jlora._src.table import table
 from jlora._src.types import FullWeight, LoraWeight, PyTree, is_attached
+from jlora.messages import bullets, table
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -92,7 +91,7 @@ def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any, froz
         return fn(*args, **kwargs)
     staged = stage(fn, args, kwargs)
     if staged.lost and session.policy != "explain":
-        raise ValueError(_MUTATES + paths.bullets(staged.lost) + _RETURN_IT)
+        raise ValueError(_MUTATES + bullets(staged.lost) + _RETURN_IT)
     _check_read(staged)
     stop = (lambda x: x) if frozen_gradients else lax.stop_gradient
 
@@ -133,7 +132,7 @@ def _check_read(staged: Staged) -> None:
     if unread:
         raise ValueError(
             f"lora: the function never reads {len(unread)} attached weight(s), so training them would silently do "
-            f"nothing:{paths.bullets(map(repr, unread))}\nGot a function that ignores these leaves, often because "
+            f"nothing:{bullets(map(repr, unread))}\nGot a function that ignores these leaves, often because "
             "it closes over the parameters. Pass the attached tree where the function takes its parameters, or "
             "leave these weights out of the targets."
         )

@@ -1,63 +1,91 @@
-"""`init`: fresh adapters, with which the adapted model equals its base."""
+"""`init`: fresh adapters, with which the adapted model still equals its base."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora._src import paths
 from jlora._src.config import LoraConfig
 from jlora._src.engine import compat
 from jlora._src.engine.factored import column_norm, factored
-from jlora._src.tree.attach import path_key
-from jlora._src.tree.plan import plan
+from jlora._src.paths import named_leaves, path_key
+from jlora._src.tree.plan import Plan
+from jlora._src.tree.plan import plan as make_plan
 from jlora._src.types import Array, LoraFactors, LoraWeight, Path, PyTree, Target, Uses
+from jlora.messages import bullets, nearest
 
 
-def init(key: Array, params: PyTree, config: LoraConfig, uses: Uses | None = None) -> dict[Path, LoraFactors | Array]:
-    """Fresh adapters for ``params``: A random, B zero, so that nothing changes yet.
+def init(
+    key: Array, params: PyTree, plan: Plan | LoraConfig, uses: Uses | None = None
+) -> dict[Path, LoraFactors | Array]:
+    """Fresh adapters for ``params``: A random, B zero, so that the model does not change yet.
 
-    A is drawn as torch's ``kaiming_uniform_(a=sqrt(5))``, that is from U(±1/sqrt(fan_in)), and B is 0. For a
+    A is drawn as by torch's ``kaiming_uniform_(a=sqrt(5))``, that is from U(±1/sqrt(fan_in)), and B is 0. For a
     lookup table it is the other way round, as in PEFT: A = 0, B from N(0, 1). Leaves of ``train_also`` are
-    copies of the params, never aliases. Each weight's key is folded from its path, so that its init does
-    not depend on which others are adapted. Works under `jax.eval_shape` and ``jax.jit(out_shardings=…)``.
+    copies of the params, never aliases. The key of each weight is folded from its path (`path_key`), so that its
+    initialization does not depend on which others are adapted. Works under `jax.eval_shape` and
+    ``jax.jit(out_shardings=…)``.
 
-    >>> adapters = jlora.init(jax.random.key(0), params, jlora.LoraConfig(rank=8), uses)
+    >>> plan = jlora.plan(params, jlora.LoraConfig(rank=8), uses)
+    >>> adapters = jlora.init(jax.random.key(0), params, plan)
 
     Args:
       key: a PRNG key.
       params: the parameters. Only their shapes matter, except for ``train_also`` leaves and DoRA.
-      config: what to adapt.
-      uses: from `trace`; needed by ``targets="all-linear"`` and for weights that are not 2-D.
+      plan: from `plan`; or a config, of which the plan is made first.
+      uses: with a config: from `trace`; needed by ``targets="all-linear"`` and for weights that are not 2-D.
 
     Returns:
       ``{path: LoraFactors | array}``: every array leaf of it is trainable, in ``config.dtype``.
 
     Raises:
-      ValueError: as `plan`.
-      TypeError: when ``params`` are only shapes, outside of `jax.eval_shape`, where values are needed.
+      ValueError: if the plan is of other params, listing each path; for a config, as `plan`.
+      TypeError: if ``params`` are only shapes, outside of `jax.eval_shape`, where values are needed; or if ``uses``
+        are given with a plan, which holds them already.
     """
     if not isinstance(key, jax.Array):
         raise TypeError(f"init: got key={key!r}; expected a PRNG key, such as jax.random.key(0)")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
-    leaves, _ = paths.named_leaves(params)
-    targets = plan(params, config, uses)
-    copied = [path for path, target in targets.items() if target.axes is None or target.dora]
+    leaves, _ = named_leaves(params)
+    if isinstance(plan, Plan):
+        _check_plan(plan, leaves, uses)
+    else:
+        plan = make_plan(params, plan, uses)
+    copied = [path for path, target in plan.items() if target.axes is None or target.dora]
     if shapes := [path for path in copied if isinstance(leaves[path], jax.ShapeDtypeStruct)]:
         raise TypeError(
-            f"init: the params are shapes, but these are copied, or measured for DoRA:{paths.bullets(shapes)}\n"
-            "Expected arrays; to get shapes, call init under jax.eval_shape."
+            f"init: the params are shapes, but these leaves are copied, or measured for DoRA:{bullets(shapes)}\n"
+            "Expected arrays. For the shapes of the adapters, call init under jax.eval_shape."
         )
+    dtype = plan.config.dtype
     return {
-        path: jnp.array(compat.on_device(leaves[path]), dtype=config.dtype, copy=True)
+        path: jnp.array(compat.on_device(leaves[path]), dtype=dtype, copy=True)
         if target.axes is None
-        else _factors(path_key(key, path), leaves[path], target, config.dtype)
-        for path, target in targets.items()
+        else _factors(path_key(key, path), leaves[path], target, dtype)
+        for path, target in plan.items()
     }
+
+
+def _check_plan(plan: Plan, leaves: dict[Path, Any], uses: Uses | None) -> None:
+    if uses is not None:
+        raise TypeError("init: got uses with a plan, which was made from uses; expected one of them: leave out uses")
+    wrong = [
+        f"{path!r} has shape {tuple(leaves[path].shape)}, {target.shape} in the plan"
+        if path in leaves
+        else f"{path!r} is missing{nearest(path, leaves)}"
+        for path, target in plan.items()
+        if path not in leaves or tuple(leaves[path].shape) != target.shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"init: the plan is of other params:{bullets(wrong)}\nExpected the params that were given to jlora.plan, "
+            "or params of the same shapes."
+        )
 
 
 def _factors(key: Array, weight: Array, target: Target, dtype: str) -> LoraFactors:

@@ -1,4 +1,4 @@
-"""Fold adapters into the weights, for the unmodified model, take them out again, and tell what that loses."""
+"""Fold adapters into the weights, subtract them again, and measure what rounding loses."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from jlora._src import paths
 from jlora._src.engine import compat
 from jlora._src.engine.factored import Factored, dense, factored
 from jlora._src.engine.named_axes import wide
-from jlora._src.table import table
-from jlora._src.tree.attach import check_adapters
+from jlora._src.paths import named_leaves
+from jlora._src.tree.checks import check_adapters, check_finite, check_kinds, check_paths
 from jlora._src.types import Adapters, Array, LoraFactors, LoraWeight, Path, PyTree
+from jlora.messages import bullets, table
 
 
 def merge(params: PyTree, adapters: Adapters) -> PyTree:
@@ -29,12 +28,12 @@ def merge(params: PyTree, adapters: Adapters) -> PyTree:
       adapters: as from `init`.
 
     Returns:
-      A tree like ``params``, each leaf in the memory of its base. Leaves without an adapter are the very same arrays,
-      so that donating one of both trees deletes them in the other; the others are new ones.
+      A tree like ``params``, each leaf in the memory kind of its base. Leaves without an adapter are the same arrays,
+      so that donating one of the two trees deletes them in the other; the merged leaves are new arrays.
 
     Raises:
-      KeyError, ValueError: when an adapter does not fit the params, or holds NaN or infinity (found only
-        outside ``jit``); all offenders are named.
+      KeyError, ValueError: if an adapter does not fit the params, or holds NaN or infinity (checked only outside
+        ``jit``); all offenders are listed.
     """
     return _mapped("merge", params, adapters, _merged)
 
@@ -43,21 +42,21 @@ def unmerge(merged: PyTree, adapters: Adapters) -> PyTree:
     """The base parameters: the inverse of `merge`, up to the rounding to each weight's dtype. Plain LoRA only.
 
     Raises:
-      KeyError, ValueError: as `merge`; and for adapters that cannot be undone, all of them named: leaves
-        trained whole, whose base is gone, and DoRA, whose norms are.
+      KeyError, ValueError: as `merge`; and for adapters that cannot be undone, all of them listed: leaves trained
+        whole, whose base is lost, and DoRA, whose norms are.
     """
-    paths.check_kinds(adapters, "unmerge")
+    check_kinds(adapters, "unmerge")
     undoable = [
         f"{path!r}: " + ("DoRA scales the base by norms that are not stored" if isinstance(v, LoraFactors)
-                         else "it was trained whole, and the base's value is gone")
+                         else "it was trained whole, so the base's value is lost")
         for path, v in adapters.items()
         if not isinstance(v, LoraFactors) or v.magnitude is not None
     ]  # fmt: skip
     if undoable:
         raise ValueError(
-            f"unmerge: {len(undoable)} of {len(adapters)} adapters cannot be undone:{paths.bullets(undoable)}\n"
+            f"unmerge: {len(undoable)} of {len(adapters)} adapters cannot be undone:{bullets(undoable)}\n"
             "Expected plain LoRA factors. Keep the base parameters, or use jlora.attach and jlora.detach, which "
-            "lose nothing."
+            "are exact."
         )
     return _mapped("unmerge", merged, adapters, _unmerged)
 
@@ -82,27 +81,27 @@ class Rounding(dict[Path, float]):
 
 
 def rounding(params: PyTree, adapters: Adapters) -> Rounding:
-    """What `merge` loses: for each adapted weight, the share of its update that the rounding to its dtype takes.
+    """What `merge` loses: for each adapted weight, the share of its update lost by rounding to the weight's dtype.
 
     This is ``norm(merged - (base + update)) / norm(update)`` in float32, where the merged weight is what `merge`
-    returns. It depends on how large the update is beside the base. Measured on normal weights at rank 8: of an update
-    at 1e-1, 1e-2, 1e-3 and 1e-4 of a bfloat16 base, 1.6%, 16%, 77% and 98% are lost; in float16 0.2%, 2%, 20% and 82%;
-    in float32 0.002% at 1e-3. Where that is too much, serve the adapters beside their base, or merge into a float32
-    copy of it.
+    returns. It depends on the size of the update relative to the base. Measured on normal weights at rank 8: of an
+    update 1e-1, 1e-2, 1e-3 and 1e-4 times as large as a bfloat16 base, 1.6%, 16%, 77% and 98% are lost; in float16
+    0.2%, 2%, 20% and 82%; in float32 0.002% at 1e-3. Where that is too much, serve the adapters unmerged, or merge into
+    a float32 copy of the base.
 
     >>> print(jlora.rounding(params, adapters))
 
     Args:
       params: the base parameters.
-      adapters: as from `init`; they are merged one by one, so that no second copy of the parameters is made.
+      adapters: as from `init`; merged one by one, so that there is never a second copy of the parameters.
 
     Returns:
-      A share for each path: 0 where the update is 0; infinite where the sum leaves the range of the dtype.
+      A share for each path: 0 where the update is 0; infinity where the sum overflows the dtype.
 
     Raises:
       KeyError, ValueError: as `merge`.
     """
-    leaves, _ = paths.named_leaves(params)
+    leaves, _ = named_leaves(params)
     _check("rounding", leaves, adapters)
     norms = {path: jax.device_get(_norms(leaves[path], value)) for path, value in adapters.items()}
     shares = {path: float(lost / update) if update else 0.0 for path, (lost, update, _) in norms.items()}
@@ -112,27 +111,8 @@ def rounding(params: PyTree, adapters: Adapters) -> Rounding:
     )
 
 
-def check_finite(adapters: Adapters, what: str) -> None:
-    """Raises a ValueError that names every adapter with NaN or infinity in it. Does nothing while tracing."""
-    leaves = jax.tree.leaves(adapters)
-    if any(isinstance(x, Tracer) for x in leaves):
-        return
-    with jax.ensure_compile_time_eval():  # adapters that a jitted function closes over are checked as well
-        finite = jax.device_get({path: _all_finite(value) for path, value in adapters.items()})
-    if bad := [path for path, ok in finite.items() if not ok]:
-        raise ValueError(
-            f"{what}: NaN or infinity in the adapters of {len(bad)} of {len(adapters)} weights:"
-            f"{paths.bullets(map(repr, bad))}\nExpected finite values. The training that made them diverged: go "
-            "back to an earlier checkpoint, or lower the learning rate."
-        )
-
-
-def _all_finite(value: Any) -> Any:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(compat.on_device(x))) for x in jax.tree.leaves(value)]))
-
-
 def _mapped(what: str, params: PyTree, adapters: Adapters, fold: Any) -> PyTree:
-    leaves, treedef = paths.named_leaves(params)
+    leaves, treedef = named_leaves(params)
     _check(what, leaves, adapters)
 
     def one(path: Path, leaf: Any) -> Any:
@@ -142,7 +122,7 @@ def _mapped(what: str, params: PyTree, adapters: Adapters, fold: Any) -> PyTree:
 
 
 def _check(what: str, leaves: dict[Path, Any], adapters: Adapters) -> None:
-    paths.check_paths(adapters, leaves, what)
+    check_paths(adapters, leaves, what)
     check_adapters(leaves, adapters, what)
     check_finite(adapters, what)
 
@@ -163,8 +143,8 @@ def _factored(base: Any, f: LoraFactors, path: Path = "") -> Factored:
 
 
 def _norms(base: Any, value: Any) -> tuple[Array, Array, Array]:
-    """The norms of what rounding takes, of the update and of the base."""
-    # Two programs: in one, XLA may leave out a rounding that it is told to undo.
+    """The norms of the rounding error, the update and the base."""
+    # Two programs: in one, XLA may elide a rounding that is undone right after.
     return _compare(base, jax.jit(_merged, static_argnums=2)(base, value, ""), value)
 
 
@@ -178,7 +158,7 @@ def _compare(base: Any, merged: Any, value: Any) -> tuple[Array, Array, Array]:
 
 
 def _update(base: Any, f: LoraFactors) -> Array:
-    """What `merge` adds to ``base``, not summed with it: beside the base a small update has few digits."""
+    """What `merge` adds to ``base``, computed without the base, next to which a small update would lose digits."""
     whole = _factored(base, f)
     alone = dense(dataclasses.replace(whole, base=jnp.zeros_like(base)))
     if whole.gain is None:

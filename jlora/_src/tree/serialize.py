@@ -1,4 +1,4 @@
-"""Adapters and attached trees for `jax.export` and `flax.serialization`, with their static fields; on import."""
+"""Registers adapters and attached leaves with `jax.export` and `flax.serialization`, static fields included."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jlora._src.types import Axes, FullWeight, LoraFactors, LoraWeight
 
 
 def _fields(kind: Any, static: bool) -> list[str]:
-    """The names of a dataclass's static fields, or of the others, in order."""
+    """The names of a dataclass's static fields, or of its other fields, in order."""
     return [f.name for f in dataclasses.fields(kind) if bool(f.metadata.get("static")) == static]
 
 
 def _register_export(kind: Any) -> None:
-    """Let an exported function have ``kind`` among its arguments and results; static fields are JSON in its bytes."""
+    """Lets exported functions take and return ``kind``; its static fields are serialized as JSON."""
     names = _fields(kind, static=True)
 
     def to_bytes(values: Any) -> bytes:
@@ -50,10 +50,10 @@ def _to_state_dict(value: Any) -> dict[str, Any]:
 
 
 def _from_state_dict(target: Any, state: Any) -> Any:
-    """The value of ``state``, which has the static fields and shapes of ``target``.
+    """``target`` with the arrays of ``state``, which has to have the same static fields and shapes.
 
     Raises:
-      ValueError: naming every field that differs.
+      ValueError: listing every field that differs.
     """
     expected = _to_state_dict(target)
     if not isinstance(state, dict) or set(state) != set(expected):
@@ -63,13 +63,13 @@ def _from_state_dict(target: Any, state: Any) -> Any:
         wrong = [
             f"{name} is {got}, expected {want}"
             for name in expected
-            if (got := _told(state[name])) != (want := _told(expected[name]))
+            if (got := _comparable(state[name])) != (want := _comparable(expected[name]))
         ]
     if wrong:
         raise ValueError(
             f"flax.serialization: the stored {type(target).__name__} at {serialization.current_path()!r} differs from "
-            f"the target: {'; '.join(wrong)}. Expected a target of the same config: adapters of jlora.init, or their "
-            "attached tree."
+            f"the target: {'; '.join(wrong)}. Expected a target made with the same config: adapters of jlora.init, "
+            "or their attached tree."
         )
     arrays = {
         name: serialization.from_state_dict(getattr(target, name), state[name], name=name)
@@ -78,8 +78,8 @@ def _from_state_dict(target: Any, state: Any) -> Any:
     return dataclasses.replace(target, **arrays)
 
 
-def _told(value: Any) -> Any:
-    """What is compared: the shape of an array; nothing of what is restored by itself; else the value."""
+def _comparable(value: Any) -> Any:
+    """What has to be equal: the shape of an array, the value of a static field; nothing for a nested state."""
     if hasattr(value, "shape"):
         return f"an array of shape {np.shape(value)}" if value.shape else "a scalar"
     return "a tree" if isinstance(value, dict) and not set(value) == set(Axes._fields) else value

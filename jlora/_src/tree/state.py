@@ -1,4 +1,4 @@
-"""Which leaves of a tree are no parameters but state: statistics, caches, keys."""
+"""Which leaves of a tree are state and not parameters: statistics, caches, keys."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Any
 
 import jax
 
-from jlora._src import paths as _paths
+from jlora._src.paths import path_of
 from jlora._src.types import Path, PyTree
 
 COLLECTIONS = frozenset({"batch_stats", "cache", "intermediates", "perturbations"})
-"""Linen's collections that a step overwrites; what a gradient does to them is lost."""
+"""Linen collections that each step overwrites, so that an update to them would be lost."""
 
 
 def state(tree: PyTree) -> dict[Path, str]:
-    """``{path: what it is}`` for leaves of Linen's state collections, and of NNX variables that are no `Param`."""
+    """``{path: what it is}`` for leaves of Linen's state collections, and of NNX variables other than `Param`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)
     found: dict[Path, str] = {}
     for keys, leaf in flat:
-        path = _paths.path_of(keys)
+        path = path_of(keys)
         names = _class_names(leaf)
         if _is_variable(leaf) and "Param" not in names:
-            paths = (_paths.path_of((*keys, *rest)) for rest, _ in jax.tree_util.tree_flatten_with_path(leaf)[0])
-            found |= dict.fromkeys(paths, f"an nnx.{names[0]}, no nnx.Param")
+            paths = (path_of((*keys, *rest)) for rest, _ in jax.tree_util.tree_flatten_with_path(leaf)[0])
+            found |= dict.fromkeys(paths, f"an nnx.{names[0]}, not an nnx.Param")
         elif is_linen(tree) and (collection := path.split("/")[0]) in COLLECTIONS:
             found[path] = f"state: Linen's collection {collection!r}"
     return found
 
 
 def is_linen(tree: PyTree) -> bool:
-    """Whether the tree looks like Linen's variables: collections, of which one is ``params``."""
+    """Whether the tree looks like Linen's variables: a mapping of collections, one of them ``params``."""
     return isinstance(tree, Mapping) and "params" in tree
 
 
@@ -39,5 +39,5 @@ def _class_names(x: Any) -> list[str]:
 
 
 def _is_variable(x: Any) -> bool:
-    """Whether ``x`` is an NNX variable; by name, as flax is not imported here."""
+    """Whether ``x`` is an NNX variable; by class name, so that flax need not be imported."""
     return "Variable" in _class_names(x)

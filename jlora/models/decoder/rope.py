@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._src.fields import Within, faults
-from jlora._src.paths import bullets
+from jlora.fields import Within, faults
+from jlora.messages import bullets
 from jlora.models._family import ModelError, Positive, Size, Spread
 
 # What parameters may be; which of them each kind needs, and which it may have.

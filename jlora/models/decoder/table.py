@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from jax.sharding import PartitionSpec as P
 
-from jlora._src.fields import Within
 from jlora._src.tree.sharding import ShardingRules
+from jlora.fields import Within
 from jlora.files.tensor_names import TensorName, embedding, linear, norm
 from jlora.models._family import Family, ModelError, PositiveOrNull, SizeOrNull, Task, read_config
 from jlora.models._layers import Activation

@@ -1,40 +1,51 @@
-"""Values from a file against the types that are declared for them.
+"""Fields read from a file or given by a user, checked against their type hints.
 
-A declaration is a type hint, where need be with a range: ``int | None``, ``Annotated[float, Within(0, 1)]``. Numbers
-are finite, and no boolean is one.
+A hint may carry a range or a set of names: ``int | None``, ``Annotated[float, Within(0, 1)]``. Numbers are finite, and
+a boolean is not a number.
+
+>>> faults({"rank": 0}, {"rank": Annotated[int, Within(0, above=True)]})
+['rank = 0; expected an integer above 0']
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from jlora.messages import shown
+
+__all__ = ["FLOAT32", "OneOf", "Within", "bad_pattern", "expected", "faults", "fits"]
+
 FLOAT32 = 3.4028234663852886e38
-"""The largest number that every dtype of eight exponent bits has."""
+"""The largest finite float32: a bound that holds for every dtype with eight exponent bits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Within:
-    """Numbers from ``least`` to ``most``; with ``above``, greater than ``least``."""
+    """A range of numbers, ``least`` to ``most``; ``above`` excludes ``least``, ``below`` excludes ``most``."""
 
     least: float
     most: float = FLOAT32
     above: bool = False
+    below: bool = False
 
     def holds(self, value: Any) -> bool:
-        return self.least <= value <= self.most and not (self.above and value == self.least)
+        return (self.least < value if self.above else self.least <= value) and (
+            value < self.most if self.below else value <= self.most
+        )
 
     def __str__(self) -> str:
         least = f"above {self.least}" if self.above else f"from {self.least}"
-        return least if self.most == FLOAT32 else f"{least} to {self.most}"
+        return least if self.most == FLOAT32 else f"{least} to {'below ' if self.below else ''}{self.most}"
 
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """Names that there are."""
+    """One of these names."""
 
     names: tuple[str, ...]
 
@@ -46,7 +57,7 @@ class OneOf:
 
 
 def faults(values: Mapping[str, Any], hints: Mapping[str, Any]) -> list[str]:
-    """A line for each of the values that is not of its declared type: its name, what was got and what is expected."""
+    """A line for each value that does not fit its hint: ``name = value; expected ...``. Unhinted values are skipped."""
     return [
         f"{name} = {shown(value)}; expected {expected(hints[name])}"
         for name, value in values.items()
@@ -54,17 +65,8 @@ def faults(values: Mapping[str, Any], hints: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def shown(value: Any) -> str:
-    """A value as an error shows it; the repr of a huge number is itself an error in Python."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return "a number of thousands of digits"
-    return text if len(text) <= 120 else f"{text[:117]}..."
-
-
 def fits(value: Any, hint: Any) -> bool:
-    """Whether ``value``, of JSON or of Python, is of the declared type."""
+    """Whether ``value`` fits the type hint; a JSON list fits a tuple, and an integer fits a float."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -86,7 +88,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def expected(hint: Any) -> str:
-    """The declared type in words."""
+    """The type hint in words, as in ``a number from 0 to 1 or null``."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return str(args[1]) if isinstance(args[1], OneOf) else f"{expected(args[0])} {args[1]}"
@@ -101,6 +103,15 @@ def expected(hint: Any) -> str:
     if hint in _WORDS:
         return _WORDS[hint]
     return f"a {hint.__name__}"
+
+
+def bad_pattern(pattern: Any) -> str | None:
+    """Why ``pattern`` is not a regular expression; None if it is one."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
+        return f"{pattern!r} is not a regular expression ({error})"
+    return None
 
 
 def _all_fit(values: Iterable[Any], hint: Any) -> bool:

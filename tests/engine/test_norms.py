@@ -160,7 +160,7 @@ REFUSED: dict[str, tuple[str, Callable[[Any, Any], Any], tuple[int, ...]]] = {
         (6, 4, 3),
     ),
     "its square alone": (
-        "squared entry by entry",
+        "squared elementwise",
         lambda k, x: jnp.einsum("nch,oc->no", x, k) + jnp.einsum("nch,oc->no", x, k**2),
         (6, 4),
     ),

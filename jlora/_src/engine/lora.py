@@ -131,8 +131,9 @@ def _check_read(staged: Staged) -> None:
     if unread:
         raise ValueError(
             f"lora: the function never reads {len(unread)} attached weight(s), so training them would have no "
-            f"effect:{paths.bullets(map(repr, unread))}\nThe usual cause is a function that closes over the parameters. "
-            "Pass the attached tree where the function takes its parameters, or leave these weights out of the targets."
+            f"effect:{paths.bullets(map(repr, unread))}\nOften the function closes over the parameters. "
+            "Pass the attached tree where the function takes its parameters, or exclude these weights from the "
+            "targets."
         )
 
 

@@ -29,7 +29,7 @@ from jlora._src.engine.traced_weights import (
 )
 
 MIXED_FACTOR = "a product with an array that varies along inputs and outputs at once"
-MIXED_CONDITION = "the condition varies along inputs and outputs at once"
+MIXED_CONDITION = "the condition does not follow the axes of one factor"
 MIXED_NORM = "a sum of squares that keeps inputs and outputs at once"
 MULTIPLIER_SUMMED = "a sum along axes of the multiplier (DoRA's, or a trained one such as a norm)"
 NOT_LINEAR = "not linear in one weight"

@@ -30,7 +30,7 @@ from jlora._src.engine.traced_weights import (
     weights_in,
 )
 
-RETURNED = "control flow returns it, changed or not"
+RETURNED = "it leaves control flow as a result, changed or not"
 
 # Calls
 

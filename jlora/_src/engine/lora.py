@@ -15,7 +15,7 @@ from jlora._src import paths
 from jlora._src.engine.dependence import constant_gathers, forwarded_inputs, live_inputs, trained_operands
 from jlora._src.engine.factored import Factored, materialize, to_factored
 from jlora._src.engine.interpreter import Event, Policy, Session
-from jlora._src.engine.staging import Staged, is_array, stage
+from jlora._src.engine.staging import Staged, is_array, replace_leaves, stage
 from jlora._src.table import table
 from jlora._src.types import FullWeight, LoraWeight, PyTree, is_attached
 
@@ -183,10 +183,7 @@ def explain(fn: Callable[..., Any], tree: PyTree, *args: Any, **kwargs: Any) -> 
     traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
     def run(*arrays: Any) -> None:
-        full = list(leaves)
-        for i, array in zip(traced, arrays, strict=True):
-            full[i] = array
-        inner_tree, inner_args, inner_kwargs = treedef.unflatten(full)
+        inner_tree, inner_args, inner_kwargs = treedef.unflatten(replace_leaves(leaves, traced, arrays))
         _call(session, fn, (inner_tree, *inner_args), inner_kwargs)
 
     jax.eval_shape(run, *(leaves[i] for i in traced))

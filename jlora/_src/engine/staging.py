@@ -48,13 +48,19 @@ def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
+def replace_leaves(leaves: list[Any], positions: list[int], arrays: Iterable[Any]) -> list[Any]:
+    """``leaves`` with ``arrays`` at these positions."""
+    given = dict(zip(positions, arrays, strict=True))
+    return [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+
 def stage(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Staged:
     """``fn(*args, **kwargs)`` as a jaxpr. The arrays themselves are traced, not their shapes, so that what
     JAX knows of them (shardings, varying mesh axes) is kept."""
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_attached)
     arrays = [_array_of(leaf) for leaf in leaves]
     traced = [i for i, leaf in enumerate(arrays) if is_array(leaf)]
-    call = _Call(fn, arrays, treedef, traced)
+    call = _TracedCall(fn, arrays, treedef, traced)
     functools.update_wrapper(call, fn, updated=())  # JAX's own messages then name the user's function
     values = [arrays[i] for i in traced]
     jaxpr, consts = compat.open_jaxpr(jax.make_jaxpr(call)(*values))
@@ -67,7 +73,7 @@ def stage(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     return Staged(jaxpr, consts, [leaves[i] for i in traced], values, [frozen[i] for i in traced], call.rebuild, lost)
 
 
-class _Call:
+class _TracedCall:
     """A function of the traced arrays alone, and what the last call of it found out.
 
     Attributes:
@@ -83,9 +89,7 @@ class _Call:
         self.changes: list[tuple[int | None, bool, str]] = []
 
     def __call__(self, *arrays: Any) -> list[Any]:
-        leaves = list(self._leaves)
-        for i, array in zip(self._traced, arrays, strict=True):
-            leaves[i] = array
+        leaves = replace_leaves(self._leaves, self._traced, arrays)
         args, kwargs = inner = self._treedef.unflatten(leaves)
         try:
             result = self._fn(*args, **kwargs)

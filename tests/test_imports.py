@@ -18,8 +18,10 @@ ROOT = Path(__file__).parents[1]
 JLORA = {  # a room imports from those above it; of its own files, from those that stand before
     " ": "messages | fields",
     "_src": "types | paths config",
-    "_src.engine": "compat | named_axes mutation gradient probes | product factored staging dependence",
-    "_src.engine.rules": "products | arithmetic control_flow | moves | writes | labels | table",
+    "_src.engine": "compat | named_axes mutation gradient location traced_weights | product factored dependence | "
+    "staging",
+    "_src.engine.rules": "rule | low_rank joins placement | products lookups arithmetic moves writes control_flow | "
+    "table",
     "_src.engine ": "interpreter trace | lora",
     "files": "adapters safetensors tensor_names | checksums",
     "_src.tree": "checks serialize state | attach labels merge plan save sharding stack | init",

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._src.engine.named_axes import promoted
+from jlora._src.engine.named_axes import promoted_dtype
 from jlora._src.types import Array, Axes, LoraFactors
 from jlora.files.tensor_names import Kind, from_torch, to_torch
 
@@ -134,5 +134,5 @@ def join(layers: Sequence[Layer], kind: Kind, stacked: bool, dropout: float) -> 
 
 
 def _stack(arrays: Sequence[np.ndarray], stacked: bool) -> Array:
-    dtype = promoted(*(x.dtype for x in arrays))
+    dtype = promoted_dtype(*(x.dtype for x in arrays))
     return jnp.asarray(np.stack([x.astype(dtype) for x in arrays]) if stacked else arrays[0])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._src.config import LoraConfig, Override
-from jlora._src.engine.named_axes import promoted
+from jlora._src.engine.named_axes import promoted_dtype
 from jlora._src.paths import named_leaves
 from jlora._src.tree.checks import check_paths
 from jlora._src.types import Adapters, Array, LoraFactors, PyTree
@@ -121,7 +121,7 @@ def _our_config(adapters: Adapters, theirs: PeftConfig) -> LoraConfig:
             made[path] = value.rank, float(value.scale * value.rank if alpha is None else alpha)
     common = list(made.values())
     rank, alpha = max(common, key=common.count) if common else (theirs.r, float(theirs.lora_alpha))
-    dtype = promoted(*(x.dtype for x in jax.tree.leaves(adapters)))
+    dtype = promoted_dtype(*(x.dtype for x in jax.tree.leaves(adapters)))
     return LoraConfig(
         rank=rank,
         alpha=alpha,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._src.config import LoraConfig
-from jlora._src.engine.factored import column_norm, factored
+from jlora._src.engine.factored import column_norm, to_factored
 from jlora._src.paths import named_leaves
 from jlora._src.tree.checks import check_adapters, check_finite, check_paths
 from jlora._src.tree.merge import merge
@@ -226,7 +226,7 @@ def _as_layers(
     dora = any(f.magnitude is not None for f in factors.values())
     for path, f in factors.items():
         if dora and f.magnitude is None:
-            norm = column_norm(factored(LoraWeight(jnp.asarray(leaves[path]), f)), f.axes)
+            norm = column_norm(to_factored(LoraWeight(jnp.asarray(leaves[path]), f)), f.axes)
             f = dataclasses.replace(f, magnitude=norm.astype(f.b.dtype))
         for tensor, layer in zip(names[path].tensors, layout.layers_of(f, names[path].stacked), strict=True):
             found[module_of(tensor)] = layer

@@ -81,7 +81,7 @@ def own_experts(params: Any, x: Any) -> Any:
 
 
 def varied(params: Any, x: Any) -> Any:
-    """`mlp` with weights that are told to vary; without ``check_vma`` nothing is known to vary, and nothing is done."""
+    """`mlp` with weights cast to vary; without ``check_vma`` nothing is known to vary, and the casts do nothing."""
     vary = jax.typeof(x).mat.varying
     return mlp({k: lax.pcast(w, "tensor", to="varying") if vary else w for k, w in params.items()}, x)
 
@@ -127,7 +127,7 @@ def test_trace_looks_into_shard_map() -> None:
 
 
 def test_partly_manual_shard_map() -> None:
-    """A mesh axis that shard_map leaves to the partitioner stays with it."""
+    """A mesh axis that shard_map leaves to the partitioner stays automatic."""
     model = jax.shard_map(mlp, mesh=grid(), in_specs=(P(), P("data")), out_specs=P("data"), axis_names={"data"})
     params = placed(MLP.params, grid(), SPLIT)
     assert_law(model, placed(mlp_adapters(), grid(), P()), params, placed(MLP.x, grid(), P("data")))
@@ -187,7 +187,7 @@ def test_pmap_of_the_adapted_model() -> None:
 
 
 def test_pmap_over_adapters() -> None:
-    """Eight adapters of one base, one a device, are trained as they would be one by one."""
+    """Eight adapters of one base, one per device, are trained as they would be one by one."""
     adapters = stack(mlp_adapters(), 8)
     step = jax.value_and_grad(adapted_loss(mlp))
     results = jax.pmap(step, in_axes=(0, None, None))(adapters, MLP.params, MLP.x)
@@ -196,7 +196,7 @@ def test_pmap_over_adapters() -> None:
 
 @pytest.mark.parametrize("stacked_weights", [False, True])
 def test_pmap_inside_the_model(stacked_weights: bool) -> None:
-    """A model that is itself a ``pmap`` over its rows, or over its stacked weights, is adapted without being summed."""
+    """A model that is itself a ``pmap`` over its rows, or over its stacked weights, is adapted, not materialized."""
     if stacked_weights:
         params = EXPERTS
         model = lambda p, x: jax.pmap(lambda w, x: jnp.tanh(x) @ w)(p["experts"], x)  # noqa: E731
@@ -224,7 +224,7 @@ def constrained(params: Any, x: Any) -> Any:
 
 
 def with_shardings(params: Any, x: Any) -> Any:
-    """A nested jit that says where some of its arguments and results lie, and hands a weight through."""
+    """A nested jit with shardings for some of its arguments and results, which returns a weight unchanged."""
     mesh = grid()
     at = functools.partial(NamedSharding, mesh)
 

@@ -1,4 +1,4 @@
-"""Every error says what was got, what was expected and the way out, and lists all offenders at once."""
+"""Every error says what it got, what it expected and how to fix it, and lists all offenders at once."""
 
 from __future__ import annotations
 
@@ -294,27 +294,27 @@ def test_a_weight_that_is_never_read_is_an_error() -> None:
     expect(text, "1 attached weight(s)", "'layer_0/query/kernel'", "closes over the parameters")
 
 
-def test_materializing_is_told_once_per_weight_with_every_primitive() -> None:
+def test_a_materialized_weight_is_warned_of_once_with_every_primitive() -> None:
     tree = jlora.attach(PARAMS, adapters())
 
     def fn(params: Any) -> Any:
         w = params["layer_0"]["query"]["kernel"]
         return [jnp.exp(w) for _ in range(3)], jnp.sin(w)
 
-    with pytest.warns(jlora.MaterializeWarning) as told:
+    with pytest.warns(jlora.MaterializeWarning) as caught:
         jlora.lora(fn)(tree)
-    texts = [str(w.message) for w in told]
+    texts = [str(w.message) for w in caught]
     assert len(texts) == 1, texts
     expect(texts[0], "'layer_0/query/kernel' of shape (4, 6)", "'exp'", "'sin'", 'materialize="allow"')
     assert "test_errors.py" in texts[0]
-    assert told[0].filename == __file__
+    assert caught[0].filename == __file__
     text = message(jlora.MaterializeError, lambda: jlora.lora(fn, materialize="error")(tree))
     expect(text, "'exp'", "Exclude the weight from the targets")
     jlora.lora(fn, materialize="allow")(tree)
 
 
-def test_what_happens_inside_a_library_is_told_by_the_callers_line() -> None:
-    """Functions that JAX jits, and what is in them, have no line of the user's: the innermost around has."""
+def test_what_happens_inside_a_library_is_reported_at_the_callers_line() -> None:
+    """Equations in functions that JAX jits have no user line: the innermost one around them that has a line counts."""
 
     def fn(params: Any, x: Any) -> Any:
         w = params["layer_0"]["query"]["kernel"]
@@ -324,16 +324,19 @@ def test_what_happens_inside_a_library_is_told_by_the_callers_line() -> None:
 
     lines = fn.__code__.co_firstlineno + np.array([2, 3])
     tree = jlora.attach(PARAMS, adapters())
-    with pytest.warns(jlora.MaterializeWarning) as told:
+    with pytest.warns(jlora.MaterializeWarning) as caught:
         jlora.lora(fn)(tree, jnp.ones((1, 4)))
-    for where in ([str(w.message) for w in told], [e.source for e in jlora.explain(fn, tree, jnp.ones((1, 4))).events]):
+    for where in (
+        [str(w.message) for w in caught],
+        [e.source for e in jlora.explain(fn, tree, jnp.ones((1, 4))).events],
+    ):
         assert all("test_errors.py:" in text for text in where), where
         assert all(any(f"test_errors.py:{line}" in text for text in where) for line in lines), where
     uses = jlora.trace(fn, PARAMS, jnp.ones((1, 4)))["layer_0/query/kernel"].uses
     assert uses and all("test_errors.py:" in use.source for use in uses)
 
 
-def test_returning_a_changed_weight_is_told_and_an_unchanged_one_stays_attached() -> None:
+def test_returning_a_changed_weight_warns_and_an_unchanged_one_stays_attached() -> None:
     tree = jlora.attach(PARAMS, adapters())
     with pytest.warns(jlora.MaterializeWarning, match="'return'.*the caller gets it merged"):
         half, same = jlora.lora(lambda p: (p["layer_0"]["query"]["kernel"] / 2, p["layer_0"]["query"]["kernel"]))(tree)

@@ -1,4 +1,4 @@
-"""`lora` on a mesh with Explicit axes, where the types say where everything lies, and JAX refuses to guess."""
+"""`lora` on a mesh with Explicit axes, where shardings are part of the types, and JAX refuses to guess."""
 
 from __future__ import annotations
 
@@ -114,13 +114,13 @@ def explicit(name: str, **config: Any) -> Any:
 
 @pytest.mark.parametrize("name", EXPLICIT)
 def test_explicit_mesh(name: str) -> None:
-    """Both products and all their gradients carry shardings: the merged model's loss and gradient, and no sum."""
+    """Both products and all their gradients have shardings: the merged model's loss and gradient, not materialized."""
     with jax.set_mesh(mesh()):
         assert_law(*explicit(name))
 
 
 def test_explicit_mesh_keeps_types() -> None:
-    """The adapted model's result has the sharding that the base's has, and gradients that of their factors."""
+    """The adapted model's result is sharded like the base's, and gradients like their factors."""
     with jax.set_mesh(mesh()):
         fn, adapters, params, x = explicit("columns_then_rows")
         adapters["w0"] = dataclasses.replace(adapters["w0"], b=jax.device_put(adapters["w0"].b, P(None, "tensor")))
@@ -133,7 +133,7 @@ def test_explicit_mesh_keeps_types() -> None:
 
 
 def test_explicit_mesh_with_many_adapters() -> None:
-    """vmap over adapters that are themselves spread over "data" equals a vmap of the merged model."""
+    """vmap over adapters that are sharded over "data" equals a vmap of the merged model."""
     with jax.set_mesh(mesh()):
         params = {k: jax.device_put(w, SPLIT[k]) for k, w in MLP.params.items()}
         adapters = jax.device_put(stack(adapters_for(mlp, MLP.params, MLP.x), 4), P("data"))
@@ -149,7 +149,7 @@ def test_explicit_mesh_with_many_adapters() -> None:
 
 @pytest.mark.parametrize("name", ["columns_then_rows", "scan", "experts"])
 def test_explicit_mesh_with_dropout(name: str) -> None:
-    """Masks lie as the activations do: the same numbers come out as without a mesh."""
+    """Masks are sharded like the activations: the numbers are the same as without a mesh."""
     fn, params, _, x = EXPLICIT[name]
     key = jax.random.key(0)
 

@@ -1,4 +1,4 @@
-"""Forward mode, and derivatives of any order, of the adapted model from outside: they are those of the merged one."""
+"""Forward mode, and derivatives of any order, of the adapted model: they are those of the merged one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CASES: dict[str, tuple[Toy, dict[str, Any]]] = {
 
 
 RAGGED = Toy(ragged, {"w": normal(1, 4, 8, 7)}, normal(2, 10, 8))
-"""JAX has no `vmap` of what it gets by differentiating a ragged product."""
+"""JAX has no `vmap` for the derivative of a ragged product."""
 
 
 def setup(name: str) -> tuple[Toy, Any, Any]:
@@ -108,7 +108,7 @@ def derivatives(f: Callable[[Any], Any], at: Any, along: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives_are_those_of_the_merged_model(name: str) -> None:
-    """In the adapters, under jit; and with a jit of the adapted model inside."""
+    """With respect to the adapters, under jit; and with a jit of the adapted model inside."""
     toy, adapters, along = setup(name)
 
     @jax.jit
@@ -138,7 +138,7 @@ def test_without_jit_around(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "heads", "convolution", "remat", "dora"])
 def test_the_jacobian_in_the_inputs(name: str) -> None:
-    """jacfwd, jacrev and the Hessian of a loss, in what is no adapter."""
+    """jacfwd, jacrev and the Hessian of a loss, with respect to arguments other than the adapters."""
     toy, adapters, _ = setup(name)
     tree, merged = jlora.attach(toy.params, adapters), jlora.merge(toy.params, adapters)
     apply = jlora.lora(toy.fn, materialize="error")
@@ -178,7 +178,7 @@ def test_tangents_of_frozen_leaves(name: str) -> None:
 
 
 def test_inside_the_model_too() -> None:
-    """A model that pushes tangents, differentiated by either mode."""
+    """A model that computes tangents itself, differentiated in either mode."""
     adapters = adapters_for(mlp, MLP.params, MLP.x)
 
     def model(params: Any, x: Any) -> Any:
@@ -273,7 +273,7 @@ def test_on_a_mesh(kind: Any) -> None:
 
 
 def _frozen(tree: Any) -> Any:
-    """Tangents of which those of the bases are zero."""
+    """Tangents that are zero for the bases."""
     is_weight = lambda leaf: isinstance(leaf, jlora.LoraWeight)  # noqa: E731
     return jax.tree.map(lambda w: dataclasses.replace(w, base=jnp.zeros_like(w.base)), tree, is_leaf=is_weight)
 

@@ -96,7 +96,7 @@ def test_leaves_of_every_kind() -> None:
 
 
 def test_another_argument_has_its_gradient() -> None:
-    """Only the argument that carries adapters is frozen."""
+    """Only the argument that has adapters is frozen."""
     tree = tree_of("mlp")
     fn = lambda params, extra, x: mlp(params, x) @ extra["w"]  # noqa: E731
     grads = jax.grad(lambda e: loss_of(jlora.lora(fn)(tree, e, MLP.x)))({"w": jnp.eye(8)})
@@ -187,7 +187,7 @@ OPTIMIZERS = {"sgd": optax.sgd(0.05), "momentum": optax.sgd(0.05, momentum=0.9),
 @pytest.mark.parametrize("loop", [by_optax, by_train_state])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_plain_loop_over_the_tree_trains_the_adapters_alone(name: str, loop: Any) -> None:
-    """The base stays bit for bit, and the adapters go where they go alone."""
+    """The base stays the same bit for bit, and the adapters are trained as they are alone."""
     tree = tree_of("mlp")
     params, found = jlora.detach(loop(tree, OPTIMIZERS[name]))
     for path, leaf in MLP.params.items():
@@ -204,8 +204,8 @@ def test_a_plain_loop_over_the_tree_trains_the_adapters_alone(name: str, loop: A
 
 @pytest.mark.parametrize(("name", "steps"), [("sgd", 3), ("adam", 1)])
 def test_an_nnx_optimizer_over_an_attached_module_trains_the_adapters_alone(name: str, steps: int) -> None:
-    """`nnx.Optimizer` holds the parameters that the adapters are in; it moves the adapters and nothing else. (NNX
-    itself cannot put moments back that have the structure of a leaf in parts: give Adam the adapters.)"""
+    """`nnx.Optimizer` of the tree that holds the adapters updates them and nothing else. (NNX cannot restore moments
+    whose leaf is itself a tree: give Adam the adapters.)"""
     module = Linear(nnx.Rngs(0))
     adapters = jlora.init(jax.random.key(0), module, jlora.LoraConfig(rank=2, targets=("kernel",)))
     model = jlora.attach(module, adapters)
@@ -221,7 +221,7 @@ def test_an_nnx_optimizer_over_an_attached_module_trains_the_adapters_alone(name
 
 
 def test_weight_decay_moves_what_is_frozen_and_freeze_does_not() -> None:
-    """A zero gradient is no zero update: adamw takes a frozen weight times ``(1 - rate · decay)`` at each step."""
+    """A zero gradient is not a zero update: adamw multiplies a frozen weight by ``(1 - rate · decay)`` at each step."""
     tree = tree_of("mlp")
     moved = jlora.detach(by_optax(tree, optax.adamw(0.1, weight_decay=0.2)))[0]
     for path, leaf in MLP.params.items():

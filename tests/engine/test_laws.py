@@ -172,7 +172,7 @@ class Mode:
     Attributes:
       base, x, factors: dtypes of the weight, of the activations that it is cast to, and of the adapters.
       promotion: whether JAX may promote dtypes by itself.
-      offloaded: whether the weight lies in the host's memory, and is fetched where it is used.
+      offloaded: whether the weight is in host memory, and fetched where it is used.
     """
 
     base: str = "float32"

@@ -1,4 +1,4 @@
-"""LoRA on models that know nothing of it: Flax Linen, Flax NNX, Haiku, Equinox and plain functions (see `zoo`)."""
+"""LoRA on unmodified models: Flax Linen, Flax NNX, Haiku, Equinox and plain functions (see `zoo`)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shapes_of(name: str, use_dora: bool = False) -> Any:
 
 
 def random_like(adapters: Any, seed: int = 0) -> Any:
-    """Adapters with every factor random, so that every update is felt; magnitudes are positive."""
+    """Adapters with every factor random, so that every update has an effect; magnitudes are positive."""
     rng = np.random.default_rng(seed)
 
     def draw(label: str, x: Any) -> Any:
@@ -48,7 +48,7 @@ def random_like(adapters: Any, seed: int = 0) -> Any:
 
 
 def fresh_like(adapters: Any, tables: Any) -> Any:
-    """Adapters as `jlora.init` makes them: B is zero; for a table that is looked up, A is."""
+    """Adapters as `jlora.init` makes them: B is zero; for a looked-up table, A is."""
 
     def fresh(path: str, f: jlora.LoraFactors) -> jlora.LoraFactors:
         zero = "a" if path in tables else "b"
@@ -99,7 +99,7 @@ def adapted(model: Model, adapters: Any, **options: Any) -> Any:
 
 
 def plain(model: Model) -> Any:
-    """``run(weights) -> Run`` of the model itself, with other weights in the place of those in its tables."""
+    """``run(weights) -> Run`` of the model itself, with other weights in place of those in its tables."""
 
     def put(params: Any, weights: Any) -> Any:
         leaves, treedef = jlora.named_leaves(params)
@@ -201,7 +201,7 @@ def test_adapted_equals_merged(name: str) -> None:
     ],
 )
 def test_fresh_adapters_change_no_bit(name: str) -> None:
-    """Law 1 to the bit, one operation at a time, where XLA has nothing to fuse."""
+    """Law 1 bit for bit, one operation at a time, where XLA has nothing to fuse."""
     model = MODELS[name]()
     adapters = fresh_like(shapes_of(name), model.tables)
     base = model.fn(model.params, *model.args)
@@ -209,13 +209,13 @@ def test_fresh_adapters_change_no_bit(name: str) -> None:
 
 
 @every_model
-def test_explain_tells_factored_from_materialized(name: str) -> None:
+def test_explain_separates_factored_from_materialized(name: str) -> None:
     """`explain` lists every adapted weight, and which of them are materialized: those without a factored form."""
     model = MODELS[name]()
-    told = jlora.explain(model.fn, jlora.attach(model.params, shapes_of(name)), *model.args)
-    assert {path for event in told.events for path in event.path.split(", ")} == {*model.axes, *model.tables}
-    assert {event.path for event in told.materialized} == set(model.materialized)
-    for event in told.materialized:
+    explained = jlora.explain(model.fn, jlora.attach(model.params, shapes_of(name)), *model.args)
+    assert {path for event in explained.events for path in event.path.split(", ")} == {*model.axes, *model.tables}
+    assert {event.path for event in explained.materialized} == set(model.materialized)
+    for event in explained.materialized:
         assert re.search(model.materialized[event.path], event.why or ""), event
 
 
@@ -248,7 +248,7 @@ def test_a_weight_that_must_be_whole_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["plain.custom_jvp", "plain.custom_vjp"])
 def test_custom_rules_are_looked_into_on_request(name: str) -> None:
-    """With ``inline_custom_rules`` nothing is whole; results are the same, and the gradient is that of the primal."""
+    """With ``inline_custom_rules`` nothing is materialized; results are the same, and the gradient is the primal's."""
     model = MODELS[name]()
     adapters = random_like(shapes_of(name))
     inlined, theirs = adapted(model, adapters, materialize="error", inline_custom_rules=True), plain(model)
@@ -284,7 +284,7 @@ def test_dora_equals_its_merged_model(name: str) -> None:
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("name", ["plain.attention_heads", "plain.experts_einsum", "plain.tied_embedding"])
 def test_merge_is_the_sum_written_out(name: str, use_dora: bool) -> None:
-    """`jlora.merge` gives the weights that the laws above hold the adapted models against."""
+    """`jlora.merge` gives the weights against which the laws above check the adapted models."""
     model = MODELS[name]()
     adapters = random_like(shapes_of(name, use_dora=use_dora))
     expected = {path: merged(weight, adapters[path]) for path, weight in weights_of(model).items()}
@@ -299,7 +299,7 @@ def cast(model: Model, dtype: Any) -> Model:
 
 @pytest.mark.parametrize("name", ["plain.experts_ragged", "convolutions.nchw", "linen.mlp"])
 def test_bfloat16_models_are_as_near_to_the_truth_as_merged_ones(name: str) -> None:
-    """In bfloat16, rounding moves the adapted model hardly further from the float32 result than the merged one."""
+    """In bfloat16, the adapted model is hardly further from the float32 result than the merged one."""
     half = cast(MODELS[name](), jnp.bfloat16)
     whole = cast(half, jnp.float32)
     ours, theirs, exact = adapted(half, random_like(shapes_of(name))), plain(half), plain(whole)
@@ -338,7 +338,7 @@ def test_every_scanned_layer_drops_entries_of_its_own(library: str) -> None:
 
 
 def test_every_row_of_ragged_experts_drops_entries_of_its_own() -> None:
-    """Dropout acts on the rows that the router gave to an expert, each with a mask of its own."""
+    """Dropout acts on the rows routed to an expert, each with a mask of its own."""
     identity, rate = jnp.broadcast_to(jnp.eye(6), (3, 6, 6)), 0.25
     factors = {"w": jlora.LoraFactors(identity, identity, axes=jlora.Axes((0,), (1,), (2,)), dropout=rate)}
     tree = jlora.attach({"w": jnp.zeros((3, 6, 6))}, factors, dropout_key=jax.random.key(0))

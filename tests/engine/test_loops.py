@@ -1,4 +1,4 @@
-"""docs/loops.md is true: its blocks run as one program, and what it warns of happens."""
+"""docs/loops.md is true: its blocks run as one program, and what it warns of does happen."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def first_step(loss: Any, adapters: Any, tx: Any) -> Any:
 
 
 def test_equinox_modules_train_as_their_adapters_alone(ran: dict[str, Any]) -> None:
-    """freeze on a module that holds functions moves its adapters alone, as they move by themselves."""
+    """freeze on a module that holds functions updates its adapters alone, as without the module."""
     module, adapters = ran["module"], ran["adapters"]
     base, moved = jlora.detach(ran["trained"])
     alone = first_step(lambda a: ran["module_loss"](jlora.attach(module, a)), adapters, optax.adamw(1e-2))
@@ -48,7 +48,7 @@ def test_equinox_modules_train_as_their_adapters_alone(ran: dict[str, Any]) -> N
 
 
 def test_labels_of_a_module_that_optax_calls_are_named(ran: dict[str, Any]) -> None:
-    """optax takes the labels of a callable module for a function; the message says what to give it."""
+    """optax mistakes the labels of a callable module for a function; the message says what to pass."""
     linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     transforms: Any = {name: optax.set_to_zero() for name in ("A", "B", "frozen")}
     for tree in (ran["attached"], jlora.attach(linear, ran["start"])):
@@ -59,7 +59,7 @@ def test_labels_of_a_module_that_optax_calls_are_named(ran: dict[str, Any]) -> N
 
 
 def test_nnx_optimizers_move_adapters_that_are_parameters(ran: dict[str, Any]) -> None:
-    """As optax moves them alone, in every form that the document has; plain adapters are not seen."""
+    """The updates are those of optax on the adapters alone, in every form in the document."""
     start, params, apply, x, y = (ran[n] for n in ("start", "params", "nnx_apply", "x", "y"))
 
     def loss(adapters: Any) -> Any:

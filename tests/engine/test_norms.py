@@ -61,7 +61,7 @@ def kept_factored(fn: Any, adapters: Any, params: Any, *args: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(WAYS))
 def test_a_normalized_weight_is_the_merged_one(name: str) -> None:
-    """Law 2, through the norm: matrices used either way, a stack of them, and one that is scanned."""
+    """Law 2, through the norm: matrices used straight and transposed, a stack of them, and a scanned one."""
 
     def fn(params: Any, x: Any) -> Any:
         h = jnp.tanh(x @ WAYS[name](params["up"]))
@@ -161,11 +161,11 @@ REFUSED: dict[str, tuple[str, Callable[[Any, Any], Any], tuple[int, ...]]] = {
         (6, 4, 3),
     ),
     "its square alone": (
-        "squared entry by entry",
+        "squared elementwise",
         lambda k, x: jnp.einsum("nch,oc->no", x, k) + jnp.einsum("nch,oc->no", x, k**2),
         (6, 4),
     ),
-    "a stack that is no batch of the other operand": (
+    "a stack that is not a batch of the other operand": (
         "summed and kept dimensions at once",
         lambda k, x: (
             jnp.einsum(
@@ -196,9 +196,9 @@ def test_what_cannot_be_is_summed_with_one_warning(name: str) -> None:
     (used,) = jlora.trace(fn, params, x).values()
     assert any(why in use.note for use in used.materialized)
     adapters = adapters_for(fn, params, x)
-    with pytest.warns(jlora.MaterializeWarning) as told:
+    with pytest.warns(jlora.MaterializeWarning) as caught:
         ours = jlora.lora(fn)(jlora.attach(params, adapters), x)
-    (warning,) = told
+    (warning,) = caught
     expect(str(warning.message), f"'k' of shape {shape}", "test_norms.py", why)
     np.testing.assert_allclose(ours, fn(jlora.merge(params, adapters), x), 1e-5, 1e-5)
 
@@ -255,7 +255,7 @@ def test_many_adapters_at_once() -> None:
         chex.assert_trees_all_close(grad, want, rtol=1e-4, atol=2e-5)
 
 
-def test_a_gain_that_is_trained_whole_has_its_gradient() -> None:
+def test_a_multiplier_that_is_trained_whole_has_its_gradient() -> None:
     """Weight norm with the norms trained beside the direction, one of them from zero."""
     fn = lambda p, x: x @ (p["g"] * p["w"] / jnp.linalg.norm(p["w"], axis=0))  # noqa: E731
     params, x = {"w": normal(0, 5, 4), "g": normal(1, 4).at[2].set(0.0)}, normal(2, 3, 5)
@@ -270,7 +270,7 @@ MEMORY = {"dense, few tokens": 0.6, "dense, many tokens": 1.0, "convolution": 1.
 
 @pytest.mark.parametrize("name", sorted(standardized_weights.SMALL))
 def test_what_the_factored_form_saves(name: str) -> None:
-    """The figures on which the decision for it rests: arithmetic and memory of a step, beside the sum in each step."""
+    """Why the factored form is used: its FLOPs and memory in a step, against summing the weight in each step."""
     programs = standardized_weights.compile_programs(standardized_weights.SMALL[name])
     factored, materialized = programs["jlora"], programs["materialized"]
     assert factored.flops < 0.8 * materialized.flops

@@ -1,4 +1,4 @@
-"""Weights that wait in the host's memory (``pinned_host``) and are fetched by the model where it uses them."""
+"""Weights in host memory (``pinned_host``) that the model fetches where it uses them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Space = jax.memory.Space
 
 
 def offloaded(tree: Any) -> Any:
-    """The tree in the host's memory."""
+    """The tree in host memory."""
     return jax.device_put(tree, SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"))
 
 
@@ -41,7 +41,7 @@ def by_sharding(params: Any, x: Any) -> Any:
 
 
 def with_shardings(params: Any, x: Any) -> Any:
-    """The inner jit says where it takes its weight from, and where it leaves it."""
+    """The inner jit has memory kinds for its weight, as an argument and as a result."""
     mesh = jax.make_mesh((1,), ("one",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
     host, device = (NamedSharding(mesh, P(), memory_kind=kind) for kind in ("pinned_host", "device"))
     params = {name: jax.device_put(w, host) for name, w in params.items()}
@@ -50,7 +50,7 @@ def with_shardings(params: Any, x: Any) -> Any:
 
 
 def on_the_host(params: Any, x: Any) -> Any:
-    """The first product is computed where its weight lies."""
+    """The first product is computed where its weight is stored."""
     on: Any = getattr(compute, "compute_on2", compute.compute_on)  # its name before jax 0.11
     product = on(lambda w, x: x @ w, compute_type="device_host", out_memory_spaces=Space.Host)
     return jnp.tanh(fetch(product(params["w0"], fetch(x, Space.Host))) + fetch(params["bias"])) @ fetch(params["w1"])
@@ -97,7 +97,7 @@ MODELS: dict[str, tuple[Callable[[Any, Any], Any], Any]] = {
 }
 
 FORWARD_ONLY = {"on the host", "looked up"}
-"""JAX (0.10 to 0.12) does not differentiate through these in the host's memory, with or without adapters."""
+"""JAX (0.10 to 0.12) does not differentiate through these in host memory, with or without adapters."""
 
 
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
@@ -122,8 +122,8 @@ def test_an_offloaded_model_is_the_merged_one(name: str, where: str, jit: bool) 
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_what_is_folded_in_stays_where_its_base_lies(use_dora: bool) -> None:
-    """init, merge, unmerge and rounding give the numbers that they give on the device; trainables lie on the device."""
+def test_merged_weights_stay_in_the_memory_of_their_base(use_dora: bool) -> None:
+    """init, merge, unmerge and rounding give the same numbers as on the device; trainables are stored there."""
     params = {**TOYS["stacked"].params, "bias": MLP.params["bias"]}
     fn = lambda p, x: stacked({k: w for k, w in p.items() if k != "bias"}, x) + p["bias"][:8]  # noqa: E731
     uses = jlora.trace(fn, params, TOYS["stacked"].x)
@@ -146,7 +146,7 @@ def test_what_is_folded_in_stays_where_its_base_lies(use_dora: bool) -> None:
 @pytest.mark.parametrize("name", ["all at once", "in a scan"])
 @pytest.mark.parametrize("how", ["dora", "dropout", "whole"])
 def test_methods_on_offloaded_weights(name: str, how: str) -> None:
-    """DoRA measures a base in the host's memory; dropout keys and leaves trained whole are fetched like weights."""
+    """DoRA takes the norm of a base in host memory; dropout keys and leaves trained whole are fetched like weights."""
     model, toy = MODELS[name][0], TOYS[MODELS[name][1]]
     options = {"dora": {"use_dora": True}, "dropout": {"dropout": 0.5}}.get(how, {})
     adapters: dict[str, Any] = adapters_for(toy.fn, toy.params, toy.x, **options)
@@ -163,7 +163,7 @@ def test_methods_on_offloaded_weights(name: str, how: str) -> None:
 
 
 def test_weights_that_nothing_fetches_are_refused_as_by_the_model_itself() -> None:
-    """A product of arrays in two memories is JAX's own error, with or without adapters."""
+    """A product of arrays in two memory spaces is JAX's own error, with or without adapters."""
     params = offloaded(MLP.params)
     tree = jlora.attach(params, adapters_for(mlp, MLP.params, MLP.x))
     for apply, given in ((mlp, params), (jlora.lora(mlp), tree)):

@@ -1,4 +1,4 @@
-"""`jlora.rounding` tells what merging loses: next to nothing in float32, most of a small update in bfloat16."""
+"""`jlora.rounding` measures what merging loses: almost nothing in float32, most of a small update in bfloat16."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def lost(dtype: str, size: float) -> float:
     ],
 )
 def test_what_one_rounding_takes(dtype: str, size: float, low: float, high: float) -> None:
-    """The figures of the docstring: the smaller the update beside the weight, the more of it is lost."""
+    """The numbers of the docstring: the smaller the update relative to the weight, the more of it is lost."""
     assert low < lost(dtype, size) < high
 
 
 def trees() -> tuple[Any, dict[str, Any]]:
-    """A stack, a kernel of heads, a convolution with DoRA, a leaf trained whole, and one of no adapter."""
+    """A stack, a kernel of heads, a convolution with DoRA, a leaf trained whole, and one without an adapter."""
     keys = iter(jax.random.split(jax.random.key(1), 20))
     shapes = {"stack": (2, 6, 4), "heads": (6, 2, 3), "conv": (3, 3, 4, 5), "norm": (6,), "other": (4,)}
     params = {name: jax.random.normal(next(keys), shape, jnp.bfloat16) for name, shape in shapes.items()}

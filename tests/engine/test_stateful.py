@@ -103,7 +103,7 @@ def returned(module: Any, adapters: Any, x: Any) -> Any:
 
 
 def in_parts(module: Any, adapters: Any, x: Any) -> Any:
-    """The module is put together inside, and its state returned."""
+    """The module is merged inside, and its state returned."""
     graph, params, rest = nnx.split(module, nnx.Param, ...)
 
     def fn(params: Any, rest: Any, x: Any) -> Any:
@@ -135,11 +135,11 @@ def trained(form: Any, compiled: Any, name: str) -> Any:
         grads, aux = jax.grad(loss, has_aux=True)(adapters)
         return *aux, jax.tree.map(lambda a, g: a - 0.05 * g, adapters, grads)
 
-    told = []
+    history = []
     for i in range(3):
         y, sown, module, adapters = step(module, adapters, X * (i + 1))
-        told.append((y, sown, state_of(module), adapters))
-    return told
+        history.append((y, sown, state_of(module), adapters))
+    return history
 
 
 @pytest.mark.parametrize("compiled", [lambda fn: fn, jax.jit, nnx.jit], ids=["plain", "jit", "nnx.jit"])
@@ -184,7 +184,7 @@ FACTORS = jlora.init(jax.random.key(0), W, jlora.LoraConfig(rank=1, targets=("w"
 
 
 def doing(change: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    """A function that does something with its second argument, given the product."""
+    """A function that changes its second argument, given the product."""
 
     def fn(params: Any, thing: Any) -> Any:
         y = X @ params["w"]
@@ -224,13 +224,13 @@ MUTATIONS: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], Any], str]] =
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_what_a_function_mutates_and_does_not_return_is_refused(name: str) -> None:
-    """The error has each place; returning the object keeps the change; changing a copy of it is no change."""
-    make, change, told = MUTATIONS[name]
+    """The error names each place; returning the object keeps the change; changing a copy of it is not a mutation."""
+    make, change, reported = MUTATIONS[name]
     tree, fn = jlora.attach(W, FACTORS), doing(change)
     text = message(ValueError, lambda: jlora.lora(fn)(tree, make()))
-    expect(text, "the function mutates its arguments", told, "lambda m, x: (m(x), m)", "nnx.split")
+    expect(text, "the function mutates its arguments", reported, "lambda m, x: (m(x), m)", "nnx.split")
     text = message(ValueError, lambda: jlora.lora(lambda params, *, thing: fn(params, thing))(tree, thing=make()))
-    expect(text, told.replace("argument 1", "argument 'thing'"))
+    expect(text, reported.replace("argument 1", "argument 'thing'"))
     jlora.lora(lambda params: fn(params, make()))(tree)  # an object of the function's own
     jlora.lora(lambda params, thing: fn(params, jax.tree.map(lambda x: x, thing)))(tree, make())  # a copy
     jlora.trace(fn, W, make())
@@ -245,7 +245,7 @@ def test_what_a_function_mutates_and_does_not_return_is_refused(name: str) -> No
 
 
 def test_a_new_leaf_that_is_returned_by_itself_is_kept() -> None:
-    """The array is enough: nothing is lost when the caller has it."""
+    """Returning the array is enough: nothing is lost when the caller has it."""
 
     def fn(params: Any, cache: dict[str, Any]) -> Any:
         cache["h"] = X @ params["w"]
@@ -295,7 +295,7 @@ def test_a_closed_over_module_is_to_be_an_argument() -> None:
         jnp.sin(leaked["h"])
 
 
-# What changes nothing is no mutation.
+# Calls that change nothing are not mutations.
 
 
 def reads(kind: str) -> Callable[..., Any]:
@@ -308,7 +308,7 @@ def reads(kind: str) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("kind", ["plain", "nnx.jit", "nnx.remat", "jax.jit"])
 def test_a_module_that_is_only_read_is_no_alarm(kind: str) -> None:
-    """Also where NNX hands every variable through a jit or remat; returned, its weights are attached as before."""
+    """Also where NNX passes every variable through a jit or remat; returned weights are attached as before."""
     module = Net(both)
     tree = jlora.attach(module, adapters_of(module))
     y, after = jlora.lora(lambda m, x: (reads(kind)(m, x), m), materialize="error")(tree, X)
@@ -340,7 +340,7 @@ def test_a_weight_that_a_scan_hands_on_stays_attached() -> None:
 
 
 def test_libraries_that_thread_their_state_are_no_alarm() -> None:
-    """Linen's mutable collections, and Equinox's State, which ends the old one's life."""
+    """Linen's mutable collections, and Equinox's State, whose update invalidates the old one."""
 
     class Linen(nn.Module):
         @nn.compact
@@ -375,7 +375,7 @@ def test_libraries_that_thread_their_state_are_no_alarm() -> None:
 
 @pytest.mark.parametrize("compiled", [lambda fn: fn, jax.jit], ids=["plain", "jit"])
 def test_mutable_arrays_are_written(compiled: Any) -> None:
-    """A `jax.new_ref` is no copy: what the function adds to it, once, is there afterwards, closed over or given."""
+    """A `jax.new_ref` is not copied: what the function adds to it, once, is there afterwards, closed over or passed."""
     ref = jax.new_ref(jnp.zeros(3))
 
     def fn(params: Any, x: Any) -> Any:

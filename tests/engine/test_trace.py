@@ -102,7 +102,7 @@ FACTORED_NOW = [
     "permuted",
 ]
 NOT_WITH_DORA = ("half of the inputs", "padded where constant", "beside a plain one", "stacked with a plain one")
-"""DoRA's gain would act on what is plain there."""
+"""DoRA's multiplier would also scale the plain array there."""
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_where_all_that_is_computed_is_a_scalar_each_product_counts() -> None:
         assert {path: use.axes for path, use in uses.items()} == dict.fromkeys(params, jlora.Axes())
 
 
-def test_a_tied_table_that_is_looked_up_first_is_no_linear_weight() -> None:
+def test_a_tied_table_that_is_looked_up_first_is_not_a_linear_weight() -> None:
     """However much the output projection computes."""
     params = {"table": normal(0, 9, 5), "w": normal(1, 5, 5)}
     fn = lambda p, ids: (p["table"][ids] @ p["w"]) @ p["table"].T  # noqa: E731
@@ -271,7 +271,7 @@ ALIVE: dict[str, Callable[[Any, Any], Any]] = {
 
 @pytest.mark.parametrize("name", sorted(DEAD))
 def test_a_weight_that_no_gradient_reaches_is_left_out(name: str) -> None:
-    """It would get an adapter that never learns. Named as a target it is refused."""
+    """Its adapter would never train. Naming it as a target is an error."""
     params, x = {"w": normal(0, 6, 6), "t": normal(1, 6, 6)}, normal(2, 3, 6)
     plan = planned(DEAD[name], params, x)
     assert set(plan) == {"w"}
@@ -290,7 +290,7 @@ def test_a_weight_that_some_gradient_reaches_is_adapted(name: str) -> None:
 
 
 def test_the_reason_is_that_of_the_use_that_counts() -> None:
-    """Of a matrix behind a stop_gradient and in a solver, the solver is named."""
+    """For a matrix used behind a stop_gradient and in a solver, the solver is named."""
     params, x = {"w": normal(0, 6, 6), "t": jnp.eye(6)}, normal(2, 6)
     fn = lambda p, x: (x @ p["w"] + jnp.linalg.solve(p["t"], x), still(p["t"]))  # noqa: E731
     why = planned(fn, params, x).left_out["t"]
@@ -377,7 +377,7 @@ class Whitened(nn.Module):
 
 
 def test_state_of_linen_gets_no_adapter() -> None:
-    """Statistics are refused, whatever names them; another collection is adapted when it is named."""
+    """Statistics are refused even when named; another collection is adapted when it is named."""
     x = normal(0, 2, 4)
     variables = Whitened().init(jax.random.key(0), x)
     plan = planned(Whitened().apply, variables, x)
@@ -393,7 +393,7 @@ def test_state_of_linen_gets_no_adapter() -> None:
     assert "batch_stats/whiten" in both.left_out
 
 
-def test_variables_of_nnx_that_are_no_parameters_get_no_adapter() -> None:
+def test_variables_of_nnx_that_are_not_parameters_get_no_adapter() -> None:
     class Net(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
             self.whiten = nnx.BatchStat(jnp.eye(4))
@@ -431,15 +431,15 @@ LOOKED_UP: dict[str, Callable[[Any, Any], Any]] = {
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("name", sorted(PICKED) + sorted(LOOKED_UP))
 def test_rows_picked_by_constants_are_a_weight_where_a_product_takes_them(name: str, use_dora: bool) -> None:
-    """Law 2 without a sum; and rows that no product with data takes are a lookup, as those that data pick."""
+    """Law 2 without materializing; rows that no product with data takes are a lookup, like rows picked by data."""
     fn = (PICKED | LOOKED_UP)[name]
     params, x = {"w": normal(0, 6, 4), "v": normal(1, 4, 4)}, normal(2, 3, 6)
     uses = jlora.trace(fn, params, x)
     assert uses["w"].kind == ("matmul" if name in PICKED else "lookup")
     adapters = adapters_for(fn, params, x, targets=("^w$",), use_dora=use_dora)
     if name in PICKED:
-        told = jlora.explain(fn, jlora.attach(params, adapters), x)
-        assert {e.primitive for e in told.events} == {"dot_general"}
+        explained = jlora.explain(fn, jlora.attach(params, adapters), x)
+        assert {e.primitive for e in explained.events} == {"dot_general"}
     assert_law(fn, adapters, params, x)
 
 
@@ -447,7 +447,7 @@ def test_rows_picked_by_constants_are_a_weight_where_a_product_takes_them(name: 
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    """A config of NumPy's and JAX's scalars is the one of Python's, hash and JSON included."""
+    """A config of NumPy and JAX scalars equals that of Python numbers, hash and JSON included."""
     given = jlora.LoraConfig(
         rank=np.int64(4),  # type: ignore[arg-type]
         alpha=np.float32(8.5),  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How `lora` composes with JAX's transforms: around it, inside the model, and in what may be passed through it."""
+"""How `lora` composes with JAX's transforms: around it and inside the model; and what may be passed through it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_transform_of_the_adapted_model_is_that_of_the_merged_one(around: Any,
 
 
 def test_without_jit() -> None:
-    """Nothing needs a jit around it."""
+    """No transform needs a jit around it."""
     assert_law(mlp, adapters_of("mlp"), MLP.params, MLP.x, jit=False)
 
 
@@ -123,7 +123,7 @@ def test_export_with_a_batch_of_any_size(name: str) -> None:
 
 
 def test_donated_adapters() -> None:
-    """A step may be given its adapters' memory; the base's stays."""
+    """A step may donate its adapters; the base is kept."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(adapters: Any, params: Any, x: Any) -> Any:
@@ -215,7 +215,7 @@ INSIDE: dict[str, Callable[[Any, Any], Any]] = {
 
 @pytest.mark.parametrize("model", INSIDE.values(), ids=INSIDE)
 def test_transforms_inside_the_model(model: Any) -> None:
-    """A model made with transforms of its own is adapted without being summed, and has its merged model's gradient."""
+    """A model that uses transforms is adapted without materializing, and has its merged model's gradient."""
     assert_law(model, adapters_of("mlp"), MLP.params, MLP.x)
 
 
@@ -226,7 +226,7 @@ def test_a_loop_of_unknown_length() -> None:
 
 
 def test_a_gradient_of_an_adapted_weight_inside_the_model() -> None:
-    """A model that differentiates in an adapted weight gets that gradient itself, whole: there is nothing to factor."""
+    """A model that differentiates with respect to an adapted weight gets the full gradient: nothing can be factored."""
 
     def model(params: Any, x: Any) -> Any:
         return x @ jax.grad(lambda w: loss_of(mlp(params | {"w0": w}, x)))(params["w0"])
@@ -235,8 +235,8 @@ def test_a_gradient_of_an_adapted_weight_inside_the_model() -> None:
 
 
 def test_custom_batching_keeps_its_rule_unless_inlined() -> None:
-    """A `custom_vmap` function gets the weight whole, and says so; under a vmap of the caller's it is its own rule that
-    runs. Looked into, it is factored, and has a gradient, which JAX does not give it otherwise."""
+    """A `custom_vmap` function gets the weight materialized, with a warning; under the caller's vmap its own rule runs.
+    Inlined, it is factored, and has a gradient, which JAX does not give it otherwise."""
 
     def model(params: Any, x: Any) -> Any:
         return jnp.tanh(product(x, params["w0"])) @ params["w1"]
@@ -276,31 +276,32 @@ WRITES: dict[str, tuple[Callable[[Any], Any], str | None]] = {
     "an entry added to": (lambda w: w.at[0, 1].add(1.0), None),
     "an entry": (lambda w: w.at[0, 1].set(0.0), "inputs and outputs at once"),
     "a part of a row": (lambda w: w.at[0, :2].set(0.0), "parts of slices|at once"),
-    "the weight written into another": (lambda w: jnp.zeros((8, 20)).at[:, 2:18].set(w)[:, 2:18], "is what is written"),
+    "the weight written into another": (lambda w: jnp.zeros((8, 20)).at[:, 2:18].set(w)[:, 2:18], "written"),
 }
 
 
 @pytest.mark.parametrize("name", WRITES)
 def test_values_written_into_a_weight(name: str) -> None:
-    """Whole slices along one axis leave the rest factored, and `trace` sees the weight; what does not is said so."""
+    """Writing whole slices along one axis leaves the rest factored, and `trace` follows the weight; any other write is
+    reported."""
     write, declined = WRITES[name]
 
     def model(params: Any, x: Any) -> Any:
         return mlp(params | {"w0": write(params["w0"])}, x)
 
     adapters = adapters_of("mlp")
-    told = jlora.explain(model, jlora.attach(MLP.params, adapters), MLP.x).materialized
+    materialized = jlora.explain(model, jlora.attach(MLP.params, adapters), MLP.x).materialized
     use = jlora.trace(model, MLP.params, MLP.x)["w0"]
-    assert (use.kind == "matmul" and not use.materialized) == (declined is None) == (not told)
+    assert (use.kind == "matmul" and not use.materialized) == (declined is None) == (not materialized)
     if declined:
-        assert re.search(declined, told[0].why or ""), told
+        assert re.search(declined, materialized[0].why or ""), materialized
     losses = [lambda a: loss_of(jlora.lora(model, materialize="allow")(jlora.attach(MLP.params, a), MLP.x))]
     losses.append(lambda a: loss_of(model(jlora.merge(MLP.params, a), MLP.x)))
     assert_close(*(jax.jit(jax.value_and_grad(loss))(adapters) for loss in losses))
 
 
 def test_names_sources_and_places_survive() -> None:
-    """Scopes, source lines, names for policies, and where to compute are those of the bare model."""
+    """Name scopes, source lines, checkpoint names and `compute_on` are those of the bare model."""
 
     def model(params: Any, x: Any) -> Any:
         with jax.named_scope("encoder"):
@@ -321,7 +322,7 @@ def test_names_sources_and_places_survive() -> None:
 
 
 def test_static_arguments_and_results() -> None:
-    """What is no array is handed to the function as it is, and comes back as it is."""
+    """Leaves that are not arrays reach the function, and come back, unchanged."""
 
     def model(params: Any, x: Any, flag: bool, mode: str, nothing: None, n: int, rate: float, *, act: Any) -> Any:
         assert (flag, mode, nothing, n, rate, act) == (True, "mean", None, 2, 0.5, jnp.tanh)
@@ -350,7 +351,7 @@ def test_keyword_arguments() -> None:
 
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
 def test_random_keys(make_key: Any) -> None:
-    """Keys, new and old style, go in and come out; the model draws what it drew."""
+    """Keys, new and old style, go in and come out; the model draws the same numbers."""
 
     def model(params: Any, x: Any, key: Any) -> Any:
         return mlp(params, x) + jax.random.normal(key, x.shape), jax.random.split(key)
@@ -363,7 +364,7 @@ def test_random_keys(make_key: Any) -> None:
 
 
 def test_auxiliary_results() -> None:
-    """``has_aux`` works: the auxiliary results may hold what is no array."""
+    """``has_aux`` works: the auxiliary results may hold leaves that are not arrays."""
 
     def loss(adapters: Any) -> Any:
         y = jlora.lora(mlp)(jlora.attach(MLP.params, adapters), MLP.x)
@@ -391,14 +392,14 @@ def test_plain_parameters() -> None:
     "hide", [jax.checkpoint, jax.jit, lambda fn: lambda p, x: lax.scan(lambda h, _: (fn(p, h), 0), x, None, 2)[0]]
 )
 def test_a_weight_that_is_passed_on_and_never_read(hide: Any) -> None:
-    """A weight that goes into a call, a rematerialized block or a scan, and is not read there, is an error."""
+    """A weight that is passed to a call, a rematerialized block or a scan, and not read there, is an error."""
     model = hide(lambda p, x: jnp.tanh(x @ p["w0"] @ p["w0"].T))
     with pytest.raises(ValueError, match="never reads 1 attached.*\n.*'w1'"):
         jlora.lora(model)(jlora.attach(MLP.params, adapters_of("mlp")), MLP.x)
 
 
 def test_one_warning_for_one_place() -> None:
-    """A weight that must be summed says so once for each primitive and line, however often it runs."""
+    """A weight that must be materialized is reported once for each primitive and line, however often they run."""
 
     def model(params: Any, x: Any) -> Any:
         for _ in range(3):

@@ -14,7 +14,7 @@ import jlora
 from tests.toys import TOYS, adapters_for, assert_close, loss_of
 
 
-class Variants(chex.TestCase):
+class Variants(chex.TestCase):  # pyright: ignore[reportGeneralTypeIssues]
     @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True, with_pmap=True)
     @parameterized.named_parameters((name, name) for name in TOYS)
     def test_the_adapted_model_is_the_merged_model(self, name: str) -> None:
@@ -28,7 +28,7 @@ class Variants(chex.TestCase):
 
 
 def test_a_training_step_is_traced_once() -> None:
-    """For new adapters, batches and dropout keys, and for adapters that were saved, restored or merged between steps."""
+    """For new adapters, batches and dropout keys, and for adapters attached and detached between the steps."""
     toy = TOYS["mlp"]
     config = jlora.LoraConfig(rank=2, targets=("w",), exclude=(), dropout=0.1)
     adapters: Any = jlora.init(jax.random.key(0), toy.params, config, jlora.trace(toy.fn, toy.params, toy.x))

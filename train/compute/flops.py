@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 
 # Dense and per JAX device, from the vendors' datasheets, which give a GPU's often with 2:4 sparsity: twice as much.
 # NVIDIA: nvidia.com/en-us/data-center, a page for each product; B200 and GB200 as parts of HGX B200 and GB200 NVL72.
@@ -88,20 +88,9 @@ def count(fn: Callable[..., Any], *args: Any) -> float:
 
 
 def _of_jaxpr(jaxpr: Any) -> int:
-    return sum(map(_of_equation, _needed(getattr(jaxpr, "jaxpr", jaxpr))))
-
-
-def _needed(jaxpr: Any) -> Iterator[Any]:
-    """The equations on which a result depends; a gradient's jaxpr holds some that XLA drops."""
-    needed = set(filter(_is_var, jaxpr.outvars))
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or not needed.isdisjoint(eqn.outvars):
-            needed.update(filter(_is_var, eqn.invars))
-            yield eqn
-
-
-def _is_var(x: Any) -> bool:
-    return isinstance(x, core.Var)
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    live, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # a gradient's jaxpr holds equations that XLA drops
+    return sum(map(_of_equation, live.eqns))
 
 
 def _of_equation(eqn: Any) -> int:

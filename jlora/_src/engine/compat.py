@@ -1,4 +1,5 @@
-"""Everything that differs between the supported JAX versions (0.10.2 to 0.12), and nothing else."""
+"""What differs between the supported JAX versions (0.10.2 to 0.12), and what JAX keeps in the type of an array: its
+memory space, its sharding, and the manual mesh axes along which it varies."""
 
 from __future__ import annotations
 
@@ -9,12 +10,9 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.experimental import compute_on as places
-from jax.extend import core, source_info_util
+from jax.experimental import compute_on as compute_on_module
+from jax.extend import source_info_util
 from jax.sharding import NamedSharding, PartitionSpec
-
-_CALLS = ("jit", "pjit", "remat2", "checkpoint", "scan")
-"""Primitives with an inner ``jaxpr`` whose inputs and outputs are theirs."""
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -22,8 +20,8 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
     return (jaxpr.jaxpr, tuple(jaxpr.consts)) if hasattr(jaxpr, "consts") else (jaxpr, ())
 
 
-def call_of(eqn: Any) -> Any:
-    """The jaxpr inside an equation that has one."""
+def inner_jaxpr(eqn: Any) -> Any:
+    """The jaxpr that a call equation runs."""
     return next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "call") if name in eqn.params)
 
 
@@ -43,18 +41,19 @@ def equation_context(eqn: Any) -> Iterator[None]:
         yield
 
 
-def source_line(eqn: Any, around: Sequence[Any] = ()) -> str:
-    """File, line and function of the user's code that made ``eqn``; of the innermost equation ``around`` it that has
-    one where it has none, as inside the functions that JAX itself jits."""
-    found = (source_info_util.summarize(e.source_info) for e in (eqn, *reversed(around)))
+def source_line(eqn: Any, enclosing: Sequence[Any] = ()) -> str:
+    """File, line and function of the user's code that made ``eqn``. An equation from a function that JAX itself jits
+    has none, and takes the line of the innermost equation ``enclosing`` it that has one."""
+    found = (source_info_util.summarize(e.source_info) for e in (eqn, *reversed(enclosing)))
     return next(filter(None, found), "an unknown line")
 
 
 def compute_on(fn: Any, params: dict[str, Any]) -> Any:
-    """``fn`` on the kind of device that the params of a ``compute_on`` equation say; its results are a list."""
+    """``fn`` on the device type in the params of a ``compute_on`` equation; its results are a list."""
     options = params["compiler_options_json"]
-    on: Any = getattr(places, "compute_on2", places.compute_on)  # its name before 0.11
-    return on(
+    # Its name before 0.11 was compute_on.
+    transform: Any = getattr(compute_on_module, "compute_on2", compute_on_module.compute_on)
+    return transform(
         fn,
         compute_type=params["compute_type"],
         out_memory_spaces=list(params["out_memory_spaces"]),
@@ -70,15 +69,15 @@ def scan_split(params: dict[str, Any]) -> tuple[int, int]:
     return len(tuple(consts.vals)), len(tuple(carry.vals))
 
 
-def varying(x: Any) -> frozenset[str]:
+def varying_axes(x: Any) -> frozenset[str]:
     """The manual mesh axes (inside ``shard_map``) along which ``x`` varies."""
     return frozenset(getattr(getattr(jax.typeof(x), "mat", None), "varying", ()))
 
 
-def vary_alike(*arrays: Any) -> tuple[Any, ...]:
+def match_varying(*arrays: Any) -> tuple[Any, ...]:
     """``arrays`` cast to vary along the union of their manual axes, as the operands of one primitive must."""
-    union = frozenset().union(*map(varying, arrays))
-    missing = [tuple(sorted(union - varying(x))) for x in arrays]
+    union = frozenset().union(*map(varying_axes, arrays))
+    missing = [tuple(sorted(union - varying_axes(x))) for x in arrays]
     return tuple(lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, missing, strict=True))
 
 
@@ -99,49 +98,17 @@ def reshard(x: Any, spec: Iterable[Any]) -> Any:
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*entries)))
 
 
-def put(x: Any, to: Any) -> Any:
-    """`jax.device_put`, whose gradient comes back into the memory of ``x``; JAX's own stays in the host's."""
+def device_put(x: Any, to: Any) -> Any:
+    """`jax.device_put` whose gradient returns to the memory space of ``x``; JAX's own stays in host memory."""
     return jax.device_put(x, to, src=jax.typeof(x).memory_space)
 
 
-def beside(x: Any, other: Any) -> Any:
-    """``x`` in the memory, the device's or the host's, in which ``other`` lies."""
+def to_memory_of(x: Any, other: Any) -> Any:
+    """``x`` in the memory space of ``other``: the device's or the host's."""
     space = jax.typeof(other).memory_space
-    return x if jax.typeof(x).memory_space == space else put(x, space)
+    return x if jax.typeof(x).memory_space == space else device_put(x, space)
 
 
-def on_device(x: Any) -> Any:
-    """``x`` in the device's memory."""
-    return x if jax.typeof(x).memory_space == jax.memory.Space.Device else put(x, jax.memory.Space.Device)
-
-
-def live_inputs(jaxpr: Any) -> set[Any]:
-    """The input variables that some result or effect of an open jaxpr depends on, or that it returns."""
-    live = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
-    for eqn in reversed(jaxpr.eqns):
-        if not eqn.effects and not any(v in live for v in eqn.outvars):
-            continue
-        used = eqn.invars
-        if eqn.primitive.name in (*_CALLS, "shard_map"):
-            inner, _ = open_jaxpr(eqn.params["jaxpr"])
-            inside = live_inputs(inner)
-            used = [v for v, inner_v in zip(eqn.invars, inner.invars, strict=True) if inner_v in inside]
-        live |= {v for v in used if isinstance(v, core.Var)}
-    return live
-
-
-def handed_on(jaxpr: Any) -> list[int | None]:
-    """For each result of an open jaxpr, which of its inputs it is, unchanged, through any jit, remat or scan."""
-    place: dict[Any, int] = {v: i for i, v in enumerate(jaxpr.invars)}
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name not in _CALLS:
-            continue
-        inner, _ = open_jaxpr(eqn.params["jaxpr"])
-        consts, carried = scan_split(eqn.params) if eqn.primitive.name == "scan" else (0, 0)
-        for i, (out, source) in enumerate(zip(eqn.outvars, handed_on(inner), strict=True)):
-            if source is None or not isinstance(eqn.invars[source], core.Var) or eqn.invars[source] not in place:
-                continue
-            # A scan carries it to itself, or slices it and stacks it again.
-            if eqn.primitive.name != "scan" or (source - consts == i if i < carried else source >= consts + carried):
-                place[out] = place[eqn.invars[source]]
-    return [place.get(v) if isinstance(v, core.Var) else None for v in jaxpr.outvars]
+def to_device(x: Any) -> Any:
+    """``x`` in device memory."""
+    return x if jax.typeof(x).memory_space == jax.memory.Space.Device else device_put(x, jax.memory.Space.Device)

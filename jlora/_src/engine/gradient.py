@@ -1,4 +1,4 @@
-"""Which values of a program a gradient reaches: the backward pass with a flag in the place of each cotangent."""
+"""Which values of a program a gradient reaches: a backward pass with a flag in place of each cotangent."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jax.extend import core
 
 from jlora._src.engine import compat
 
-FLAT = frozenset("stop_gradient floor ceil round sign nextafter is_finite".split())
-"""Primitives of floating results whose derivative is zero."""
+ZERO_DERIVATIVE = frozenset("stop_gradient floor ceil round sign nextafter is_finite".split())
+"""Primitives with floating results whose derivative is zero."""
 CALLS = frozenset("jit pjit remat2 checkpoint compute_on shard_map closed_call".split())
-OWN_RULES = frozenset(("custom_jvp_call", "custom_vjp_call"))
+CUSTOM_DERIVATIVES = frozenset(("custom_jvp_call", "custom_vjp_call"))
 
 
 def inexact(atom: Any) -> bool:
@@ -24,83 +24,82 @@ def inexact(atom: Any) -> bool:
 
 
 @dataclasses.dataclass
-class Seen:
-    """The equations that a backward pass came by.
+class Visited:
+    """The equations that a backward pass visits.
 
     Attributes:
-      scales: ids of equations through whose scalar operands it does not go.
-      ids: of the equations that it came by, those inside others too.
+      blocked: ids of the equations whose scalar operands the pass does not follow.
+      equations: ids of the visited equations, those in inner jaxprs included.
     """
 
-    scales: Collection[int] = ()
-    ids: set[int] = dataclasses.field(default_factory=set)
+    blocked: Collection[int] = ()
+    equations: set[int] = dataclasses.field(default_factory=set)
 
-    def ends(self, atom: Any, eqn: Any) -> bool:
-        return id(eqn) in self.scales and atom.aval.size == 1
+    def blocks(self, atom: Any, eqn: Any) -> bool:
+        return id(eqn) in self.blocked and atom.aval.size == 1
 
 
-def reached(jaxpr: Any, live: Sequence[bool], seen: Seen | None = None) -> set[Any]:
-    """The variables of an open jaxpr that a gradient reaches which enters by its ``live`` results."""
-    found = {v for v, on in zip(jaxpr.outvars, live, strict=True) if on and _differentiable(v)}
+def reached_variables(jaxpr: Any, live: Sequence[bool], visited: Visited | None = None) -> set[Any]:
+    """The variables of an open jaxpr that a gradient reaches when it enters by the ``live`` results."""
+    reached = {v for v, on in zip(jaxpr.outvars, live, strict=True) if on and _differentiable(v)}
     for eqn in reversed(jaxpr.eqns):
-        results = [v in found or bool(eqn.effects) for v in eqn.outvars]
+        results = [v in reached or bool(eqn.effects) for v in eqn.outvars]
         if any(results):
-            operands = list(zip(eqn.invars, _operands(eqn, results, seen), strict=True))
-            if seen is not None:
-                seen.ids.add(id(eqn))
-                operands = [(v, on and not seen.ends(v, eqn)) for v, on in operands]
-            found |= {v for v, on in operands if on and _differentiable(v)}
-    return found
+            operands = list(zip(eqn.invars, _reached_operands(eqn, results, visited), strict=True))
+            if visited is not None:
+                visited.equations.add(id(eqn))
+                operands = [(v, on and not visited.blocks(v, eqn)) for v, on in operands]
+            reached |= {v for v, on in operands if on and _differentiable(v)}
+    return reached
 
 
-def inside(eqn: Any, live: Sequence[bool], seen: Seen | None = None) -> list[bool]:
-    """Which results of the jaxprs inside a control flow equation a gradient enters by, given the equation's."""
-    name = eqn.primitive.name
-    if name not in ("scan", "while"):
-        return list(live)
+def live_inner_results(eqn: Any, live: Sequence[bool], visited: Visited | None = None) -> list[bool]:
+    """By which results a gradient enters the jaxprs inside an equation, given the equation's ``live`` results."""
     live = list(live)
-    n_consts, n_carry, closed = loop(eqn)
-    jaxpr, _ = compat.open_jaxpr(closed)
-    while True:  # what one iteration needs, the iteration before it hands on
-        found = reached(jaxpr, live, seen)
-        before = jaxpr.invars[n_consts : n_consts + n_carry]
-        grown = [on or v in found for on, v in zip(live[:n_carry], before, strict=True)] + live[n_carry:]
+    if eqn.primitive.name not in ("scan", "while"):
+        return live
+    n_consts, n_carry, body = loop_body(eqn)
+    jaxpr, _ = compat.open_jaxpr(body)
+    while True:  # what an iteration needs of the carry, the iteration before it returns
+        reached = reached_variables(jaxpr, live, visited)
+        carry = jaxpr.invars[n_consts : n_consts + n_carry]
+        grown = [on or v in reached for on, v in zip(live[:n_carry], carry, strict=True)] + live[n_carry:]
         if grown == live:
             return live
         live = grown
 
 
-def _operands(eqn: Any, live: Sequence[bool], seen: Seen | None) -> list[bool]:
-    """For each operand of an equation, whether the gradient of its ``live`` results reaches it."""
-    name, n = eqn.primitive.name, len(eqn.invars)
-    if name in FLAT:
-        return [False] * n
-    if name in CALLS:
-        return _of_inner(compat.call_of(eqn), live, seen)
-    if name == "cond":
-        branches = [_of_inner(branch, live, seen) for branch in eqn.params["branches"]]
-        return [False, *map(any, zip(*branches, strict=True))]
-    if name in ("scan", "while"):
-        _, _, closed = loop(eqn)
-        of_body = _of_inner(closed, inside(eqn, live, seen), seen)
-        return [*[False] * (n - len(of_body)), *of_body]  # a while loop's condition has no gradient
-    if name in OWN_RULES:  # taken to use all of its operands
-        _of_inner(eqn.params["call_jaxpr"], live, seen)
-    return [True] * n
-
-
-def _of_inner(closed: Any, live: Sequence[bool], seen: Seen | None) -> list[bool]:
-    jaxpr, _ = compat.open_jaxpr(closed)
-    found = reached(jaxpr, live, seen)
-    return [v in found for v in jaxpr.invars]
-
-
-def loop(eqn: Any) -> tuple[int, int, Any]:
-    """Of a loop's body: how many constants it has, how many carried values, and its jaxpr."""
+def loop_body(eqn: Any) -> tuple[int, int, Any]:
+    """How many constants and how many carried values the body of a loop takes, and its jaxpr."""
     p = eqn.params
     if eqn.primitive.name == "while":
         return p["body_nconsts"], len(eqn.outvars), p["body_jaxpr"]
     return *compat.scan_split(p), p["jaxpr"]
+
+
+def _reached_operands(eqn: Any, live: Sequence[bool], visited: Visited | None) -> list[bool]:
+    """For each operand of an equation, whether the gradient of its ``live`` results reaches it."""
+    name, n = eqn.primitive.name, len(eqn.invars)
+    if name in ZERO_DERIVATIVE:
+        return [False] * n
+    if name in CALLS:
+        return _reached_inputs(compat.inner_jaxpr(eqn), live, visited)
+    if name == "cond":
+        branches = [_reached_inputs(branch, live, visited) for branch in eqn.params["branches"]]
+        return [False, *map(any, zip(*branches, strict=True))]
+    if name in ("scan", "while"):
+        _, _, body = loop_body(eqn)
+        inputs = _reached_inputs(body, live_inner_results(eqn, live, visited), visited)
+        return [*[False] * (n - len(inputs)), *inputs]  # the condition of a while loop has no gradient
+    if name in CUSTOM_DERIVATIVES:  # assumed to use every operand
+        _reached_inputs(eqn.params["call_jaxpr"], live, visited)
+    return [True] * n
+
+
+def _reached_inputs(closed: Any, live: Sequence[bool], visited: Visited | None) -> list[bool]:
+    jaxpr, _ = compat.open_jaxpr(closed)
+    reached = reached_variables(jaxpr, live, visited)
+    return [v in reached for v in jaxpr.invars]
 
 
 def _differentiable(atom: Any) -> bool:

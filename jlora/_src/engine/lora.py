@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 import jax
 from jax import lax
 
-from jlora._src.engine import compat
-from jlora._src.engine.dependence import constant_gathers, learned_factors
-from jlora._src.engine.factored import Factored, dense, factored
+from jlora._src.engine.dependence import constant_gathers, forwarded_inputs, live_inputs, trained_operands
+from jlora._src.engine.factored import Factored, materialize, to_factored
 from jlora._src.engine.interpreter import Event, Policy, Session
-from jlora._src.engine.staging import Staged, is_array, stage
+from jlora._src.engine.staging import Staged, is_array, replace_leaves, stage
 from jlora._src.types import FullWeight, LoraWeight, PyTree, is_attached
 from jlora.messages import bullets, table
 
@@ -26,9 +25,9 @@ _MUTATES = (
     "these changes would be lost:"
 )
 _RETURN_IT = (
-    "\nReturn the changed object, and go on with it: `y, tree = jlora.lora(lambda m, x: (m(x), m))(tree, x)`; or pass "
-    "a Flax NNX module in parts: `nnx.split` it, `nnx.merge` it in the function, and return its new state. What nobody "
-    "needs is changed on a copy in the function: `dict(batch)`, or `nnx.clone(m)`."
+    "\nReturn the changed object, and use it from then on: `y, tree = jlora.lora(lambda m, x: (m(x), m))(tree, x)`; or "
+    "split a Flax NNX module: `nnx.split` it, `nnx.merge` it in the function, and return its new state. To discard a "
+    "change, make it on a copy in the function: `dict(batch)`, or `nnx.clone(m)`."
 )
 
 
@@ -39,15 +38,14 @@ def lora(
 
     ``fn`` is traced on the plain weights and its jaxpr evaluated with the adapted ones kept factored:
     ``x @ (W + s·a·b)`` becomes ``x @ W + s·(x @ a) @ b``. The full update is never built, and when the
-    gradient is taken with respect to the adapters, no gradient of ``W`` is either. ``fn`` itself is not
-    touched, and knows nothing of this.
+    gradient is taken with respect to the adapters, no gradient of ``W`` is either. ``fn`` itself is not changed.
 
     Composes with ``jit``, ``grad``, ``jvp``, ``vmap``, ``jax.checkpoint``, ``scan``, ``cond``, ``while``, ``shard_map``
     and ``pmap``, outside or inside ``fn``. Put it under ``jax.jit``: like every transform, it traces ``fn``
     again at each call.
 
-    What ``fn`` mutates, it mutates in a copy. A function that changes an object among its arguments (the statistics
-    of a Flax NNX BatchNorm, a dropout counter, a dict, a list) has to return the object, or the new array:
+    ``fn`` gets copies of its arguments. If it mutates one (the statistics of a Flax NNX BatchNorm, a dropout counter,
+    a dict, a list), it has to return that object, or the new array:
 
     >>> y, tree = jlora.lora(lambda module, x: (module(x), module))(tree, x)
 
@@ -55,26 +53,26 @@ def lora(
     >>> loss = lambda adapters: loss_fn(apply(jlora.attach(params, adapters), batch))
     >>> grads = jax.grad(loss)(adapters)
 
-    Differentiate with respect to the adapters, as here. The gradient with respect to a whole attached tree is that of
-    the adapters and zero for the rest: the weights under the adapters, and every other leaf of an argument that
-    carries some. In forward mode, likewise, the tangents of these count as zero. The other arguments, such as the
-    inputs, and a run-time strength have their true derivatives. A zero gradient is no zero update: weight decay still
-    moves what is frozen, unless the optimizer is `freeze`'s.
+    Differentiate with respect to the adapters, as here. The gradient with respect to a whole attached tree is zero
+    outside the adapters: for the weights under them, and for every other leaf of an argument that has some. In forward
+    mode, likewise, the tangents of these leaves count as zero. The other arguments, such as the inputs, and a run-time
+    strength have their true derivatives. A zero gradient is not a zero update: weight decay still changes frozen
+    weights, unless the optimizer is wrapped in `freeze`.
 
     Args:
       fn: a function of pytrees. Arrays and keys among its arguments are traced, everything else
         (flags, strings, functions, Python numbers) is static; its result may hold non-arrays too.
-      materialize: what to do where a weight meets a primitive that has no factored form, so that it must
-        be summed: ``"warn"`` once per weight, with every place, ``"error"``, or ``"allow"``.
+      materialize: what to do where a primitive has no factored form, so that the weight must be summed to its full
+        size: ``"warn"`` once per weight, listing every place, ``"error"``, or ``"allow"``.
       inline_custom_rules: whether to look into ``jax.custom_jvp``, ``jax.custom_vjp`` and ``custom_vmap`` functions
-        that take an adapted weight. By default they keep their rule, and get the weight summed.
-      frozen_gradients: whether frozen leaves have their true derivatives, as where the base itself is computed from
-        something that trains (or is adapted by another `lora` around this one).
+        that take an adapted weight. By default they keep their rule, and get the weight materialized.
+      frozen_gradients: whether frozen leaves have their true derivatives. Needed where the base itself is computed
+        from something that trains, or is adapted by another `lora` around this one.
 
     Raises:
       MaterializeError: under ``"error"``, naming path, primitive and source line.
       ValueError: when ``fn`` never reads an attached weight, as when it closes over its parameters; or mutates its
-        arguments without returning what it changed, naming each place.
+        arguments and does not return what it changed, naming each place.
     """
     if materialize not in ("warn", "error", "allow"):
         raise ValueError(f'lora: materialize={materialize!r}; expected "warn", "error" or "allow"')
@@ -95,46 +93,46 @@ def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any, froz
     _check_read(staged)
     stop = (lambda x: x) if frozen_gradients else lax.stop_gradient
 
-    def value(leaf: Any, plain: Any, frozen: bool) -> Any:
+    def value(leaf: Any, array: Any, frozen: bool) -> Any:
         match leaf:
             case LoraWeight():
-                return factored(dataclasses.replace(leaf, base=stop(leaf.base)))
+                return to_factored(dataclasses.replace(leaf, base=stop(leaf.base)))
             case FullWeight():
-                return plain
+                return array
             case _:
-                return stop(plain) if frozen else plain
+                return stop(array) if frozen else array
 
-    session.constant = constant_gathers(staged.jaxpr)
-    session.learned = learned_factors(staged.jaxpr, list(map(is_attached, staged.given)))
-    results = session.run(staged.jaxpr, staged.consts, list(map(value, staged.given, staged.plain, staged.frozen)))
+    session.constant_gathers = constant_gathers(staged.jaxpr)
+    session.trained_operands = trained_operands(staged.jaxpr, list(map(is_attached, staged.leaves)))
+    args = list(map(value, staged.leaves, staged.arrays, staged.frozen))
+    results = session.run(staged.jaxpr, staged.consts, args)
 
-    def finish(place: int | None, result: Any) -> Any:
-        leaf = None if place is None else staged.given[place]
+    def finish(forwarded: int | None, result: Any) -> Any:
+        leaf = None if forwarded is None else staged.leaves[forwarded]
         if is_attached(leaf):
-            return leaf  # a weight that is handed through comes back as it was given, still attached
-        if isinstance(result, Factored) and result.picked:
-            return dense(result)  # looked-up rows
+            return leaf  # a weight that is returned unchanged stays attached
+        if isinstance(result, Factored) and result.constant_rows:
+            return materialize(result)  # looked-up rows
         if isinstance(result, Factored):
             why = "the function returns it, changed, and the caller gets it merged"
             return session.materialize(result, "return", getattr(fn, "__qualname__", repr(fn)), why)
         return result
 
-    rebuilt = staged.rebuild(map(finish, compat.handed_on(staged.jaxpr), results))
-    session.tell()
+    rebuilt = staged.rebuild(map(finish, forwarded_inputs(staged.jaxpr), results))
+    session.warn()
     return rebuilt
 
 
 def _check_read(staged: Staged) -> None:
     """Raises a ValueError that names every attached weight which the function never reads."""
-    live = compat.live_inputs(staged.jaxpr)
-    given = zip(staged.jaxpr.invars, staged.given, strict=True)
-    unread = [leaf.path for var, leaf in given if is_attached(leaf) and var not in live]
+    read = zip(staged.leaves, live_inputs(staged.jaxpr), strict=True)
+    unread = [leaf.path for leaf, live in read if is_attached(leaf) and not live]
     if unread:
         raise ValueError(
-            f"lora: the function never reads {len(unread)} attached weight(s), so training them would silently do "
-            f"nothing:{bullets(map(repr, unread))}\nGot a function that ignores these leaves, often because "
-            "it closes over the parameters. Pass the attached tree where the function takes its parameters, or "
-            "leave these weights out of the targets."
+            f"lora: the function never reads {len(unread)} attached weight(s), so training them would have no "
+            f"effect:{bullets(map(repr, unread))}\nOften the function closes over the parameters. "
+            "Pass the attached tree where the function takes its parameters, or exclude these weights from the "
+            "targets."
         )
 
 
@@ -174,7 +172,7 @@ class Explanation:
 def explain(fn: Callable[..., Any], tree: PyTree, *args: Any, **kwargs: Any) -> Explanation:
     """How ``lora(fn)`` consumes each adapted weight of ``tree``: factored or materialized, why, at what cost.
 
-    Abstract: nothing is computed, and ``tree`` and ``args`` may be of `jax.ShapeDtypeStruct`. The extra FLOPs are
+    Abstract: nothing is computed, and ``tree`` and ``args`` may consist of `jax.ShapeDtypeStruct`. The extra FLOPs are
     those that the updates add to one forward pass; a while loop counts as one iteration.
 
     >>> print(jlora.explain(model.apply, jlora.attach(params, adapters), batch))
@@ -184,10 +182,7 @@ def explain(fn: Callable[..., Any], tree: PyTree, *args: Any, **kwargs: Any) -> 
     traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
     def run(*arrays: Any) -> None:
-        full = list(leaves)
-        for i, array in zip(traced, arrays, strict=True):
-            full[i] = array
-        inner_tree, inner_args, inner_kwargs = treedef.unflatten(full)
+        inner_tree, inner_args, inner_kwargs = treedef.unflatten(replace_leaves(leaves, traced, arrays))
         _call(session, fn, (inner_tree, *inner_args), inner_kwargs)
 
     jax.eval_shape(run, *(leaves[i] for i in traced))

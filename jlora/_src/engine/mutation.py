@@ -18,72 +18,72 @@ class Change(NamedTuple):
     Attributes:
       where: the argument, and the path in it.
       what: what happened there.
-      kept: whether the new leaf, or an object that holds it, is among the function's results.
+      returned: whether the new leaf, or an object that holds it, is among the function's results.
       old, new: the leaf before and after; None where no single leaf was replaced.
     """
 
     where: str
     what: str
-    kept: bool
+    returned: bool
     old: Any = None
     new: Any = None
 
 
 def changes(after: PyTree, results: PyTree, leaves: list[Any], treedef: Any) -> list[Change]:
-    """What a function changed in its ``(args, kwargs)``, which were made of ``leaves`` and ``treedef``: by the
-    structure, and by the identity of leaves."""
+    """What a function changed in its ``(args, kwargs)``, which were built from ``leaves`` and ``treedef``: found by
+    comparing the structure, and the identity of leaves."""
     try:
         new, new_treedef = jax.tree.flatten(after)
         if _equal(treedef, new_treedef) and all(a is b for a, b in zip(leaves, new, strict=True)):
             return []
-    except Exception:  # some object cannot be opened any more; `_differences` passes over it
+    except Exception:  # some object can no longer be flattened; `_differences` skips it
         pass
-    returned: set[int] = set()
-    jax.tree.flatten(results, is_leaf=lambda node: returned.add(id(node)) or False)  # it is asked about every node
-    return list(_differences((), treedef.unflatten(leaves), after, returned, False))
+    nodes: set[int] = set()  # of the results
+    jax.tree.flatten(results, is_leaf=lambda node: nodes.add(id(node)) or False)  # called with every node
+    return list(_differences((), treedef.unflatten(leaves), after, nodes, False))
 
 
-def _differences(keys: tuple[Any, ...], before: Any, after: Any, returned: set[int], kept: bool) -> Iterator[Change]:
+def _differences(keys: tuple[Any, ...], before: Any, after: Any, nodes: set[int], returned: bool) -> Iterator[Change]:
     try:
-        (old, old_rest), (new, new_rest), (again, again_rest) = _opened(before), _opened(after), _opened(after)
-    except Exception:  # the object is spent, as an `equinox.nn.State` is once a new one was made of it
+        (old, old_rest), (new, new_rest), (again, again_rest) = map(_children, (before, after, after))
+    except Exception:  # the object cannot be used again, such as an `equinox.nn.State` that was replaced by a new one
         return
-    kept = kept or (id(after) in returned and (() not in new or isinstance(after, jax.Array)))
+    returned = returned or (id(after) in nodes and (() not in new or isinstance(after, jax.Array)))
     if () in old or () in new:
         if before is not after and not (() in old and () in new and _equal(before, after)):
-            yield Change(_where(keys), "replaced", kept, before, after)
+            yield Change(_where(keys), "replaced", returned, before, after)
         return
     for key in (k for k in old if k not in new):
-        yield Change(_where(keys + key), "removed", kept)
+        yield Change(_where(keys + key), "removed", returned)
     for key in (k for k in new if k not in old):
         leaves = jax.tree.leaves(new[key])
-        inside = kept or (bool(leaves) and all(isinstance(x, jax.Array) and id(x) in returned for x in leaves))
+        inside = returned or (bool(leaves) and all(isinstance(x, jax.Array) and id(x) in nodes for x in leaves))
         yield Change(_where(keys + key), "added", inside)
     if old.keys() == new.keys() and not _equal(old_rest, new_rest) and _equal(new_rest, again_rest):
-        yield Change(_where(keys), f"changed in a static field of its {type(after).__name__}", kept)
+        yield Change(_where(keys), f"changed in a static field of its {type(after).__name__}", returned)
     for key in (k for k in old if k in new):
-        if new[key] is again[key] or () not in _opened(new[key])[0]:  # else every look at it makes another leaf
-            yield from _differences(keys + key, old[key], new[key], returned, kept)
+        if new[key] is again[key] or () not in _children(new[key])[0]:  # else each flattening makes another leaf
+            yield from _differences(keys + key, old[key], new[key], nodes, returned)
 
 
-def _opened(node: Any) -> tuple[dict[tuple[Any, ...], Any], Any]:
-    """A node's children by key, and all else that it holds; a leaf's only child is itself, under the key ()."""
+def _children(node: Any) -> tuple[dict[tuple[Any, ...], Any], Any]:
+    """A node's children by key, and its static rest; a leaf's only child is itself, under the key ()."""
     children, rest = tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
     return dict(children), rest
 
 
 def _equal(x: Any, y: Any) -> bool:
-    """Whether two static things are the same, as far as they can tell."""
+    """Whether two static values are the same, as far as they can be compared."""
     if isinstance(x, jax.Array) or isinstance(y, jax.Array):
         return False
     try:
         return bool(x == y)
-    except Exception:  # they hold arrays, say
+    except Exception:  # they hold arrays, for example
         return True
 
 
 def _where(keys: tuple[Any, ...]) -> str:
-    """The place in ``(args, kwargs)`` that ``keys`` lead to, for people."""
+    """The place in ``(args, kwargs)`` at ``keys``, for messages."""
     if len(keys) < 2:
         return "the arguments"
     name = keys[1].key if isinstance(keys[1], DictKey) else keys[1].idx

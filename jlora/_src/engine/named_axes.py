@@ -1,4 +1,4 @@
-"""Arrays whose axes have names, and their contraction: the arithmetic under every factored rule."""
+"""Arrays whose axes have names, and their contraction: the arithmetic under every rule."""
 
 from __future__ import annotations
 
@@ -17,58 +17,97 @@ from jlora._src.engine import compat
 from jlora._src.types import Array
 
 RANK = -1
-"""The name of the rank axis; every other axis of a `Leg` is named by the dimension that it follows."""
+"""The name of the rank axis."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Leg:
-    """An array that follows some dimensions of a value and is constant along the others.
+class NamedArray:
+    """An array whose axes have names.
+
+    Those that describe a weight name each axis by a dimension of the weight, or `RANK`. They are constant along the
+    dimensions that they do not name.
 
     Attributes:
       array: one axis for each entry of ``dims``.
-      dims: for each axis, the value's dimension that it follows, or `RANK`. Static.
+      dims: the name of each axis. Static.
     """
 
     array: Any
-    dims: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dims: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
 
-    def along(self, dim: int, fn: Callable[[Array, int], Array]) -> Leg:
-        """This leg with ``fn(array, axis)`` applied, if it follows ``dim``."""
-        return Leg(fn(self.array, self.dims.index(dim)), self.dims) if dim in self.dims else self
+    @property
+    def sizes(self) -> dict[Any, int]:
+        """The size of each axis, by name."""
+        return dict(zip(self.dims, self.array.shape, strict=True))
 
-    def renamed(self, names: Mapping[int, int]) -> Leg:
-        """This leg after its value's dimensions moved: old to new; a missing one, of size 1, is dropped."""
+    def axes(self, dims: Iterable[Hashable]) -> list[int]:
+        """The positions of these axes."""
+        return [self.dims.index(d) for d in dims]
+
+    @property
+    def spec(self) -> dict[Any, Any]:
+        """The mesh axes of each axis, by name; None for each on a mesh without Explicit axes."""
+        spec = compat.explicit_spec(self.array) or (None,) * self.array.ndim
+        return dict(zip(self.dims, spec, strict=True))
+
+    def apply(self, fn: Callable[[Any], Any]) -> NamedArray:
+        """``fn(array)`` under the same names."""
+        return NamedArray(fn(self.array), self.dims)
+
+    def apply_along(self, dim: int, fn: Callable[[Array, int], Array]) -> NamedArray:
+        """``fn(array, axis)`` under the same names if ``dim`` is one of them; else unchanged."""
+        return NamedArray(fn(self.array, self.dims.index(dim)), self.dims) if dim in self.dims else self
+
+    def rename(self, names: Mapping[int, int]) -> NamedArray:
+        """The same array after the weight's dimensions moved: old to new. One that is missing has size 1 and goes."""
         gone = [i for i, d in enumerate(self.dims) if d != RANK and d not in names]
         kept = tuple(d if d == RANK else names[d] for i, d in enumerate(self.dims) if i not in gone)
-        return Leg(lax.squeeze(self.array, gone) if gone else self.array, kept)
+        return NamedArray(lax.squeeze(self.array, gone) if gone else self.array, kept)
 
-    def ordered(self, dims: Sequence[Hashable]) -> Array:
-        """The array with its axes in the order of ``dims``, which must be the leg's own, permuted."""
-        return transposed(self.array, self.dims, dims)
+    def transpose(self, dims: Sequence[Hashable]) -> Array:
+        """The array with its axes in the order of ``dims``, a permutation of its own."""
+        if list(dims) == list(self.dims):
+            return self.array
+        return lax.transpose(self.array, self.axes(dims))
 
-    def spread(self, dims: Sequence[int], shape: Sequence[int]) -> Array:
-        """The array with an axis for each of ``dims``, of the sizes ``shape`` where it was constant."""
+    def sum(self, dims: Collection[Hashable]) -> NamedArray:
+        """The sum over ``dims``."""
+        if not dims:
+            return self
+        axes = [i for i, d in enumerate(self.dims) if d in dims]
+        return NamedArray(jnp.sum(self.array, axes), tuple(d for d in self.dims if d not in dims))
+
+    def expand(self, dims: Sequence[int], shape: Sequence[int]) -> NamedArray:
+        """With an axis for each of ``dims`` that it lacks, along which it is constant, as long as ``shape`` says."""
+        new = [d for d in dims if d not in self.dims]
+        if not new:
+            return self
+        sizes = (*(shape[d] for d in new), *self.array.shape)
+        return NamedArray(lax.broadcast_in_dim(self.array, sizes, range(len(new), len(sizes))), (*new, *self.dims))
+
+    def broadcast(self, dims: Sequence[Hashable], shape: Sequence[int]) -> Array:
+        """The array with exactly the axes ``dims``, of the sizes ``shape``, in this order."""
         own = [d for d in dims if d in self.dims]
-        return lax.broadcast_in_dim(self.ordered(own), tuple(shape), [dims.index(d) for d in own])
+        return lax.broadcast_in_dim(self.transpose(own), tuple(shape), [dims.index(d) for d in own])
 
-    def times(self, factor: Any, dims: Sequence[int]) -> Leg:
-        """This leg multiplied by an array whose axes follow ``dims``, each of them the leg's own.
+    def times(self, other: NamedArray) -> NamedArray:
+        """The product with an array whose axes are some of these.
 
-        The product is kept in float32 at least: it is rounded once, where an activation meets it.
+        It stays in float32 at least: it is rounded once, where it meets an activation.
         """
-        order = [d for d in self.dims if d in dims]
-        factor = jnp.expand_dims(transposed(factor, dims, order), [i for i, d in enumerate(self.dims) if d not in dims])
-        array, factor = widened(self.array, factor)
-        return Leg(array * factor, self.dims)
+        order = [d for d in self.dims if d in other.dims]
+        missing = [i for i, d in enumerate(self.dims) if d not in other.dims]
+        array, factor = promote_arrays(self.array, jnp.expand_dims(other.transpose(order), missing))
+        return NamedArray(array * factor, self.dims)
 
 
-def wide(dtype: Any) -> Any:
+def accumulation_dtype(dtype: Any) -> Any:
     """The dtype in which sums of ``dtype`` are accumulated: float32 at least."""
     return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
 
 
-def promoted(*dtypes: Any) -> Any:
+def promoted_dtype(*dtypes: Any) -> Any:
     """The dtype to which JAX promotes these, also in a program that allows no promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes)
@@ -77,121 +116,107 @@ def promoted(*dtypes: Any) -> Any:
 def low_rank_dtype(*dtypes: Any) -> Any:
     """The dtype in which a low-rank product of an activation and a weight of these dtypes runs: bfloat16 at least.
 
-    It is the one to which JAX promotes them. A float of 8 bits or less has too few digits for factors, and gives way
-    to any other float.
+    It is the one to which JAX promotes them. A float of 8 bits or less is too coarse for factors: any other float
+    takes precedence over it.
     """
-    met = {jnp.dtype(d) for d in dtypes}
-    kept = [d for d in met if not (jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits <= 8)]
+    given = {jnp.dtype(d) for d in dtypes}
+    kept = [d for d in given if not (jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits <= 8)]
     if not any(jnp.issubdtype(d, jnp.inexact) for d in kept):
         kept.append(jnp.dtype(jnp.bfloat16))
-    return promoted(*kept)
+    return promoted_dtype(*kept)
 
 
-def widened(*arrays: Array) -> list[Array]:
-    """``arrays`` in the one dtype, float32 at least, and the one memory in which they are multiplied."""
-    dtype = wide(low_rank_dtype(*(x.dtype for x in arrays)))
-    return [compat.beside(x, arrays[0]).astype(dtype) for x in arrays]
+def promote_arrays(*arrays: Array) -> list[Array]:
+    """``arrays`` in the memory space of the first, in one dtype that holds them all: float32 at least."""
+    dtype = accumulation_dtype(low_rank_dtype(*(x.dtype for x in arrays)))
+    return [compat.to_memory_of(x, arrays[0]).astype(dtype) for x in arrays]
 
 
-def joined(arrays: Sequence[Array], axis: int) -> Array:
-    """``arrays`` one after the other along ``axis``, in a dtype that holds them all."""
-    if len({x.dtype for x in arrays}) > 1:  # factors, of which some were multiplied: see `Leg.times`
-        arrays = widened(*arrays)
+def concatenate(arrays: Sequence[Array], axis: int) -> Array:
+    """``arrays`` concatenated along ``axis``, in a dtype that holds them all."""
+    if len({x.dtype for x in arrays}) > 1:  # factors, some of which were multiplied: see `NamedArray.times`
+        arrays = promote_arrays(*arrays)
     return jnp.concatenate(arrays, axis)
 
 
-def transposed(x: Array, names: Sequence[Hashable], order: Sequence[Hashable]) -> Array:
-    """``x``, whose axes are ``names``, with its axes in ``order``."""
-    return x if list(names) == list(order) else lax.transpose(x, [list(names).index(n) for n in order])
-
-
 def contract(
-    x: Array,
-    x_names: Sequence[Hashable],
-    y: Array,
-    y_names: Sequence[Hashable],
+    x: NamedArray,
+    y: NamedArray,
     out: Sequence[Hashable],
     *,
     precision: Any = None,
     dtype: Any = None,
     spec: Mapping[Hashable, Any] | None = None,
-) -> Array:
+) -> NamedArray:
     """Sum the product of ``x`` and ``y`` over every name that is not in ``out``.
 
     One ``dot_general``, then a transpose if ``out`` asks for one. The operands' order decides what XLA:CPU
-    has to transpose, so it is chosen to leave the largest array as it lies: the largest operand stands on
+    has to transpose, so it is chosen to leave the largest array where it is: the largest operand stands on
     the left when its summed axes come last, else on the right; where the result is the largest, the
-    operand whose axes lead in ``out`` stands on the left. The sum is accumulated in at least float32 and
+    operand whose axes lead in ``out`` stands on the left. The sum is accumulated in float32 at least and
     rounded once to ``dtype`` (by default, that of ``x``).
 
     Args:
-      x, y: arrays of one dtype, with axes ``x_names`` and ``y_names``.
+      x, y: arrays of one dtype.
       out: the names of the result's axes, each of them an axis of ``x`` or ``y``.
       precision: as in `jax.lax.dot_general`.
       spec: on a mesh with Explicit axes, the mesh axes of each name in ``out``.
     """
-    dtype = dtype or x.dtype
-    x, x_names = _sum_out(x, x_names, y_names, out)
-    y, y_names = _sum_out(y, y_names, x_names, out)
-    if not _x_goes_left(x, x_names, y, y_names, out):
-        x, x_names, y, y_names = y, y_names, x, x_names
-    shared = [n for n in x_names if n in y_names]
-    batch = [n for n in shared if n in out]
-    summed = [n for n in shared if n not in out]
-    names = batch + [n for n in x_names if n not in shared] + [n for n in y_names if n not in shared]
-    x, y = _alike(x, x_names, y, y_names, batch)
+    dtype = dtype or x.array.dtype
+    x, y = _sum_lone_axes(x, y, out), _sum_lone_axes(y, x, out)
+    if not _x_goes_left(x, y, out):
+        x, y = y, x
+    shared = [n for n in x.dims if n in y.dims]
+    batch, summed = [n for n in shared if n in out], [n for n in shared if n not in out]
+    dims = (*batch, *(n for v in (x, y) for n in v.dims if n not in shared))
+    x, y = _match_batch_shardings(x, y, batch)
     sharding = None
     if spec is not None:
-        sharding = NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*(spec[n] for n in names)))
+        sharding = NamedSharding(jax.typeof(x.array).sharding.mesh, PartitionSpec(*(spec[n] for n in dims)))
     result = lax.dot_general(
-        x,
-        y,
-        (
-            ([x_names.index(n) for n in summed], [y_names.index(n) for n in summed]),
-            ([x_names.index(n) for n in batch], [y_names.index(n) for n in batch]),
-        ),
+        x.array,
+        y.array,
+        ((x.axes(summed), y.axes(summed)), (x.axes(batch), y.axes(batch))),
         precision=precision,
-        preferred_element_type=wide(x.dtype),
+        preferred_element_type=accumulation_dtype(x.array.dtype),
         out_sharding=sharding,
     )
     result = result.astype(dtype)
-    if names != list(out) and _size(result.shape) < max(_size(x.shape), _size(y.shape)):
+    if dims != tuple(out) and _size(result.shape) < max(_size(x.array.shape), _size(y.array.shape)):
         # XLA folds a transpose back into the product by exchanging its operands, which would undo the choice.
         result = lax.optimization_barrier(result)
-    return transposed(result, names, out)
+    return NamedArray(NamedArray(result, dims).transpose(out), tuple(out))
 
 
-def _x_goes_left(x: Array, x_names: list[Hashable], y: Array, y_names: list[Hashable], out: Sequence[Hashable]) -> bool:
-    free = [sum(n not in others for n in own) for own, others in ((x_names, y_names), (y_names, x_names))]
-    if x.dtype.itemsize < 4 and min(free) == 1 < max(free):
+def _x_goes_left(x: NamedArray, y: NamedArray, out: Sequence[Hashable]) -> bool:
+    free = [sum(n not in other.dims for n in own.dims) for own, other in ((x, y), (y, x))]
+    if x.array.dtype.itemsize < 4 and min(free) == 1 < max(free):
         return free[0] > 1  # XLA:CPU (to 0.12) cannot run bf16 x bf16 = f32 the other way round
-    sizes = dict(zip(x_names, x.shape, strict=True)) | dict(zip(y_names, y.shape, strict=True))
-    x_size, y_size = _size(x.shape), _size(y.shape)
+    sizes = x.sizes | y.sizes
+    x_size, y_size = _size(x.array.shape), _size(y.array.shape)
     if _size(sizes[n] for n in out) > max(x_size, y_size):
-        leading = next((n for n in out if n not in x_names or n not in y_names), None)
-        return leading in x_names or leading is None
-    names = x_names if x_size >= y_size else y_names
-    summed_last = bool(names) and names[-1] not in out
+        leading = next((n for n in out if n not in x.dims or n not in y.dims), None)
+        return leading in x.dims or leading is None
+    largest = x if x_size >= y_size else y
+    summed_last = bool(largest.dims) and largest.dims[-1] not in out
     return summed_last == (x_size >= y_size)
 
 
 def _size(shape: Iterable[Any]) -> int:
-    """The number of entries; a dimension that is a symbol, as in `jax.export`, counts as a large one."""
+    """The number of entries; a symbolic dimension, as in `jax.export`, counts as a large one."""
     return math.prod(n if isinstance(n, int) else 1 << 16 for n in shape)
 
 
-def _alike(x: Array, x_names: list[Hashable], y: Array, y_names: list[Hashable], batch: list[Hashable]):
+def _match_batch_shardings(x: NamedArray, y: NamedArray, batch: Sequence[Hashable]) -> tuple[NamedArray, ...]:
     """``x`` and ``y``, on a mesh with Explicit axes, with their batch axes sharded as either of them is."""
-    x_spec, y_spec = (compat.explicit_spec(v) or (None,) * v.ndim for v in (x, y))
-    x_by, y_by = dict(zip(x_names, x_spec, strict=True)), dict(zip(y_names, y_spec, strict=True))
-    both = {n: x_by[n] or y_by[n] for n in batch}
-    return tuple(compat.reshard(v, (by | both).values()) for v, by in ((x, x_by), (y, y_by)))
+    specs = x.spec, y.spec
+    both = {n: specs[0][n] or specs[1][n] for n in batch}
+    return tuple(
+        v.apply(functools.partial(compat.reshard, spec=(spec | both).values()))
+        for v, spec in zip((x, y), specs, strict=True)
+    )
 
 
-def _sum_out(
-    x: Array, names: Sequence[Hashable], others: Collection[Hashable], out: Collection[Hashable]
-) -> tuple[Array, list[Hashable]]:
-    """``x`` summed over the names that neither the other operand nor the result has."""
-    lone = [i for i, n in enumerate(names) if n not in others and n not in out]
-    kept = [n for i, n in enumerate(names) if i not in lone]
-    return (jnp.sum(x, lone) if lone else x), kept
+def _sum_lone_axes(x: NamedArray, other: NamedArray, out: Collection[Hashable]) -> NamedArray:
+    """``x`` summed over the axes that neither the other operand nor the result has."""
+    return x.sum([n for n in x.dims if n not in other.dims and n not in out])

@@ -12,7 +12,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from jlora._src.engine import compat
-from jlora._src.engine.named_axes import contract, low_rank_dtype
+from jlora._src.engine.named_axes import NamedArray, contract, low_rank_dtype
 from jlora._src.types import Array
 
 AxisNames = tuple[Hashable, ...]
@@ -21,13 +21,13 @@ Spec = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Which axes of two arrays meet: the parameter of the primitive. Hashable.
+    """Which axes two operands share: the parameter of the primitive. Hashable.
 
     Attributes:
-      names: of the axes of both operands, and of the result.
+      names: the names of the axes of both operands, and of the result.
       precision: as in `jax.lax.dot_general`.
       specs: on a mesh with Explicit axes, the mesh axes of each of ``names``; None on any other.
-      last: whether it goes from rank back to full width.
+      last: whether the product goes from the rank back to full width.
     """
 
     names: tuple[AxisNames, AxisNames, AxisNames]
@@ -35,10 +35,14 @@ class Product:
     specs: tuple[Spec, Spec, Spec] | None = None
     last: bool = False
 
-    def turned(self, *order: int) -> Product:
-        """The product whose operands and result are these, of three: 0 and 1 are this one's operands, 2 its result."""
-        pick: Any = lambda entries: entries and tuple(entries[i] for i in order)  # noqa: E731
-        return dataclasses.replace(self, names=pick(self.names), specs=pick(self.specs))
+    def permuted(self, *order: int) -> Product:
+        """The product whose operands and result are those of this one in another order: 0 and 1 are the operands of
+        this one, 2 is its result."""
+
+        def permute(entries: Any) -> Any:
+            return entries and tuple(entries[i] for i in order)
+
+        return dataclasses.replace(self, names=permute(self.names), specs=permute(self.specs))
 
 
 def low_rank_product(x: Array, a: Array, b: Array, *, inputs: int = 1) -> Array:
@@ -76,8 +80,8 @@ def low_rank_product(x: Array, a: Array, b: Array, *, inputs: int = 1) -> Array:
 
 
 def chain(products: Sequence[Product], x: Array, *factors: Array) -> Array:
-    """``x`` contracted with one factor after the other, in its own dtype; see `low_rank_product`."""
-    return _chained(tuple(products), *compat.vary_alike(x, *factors))
+    """``x`` contracted with each factor in turn, in its own dtype; see `low_rank_product`."""
+    return _chained(tuple(products), *compat.match_varying(x, *factors))
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that equal layers are traced and differentiated once
@@ -87,23 +91,24 @@ def _chained(products: tuple[Product, ...], x: Array, *factors: Array) -> Array:
     return x
 
 
-# A primitive of our own: JAX's transpose of `lax.dot_general` always has the cotangent on the left, rounds a factor's
-# gradient to the cotangent's dtype, and is a dot to checkpoint policies, while a `jax.custom_vjp` has no forward mode.
+# Why a new primitive: JAX's transpose of `lax.dot_general` always puts the cotangent on the left, rounds a factor's
+# gradient to the cotangent's dtype, and is a dot to checkpoint policies; a `jax.custom_vjp` has no forward mode.
 # `contract` is closed under every transformation: it is linear in either operand, its transposes are contractions of
 # the same names, and a mapped axis is one more name.
 _contract_p = core.Primitive("contract")
 
 
-def _bind(x: Array, y: Array, product: Product, within: Any, dtype: Any) -> Array:
-    """The product of ``x`` and ``y``, both cast to the dtype ``within``, rounded once to ``dtype``."""
-    return _contract_p.bind(x, y, product=product, within=within, dtype=dtype)
+def _bind(x: Array, y: Array, product: Product, operand_dtype: Any, dtype: Any) -> Array:
+    """The product of ``x`` and ``y``, both cast to the dtype ``operand_dtype``, rounded once to ``dtype``."""
+    return _contract_p.bind(x, y, product=product, operand_dtype=operand_dtype, dtype=dtype)
 
 
-def _contract(x: Array, y: Array, *, product: Product, within: Any, dtype: Any) -> Array:
+def _contract(x: Array, y: Array, *, product: Product, operand_dtype: Any, dtype: Any) -> Array:
     x_names, y_names, out = product.names
     spec = product.specs and dict(zip(out, product.specs[2], strict=True))
-    x, y = x.astype(within), y.astype(within)
-    return contract(x, x_names, y, y_names, out, precision=product.precision, dtype=dtype, spec=spec)
+    x, y = x.astype(operand_dtype), y.astype(operand_dtype)
+    operands = NamedArray(x, x_names), NamedArray(y, y_names)
+    return contract(*operands, out, precision=product.precision, dtype=dtype, spec=spec).array
 
 
 def _abstract(x: Any, y: Any, **params: Any) -> Any:
@@ -111,24 +116,24 @@ def _abstract(x: Any, y: Any, **params: Any) -> Any:
 
 
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> tuple[Array, Any]:
-    """The value of a first product is a plain dot, which is small, and which the policies of `jax.checkpoint` that save
-    dots save. That of a last product, at full width, is no dot to them, and is computed again."""
+    """The value of a first product is a plain dot: it is small, and the policies of `jax.checkpoint` that save dots
+    save it. A last product has full width; those policies do not see it as a dot, so it is recomputed."""
     (x, y), (dx, dy) = primals, tangents
     value = _contract_p.bind(x, y, **params) if params["product"].last else _contract(x, y, **params)
     pairs = [pair for pair, t in (((dx, y), dx), ((x, dy), dy)) if not isinstance(t, ad.Zero)]
     return value, functools.reduce(ad.add_tangents, [_contract_p.bind(*pair, **params) for pair in pairs])
 
 
-def _transpose_x(ct: Array, x: Any, y: Array, *, product: Product, within: Any, dtype: Any) -> Array:
-    return _bind(ct, y, product.turned(2, 1, 0), within, x.aval.dtype)
+def _transpose_x(ct: Array, x: Any, y: Array, *, product: Product, operand_dtype: Any, dtype: Any) -> Array:
+    return _bind(ct, y, product.permuted(2, 1, 0), operand_dtype, x.aval.dtype)
 
 
-def _transpose_y(ct: Array, x: Array, y: Any, *, product: Product, within: Any, dtype: Any) -> Array:
-    return _bind(ct, x, product.turned(2, 0, 1), within, y.aval.dtype)
+def _transpose_y(ct: Array, x: Array, y: Any, *, product: Product, operand_dtype: Any, dtype: Any) -> Array:
+    return _bind(ct, x, product.permuted(2, 0, 1), operand_dtype, y.aval.dtype)
 
 
 def _batch(args: Sequence[Array], dims: Sequence[Any], *, product: Product, **params: Any) -> tuple[Array, int]:
-    """A mapped axis is one more name, which leads in the result."""
+    """A mapped axis is one more name, and the first of the result."""
     *names, out = product.names
     new = ("mapped", sum(isinstance(n, tuple) and n[0] == "mapped" for n in {*names[0], *names[1]}))
     names = [own if d is None else (*own[:d], new, *own[d:]) for own, d in zip(names, dims, strict=True)]
@@ -143,7 +148,7 @@ def _batch(args: Sequence[Array], dims: Sequence[Any], *, product: Product, **pa
     return _contract_p.bind(*args, product=mapped, **params), 0
 
 
-_contract_p.def_impl(jax.jit(_contract, static_argnames=("product", "within", "dtype")))
+_contract_p.def_impl(jax.jit(_contract, static_argnames=("product", "operand_dtype", "dtype")))
 _contract_p.def_abstract_eval(_abstract)
 mlir.register_lowering(_contract_p, mlir.lower_fun(_contract, multiple_results=False))
 ad.defbilinear(_contract_p, _transpose_x, _transpose_y)

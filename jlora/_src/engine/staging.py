@@ -1,4 +1,4 @@
-"""Trace a function of pytrees to a jaxpr: what is traced, what is static, and how results are put together."""
+"""Trace a function of pytrees to a jaxpr: what is traced, what is static, and how results are rebuilt."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import jax
 import numpy as np
 
 from jlora._src.engine import compat
+from jlora._src.engine.dependence import forwarded_inputs
 from jlora._src.engine.mutation import changes
 from jlora._src.types import FullWeight, LoraWeight, is_attached
 
 _CLOSED_OVER = (
-    "jlora traces the function, and a function that is traced cannot change an NNX object that it closes over. "
+    "jlora traces the function, and a traced function cannot change an NNX object that it closes over. "
     "Pass the object as an argument, and return it: `lambda m, x: (m(x), m)`."
 )
 
@@ -25,18 +26,18 @@ class Staged:
     """A function of pytrees as a jaxpr over its array leaves.
 
     Attributes:
-      jaxpr, consts: the open jaxpr of the plain function.
-      given: for each of the jaxpr's arguments, the leaf as the caller gave it: an array, or an attached leaf.
-      plain: the same with the base, or the whole value, of attached leaves.
-      frozen: for each of them, whether it lies in an argument that carries attached leaves.
-      rebuild: puts the jaxpr's results back into the function's own structure.
+      jaxpr, consts: the open jaxpr of the function, on plain arrays.
+      leaves: for each of the jaxpr's arguments, the caller's leaf: an array, or an attached leaf.
+      arrays: the arrays of these leaves; of an attached leaf, the base or the trained value.
+      frozen: for each of them, whether it belongs to an argument that has attached leaves.
+      rebuild: puts the jaxpr's results back into the structure that the function returned.
       lost: what the function mutated in its arguments and does not return, one line each.
     """
 
     jaxpr: Any
     consts: tuple[Any, ...]
-    given: list[Any]
-    plain: list[Any]
+    leaves: list[Any]
+    arrays: list[Any]
     frozen: list[bool]
     rebuild: Callable[[Iterable[Any]], Any]
     lost: list[str]
@@ -47,47 +48,68 @@ def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
+def replace_leaves(leaves: list[Any], positions: list[int], arrays: Iterable[Any]) -> list[Any]:
+    """``leaves`` with ``arrays`` at these positions."""
+    given = dict(zip(positions, arrays, strict=True))
+    return [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+
 def stage(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Staged:
     """``fn(*args, **kwargs)`` as a jaxpr. The arrays themselves are traced, not their shapes, so that what
     JAX knows of them (shardings, varying mesh axes) is kept."""
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_attached)
-    plain = [_plain(leaf) for leaf in leaves]
-    traced = [i for i, leaf in enumerate(plain) if is_array(leaf)]
-    out: dict[str, Any] = {}
+    arrays = [_array_of(leaf) for leaf in leaves]
+    traced = [i for i, leaf in enumerate(arrays) if is_array(leaf)]
+    call = _TracedCall(fn, arrays, treedef, traced)
+    functools.update_wrapper(call, fn, updated=())  # JAX's own messages then name the user's function
+    values = [arrays[i] for i in traced]
+    jaxpr, consts = compat.open_jaxpr(jax.make_jaxpr(call)(*values))
+    lost: list[str] = []
+    if call.changes:
+        n = sum(x is None for x in call.static)
+        lost = _lost(call.changes, forwarded_inputs(jaxpr)[n:], values)
+        jaxpr = jaxpr.replace(outvars=jaxpr.outvars[:n])
+    frozen = _with_attached(leaves, treedef)
+    return Staged(jaxpr, consts, [leaves[i] for i in traced], values, [frozen[i] for i in traced], call.rebuild, lost)
 
-    def flat(*arrays: Any) -> list[Any]:
-        full = list(plain)
-        for i, array in zip(traced, arrays, strict=True):
-            full[i] = array
-        inner = treedef.unflatten(full)
+
+class _TracedCall:
+    """A function of the traced arrays alone, and what the last call of it found out.
+
+    Attributes:
+      treedef, static: the structure of the result, and its leaves that are not arrays; None in the place of an array.
+      changes: what was mutated: the position of the array that was replaced, if one was, whether the change is
+        returned, and a line that describes it. The new arrays are results of the call, after those of the function.
+    """
+
+    def __init__(self, fn: Callable[..., Any], leaves: list[Any], treedef: Any, traced: list[int]):
+        self._fn, self._leaves, self._treedef, self._traced = fn, leaves, treedef, traced
+        self.treedef: Any = None
+        self.static: list[Any] = []
+        self.changes: list[tuple[int | None, bool, str]] = []
+
+    def __call__(self, *arrays: Any) -> list[Any]:
+        leaves = replace_leaves(self._leaves, self._traced, arrays)
+        args, kwargs = inner = self._treedef.unflatten(leaves)
         try:
-            result = fn(*inner[0], **inner[1])
+            result = self._fn(*args, **kwargs)
         except Exception as error:
             if type(error).__name__ == "TraceContextError":  # Flax NNX's
                 error.add_note(_CLOSED_OVER)
             raise
-        outputs, out["treedef"] = jax.tree.flatten(result)
-        out["static"] = [None if is_array(x) else x for x in outputs]
+        outputs, self.treedef = jax.tree.flatten(result)
+        self.static = [None if is_array(x) else x for x in outputs]
         place = {id(array): i for i, array in enumerate(arrays)}
-        found = [(place.get(id(c.old)) if is_array(c.new) else None, c) for c in changes(inner, result, full, treedef)]
-        out["changes"] = [(i, c.kept, f"{c.where} is {c.what}") for i, c in found]
-        return [x for x in outputs if is_array(x)] + [c.new for i, c in found if i is not None]
+        changed = [
+            (place.get(id(c.old)) if is_array(c.new) else None, c)
+            for c in changes(inner, result, leaves, self._treedef)
+        ]
+        self.changes = [(i, c.returned, f"{c.where} is {c.what}") for i, c in changed]
+        return [x for x in outputs if is_array(x)] + [c.new for i, c in changed if i is not None]
 
-    functools.update_wrapper(flat, fn, updated=())  # JAX's own messages then name the user's function
-    given, values = [leaves[i] for i in traced], [plain[i] for i in traced]
-    jaxpr, consts = compat.open_jaxpr(jax.make_jaxpr(flat)(*values))
-    lost: list[str] = []
-    if out["changes"]:
-        n = sum(x is None for x in out["static"])
-        lost = _lost(out["changes"], compat.handed_on(jaxpr)[n:], values)
-        jaxpr = jaxpr.replace(outvars=jaxpr.outvars[:n])
-
-    def rebuild(arrays: Iterable[Any]) -> Any:
+    def rebuild(self, arrays: Iterable[Any]) -> Any:
         rest = iter(arrays)
-        return out["treedef"].unflatten([next(rest) if s is None else s for s in out["static"]])
-
-    frozen = _with_attached(leaves, treedef)
-    return Staged(jaxpr, consts, given, values, [frozen[i] for i in traced], rebuild, lost)
+        return self.treedef.unflatten([next(rest) if s is None else s for s in self.static])
 
 
 def _with_attached(leaves: list[Any], treedef: Any) -> list[bool]:
@@ -99,25 +121,25 @@ def _with_attached(leaves: list[Any], treedef: Any) -> list[bool]:
     return found
 
 
-def _lost(found: list[tuple[int | None, bool, str]], handed_on: list[int | None], values: list[Any]) -> list[str]:
-    """The changes that nobody keeps: ``(which value it replaces, if one, kept or not, text)``. For those that replace
-    a value, ``handed_on`` says which one the new value is, if it is one, as behind a jit that returns its arguments."""
-    same = iter(handed_on)
+def _lost(changed: list[tuple[int | None, bool, str]], forwarded: list[int | None], values: list[Any]) -> list[str]:
+    """The changes that are not returned. For those that replace a value, ``forwarded`` says which value the new one is,
+    if it is one, as behind a jit that returns its arguments."""
+    sources = iter(forwarded)
     lost = []
-    for place, kept, text in found:
-        if place is not None and next(same) == place:
+    for place, returned, text in changed:
+        if place is not None and next(sources) == place:
             continue
         if place is not None and sum(x is values[place] for x in values) > 1:
-            lost.append(f"{text}, and another place that holds the same array is not: they were one object")
-        elif not kept:
+            lost.append(f"{text}, but another place that holds the same array is not: they were one object")
+        elif not returned:
             lost.append(text)
     return lost
 
 
-def _plain(leaf: Any) -> Any:
+def _array_of(leaf: Any) -> Any:
     match leaf:
         case FullWeight(base=base, value=value):
-            return compat.beside(value.astype(base.dtype), base)
+            return compat.to_memory_of(value.astype(base.dtype), base)
         case LoraWeight(base=base):
             return base
         case _:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,24 +10,25 @@ from jax.extend import core
 
 from jlora._src import paths
 from jlora._src.engine import compat
-from jlora._src.engine.dependence import auxiliary
-from jlora._src.engine.gradient import FLAT, inexact, inside, reached
-from jlora._src.engine.probes import (
-    CONST,
-    DATA,
-    LEARNED,
-    PARAM,
-    STILL,
-    UNIT,
-    Demand,
-    Found,
-    Probe,
-    Value,
-    joined,
-    probes,
-)
+from jlora._src.engine.dependence import auxiliary_equations
+from jlora._src.engine.gradient import ZERO_DERIVATIVE, inexact, live_inner_results, reached_variables
+from jlora._src.engine.location import Location
 from jlora._src.engine.rules.table import PRIMITIVES, SQUARED, SQUARES
 from jlora._src.engine.staging import is_array, stage
+from jlora._src.engine.traced_weights import (
+    ADAPTED,
+    CONSTANT,
+    DATA,
+    NO_AXES,
+    PARAMETER,
+    STOPPED_DATA,
+    MatrixUse,
+    Requirement,
+    TracedWeight,
+    Value,
+    combined_kind,
+    weights_in,
+)
 from jlora._src.types import NO_FORM, Path, PyTree, Use, WeightUse, is_attached
 
 NORM = "a sum of its squares has no matrix form"
@@ -40,8 +40,8 @@ def trace(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> 
     Abstract: nothing is computed, and arrays may be `jax.ShapeDtypeStruct`. A stacked layer axis, an expert
     axis and an axis indexed by a scalar are batch; contracted axes are inputs, the others outputs; the rows
     of a looked-up table are its inputs. Where products differ, the axes are those by which most is computed, so
-    trace with a batch of the usual size. It sees through scan, cond, while, remat, jit, shard_map and custom
-    derivatives, and through casts, transposes, reshapes and other rearrangements of a weight.
+    trace with a batch of the usual size. It looks inside scan, cond, while, remat, jit, shard_map and custom
+    derivatives, and follows a weight through casts, transposes, reshapes and other rearrangements.
 
     >>> uses = jlora.trace(model.apply, params, batch)
     >>> uses["params/query/kernel"].axes
@@ -50,25 +50,25 @@ def trace(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> 
     Args:
       fn: the model's function; its first argument is the parameter tree.
       params: the parameters, or their shapes.
-      *args, **kwargs: the rest of the arguments; what is not an array is static.
+      *args, **kwargs: the other arguments; those that are not arrays are static.
 
     Returns:
       ``{path: WeightUse}`` in the tree's order: every floating leaf, and each integer or complex one that a product
-      or a lookup consumes, as of a quantized base.
+      or a lookup consumes, such as a quantized base.
     """
     leaves, _ = paths.named_leaves(params)
     staged = stage(fn, (params, *args), kwargs)
     weights = {path: leaf for path, leaf in leaves.items() if is_array(leaf) or is_attached(leaf)}
-    values: list[Value] = [DATA] * len(staged.given)
+    values: list[Value] = [DATA] * len(staged.leaves)
     for i, (path, leaf) in enumerate(weights.items()):  # the parameters' arrays come first, in the tree's order
         dims = tuple(frozenset({d}) for d in range(leaf.ndim))
-        probe = Probe(path, tuple(leaf.shape), dims, plain=not jnp.issubdtype(leaf.dtype, jnp.floating))
-        values[i] = (probe,) if jnp.issubdtype(leaf.dtype, jnp.number) else PARAM
+        weight = TracedWeight(path, tuple(leaf.shape), dims, adaptable=jnp.issubdtype(leaf.dtype, jnp.floating))
+        values[i] = (weight,) if jnp.issubdtype(leaf.dtype, jnp.number) else PARAMETER
     live = [inexact(v) for v in staged.jaxpr.outvars]
     parameters = [i < len(weights) for i in range(len(values))]
-    walker = _Walker(auxiliary(staged.jaxpr, live, parameters) if any(live) else set())
-    results = walker.walk(staged.jaxpr, [CONST] * len(staged.consts), values, live if any(live) else True)
-    walker.hand_back(results)
+    walker = _Walker(auxiliary_equations(staged.jaxpr, live, parameters) if any(live) else set())
+    results = walker.walk(staged.jaxpr, [CONSTANT] * len(staged.consts), values, live if any(live) else True)
+    walker.record_returned_lookups(results)
     uses = {p: WeightUse(tuple(x.shape), x.dtype, tuple(walker.uses_of(p))) for p, x in weights.items()}
     return {
         path: use
@@ -78,135 +78,126 @@ def trace(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> 
 
 
 class _Walker:
-    """Follows weights through a jaxpr and its inner jaxprs, and notes where they are consumed.
+    """Follows weights through a jaxpr and its inner jaxprs, and records where they are consumed.
 
     Attributes:
-      found: for each weight, its uses, what each demands of the roles of its axes, and where it is no weight that is
-        used: it holds of a row or column, or of one for each matrix of a stack.
-      auxiliary: the ids of equations that do not say what is input and output; see `dependence.auxiliary`.
-      live: whether the gradient of a result reaches the equation under way.
-      repeats: how often the equation runs: the lengths of the scans around it.
-      around: the equations that enclose it, the innermost last.
+      recorded: for each weight, its uses; what each requires of the roles of its axes; and, for one that may be of a
+        row or column (or one for each matrix of a stack) rather than of a weight, the roles for which it is.
+      auxiliary: the ids of equations that do not say what is input and output; see `auxiliary_equations`.
+      live: whether the gradient of a result reaches the current equation.
+      location: where in the program the current equation is.
     """
 
     def __init__(self, auxiliary: set[int]) -> None:
         self.auxiliary = auxiliary
-        self.found: dict[Path, list[tuple[Use, tuple[Demand, ...], Demand | None]]] = {}
+        self.recorded: dict[Path, list[tuple[Use, tuple[Requirement, ...], Requirement | None]]] = {}
         self.live = True
-        self.repeats = 1
-        self.around: list[Any] = []
-        self._results: list[bool] = []
-        self._spread: dict[Any, tuple[Sequence[int], Sequence[int]]] = {}
+        self.location = Location()
+        self._live_results: list[bool] = []
+        self._broadcasts: dict[Any, tuple[Sequence[int], Sequence[int]]] = {}
 
     def walk(
         self, jaxpr: Any, consts: Sequence[Value], args: Sequence[Value], live: Sequence[bool] | bool
     ) -> list[Value]:
         """The values of an open jaxpr's results. ``live`` says by which of them a gradient enters, or that one
-        reaches all of it, or none."""
+        reaches all of the jaxpr, or none of it."""
         env: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-        carrying = None if isinstance(live, bool) else reached(jaxpr, live)
+        reached = None if isinstance(live, bool) else reached_variables(jaxpr, live)
 
         def read(atom: Any) -> Value:
-            return CONST if isinstance(atom, core.Literal) else env[atom]
+            return CONSTANT if isinstance(atom, core.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
-            self._results = [bool(live) if carrying is None else v in carrying for v in eqn.outvars]
-            self.live = any(self._results) or bool(eqn.effects)
+            self._live_results = [bool(live) if reached is None else v in reached for v in eqn.outvars]
+            self.live = any(self._live_results) or bool(eqn.effects)
             env.update(zip(eqn.outvars, self.equation(eqn, [read(v) for v in eqn.invars]), strict=True))
         return [read(v) for v in jaxpr.outvars]
 
     def inner(self, eqn: Any, closed: Any, args: Sequence[Value], live: bool | None = None) -> list[Value]:
         """The results of a jaxpr inside ``eqn``; by default a gradient enters it as it enters ``eqn``."""
         jaxpr, consts = compat.open_jaxpr(closed)
-        outside = self.live, self._results
-        self.around.append(eqn)
-        entering = inside(eqn, self._results) if live is None else live
+        outside = self.live, self._live_results
+        entering = live_inner_results(eqn, self._live_results) if live is None else live
         try:
-            return self.walk(jaxpr, [CONST] * len(consts), args, entering)
+            with self.location.inside(eqn):
+                return self.walk(jaxpr, [CONSTANT] * len(consts), args, entering)
         finally:
-            self.live, self._results = outside
-            self.around.pop()
-
-    @contextlib.contextmanager
-    def repeated(self, times: int) -> Iterator[None]:
-        """Count what happens inside ``times`` over."""
-        outside, self.repeats = self.repeats, self.repeats * times
-        try:
-            yield
-        finally:
-            self.repeats = outside
+            self.live, self._live_results = outside
 
     def equation(self, eqn: Any, values: list[Value]) -> list[Value]:
-        if eqn.primitive.name == "broadcast_in_dim":
-            self._spread[eqn.outvars[0]] = (eqn.invars[0].aval.shape, eqn.params["broadcast_dimensions"])
-        if not any(map(probes, values)):
-            kind, name = joined(values), eqn.primitive.name
-            if kind == LEARNED and name in FLAT:
-                kind = PARAM
-            return [STILL if kind == DATA and name == "stop_gradient" else kind] * len(eqn.outvars)
-        if eqn.primitive.name not in SQUARES and any(probe.squared for value in values for probe in probes(value)):
-            return self.consume(eqn, values, lambda _, probe: SQUARED if probe.squared else NO_FORM)
-        primitive = PRIMITIVES.get(eqn.primitive.name)
+        """The values of one equation's results."""
+        name = eqn.primitive.name
+        if name == "broadcast_in_dim":
+            self._broadcasts[eqn.outvars[0]] = (eqn.invars[0].aval.shape, eqn.params["broadcast_dimensions"])
+        if not any(map(weights_in, values)):
+            kind = combined_kind(values)
+            if kind == ADAPTED and name in ZERO_DERIVATIVE:
+                kind = PARAMETER
+            return [STOPPED_DATA if kind == DATA and name == "stop_gradient" else kind] * len(eqn.outvars)
+        if name not in SQUARES and any(weight.squared for value in values for weight in weights_in(value)):
+            return self.consume(eqn, values, lambda _, weight: SQUARED if weight.squared else NO_FORM)
+        primitive = PRIMITIVES.get(name)
         return self.consume(eqn, values) if primitive is None else primitive.label(self, eqn, values)
 
-    def source_line(self, eqn: Any) -> str:
-        """The user's line that made ``eqn``, or what is around it."""
-        return compat.source_line(eqn, self.around)
-
-    def support(self, atom: Any) -> list[int]:
+    def nonconstant_dims(self, atom: Any) -> list[int]:
         """The dimensions along which an operand is not known to be constant."""
         shape = atom.aval.shape
-        known = None if isinstance(atom, core.Literal) else self._spread.get(atom)
+        known = None if isinstance(atom, core.Literal) else self._broadcasts.get(atom)
         sizes, dims = known or (shape, range(len(shape)))
         return [d for d, size in zip(dims, sizes, strict=True) if size != 1]
 
     def consume(
-        self, eqn: Any, values: Sequence[Value], find: Callable[[int, Probe], Found | str] | None = None
+        self,
+        eqn: Any,
+        values: Sequence[Value],
+        classify: Callable[[int, TracedWeight], MatrixUse | str] = lambda *_: NO_FORM,
     ) -> list[Value]:
-        """Notes a use of every weight among ``values``; ``find(position, probe)`` says which, or why it is none."""
-        name, source = eqn.primitive.name, self.source_line(eqn)
+        """Records a use of every weight among ``values``: ``classify(position, weight)`` is its use as a matrix, or why
+        it has none."""
+        source = self.location.source_line(eqn)
         for position, value in enumerate(values):
-            for probe in probes(value):
-                found = find(position, probe) if find else NO_FORM
-                if isinstance(found, Found) and id(eqn) in self.auxiliary:
+            for weight in weights_in(value):
+                found = classify(position, weight)
+                if isinstance(found, MatrixUse) and id(eqn) in self.auxiliary:
                     found = found._replace(work=0)
-                self.note(probe, name, found, source)
-        return [joined(values)] * len(eqn.outvars)
+                self._record(weight, eqn.primitive.name, found, source)
+        return [combined_kind(values)] * len(eqn.outvars)
 
-    def note(self, probe: Probe, name: str, found: Found | str, source: str) -> None:
-        if probe.stopped:
+    def _record(self, weight: TracedWeight, primitive: str, found: MatrixUse | str, source: str) -> None:
+        if weight.stopped:
             return
-        demands: tuple[Demand, ...] = ()
-        row: Demand | None = None
-        live = self.live or probe.plain  # an integer has no gradient, whatever it is used for
-        if isinstance(found, Found):
-            whole = "" if probe.plain else probe.whole or found.whole
-            note = whole or (NORM if found.axes is None else "")
-            use = Use(name, found.axes, source, note, bool(whole), live, found.work * self.repeats)
-            demands = () if probe.plain else probe.demands + found.demands
-        elif probe.lookup is not None:
-            use = probe.lookup._replace(gradient=live)
+        requirements: tuple[Requirement, ...] = ()
+        row: Requirement | None = None
+        live = self.live or not weight.adaptable  # an integer has no gradient, whatever it is used for
+        if isinstance(found, MatrixUse):
+            why = (weight.materialized or found.materialized) if weight.adaptable else ""
+            note = why or (NORM if found.axes is None else "")
+            work = found.work * self.location.repeats
+            use = Use(primitive, found.axes, source, note, bool(why), live, work)
+            requirements = weight.requirements + found.requirements if weight.adaptable else ()
+        elif weight.lookup is not None:
+            use = weight.lookup._replace(gradient=live)
         else:
-            stops = name == "stop_gradient"
-            use = Use(name, None, source, found, not stops and not probe.is_row, live and not stops)
-            row = Demand(UNIT.union(*probe.dims), False, "")
-        self.found.setdefault(probe.path, []).append((use, demands, row))
+            stops = primitive == "stop_gradient"
+            use = Use(primitive, None, source, found, not stops and not weight.is_row, live and not stops)
+            row = Requirement(NO_AXES.union(*weight.dims), False, "")
+        self.recorded.setdefault(weight.path, []).append((use, requirements, row))
 
-    def hand_back(self, results: Sequence[Value]) -> None:
-        """Notes the lookups whose rows are results of the program."""
-        for probe in (p for value in results for p in probes(value)):
-            if probe.lookup is not None:
-                self.found.setdefault(probe.path, []).append((probe.lookup, (), None))
+    def record_returned_lookups(self, results: Sequence[Value]) -> None:
+        """Records the lookups whose rows are results of the program."""
+        for weight in (w for value in results for w in weights_in(value)):
+            if weight.lookup is not None:
+                self.recorded.setdefault(weight.path, []).append((weight.lookup, (), None))
 
     def uses_of(self, path: Path) -> list[Use]:
-        """A weight's uses, each with what its roles make of it: they are known when all uses are."""
-        found = self.found.get(path, [])
-        roles = WeightUse((), None, tuple(use for use, *_ in found)).axes
+        """A weight's uses. Whether one materializes it may depend on its roles, which are known once all uses are."""
+        recorded = self.recorded.get(path, [])
+        roles = WeightUse((), None, tuple(use for use, *_ in recorded)).axes
 
-        def settled(use: Use, demands: Sequence[Demand], row: Demand | None) -> Use:
+        def resolved(use: Use, requirements: Sequence[Requirement], row: Requirement | None) -> Use:
             if row is not None and roles is not None and row.holds(roles):
                 return use._replace(summed=False)
-            broken = [d.why for d in demands if roles is not None and not d.holds(roles)]
+            broken = [r.why for r in requirements if roles is not None and not r.holds(roles)]
             return use if use.summed or not broken else use._replace(summed=True, note=broken[0])
 
-        return [settled(*each) for each in found]
+        return [resolved(*entry) for entry in recorded]

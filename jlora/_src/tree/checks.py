@@ -89,4 +89,4 @@ def check_finite(adapters: Adapters, what: str) -> None:
 
 
 def _all_finite(value: Any) -> Any:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(compat.on_device(x))) for x in jax.tree.leaves(value)]))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(compat.to_device(x))) for x in jax.tree.leaves(value)]))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jlora._src.config import LoraConfig
 from jlora._src.engine import compat
-from jlora._src.engine.factored import column_norm, factored
+from jlora._src.engine.factored import column_norm, to_factored
 from jlora._src.paths import named_leaves, path_key
 from jlora._src.tree.plan import Plan
 from jlora._src.tree.plan import plan as make_plan
@@ -64,7 +64,7 @@ def init(
         )
     dtype = plan.config.dtype
     return {
-        path: jnp.array(compat.on_device(leaves[path]), dtype=dtype, copy=True)
+        path: jnp.array(compat.to_device(leaves[path]), dtype=dtype, copy=True)
         if target.axes is None
         else _factors(path_key(key, path), leaves[path], target, dtype)
         for path, target in plan.items()
@@ -99,6 +99,6 @@ def _factors(key: Array, weight: Array, target: Target, dtype: str) -> LoraFacto
         a, b = jax.random.uniform(key, a_shape, dtype, -bound, bound), jnp.zeros(b_shape, dtype)
     factors = LoraFactors(a, b, None, scale=target.scale, axes=target.axes, dropout=target.dropout)
     if target.dora:
-        norm = column_norm(factored(LoraWeight(weight, factors)), target.axes)
+        norm = column_norm(to_factored(LoraWeight(weight, factors)), target.axes)
         factors = dataclasses.replace(factors, magnitude=norm.astype(dtype))
     return factors

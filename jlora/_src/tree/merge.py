@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora._src.engine import compat
-from jlora._src.engine.factored import Factored, dense, factored
-from jlora._src.engine.named_axes import wide
+from jlora._src.engine.factored import Factored, materialize, to_factored
+from jlora._src.engine.named_axes import accumulation_dtype
 from jlora._src.paths import named_leaves
 from jlora._src.tree.checks import check_adapters, check_finite, check_kinds, check_paths
 from jlora._src.types import Adapters, Array, LoraFactors, LoraWeight, Path, PyTree
@@ -129,17 +129,17 @@ def _check(what: str, leaves: dict[Path, Any], adapters: Adapters) -> None:
 
 def _merged(base: Any, value: Any, path: Path) -> Any:
     if isinstance(value, LoraFactors):
-        return dense(_factored(base, value, path))
-    return jnp.array(compat.beside(value, base), dtype=base.dtype, copy=True)
+        return materialize(_factored(base, value, path))
+    return jnp.array(compat.to_memory_of(value, base), dtype=base.dtype, copy=True)
 
 
 def _unmerged(merged: Any, f: LoraFactors, path: Path) -> Any:
     value = _factored(merged, f, path)
-    return dense(value.with_b(-value.b.array))
+    return materialize(dataclasses.replace(value, b=value.b.apply(jnp.negative)))
 
 
 def _factored(base: Any, f: LoraFactors, path: Path = "") -> Factored:
-    return factored(LoraWeight(base, f, path=path))
+    return to_factored(LoraWeight(base, f, path=path))
 
 
 def _norms(base: Any, value: Any) -> tuple[Array, Array, Array]:
@@ -150,8 +150,8 @@ def _norms(base: Any, value: Any) -> tuple[Array, Array, Array]:
 
 @jax.jit
 def _compare(base: Any, merged: Any, value: Any) -> tuple[Array, Array, Array]:
-    dtype = wide(base.dtype)
-    base, merged, value = jax.tree.map(compat.on_device, (base, merged, value))
+    dtype = accumulation_dtype(base.dtype)
+    base, merged, value = jax.tree.map(compat.to_device, (base, merged, value))
     base, merged = base.astype(dtype), merged.astype(dtype)
     update = _update(base, value) if isinstance(value, LoraFactors) else value.astype(dtype) - base
     return jnp.linalg.norm(merged - base - update), jnp.linalg.norm(update), jnp.linalg.norm(base)
@@ -160,7 +160,7 @@ def _compare(base: Any, merged: Any, value: Any) -> tuple[Array, Array, Array]:
 def _update(base: Any, f: LoraFactors) -> Array:
     """What `merge` adds to ``base``, computed without the base, next to which a small update would lose digits."""
     whole = _factored(base, f)
-    alone = dense(dataclasses.replace(whole, base=jnp.zeros_like(base)))
-    if whole.gain is None:
+    alone = materialize(dataclasses.replace(whole, base=jnp.zeros_like(base)))
+    if whole.multiplier is None:
         return alone
-    return alone + base * (whole.gain.spread(range(base.ndim), base.shape).astype(base.dtype) - 1)
+    return alone + base * (whole.multiplier.broadcast(range(base.ndim), base.shape).astype(base.dtype) - 1)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._src.engine.named_axes import wide
+from jlora._src.engine.named_axes import accumulation_dtype
 from jlora._src.tree.checks import check_kinds
 from jlora._src.types import Adapters, Array, LoraFactors, Path
 from jlora.messages import bullets
@@ -125,7 +125,7 @@ def _rescaled(f: LoraFactors, scale: float) -> LoraFactors:
     """The same update with another scale, folded into B in float32 or wider."""
     if f.scale == scale:
         return f
-    return dataclasses.replace(f, b=f.b.astype(wide(f.b.dtype)) * (f.scale / scale))
+    return dataclasses.replace(f, b=f.b.astype(accumulation_dtype(f.b.dtype)) * (f.scale / scale))
 
 
 def _padded(f: LoraFactors, rank: int) -> LoraFactors:

@@ -1,225 +1,266 @@
-"""Rules for arithmetic on weights: sums, scales and choices, and the sums and squares that make means and norms."""
+"""Arithmetic on weights: sums, scales and choices, and the sums and squares that means and norms are made of."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
-from jlora._src.engine import compat
 from jlora._src.engine.factored import Factored, square_sum
-from jlora._src.engine.named_axes import RANK, Leg, joined, wide, widened
-from jlora._src.engine.rules.products import JOINED, Decline
+from jlora._src.engine.named_axes import RANK, NamedArray, accumulation_dtype, promote_arrays
+from jlora._src.engine.rules.joins import add_weights, label_sum
+from jlora._src.engine.rules.rule import Decline, bind_base
+from jlora._src.engine.traced_weights import (
+    NO_AXES,
+    MatrixUse,
+    TracedWeight,
+    Value,
+    broadcast,
+    combined_kind,
+    is_adapted,
+    is_data,
+    require,
+    union,
+    weights_in,
+)
 
-NO_NORM = "a sum of squares that follows inputs and outputs at once"
-GAIN_SUMMED = "a sum along a gain that learns, or DoRA's"
+MIXED_FACTOR = "a product with an array that varies along inputs and outputs at once"
+MIXED_CONDITION = "the condition does not follow the axes of one factor"
+MIXED_NORM = "a sum of squares that keeps inputs and outputs at once"
+MULTIPLIER_SUMMED = "a sum along axes of the multiplier (DoRA's, or a trained one such as a norm)"
+NOT_LINEAR = "not linear in one weight"
 
 
 def neg(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     (weight,) = args
-    (base,) = compat.bind(eqn, [weight.base])
-    return [_on_smaller(dataclasses.replace(weight, base=base), jnp.negative)]
+    (base,) = bind_base(eqn, args)
+    return [dataclasses.replace(weight, base=base).map_smaller_factor(jnp.negative)]
 
 
 def scale(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``mul`` and ``div`` by a scalar, or by what follows the axes of one factor alone.
+    """``mul`` and ``div`` by a scalar, or by an array that varies along the axes of one factor alone.
 
-    A factor that learns becomes a gain: multiplied into the base, it would have a gradient as large as the weight.
+    A trained array becomes the multiplier: multiplied into the base, it would have a gradient as large as the weight.
     """
-    if eqn.invars[0] is eqn.invars[1] and eqn.primitive.name == "mul":
+    if _is_square(eqn):
         return square(scope, eqn, args[:1])
     weights = [i for i, v in enumerate(args) if isinstance(v, Factored)]
-    at = min(weights, key=lambda i: args[i].is_row)  # a row by a weight is a factor of the weight
-    if eqn.primitive.name == "div" and at == 1:
-        raise Decline("not linear in one weight")
+    at = min(weights, key=lambda i: args[i].is_row)  # of a row and a weight, the row scales the weight
     weight, other = args[at], args[1 - at]
-    if isinstance(other, Factored) and not other.is_row:
-        raise Decline("not linear in one weight")
-    other = scope.settle(other, eqn, "")
+    if (eqn.primitive.name == "div" and at == 1) or (isinstance(other, Factored) and not other.is_row):
+        raise Decline(NOT_LINEAR)
+    other = scope.materialize(other, eqn, "")
     if eqn.outvars[0].aval.shape != weight.shape:
         raise Decline("the weight is broadcast by the product")
-    factor, dims = scope.support(eqn.invars[1 - at], other)
-    name, carrying = carried(weight, dims)
+    factor = scope.nonconstant_part(eqn.invars[1 - at], other)
+    name, expanded = weight.factor_along(factor.dims)
     if name is None:
-        raise Decline("a product with an array that follows inputs and outputs at once")
-    factor = factor if eqn.primitive.name == "mul" else 1 / factor.astype(wide(factor.dtype))
-    learned = (id(eqn), 1 - at) in scope.session.learned and not weight.is_row
-    if learned and (gain := _gained(weight, Leg(factor, dims))) is not None:
-        return [dataclasses.replace(weight, gain=gain)]
-    (base,) = compat.bind(eqn, [weight.base if i == at else other for i in range(2)])
-    return [dataclasses.replace(carrying, base=base, **{name: getattr(carrying, name).times(factor, dims)})]
+        raise Decline(MIXED_FACTOR)
+    if eqn.primitive.name == "div":
+        factor = factor.apply(lambda x: 1 / x.astype(accumulation_dtype(x.dtype)))
+    trained = (id(eqn), 1 - at) in scope.session.trained_operands and not weight.is_row
+    if trained and (multiplier := _multiplied(weight, factor)) is not None:
+        return [dataclasses.replace(weight, multiplier=multiplier)]
+    (base,) = bind_base(eqn, [weight if i == at else other for i in range(2)])
+    return [dataclasses.replace(expanded, base=base, **{name: getattr(expanded, name).times(factor)})]
 
 
-def _gained(weight: Factored, factor: Leg) -> Leg | None:
-    """The weight's gain times ``factor``; None where they follow inputs and outputs between them."""
-    old = weight.gain
+def label_scale(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    """``mul`` and ``div``: a weight by a scalar, or by an array that varies along the axes of one factor."""
+    if _is_square(eqn):
+        return label_square(walker, eqn, values[:1])
+    if _applies_to_data(eqn, values):
+        return walker.consume(eqn, values)
+    shape = eqn.outvars[0].aval.shape
+    out: list[TracedWeight] = []
+    for i, (atom, value) in enumerate(zip(eqn.invars, values, strict=True)):
+        other, varying = values[1 - i], walker.nonconstant_dims(eqn.invars[1 - i])
+        scaled = require(broadcast(value, atom.aval.shape, shape), [varying], same_role=False, why=MIXED_FACTOR)
+        for weight in weights_in(scaled):
+            sized = {d for d, axes in enumerate(weight.dims) if any(weight.shape[axis] > 1 for axis in axes)}
+            if weight.adaptable and i and eqn.primitive.name == "div":
+                walker.consume(eqn, [(weight,)], lambda *_: "it is a divisor")
+            elif weight.adaptable and weights_in(other) and sized <= set(varying):
+                walker.consume(eqn, [(weight,)], lambda *_: "it is multiplied by another weight elementwise")
+            elif is_adapted(other) and not weight.is_row:
+                axes = (weight.multiplier_axes or NO_AXES) | weight.axes_along(varying)
+                out.append(dataclasses.replace(weight, multiplier_axes=axes))
+            else:
+                out.append(weight)
+    return [tuple(dict.fromkeys(out)) or combined_kind(values)]
+
+
+def _multiplied(weight: Factored, factor: NamedArray) -> NamedArray | None:
+    """The weight's multiplier times ``factor``; None where the two vary along inputs and outputs at once."""
+    old = weight.multiplier
     if old is None:
-        return Leg(widened(factor.array)[0], factor.dims)
+        return factor.apply(lambda x: promote_arrays(x)[0])
     dims = tuple(dict.fromkeys((*old.dims, *factor.dims)))
-    if carried(weight, dims)[0] is None:
+    if weight.factor_along(dims)[0] is None:
         return None
-    both = [following(leg, [d for d in dims if d not in leg.dims], weight.shape).ordered(dims) for leg in (old, factor)]
-    return Leg(math.prod(widened(*both)), dims)
+    both = [part.expand(dims, weight.shape).transpose(dims) for part in (old, factor)]
+    return NamedArray(math.prod(promote_arrays(*both)), dims)
 
 
 def square(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """Put off until it is summed: see `reduce_sum`."""
+    """A square waits until it is summed: see `reduce_sum`."""
     (weight,) = args
     if weight.is_row or (eqn.primitive.name == "integer_pow" and eqn.params["y"] != 2):
-        raise Decline("not linear in one weight")
+        raise Decline(NOT_LINEAR)
     return [dataclasses.replace(weight, squared=True)]
 
 
+def label_square(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    if eqn.params.get("y", 2) != 2:
+        return walker.consume(eqn, values)
+    given = weights_in(values[0])
+    squares = tuple(w for w in given if w.adaptable and not (w.is_row or w.lookup))
+    walker.consume(eqn, [tuple(w for w in given if w not in squares)])
+    return [tuple(dataclasses.replace(w, squared=True) for w in squares) or combined_kind(values)]
+
+
+def _is_square(eqn: Any) -> bool:
+    return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
+
+
 def reduce_sum(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """A sum of entries is factored again, and mostly a row; one of squares is what DoRA's norm is made of."""
+    """A sum of entries is factored again, mostly a row; a sum of squares is what DoRA's norm is made of."""
     (weight,) = args
-    out, summed = eqn.outvars[0].aval, [int(d) for d in eqn.params["axes"]]
-    kept = [d for d in range(len(weight.shape)) if d not in summed]
-    gain = weight.gain
-    if gain is not None and set(gain.dims) & set(summed):
-        raise Decline(GAIN_SUMMED)
+    summed = [int(d) for d in eqn.params["axes"]]
+    if weight.multiplier is not None and set(weight.multiplier.dims) & set(summed):
+        raise Decline(MULTIPLIER_SUMMED)
     if weight.squared:
-        sized = [d for d in kept if weight.shape[d] != 1]
-        name, weight = carried(weight, sized)
-        if name is None:
-            raise Decline(NO_NORM)
-        result = square_sum(weight, sized).reshape(out.shape)
-        if gain is not None:
-            result = result * jnp.square(gain.spread(kept, out.shape))
-        scope.factored(weight, eqn, 2 * weight.rank * weight.base.size)
-        return [result.astype(out.dtype)]
+        return [_sum_of_squares(scope, eqn, weight, summed)]
     shared = [d for d in summed if d in weight.a.dims and d in weight.b.dims]
     if weight.key is not None and set(shared) & set(weight.key.dims):
         raise Decline("a sum over a stack of weights with active dropout")
-    (base,) = compat.bind(eqn, [weight.base])
+    (base,) = bind_base(eqn, args)
+    kept = [d for d in range(len(weight.shape)) if d not in summed]
     place = {old: new for new, old in enumerate(kept)}
 
-    def total(leg: Leg) -> Leg:
-        """The leg summed; a dimension that both factors follow is one more of which the products are summed."""
-        if RANK not in leg.dims or not set(leg.dims) & set(summed):
-            return leg.renamed(place)
-        rest = [d for d in leg.dims if d in kept]
-        alone = [d for d in leg.dims if d in summed and d not in shared]
-        array = widened(leg.ordered([*alone, *rest, *shared, RANK]))[0].sum(range(len(alone)))
+    def total(part: NamedArray) -> NamedArray:
+        """The part summed; a dimension that both factors have is one more over which their product is summed."""
+        if RANK not in part.dims or not set(part.dims) & set(summed):
+            return part.rename(place)
+        rest = [d for d in part.dims if d in kept]
+        own = [d for d in part.dims if d in summed and d not in shared]
+        array = promote_arrays(part.transpose([*own, *rest, *shared, RANK]))[0].sum(range(len(own)))
         array = array.reshape(*array.shape[: len(rest)], -1)
-        return Leg(array, (*(place[d] for d in rest), RANK))
+        return NamedArray(array, (*(place[d] for d in rest), RANK))
 
     constant = math.prod(weight.shape[d] for d in summed if d not in weight.a.dims and d not in weight.b.dims)
-    reduced = weight.with_legs(base, total)
-    return [reduced if constant == 1 else _on_smaller(reduced, lambda array: array * constant)]
+    reduced = weight.map_parts(base, total)
+    return [reduced if constant == 1 else reduced.map_smaller_factor(lambda array: array * constant)]
+
+
+def _sum_of_squares(scope: Any, eqn: Any, weight: Factored, summed: Sequence[int]) -> Any:
+    out = eqn.outvars[0].aval
+    kept = [d for d in range(len(weight.shape)) if d not in summed]
+    sized = [d for d in kept if weight.shape[d] != 1]
+    name, expanded = weight.factor_along(sized)
+    if name is None:
+        raise Decline(MIXED_NORM)
+    result = square_sum(expanded, sized).reshape(out.shape)
+    if weight.multiplier is not None:
+        result = result * jnp.square(weight.multiplier.broadcast(kept, out.shape))
+    scope.record_factored(weight, eqn, 2 * weight.rank * weight.base.size)
+    return result.astype(out.dtype)
+
+
+def label_reduce_sum(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    """A sum of entries is a weight again, mostly a row; one of squares is the norm of a weight."""
+    shape, summed = eqn.invars[0].aval.shape, {int(d) for d in eqn.params["axes"]}
+    kept = [d for d in range(len(shape)) if d not in summed]
+    out: list[TracedWeight] = []
+    for weight in weights_in(values[0]):
+        if not weight.adaptable or weight.lookup:
+            walker.consume(eqn, [(weight,)])
+        elif weight.multiplier_axes and weight.multiplier_axes & weight.axes_along(list(summed)):
+            walker.consume(eqn, [(weight,)], lambda *_: MULTIPLIER_SUMMED)
+        elif weight.squared:
+            norm = require((weight,), [kept], same_role=False, why=MIXED_NORM)
+            walker.consume(eqn, [norm], lambda *_: MatrixUse(None))
+        else:
+            out.append(dataclasses.replace(weight, dims=tuple(weight.dims[d] for d in kept)))
+    return [tuple(out) or combined_kind(values)]
 
 
 def add(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``add`` and ``sub``: a plain array joins the base; two weights' updates join along the rank."""
-    minus = eqn.primitive.name == "sub"
-    (base,) = compat.bind(eqn, [v.base if isinstance(v, Factored) else v for v in args])
+    """``add`` and ``sub``: a plain array is added to the base; the updates of two weights are joined along the rank."""
+    (base,) = bind_base(eqn, args)
     weights = [v for v in args if isinstance(v, Factored)]
     if all(v.shape != base.shape for v in weights):
         raise Decline("the weight is broadcast by the sum")
-    if minus and isinstance(args[1], Factored):
-        weights[-1] = _on_smaller(weights[-1], jnp.negative)
-    if len(weights) == 1 and weights[0].gain is None:
+    if eqn.primitive.name == "sub" and isinstance(args[1], Factored):
+        weights[-1] = weights[-1].map_smaller_factor(jnp.negative)
+    if len(weights) == 1 and weights[0].multiplier is None:
         return [dataclasses.replace(weights[0], base=base)]
-    return [added([_spread(v, base.shape) for v in weights], base, plain=len(weights) == 1)]
+    return [add_weights([_broadcast(v, base.shape) for v in weights], base, with_array=len(weights) == 1)]
 
 
-def _spread(weight: Factored, shape: tuple[int, ...]) -> Factored:
-    """A weight that the sum broadcasts: its legs are constant along the dimensions which it had not, or of size 1."""
+def _broadcast(weight: Factored, shape: tuple[int, ...]) -> Factored:
+    """A weight that a sum broadcasts: its parts are constant along dimensions that it lacks, or that have size 1."""
     lead = len(shape) - len(weight.shape)
     kept = {d: lead + d for d, size in enumerate(weight.shape) if size == shape[lead + d]}
-    return weight.renamed(weight.base, kept)
+    return weight.rename_dims(weight.base, kept)
+
+
+def label_add(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    """``add`` and ``sub``: a weight made of weights and plain arrays."""
+    if _applies_to_data(eqn, values):
+        return walker.consume(eqn, values)
+    shape = eqn.outvars[0].aval.shape
+    both = [broadcast(v, atom.aval.shape, shape) for atom, v in zip(eqn.invars, values, strict=True)]
+    return [_merge_parts(label_sum(union(both), with_array=any(isinstance(v, str) for v in both)))]
+
+
+def _merge_parts(value: Value) -> Value:
+    """A weight and its own mean, or another part of it along the same axes, are one weight that has to meet the
+    requirements of both."""
+    given = weights_in(value)
+
+    def covers(one: TracedWeight, part: TracedWeight) -> bool:
+        inside = all(x <= y for x, y in zip(part.dims, one.dims, strict=True))
+        return inside and one.dims != part.dims and one.path == part.path and not part.lookup
+
+    parts = {part: one for part in given for one in given if covers(one, part)}
+    whole = [one for one in given if one not in parts]
+    extra = {one: [r for part, of in parts.items() if of == one for r in part.requirements] for one in whole}
+    return tuple(
+        dataclasses.replace(one, requirements=tuple(dict.fromkeys((*one.requirements, *extra[one])))) for one in whole
+    )
 
 
 def select_n(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """A choice between weights, or a weight and an array, that is the same for every input and output."""
+    """A choice between weights, or a weight and an array, by a condition that varies along the axes of one factor."""
     which, *cases = args
-    (base,) = compat.bind(eqn, [which, *(v.base if isinstance(v, Factored) else v for v in cases)])
-    pick, dims = scope.support(eqn.invars[0], which)
+    (base,) = bind_base(eqn, args)
+    condition = scope.nonconstant_part(eqn.invars[0], which)
 
     def chosen(i: int, weight: Factored) -> Factored:
-        name, weight = carried(weight, dims)
+        name, weight = weight.factor_along(condition.dims)
         if name is None:
-            raise Decline("the condition does not follow the axes of one factor")
-        mask = pick == i if pick.dtype != jnp.bool_ else pick if i else ~pick
-        return dataclasses.replace(weight, **{name: getattr(weight, name).times(mask, dims)})
+            raise Decline(MIXED_CONDITION)
+        mask = condition.apply(lambda pick: pick == i if pick.dtype != jnp.bool_ else pick if i else ~pick)
+        return dataclasses.replace(weight, **{name: getattr(weight, name).times(mask)})
 
     weights = [chosen(i, v) for i, v in enumerate(cases) if isinstance(v, Factored)]
-    return [added(weights, base, plain=True)]
+    return [add_weights(weights, base, with_array=True)]
 
 
-def added(weights: list[Factored], base: Any, *, plain: bool) -> Factored:
-    """One value with the sum of the weights' updates: the factors are joined along the rank.
-
-    A gain stays one if the weights share it and ``base`` is the sum of theirs alone, no ``plain`` array.
-    """
-    first = max(weights, key=lambda v: len(v.a.dims) + len(v.b.dims))  # the others may be constant along some axes
-    if len(weights) == 1 and first.gain is None and first.key is None:
-        return dataclasses.replace(first, base=base)
-    alone = len(weights) == 1
-    if any(alone or not _one_leg(weights, n) for n in ("gain", "key") if any(getattr(v, n) for v in weights)):
-        raise Decline(JOINED)
-    if plain and first.gain is not None:
-        raise Decline(JOINED)
-
-    def arrays(name: str) -> list[Any]:
-        dims = getattr(first, name).dims
-        given = [getattr(v, name) for v in weights]
-        legs = [following(leg, [d for d in dims if d not in leg.dims], base.shape) for leg in given]
-        if any(set(leg.dims) != set(dims) for leg in legs):
-            raise Decline("the weights are not adapted alike")
-        return [leg.ordered(dims) for leg in legs]
-
-    def side_by_side(name: str) -> Leg:
-        dims = getattr(first, name).dims
-        return Leg(joined(arrays(name), dims.index(RANK)), dims)
-
-    both = {"a": "b", "b": "a"}
-    shared = next((name for name in both if _one_leg(weights, name)), None)
-    if shared is None:
-        legs = {name: side_by_side(name) for name in both}
-    else:  # of one weight, such as one less its mean: the other factors add up, and the rank stays what it is
-        name = both[shared]
-        legs = {name: Leg(sum(widened(*arrays(name))), getattr(first, name).dims)}
-    return dataclasses.replace(first, base=base, path=paths(weights), **legs)
+def label_select_n(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    which, *cases = values
+    if _applies_to_data(eqn, values) or any(w.adaptable for w in weights_in(which)):
+        return walker.consume(eqn, values)
+    chosen = label_sum(union(cases) or combined_kind(values), with_array=True)
+    return [require(chosen, [walker.nonconstant_dims(eqn.invars[0])], same_role=False, why=MIXED_CONDITION)]
 
 
-def _one_leg(weights: list[Factored], name: str) -> bool:
-    """Whether several weights have one leg of this name, the same array, or all of them none."""
-    first, *rest = (getattr(v, name) for v in weights)
-    if first is None:
-        return all(leg is None for leg in rest)
-    return all(leg is not None and leg.array is first.array and leg.dims == first.dims for leg in rest)
-
-
-def _on_smaller(weight: Factored, fn: Callable[[Any], Any]) -> Factored:
-    """The weight with a linear ``fn`` of its update: applied to the smaller factor, the other stays the same array."""
-    leg = getattr(weight, weight.smaller)
-    return dataclasses.replace(weight, **{weight.smaller: Leg(fn(leg.array), leg.dims)})
-
-
-def paths(weights: list[Factored]) -> str:
-    return ", ".join(dict.fromkeys(v.path for v in weights))
-
-
-def following(leg: Leg, dims: list[int], shape: tuple[int, ...]) -> Leg:
-    """``leg`` with an axis for each of ``dims`` more, along which it is constant."""
-    if not dims:
-        return leg
-    sizes = (*(shape[d] for d in dims), *leg.array.shape)
-    return Leg(lax.broadcast_in_dim(leg.array, sizes, range(len(dims), len(sizes))), (*dims, *leg.dims))
-
-
-def carried(weight: Factored, dims: Sequence[int]) -> tuple[str | None, Factored]:
-    """The factor that follows all of ``dims``, and the weight in which it does: where the whole update is constant
-    along a dimension, either factor may follow it. None when two factors share ``dims`` between them."""
-    own = [d for d in dims if d in weight.a.dims or d in weight.b.dims]
-    choices = ("b", "a") if dims else (weight.smaller,)
-    name = next((n for n in choices if set(own) <= set(getattr(weight, n).dims)), None)
-    if name is None:
-        return None, weight
-    leg = following(getattr(weight, name), [d for d in dims if d not in own], weight.shape)
-    return name, dataclasses.replace(weight, **{name: leg})
+def _applies_to_data(eqn: Any, values: list[Value]) -> bool:
+    """Whether an elementwise equation applies its weights to activations: to data of more than one entry."""
+    pairs = zip(eqn.invars, values, strict=True)
+    return any(is_data(value) and np.prod(atom.aval.shape, dtype=int) != 1 for atom, value in pairs)

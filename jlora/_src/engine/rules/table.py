@@ -1,6 +1,6 @@
-"""The table of primitives: how `trace` labels each one, and how `lora` computes it.
+"""The table of primitives: how `lora` computes each one, and how `trace` labels it.
 
-There is no other: a primitive that `trace` follows has a factored form, and the reverse. What a rule declines for a
+It is the only one: a primitive that `trace` follows has a factored form, and the reverse. What a rule declines for a
 certain case, its label must say of that case.
 """
 
@@ -8,71 +8,76 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jlora._src.engine.rules import arithmetic, control_flow, labels, moves, products, writes
-from jlora._src.engine.rules.labels import Label
-from jlora._src.engine.rules.products import Rule
+from jlora._src.engine.rules import arithmetic, control_flow, joins, lookups, moves, placement, products, writes
+from jlora._src.engine.rules.rule import Label, Rule, label_first, label_unchanged
 
 
 class Primitive(NamedTuple):
-    """A primitive that a weight can meet without being summed.
+    """A primitive that takes a weight without materializing it.
 
     Attributes:
-      label: how `trace` follows the weight's axes through it.
       rule: how `lora` evaluates it on factored weights.
+      label: how `trace` follows the weight's axes through it.
     """
 
-    label: Label
     rule: Rule
+    label: Label
+
+
+def _all(names: str, rule: Rule, label: Label) -> dict[str, Primitive]:
+    return dict.fromkeys(names.split(), Primitive(rule, label))
 
 
 PRIMITIVES: dict[str, Primitive] = {
-    "dot_general": Primitive(labels.dot_general, products.dot_general),
-    "ragged_dot_general": Primitive(labels.ragged_dot_general, products.ragged_dot_general),
-    "conv_general_dilated": Primitive(labels.conv_general_dilated, products.conv_general_dilated),
-    "gather": Primitive(labels.gather, products.gather),
-    "transpose": Primitive(labels.transpose, moves.transpose),
-    "squeeze": Primitive(labels.squeeze, moves.squeeze),
-    "broadcast_in_dim": Primitive(labels.broadcast_in_dim, moves.broadcast_in_dim),
-    "reshape": Primitive(labels.reshape, moves.reshape),
-    "slice": Primitive(labels.keep, moves.slices),
-    "dynamic_slice": Primitive(labels.keep, moves.dynamic_slice),
-    "rev": Primitive(labels.keep, moves.rev),
-    "split": Primitive(labels.keep, moves.split),
-    "pad": Primitive(labels.keep, moves.pad),
-    "concatenate": Primitive(labels.concatenate, moves.concatenate),
-    "stack": Primitive(labels.stack, moves.stack),
-    "unstack": Primitive(labels.unstack, moves.unstack),
-    "convert_element_type": Primitive(labels.convert_element_type, moves.convert_element_type),
-    "stop_gradient": Primitive(labels.stop_gradient, moves.stop_gradient),
-    "optimization_barrier": Primitive(labels.each, moves.optimization_barrier),
-    "neg": Primitive(labels.keep, arithmetic.neg),
-    **dict.fromkeys(("mul", "div"), Primitive(labels.scale, arithmetic.scale)),
-    **dict.fromkeys(("add", "sub"), Primitive(labels.add, arithmetic.add)),
-    **dict.fromkeys(("scatter", "scatter-mul", "dynamic_update_slice"), Primitive(labels.overwrite, writes.overwrite)),
-    **dict.fromkeys(("scatter-add", "scatter-sub"), Primitive(labels.add_at, writes.add_at)),
-    "select_n": Primitive(labels.select_n, arithmetic.select_n),
-    **dict.fromkeys(("square", "integer_pow"), Primitive(labels.square, arithmetic.square)),
-    "reduce_sum": Primitive(labels.reduce_sum, arithmetic.reduce_sum),
-    **dict.fromkeys(
-        ("copy", "copy_p", "name", "sharding_constraint", "reduce_precision"), Primitive(labels.keep, moves.keep)
+    "dot_general": Primitive(products.dot_general, products.label_dot_general),
+    "ragged_dot_general": Primitive(products.ragged_dot_general, products.label_ragged_dot_general),
+    "conv_general_dilated": Primitive(products.conv_general_dilated, products.label_conv_general_dilated),
+    "gather": Primitive(lookups.gather, lookups.label_gather),
+    "neg": Primitive(arithmetic.neg, label_first),
+    **_all("mul div", arithmetic.scale, arithmetic.label_scale),
+    **_all("add sub", arithmetic.add, arithmetic.label_add),
+    **_all("square integer_pow", arithmetic.square, arithmetic.label_square),
+    "reduce_sum": Primitive(arithmetic.reduce_sum, arithmetic.label_reduce_sum),
+    "select_n": Primitive(arithmetic.select_n, arithmetic.label_select_n),
+    **_all("scatter scatter-mul dynamic_update_slice", writes.overwrite, writes.label_overwrite),
+    **_all("scatter-add scatter-sub", writes.add_at, writes.label_add_at),
+    "transpose": Primitive(moves.transpose, moves.label_transpose),
+    "squeeze": Primitive(moves.squeeze, moves.label_squeeze),
+    "broadcast_in_dim": Primitive(moves.broadcast_in_dim, moves.label_broadcast_in_dim),
+    "reshape": Primitive(moves.reshape, moves.label_reshape),
+    "slice": Primitive(moves.slices, label_first),
+    "dynamic_slice": Primitive(moves.dynamic_slice, label_first),
+    "rev": Primitive(moves.rev, label_first),
+    "split": Primitive(moves.split, label_first),
+    "pad": Primitive(moves.pad, label_first),
+    "unstack": Primitive(moves.unstack, moves.label_unstack),
+    "concatenate": Primitive(joins.concatenate_weights, joins.label_concatenate),
+    "stack": Primitive(joins.stack, joins.label_stack),
+    "convert_element_type": Primitive(moves.convert_element_type, moves.label_convert_element_type),
+    "stop_gradient": Primitive(moves.stop_gradient, moves.label_stop_gradient),
+    "optimization_barrier": Primitive(moves.optimization_barrier, label_unchanged),
+    **_all("copy copy_p name sharding_constraint reduce_precision", moves.keep, label_first),
+    **_all("jit pjit", control_flow.jit, control_flow.label_call),
+    **_all("remat2 checkpoint", control_flow.checkpoint, control_flow.label_call),
+    "compute_on": Primitive(control_flow.compute_on, control_flow.label_materialized_call),
+    "shard_map": Primitive(control_flow.shard_map, control_flow.label_materialized_call),
+    **_all(
+        "custom_jvp_call custom_vjp_call custom_vmap_call", control_flow.custom_rule, control_flow.label_custom_rule
     ),
-    **dict.fromkeys(("jit", "pjit"), Primitive(labels.call, control_flow.jit)),
-    **dict.fromkeys(("remat2", "checkpoint"), Primitive(labels.call, control_flow.checkpoint)),
-    "compute_on": Primitive(labels.settled_call, control_flow.compute_on),
-    "cond": Primitive(labels.cond, control_flow.cond),
-    "while": Primitive(labels.while_loop, control_flow.while_loop),
-    "scan": Primitive(labels.scan, control_flow.scan),
-    "shard_map": Primitive(labels.settled_call, control_flow.shard_map),
-    **dict.fromkeys(
-        ("custom_jvp_call", "custom_vjp_call", "custom_vmap_call"),
-        Primitive(labels.custom_rule, control_flow.custom_rule),
-    ),
-    "pvary": Primitive(labels.keep, control_flow.vary),
-    **dict.fromkeys(("reshard", "mesh_cast"), Primitive(labels.keep, control_flow.reshard)),
-    "all_gather": Primitive(labels.all_gather, control_flow.all_gather),
-    "device_put": Primitive(labels.each, control_flow.device_put),
+    "cond": Primitive(control_flow.cond, control_flow.label_cond),
+    "while": Primitive(control_flow.while_loop, control_flow.label_while),
+    "scan": Primitive(control_flow.scan, control_flow.label_scan),
+    "pvary": Primitive(placement.pvary, label_first),
+    **_all("reshard mesh_cast", placement.reshard, label_first),
+    "all_gather": Primitive(placement.all_gather, placement.label_all_gather),
+    "device_put": Primitive(placement.device_put, label_unchanged),
 }
 
 SQUARES = frozenset("reduce_sum convert_element_type jit pjit remat2 checkpoint".split())
-"""Primitives that take the square of a weight, which is put off until it is summed; any other needs its entries."""
-SQUARED = "it is squared entry by entry"
+"""Primitives that take the square of a weight before it is summed; any other needs its entries."""
+SQUARED = "it is squared elementwise"
+REARRANGING = frozenset(
+    "dot_general conv_general_dilated transpose reshape squeeze broadcast_in_dim convert_element_type copy copy_p name "
+    "slice rev neg sharding_constraint jit pjit remat2 checkpoint".split()
+)
+"""Primitives for which rows that constant indices picked are still a weight; for any other they are looked up."""

@@ -1,4 +1,4 @@
-"""Rules for primitives that write values into a weight: the rest of it stays factored."""
+"""Primitives that write values into a weight: the rest of it stays factored."""
 
 from __future__ import annotations
 
@@ -11,53 +11,82 @@ from jax import lax
 
 from jlora._src.engine import compat
 from jlora._src.engine.factored import Factored
-from jlora._src.engine.rules.arithmetic import carried
-from jlora._src.engine.rules.products import JOINED, Decline
+from jlora._src.engine.named_axes import NamedArray
+from jlora._src.engine.rules.joins import JOINED, label_sum
+from jlora._src.engine.rules.rule import Decline, bind_base
+from jlora._src.engine.traced_weights import Value, is_data, require, weights_in
 
-NOT_WRITTEN_TO = "an adapted weight is what is written"
-PARTS = "parts of slices are set"
-BOTH_SIDES = "values are set along inputs and outputs at once"
+WRITTEN = "the values that are written are an adapted weight"
+PARTS = "only parts of slices are written"
+BOTH_SIDES = "values are written along inputs and outputs at once"
 
 
 def overwrite(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``w.at[i].set(values)`` and ``lax.dynamic_update_slice``: there the update is zero; `multiply` scales it."""
+    """``w.at[i].set(values)`` and ``lax.dynamic_update_slice``, which make the update zero there, and
+    ``w.at[i].multiply(values)``, which scales it."""
     weight, *others = args
     if not isinstance(weight, Factored) or any(isinstance(v, Factored) for v in others):
-        raise Decline(NOT_WRITTEN_TO)
-    dims, (at, window), scales = written_dims(eqn), _values(eqn), eqn.primitive.name == "scatter-mul"
+        raise Decline(WRITTEN)
+    dims, (at, window), scales = _written_dims(eqn), _written_values(eqn), eqn.primitive.name == "scatter-mul"
     if dims is None:
         raise Decline(PARTS)
-    if not follows(eqn, scope.support(eqn.invars[at], args[at])[1]):
+    if not _constant_in_slices(eqn, scope.nonconstant_part(eqn.invars[at], args[at]).dims):
         raise Decline(BOTH_SIDES)
-    if weight.gain is not None and not scales:
+    if weight.multiplier is not None and not scales:
         raise Decline(JOINED)
-    name, weight = carried(weight, dims)
+    name, weight = weight.factor_along(dims)
     if name is None:
         raise Decline(BOTH_SIDES)
-    (base,) = compat.bind(eqn, [weight.base, *others])
-    # The same writing, of zeros or of the multipliers, into ones that have one entry along the other dimensions.
+    (base,) = bind_base(eqn, [weight, *others])
+    # What multiplies the factor: the same writing, of zeros or of the multiplying values, into ones that have one entry
+    # along the other dimensions.
     shape = [n if window.get(i, -1) in (-1, *dims) else 1 for i, n in enumerate(args[at].shape)]
     others[at - 1] = lax.slice(args[at], [0] * len(shape), shape) if scales else jnp.zeros(shape, weight.dtype)
     ones = jnp.ones([n if d in dims else 1 for d, n in enumerate(weight.shape)], weight.dtype)
     (kept,) = compat.bind(eqn, [ones, *others])
-    kept = lax.squeeze(kept, [d for d in range(kept.ndim) if d not in dims])
-    return [dataclasses.replace(weight, base=base, **{name: getattr(weight, name).times(kept, sorted(dims))})]
+    kept = NamedArray(lax.squeeze(kept, [d for d in range(kept.ndim) if d not in dims]), tuple(sorted(dims)))
+    return [dataclasses.replace(weight, base=base, **{name: getattr(weight, name).times(kept)})]
+
+
+def label_overwrite(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    """A weight in which whole slices are set, along axes of one factor, is that weight."""
+    dims, (at, _) = _written_dims(eqn), _written_values(eqn)
+    if dims is None:
+        return walker.consume(eqn, values, lambda *_: PARTS)
+    if not _constant_in_slices(eqn, walker.nonconstant_dims(eqn.invars[at])):
+        return walker.consume(eqn, values, lambda *_: BOTH_SIDES)
+    label = _label_written if eqn.primitive.name == "scatter-mul" else label_add_at
+    (weight,) = label(walker, eqn, values)
+    return [require(weight, [dims], same_role=False, why=BOTH_SIDES)]
 
 
 def add_at(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``w.at[i].add(values)`` and ``subtract``: the values join the base."""
-    weight, indices, values = args
+    """``w.at[i].add(values)`` and ``subtract``: the values are added to the base."""
+    weight, _, values = args
     if not isinstance(weight, Factored) or isinstance(values, Factored):
-        raise Decline(NOT_WRITTEN_TO)
-    if weight.gain is not None:
+        raise Decline(WRITTEN)
+    if weight.multiplier is not None:
         raise Decline(JOINED)
-    (base,) = compat.bind(eqn, [weight.base, indices, values])
+    (base,) = bind_base(eqn, args)
     return [dataclasses.replace(weight, base=base)]
 
 
-def written_dims(eqn: Any) -> tuple[int, ...] | None:
+def label_add_at(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    """A weight to slices of which constants or parameters are added is that weight, if it has no trained multiplier."""
+    return [label_sum(value, with_array=True) for value in _label_written(walker, eqn, values)]
+
+
+def _label_written(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    weight, *others = values
+    if isinstance(weight, str) or any(map(weights_in, others)) or any(w.lookup for w in weight):
+        return walker.consume(eqn, values, lambda *_: WRITTEN)
+    at, _ = _written_values(eqn)
+    return walker.consume(eqn, values) if is_data(values[at]) else [weight]
+
+
+def _written_dims(eqn: Any) -> tuple[int, ...] | None:
     """The dimensions along which ``eqn`` writes whole slices into its first operand; None if parts of them."""
-    at, window = _values(eqn)
+    at, window = _written_values(eqn)
     shape, values = eqn.invars[0].aval.shape, eqn.invars[at].aval.shape
     if at == 1:
         return tuple(d for d in range(len(shape)) if values[d] != shape[d])
@@ -68,15 +97,15 @@ def written_dims(eqn: Any) -> tuple[int, ...] | None:
     return None if parts or numbers.operand_batching_dims else dims
 
 
-def follows(eqn: Any, support: Sequence[int]) -> bool:
-    """Whether what multiplies slices, and is not constant along these of its dimensions, is so along the slices."""
-    _, window = _values(eqn)
-    dims = written_dims(eqn) or ()
-    return eqn.primitive.name != "scatter-mul" or all(window.get(i, -1) in (-1, *dims) for i in support)
+def _constant_in_slices(eqn: Any, nonconstant: Sequence[int]) -> bool:
+    """Whether values that multiply slices are constant along each slice, given the ``nonconstant`` dimensions."""
+    _, window = _written_values(eqn)
+    dims = _written_dims(eqn) or ()
+    return eqn.primitive.name != "scatter-mul" or all(window.get(i, -1) in (-1, *dims) for i in nonconstant)
 
 
-def _values(eqn: Any) -> tuple[int, dict[int, int]]:
-    """Which operand has the values that ``eqn`` writes, and along which of the weight's dimensions theirs lie."""
+def _written_values(eqn: Any) -> tuple[int, dict[int, int]]:
+    """Which operand has the values that ``eqn`` writes, and which of the weight's dimensions its dimensions are."""
     ndim = len(eqn.invars[0].aval.shape)
     if eqn.primitive.name == "dynamic_update_slice":
         return 1, {d: d for d in range(ndim)}

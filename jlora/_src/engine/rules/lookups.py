@@ -1,0 +1,129 @@
+"""Gathers of whole slices: embedding lookups, layers and experts picked by an index, and rows in a constant order."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._src.engine.factored import Factored
+from jlora._src.engine.named_axes import RANK, NamedArray, low_rank_dtype
+from jlora._src.engine.product import Product, chain
+from jlora._src.engine.rules.low_rank import total
+from jlora._src.engine.rules.rule import Decline, bind_base
+from jlora._src.engine.traced_weights import CONSTANT, NO_AXES, TracedWeight, Value, axes_of, weights_in
+from jlora._src.types import Array, Axes, Use
+
+IN_BOUNDS = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+
+
+def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """Whole slices picked along some dimensions: an embedding lookup, or a layer or expert by its index."""
+    weight, indices = args
+    if isinstance(indices, Factored):
+        raise Decline("the index is an adapted weight")
+    picked = _picked_dims(eqn)
+    weight = weight.to_memory_of(indices)
+    (base,) = bind_base(eqn, [weight, indices])
+    # Where an index is out of bounds, the base has the fill value: the update is 0 there, and the multiplier 1.
+    slices = weight.map_parts(
+        base, lambda part: _gather_part(eqn, part, indices, picked, fill_value=int(part is weight.multiplier))
+    )
+    if all(d in weight.a.dims and d in weight.b.dims for d in picked):
+        return [slices]
+    if len(picked) == 1 and id(eqn) in scope.session.constant_gathers:
+        return [dataclasses.replace(slices, constant_rows=True)]
+    scope.record_factored(weight, eqn, 2 * weight.rank * base.size)
+    return [_sum_rows(slices)]
+
+
+def label_gather(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    """Slices picked by data are looked-up rows; those picked by a constant are a rearranged weight, if a product takes
+    it."""
+    table, index = values
+    if isinstance(table, str) or any(w.adaptable for w in weights_in(index)):
+        return walker.consume(eqn, values)
+    try:
+        picked = _picked_dims(eqn)
+    except Decline as decline:
+        reason = str(decline)
+        return walker.consume(eqn, values, lambda *_: reason)
+    shape, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval
+    places = _places(eqn)
+    one_index = all(n == 1 for i, n in enumerate(out.shape) if i not in places.values())
+    sized = sum(shape[d] > 1 for d in places if d not in picked)
+    source = walker.location.source_line(eqn)
+
+    def pick(weight: TracedWeight) -> TracedWeight:
+        rearranged = index == CONSTANT and len(picked) == 1 and not one_index
+        dims = [weight.dims[picked[0]] if rearranged else NO_AXES] * out.ndim
+        for d, i in places.items():
+            dims[i] = NO_AXES if d in picked else weight.dims[d]
+        axes = axes_of(weight, picked, ())
+        is_row = isinstance(axes, Axes) and (sized == 1 or not one_index)
+        lookup = Use("gather", axes, source) if is_row and isinstance(axes, Axes) else None
+        return dataclasses.replace(weight, dims=tuple(dims), lookup=lookup)
+
+    rows = tuple(map(pick, table))
+    return [rows] if sized > 1 or index == CONSTANT else walker.consume(eqn, [rows, index])
+
+
+def _picked_dims(eqn: Any) -> list[int]:
+    """The dimensions along which a gather picks single entries; along the others it takes all.
+
+    Raises:
+      Decline: when it takes a part of another dimension.
+    """
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    shape = eqn.invars[0].aval.shape
+    if numbers.operand_batching_dims:
+        raise Decline("a batched gather has no factored form")
+    picked = [d for d, size in enumerate(sizes) if size == 1 != shape[d] or d in numbers.collapsed_slice_dims]
+    whole = [d for d in range(len(sizes)) if d not in picked]
+    shifted = eqn.params["mode"] not in IN_BOUNDS and any(d in numbers.start_index_map for d in whole)
+    if shifted or any(sizes[d] != shape[d] for d in whole):
+        raise Decline("only whole slices can be gathered")
+    return picked
+
+
+def _places(eqn: Any) -> dict[int, int]:
+    """The dimensions of the result that the operand's dimensions become, those that are not collapsed."""
+    numbers = eqn.params["dimension_numbers"]
+    kept = [d for d in range(len(eqn.params["slice_sizes"])) if d not in numbers.collapsed_slice_dims]
+    return dict(zip(kept, numbers.offset_dims, strict=True))
+
+
+def _gather_part(eqn: Any, part: NamedArray, indices: Array, picked: list[int], fill_value: int) -> NamedArray:
+    """The slices of one part of a weight: the dimensions of the indices, in front, replace those that are picked."""
+    places = _places(eqn)
+    own = [d for d in picked if d in part.dims]
+    rest = [d for d in part.dims if d not in own]
+    if not own:
+        return part.rename(places)
+    array = part.transpose([*own, *rest])
+    columns = {d: i for i, d in enumerate(eqn.params["dimension_numbers"].start_index_map)}
+    last = indices.ndim - 1
+    index = lax.concatenate([lax.slice_in_dim(indices, columns[d], columns[d] + 1, axis=last) for d in own], last)
+    leading = [i for i in range(eqn.outvars[0].aval.ndim) if i not in places.values()]
+    numbers = lax.GatherDimensionNumbers(
+        tuple(range(len(leading), len(leading) + len(rest))), tuple(range(len(own))), tuple(range(len(own)))
+    )
+    sizes = (1,) * len(own) + array.shape[len(own) :]
+    mode = eqn.params["mode"]
+    if jnp.issubdtype(array.dtype, jax.dtypes.extended):  # keys have no fill value
+        mode = lax.GatherScatterMode.CLIP
+    array = lax.gather(array, index, numbers, sizes, mode=mode, fill_value=fill_value)
+    return NamedArray(array, (*leading, *(d if d == RANK else places[d] for d in rest)))
+
+
+def _sum_rows(rows: Factored) -> Array:
+    """Looked-up rows as an array: they are results, not weights. Dropout is not applied to them."""
+    dims = tuple(range(len(rows.shape)))
+    out = tuple(d for d in dims if d in rows.a.dims or d in rows.b.dims)
+    a, b = (factor.array.astype(low_rank_dtype(rows.dtype)) for factor in (rows.a, rows.b))
+    delta = chain([Product((rows.a.dims, rows.b.dims, out), last=True)], a, b)
+    delta = NamedArray(delta, out).broadcast(dims, rows.shape)
+    return total(NamedArray(rows.base, dims), delta, rows.multiplier)

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora import models, peft
 from jlora.files import tensor_names as names
+from jlora.files.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.golden.make_peft import CASES, FOLDER, inputs
 
 TOLERANCE = 1e-4
@@ -70,7 +71,7 @@ def base(name: str) -> Base:
     """The base of some cases, on our side."""
     if name != "toy":
         model, params = models.load(FOLDER / f"base-{name}")
-        return Base(model.apply, params, models.names(model))
+        return Base(model.apply, params, models.tensor_names(model))
     tensors = load_file(FOLDER / "base-toy" / "model.safetensors")
     params: dict[str, Any] = {}
     for path, n in TOY_NAMES.items():
@@ -126,12 +127,12 @@ def edited(folder: Path, case: str, edit: Callable[[dict, dict], Any]) -> Path:
     """A copy of a golden adapter after ``edit(config, tensors)``."""
     shutil.copytree(FOLDER / case, folder)
     config, tensors = (
-        json.loads((folder / "adapter_config.json").read_text()),
-        load_file(folder / "adapter_model.safetensors"),
+        json.loads((folder / ADAPTER_CONFIG).read_text()),
+        load_file(folder / ADAPTER_WEIGHTS),
     )
     edit(config, tensors)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
     return folder
 
 

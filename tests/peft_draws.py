@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 import jlora
 from jlora import models
+from jlora.files.hub_files import ADAPTER_WEIGHTS
 
 _SMALL: dict[str, Any] = {"vocab_size": 32, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 2}
 _COMMON: dict[str, Any] = {
@@ -139,7 +140,7 @@ def _side(name: str, folder: Path, inputs: tuple[np.ndarray, ...], untie: bool) 
 
         _APPLY[name, untie] = jax.jit(apply), jlora.trace(apply, params)
     apply, uses = _APPLY[name, untie]
-    return Side(apply, params, models.names(model), uses)
+    return Side(apply, params, models.tensor_names(model), uses)
 
 
 def first(output: Any) -> Any:
@@ -275,7 +276,7 @@ def read_peft(b: Base, folder: Path, *, whole: bool = False) -> np.ndarray:
     assert not missing, missing
     if whole:
         known = set(theirs.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        unread = set(load_file(folder / "adapter_model.safetensors")) - known
+        unread = set(load_file(folder / ADAPTER_WEIGHTS)) - known
         assert not unread, f"peft does not read {unread}"
     return logits(b, adapted)
 

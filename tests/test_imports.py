@@ -15,12 +15,12 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "_src.engine": "compat | named_axes mutation gradient probes | product factored staging dependence",
     "_src.engine.rules": "products | arithmetic control_flow | moves | writes | labels | table",
     "_src.engine ": "interpreter trace | lora",
-    "files": "safetensors tensor_names | checksums",
+    "files": "errors drafts | json_files checksums tensor_names | hub_files | safetensors",
     "_src.tree": "state attach labels serialize sharding stack | plan merge | init save",
-    "peft": "options | config layout | tensors tied | read write | __init__",
-    "models": "_family | _layers decoder.rope | _causal | "
+    "peft": "options | config layout | config_file describe keys | tied faults | tensors | read write | __init__",
+    "models": "_family | _layers decoder.rope | _causal _encoder | "
     "bert.modeling gpt2.modeling decoder.modeling vit.modeling | bert.table gpt2.table decoder.table vit.table | "
-    "_registry _reading | _network | _checkpoint | _generate | _export | __init__",
+    "_registry _reading | _network _matching | _checkpoint | _generate | _export | __init__",
     "": "__init__",
 }
 TRAIN = {

@@ -33,10 +33,10 @@ from tests.small_checkpoints import BERT, VIT, change, network, same
             {"is_decoder": True, "add_cross_attention": True},
             ("2 attribute", "is_decoder = True", "add_cross_attention"),
         ),
-        ({"model_type": "brt"}, ("'brt' is no network", "closest: 'bert'", "expected one of")),
-        ({"model_type": ["bert"]}, ("is no network", "expected one of")),
+        ({"model_type": "brt"}, ("'brt' is not a network", "closest: 'bert'", "expected one of")),
+        ({"model_type": ["bert"]}, ("is not a network", "expected one of")),
         ({"model_type": None}, ("None", "expected one of")),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("quantized ('gptq')", "that it was made from")),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("quantized ('gptq')", "that was quantized")),
         ({"quantization_config": "int8"}, ("quantized ('int8')",)),
         ({"roberta": True}, ("roberta = True is unknown",)),
         ({"hidden_act_param": 1, "pooler_type": "max"}, ("2 attribute", "'first_token_transform'", "hidden_act_param")),
@@ -99,7 +99,9 @@ def test_a_task_that_the_family_lacks_is_refused(saved: Path) -> None:
 def test_a_network_of_nobodys_has_no_names() -> None:
     import flax.linen as nn
 
-    expect(message(models.ModelError, lambda: models.names(nn.Dense(3))), "Dense is no network of jlora.models")
+    expect(
+        message(models.ModelError, lambda: models.tensor_names(nn.Dense(3))), "Dense is not a network of jlora.models"
+    )
 
 
 # ---- files that are refused
@@ -190,8 +192,8 @@ def test_pickled_weights_are_refused_with_the_way_out(saved: Path) -> None:
         ({"x": "..\\model.safetensors"}, ("outside of its folder",)),
         ({"x": ""}, ("outside of its folder",)),
         ({"x": ".."}, ("outside of its folder",)),
-        ({"x": "a\0b"}, ("names files that are not there",)),
-        ({"x": "gone.safetensors"}, ("names files that are not there: ['gone.safetensors']", "Fetch")),
+        ({"x": "a\0b"}, ("names files that do not exist",)),
+        ({"x": "gone.safetensors"}, ("names files that do not exist: ['gone.safetensors']", "Fetch")),
         ({"x": "one.safetensors"}, ("do not agree", "'x' is not in one.safetensors")),
         ([["x", "one.safetensors"]], ("expected a `weight_map`",)),
         ({"x": 3}, ("expected a `weight_map`",)),
@@ -230,14 +232,14 @@ def header(tensors: Any, data: bytes = b"") -> bytes:
 def test_a_file_that_is_no_safetensors_is_refused(content: bytes, saved: Path) -> None:
     (saved / "model.safetensors").write_bytes(content)
     text = message(models.TensorError, lambda: models.load(saved))
-    expect(text, str(saved / "model.safetensors"), "no whole safetensors file", "fetch or export")
+    expect(text, str(saved / "model.safetensors"), "not a complete safetensors file", "Fetch or export")
 
 
 def test_a_truncated_checkpoint_is_refused(saved: Path) -> None:
     content = (saved / "model.safetensors").read_bytes()
     for size in (len(content) - 1, len(content) // 2, 100):
         (saved / "model.safetensors").write_bytes(content[:size])
-        expect(message(models.TensorError, lambda: models.load(saved)), "no whole safetensors file")
+        expect(message(models.TensorError, lambda: models.load(saved)), "not a complete safetensors file")
 
 
 def test_quantized_tensors_are_refused_by_name(saved: Path) -> None:
@@ -250,5 +252,5 @@ def test_quantized_tensors_are_refused_by_name(saved: Path) -> None:
 def test_what_is_no_folder_and_not_on_the_hub_is_told_quickly(path: str) -> None:
     start = time.perf_counter()
     text = message(models.ModelError, lambda: models.load(path))
-    expect(text, f"'{path}' is no folder here", "config.json and model.safetensors", "without a network")
+    expect(text, f"'{path}' is not a folder", "config.json and model.safetensors", "without a network")
     assert time.perf_counter() - start < 20

@@ -102,7 +102,10 @@ def test_saving_what_is_not_the_networks_is_refused(tmp_path: Path) -> None:
         models.ModelError, lambda: models.save(tmp_path / "x", model, {"params": {"clasifier": jnp.ones(2)}})
     )
     expect(
-        text, "'params/encoder/word_embeddings/embedding' is missing", "'params/clasifier' is no parameter", "closest"
+        text,
+        "'params/encoder/word_embeddings/embedding' is missing",
+        "'params/clasifier' is not a parameter",
+        "closest",
     )
     assert not (tmp_path / "x").exists()
 
@@ -175,7 +178,7 @@ def test_dtypes_of_parameters_and_of_the_computation(tmp_path: Path) -> None:
 def test_a_value_beyond_the_asked_dtype_is_named(param_dtype: str, saved: Path) -> None:
     change(saved, lambda t: {**t, "classifier.bias": np.full(2, 3.4e38, np.float32)})
     text = message(models.TensorError, lambda: models.load(saved, param_dtype=param_dtype))
-    expect(text, "'classifier.bias' of dtype float32 leaves the range of " + param_dtype, "param_dtype")
+    expect(text, "'classifier.bias' of dtype float32 is out of the range of " + param_dtype, "param_dtype")
 
 
 # ---- names

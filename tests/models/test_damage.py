@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jlora
 from jlora import models, peft
 from jlora.files.checksums import SUMS
-from jlora.files.safetensors import read_json
+from jlora.files.json_files import read_json
 from tests import peft_cases, tiny
 from tests.damage import STRANGE, WAYS, Damage, damage
 from tests.runs import program

@@ -77,7 +77,7 @@ def test_a_cache_gives_what_the_whole_gives(name: str) -> None:
     for i in range(6, 12):
         logits, cache = step(ids[:, i : i + 1], mask[:, i : i + 1], cache)
         found.append(logits)
-    assert int(cache.used) == 12
+    assert int(cache.length) == 12
     assert_close(jnp.concatenate(found, axis=1), expected["logits"][rows], mask)
 
 
@@ -168,7 +168,7 @@ def test_a_tied_head_may_be_stored_or_not(tmp_path: Path) -> None:
 
     for name in ("llama3", "gpt2"):
         model, params, _ = case(name)
-        (table,) = (n.files[0] for n in models.names(model).values() if n.tied)
+        (table,) = (n.files[0] for n in models.tensor_names(model).values() if n.tied)
         head = load_file(GOLDEN / name / "model.safetensors")[table]
         _, found = models.load(rewrite(name, **{"lm_head.weight": head}))
         jax.tree.map(np.testing.assert_array_equal, found, params)
@@ -204,7 +204,7 @@ def test_an_adapted_decoder(name: str) -> None:
     model, params, expected = case(name)
     ids = expected["input_ids"][:1]
     uses = jlora.trace(model.apply, params, ids)
-    stacked = {path for path, kind in models.names(model).items() if kind.stacked and path.endswith("kernel")}
+    stacked = {path for path, kind in models.tensor_names(model).items() if kind.stacked and path.endswith("kernel")}
     assert {tuple(uses[path].axes) for path in stacked} == {((0,), (1,), (2,))}  # pyright: ignore
     config = jlora.LoraConfig(rank=2, alpha=4)
     assert stacked <= set(jlora.plan(params, config, uses))

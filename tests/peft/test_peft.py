@@ -25,8 +25,9 @@ from safetensors.numpy import load_file
 
 import jlora
 from jlora import models, peft
-from jlora.peft.config import PeftConfig, exact_alpha, read_config
-from jlora.peft.tensors import TENSORS
+from jlora.files.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from jlora.peft.config import PeftConfig, exact_alpha
+from jlora.peft.config_file import read_config
 from tests.golden.make_peft import CASES, FOLDER, inputs, torch_base, torch_logits, write_case
 from tests.messages import expect, message
 from tests.peft_cases import (
@@ -93,20 +94,20 @@ def test_saving_is_the_inverse_of_loading(case: str, tmp_path: Path) -> None:
     """load(save(a)) == a bit for bit; the same bytes each time; and peft's own tensors and settings."""
     b, (adapters, config) = base(CASES[case].base), loaded(case)
     first, second = save(tmp_path / "1", case), save(tmp_path / "2", case)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         assert (first / file).read_bytes() == (second / file).read_bytes()
-    assert sorted(f.name for f in first.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(f.name for f in first.iterdir()) == [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
     again, again_config = peft.load(first, b.names, b.params)
     assert_same(adapters, again)
     assert dataclasses.asdict(again_config) == dataclasses.asdict(config)
 
-    ours, theirs = (json.loads((f / "adapter_config.json").read_text()) for f in (first, FOLDER / case))
+    ours, theirs = (json.loads((f / ADAPTER_CONFIG).read_text()) for f in (first, FOLDER / case))
     assert not set(ours) - set(theirs)
     for key in ("peft_type", "inference_mode", "init_lora_weights", "use_dora", "bias", "task_type", "revision"):
         assert ours[key] == theirs[key], key
     if case in PARTIAL:  # what stacked leaves fill in is written too
         return
-    mine, golden = (load_file(f / "adapter_model.safetensors") for f in (first, FOLDER / case))
+    mine, golden = (load_file(f / ADAPTER_WEIGHTS) for f in (first, FOLDER / case))
     golden = {k: v for k, v in golden.items() if not re.search(r"\.(modules_to_save|original_module)\.", k)}
     assert set(mine) == set(golden)
     if case not in ("llama",):  # layers of unequal ranks and scales
@@ -123,7 +124,7 @@ def test_peft_writes_today_what_the_golden_files_hold(tmp_path: Path) -> None:
     for case, made in CASES.items():
         with quiet():
             expected = write_case(tmp_path / case, made)
-        new, golden = (load_file(f / case / "adapter_model.safetensors") for f in (tmp_path, FOLDER))
+        new, golden = (load_file(f / case / ADAPTER_WEIGHTS) for f in (tmp_path, FOLDER))
         assert {k: v.shape for k, v in new.items()} == {k: v.shape for k, v in golden.items()}
         b = base(made.base)
         adapters, _ = peft.load(tmp_path / case, b.names, b.params)
@@ -160,7 +161,7 @@ def peft_logits(folder: Path, name: str) -> np.ndarray:
 
     with quiet():
         model = theirs.PeftModel.from_pretrained(copy.deepcopy(torch_state(name)), str(folder)).eval()
-        stored = load_file(folder / "adapter_model.safetensors")
+        stored = load_file(folder / ADAPTER_WEIGHTS)
         state = theirs.get_peft_model_state_dict(model, save_embedding_layers=False)
         copies = re.compile(r"\.(modules_to_save|original_module)\.")
         assert set(stored) == {k for k in state if not copies.search(k)}
@@ -172,7 +173,7 @@ def peft_logits(folder: Path, name: str) -> np.ndarray:
 def test_peft_reads_what_we_write(case: str, tmp_path: Path) -> None:
     name = CASES[case].base
     if case == "llama-embeddings":  # our whole tables become modules_to_save
-        assert "embed_tokens" in str(json.loads((save(tmp_path, case) / "adapter_config.json").read_text()))
+        assert "embed_tokens" in str(json.loads((save(tmp_path, case) / ADAPTER_CONFIG).read_text()))
     assert_close(peft_logits(save(tmp_path, case), name), EXPECTED[case])
 
 
@@ -194,11 +195,11 @@ def test_one_rank_for_all(case: str, tmp_path: Path) -> None:
         return
     assert not {"modules_to_save", "use_dora", "bias"} & fields.keys()
     save(tmp_path, case, uniform_rank=True)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert config["r"] == config["lora_alpha"] == max(f.rank for f in factors(loaded(case)[0]).values())
     assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
     assert (config["modules_to_save"], config["bias"], config["use_dora"]) == (None, "none", False)
-    assert all(re.search(r"\.lora_(A|B)\.weight$", key) for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert all(re.search(r"\.lora_(A|B)\.weight$", key) for key in load_file(tmp_path / ADAPTER_WEIGHTS))
     again, _ = peft.load(tmp_path, b.names, b.params)
     assert {f.scale for f in factors(again).values()} == {1.0}
     assert_close(plain(name, jlora.merge(b.params, again)), EXPECTED[case])
@@ -255,7 +256,7 @@ def test_adapters_made_here(case: str, tmp_path: Path) -> None:
     name, config, written = OURS[case]
     b, adapters = base(name), grown(name, config)
     peft.save(tmp_path, b.names, b.params, adapters, config, base_model="x/y", task_type=written.get("task_type"))
-    found = json.loads((tmp_path / "adapter_config.json").read_text())
+    found = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     found["rank_pattern"], found["alpha_pattern"] = (
         {key.replace("\\", ""): value for key, value in found[table].items()}
         for table in ("rank_pattern", "alpha_pattern")
@@ -290,7 +291,7 @@ def test_folding_a_scale_rounds_nothing(tmp_path: Path) -> None:
     config = dataclasses.replace(config, overrides=(jlora.Override("up", alpha=6.0),))
     adapters = grown("toy", config)
     peft.save(tmp_path / "1", b.names, b.params, adapters, config, uniform_rank=True)
-    stored = {key.split(".")[-3] + key[-8]: x for key, x in load_file(tmp_path / "1" / TENSORS).items()}
+    stored = {key.split(".")[-3] + key[-8]: x for key, x in load_file(tmp_path / "1" / ADAPTER_WEIGHTS).items()}
     assert {name: str(x.dtype) for name, x in stored.items()} == {
         "denseA": "bfloat16", "denseB": "float32", "upA": "bfloat16", "upB": "bfloat16"
     }  # fmt: skip
@@ -305,7 +306,7 @@ def test_folding_a_scale_rounds_nothing(tmp_path: Path) -> None:
 
     folder = edited(tmp_path / "2", "toy", unequal)
     dense: Any = peft.load(folder, b.names, b.params)[0]["blocks/dense/kernel"]
-    theirs = load_file(folder / TENSORS)
+    theirs = load_file(folder / ADAPTER_WEIGHTS)
     for i, alpha in enumerate((4, 7)):
         expected = theirs[f"{PRE}blocks.{i}.dense.lora_B.weight"].astype(np.float32).T * (alpha / 3)
         np.testing.assert_allclose(np.float32(dense.b[i]) * dense.scale, expected, rtol=1e-6)
@@ -331,7 +332,7 @@ def test_dtypes_are_kept(tmp_path: Path) -> None:
     again, found = peft.load(tmp_path, b.names, b.params)
     assert_same(again, {path: adapters[path] for path in again})
     assert found.dtype == "bfloat16"
-    assert load_file(tmp_path / "adapter_model.safetensors").popitem()[1].dtype == ml_dtypes.bfloat16
+    assert load_file(tmp_path / ADAPTER_WEIGHTS).popitem()[1].dtype == ml_dtypes.bfloat16
 
 
 def test_shapes_are_enough(tmp_path: Path) -> None:
@@ -353,12 +354,12 @@ def test_shapes_are_enough(tmp_path: Path) -> None:
 def test_an_adapter_of_the_bare_network_fits_one_with_a_head_and_back(tmp_path: Path) -> None:
     """The first part of the names may be missing, or too much."""
     bare, params = models.load(FOLDER / "base-roberta", task="features", key=jax.random.key(0))
-    less, _ = peft.load(FOLDER / "patterns", models.names(bare), params)
+    less, _ = peft.load(FOLDER / "patterns", models.tensor_names(bare), params)
     whole, config = loaded("patterns")
     assert {path.replace("params/", "params/encoder/"): f.scale for path, f in factors(less).items()} == {
         path: f.scale for path, f in factors(whole).items()
     }
-    peft.save(tmp_path, models.names(bare), params, less, config)
+    peft.save(tmp_path, models.tensor_names(bare), params, less, config)
     b = base("roberta")
     assert_same(peft.load(tmp_path, b.names, b.params)[0], whole)
 
@@ -450,7 +451,7 @@ def test_modules_are_matched_as_peft_matches_them(fields: dict[str, Any], tmp_pa
     theirs = LoraConfig(**fields)
     theirs.save_pretrained(str(tmp_path))
     ranks, alphas = theirs.rank_pattern or {}, theirs.alpha_pattern or {}
-    ours: PeftConfig = read_config(tmp_path / "adapter_config.json")
+    ours: PeftConfig = read_config(tmp_path / ADAPTER_CONFIG)
     for path, name in base("roberta").names.items():
         if name.kind == "array":
             continue

@@ -18,8 +18,9 @@ import pytest
 
 import jlora
 from jlora import models, peft
+from jlora.files.hub_files import ADAPTER_CONFIG
 from jlora.peft import options
-from jlora.peft.config import _FIELDS
+from jlora.peft.config_file import _FIELDS
 from tests.messages import expect, message
 from tests.peft_cases import assert_close, needs_peft
 
@@ -90,7 +91,7 @@ def reloaded(folder: Path, **base: Any) -> Any:
 
 def refusal(folder: Path) -> str:
     model, params = models.load(checkpoint())
-    return message(peft.PeftError, lambda: peft.load(folder, models.names(model), params))
+    return message(peft.PeftError, lambda: peft.load(folder, models.tensor_names(model), params))
 
 
 def assert_merges(model: Any, folder: Path, expected: np.ndarray) -> None:
@@ -104,7 +105,7 @@ def assert_loads(folder: Path, expected: np.ndarray, base: Path | None = None) -
     """An adapter computes the same here."""
     model, params = models.load(base or checkpoint())
     assert np.abs(expected - np.asarray(model.apply(params, IDS))).max() > 0.01
-    adapters, _ = peft.load(folder, models.names(model), params)
+    adapters, _ = peft.load(folder, models.tensor_names(model), params)
     assert_close(model.apply(jlora.merge(params, adapters), IDS), expected)
 
 
@@ -279,9 +280,7 @@ def test_what_depends_on_the_input_has_no_merged_form(tmp_path: Path) -> None:
 
     model = trained(fresh(), alora_invocation_tokens=[5], task_type="CAUSAL_LM")
     model.save_pretrained(str(tmp_path / "alora"))
-    expect(
-        refusal(tmp_path / "alora"), "alora_invocation_tokens = [5]", "no merged weights compute it; use it in PyTorch"
-    )
+    expect(refusal(tmp_path / "alora"), "alora_invocation_tokens = [5]", "cannot be merged; use it in PyTorch")
     with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
         model.merge_and_unload()
 
@@ -290,7 +289,7 @@ def test_what_depends_on_the_input_has_no_merged_form(tmp_path: Path) -> None:
     expert.save_pretrained(str(tmp_path / "expert"))
     model = create_arrow_model(fresh(), [str(tmp_path / "expert")], ArrowConfig(top_k=1))
     model.save_pretrained(str(tmp_path / "arrow"))
-    expect(refusal(tmp_path / "arrow" / "arrow_router"), "arrow_config = ", "load each of those")
+    expect(refusal(tmp_path / "arrow" / "arrow_router"), "arrow_config = ", "load each adapter by itself")
     with pytest.raises(RuntimeError, match="Cannot merge an active Arrow"):
         model.merge_and_unload()
     assert_loads(tmp_path / "arrow" / "task_0", expected)
@@ -302,8 +301,8 @@ def test_qalora_does_nothing_over_plain_weights(tmp_path: Path) -> None:
     model = trained(fresh(), use_qalora=True, qalora_group_size=2)
     model.save_pretrained(str(tmp_path))
     expect(refusal(tmp_path), "use_qalora = True", "set it to false")
-    content = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**content, "use_qalora": False}))
+    content = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({**content, "use_qalora": False}))
     assert_loads(tmp_path, logits(model))
 
 
@@ -353,7 +352,7 @@ def test_a_table_stored_beside_its_factors(tmp_path: Path) -> None:
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     text = refusal(tmp_path / "adapter")
     expect(text, f"{name!r} has other values than 'params/model/embed_tokens/embedding'", ".unload().save_pretrained(")
-    names = models.names(models.load(checkpoint())[0])
+    names = models.tensor_names(models.load(checkpoint())[0])
     without = message(peft.PeftError, lambda: peft.load(tmp_path / "adapter", names))
     expect(without, f"{name!r} is stored beside factors: give params with values")
     _unload(fresh(), tmp_path)
@@ -380,6 +379,6 @@ def test_every_option_of_peft_is_known() -> None:
 
     if not importlib.metadata.version("peft").startswith("0.21."):
         pytest.skip("the list is that of peft 0.21")
-    tried = {name.strip() for name in MERGED} | set(EMPTY) | set(options._WAYS)
+    tried = {name.strip() for name in MERGED} | set(EMPTY) | set(options._ADVICE)
     fields = {field.name for field in dataclasses.fields(theirs.LoraConfig)}
     assert not fields - set(_FIELDS) - options._INERT - tried

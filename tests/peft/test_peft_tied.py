@@ -21,6 +21,7 @@ import jlora
 from jlora import models, peft
 from jlora._src.paths import named_leaves
 from jlora.files import tensor_names
+from jlora.files.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.golden.make_peft import FOLDER
 from tests.messages import expect, message
 from tests.peft_cases import assert_close, assert_same, needs_peft
@@ -186,15 +187,15 @@ def test_an_adapter_of_both_uses_is_written_for_both(
     config = jlora.LoraConfig(2, alpha=3, targets=targets, train_also=(TABLE[kind],) if whole else ())
     adapters = grown(folder, kind, False, config)
     model, params = network(folder, False)
-    peft.save(tmp_path, models.names(model), params, adapters, config)
-    stored = {key for key in load_file(tmp_path / "adapter_model.safetensors") if "lm_head" in key}
+    peft.save(tmp_path, models.tensor_names(model), params, adapters, config)
+    stored = {key for key in load_file(tmp_path / ADAPTER_WEIGHTS) if "lm_head" in key}
     parts = ("weight",) if whole else ("lora_A.weight", "lora_B.weight")
     assert stored == {f"base_model.model.lm_head.{part}" for part in parts}
-    again, _ = peft.load(tmp_path, models.names(model), params)
+    again, _ = peft.load(tmp_path, models.tensor_names(model), params)
     assert_same(again, {path: adapters[path] for path in again})
     assert set(again) == set(adapters)
     untied, more = network(folder, True)
-    two, _ = peft.load(tmp_path, models.names(untied), more)
+    two, _ = peft.load(tmp_path, models.tensor_names(untied), more)
     assert set(two) == {*adapters, "params/lm_head/kernel"}
     assert_close(logits(folder, True, two), logits(folder, False, adapters), 1e-5)
 
@@ -223,12 +224,12 @@ def test_what_trains_the_two_apart_needs_two_leaves(case: str, checkpoints: dict
     config = jlora.LoraConfig(2, alpha=2, exclude=(), **fields)
     adapters = grown(folder, "llama", True, config)
     untied, more = network(folder, True)
-    peft.save(tmp_path, models.names(untied), more, adapters, config)
+    peft.save(tmp_path, models.tensor_names(untied), more, adapters, config)
     tied, params = network(folder, False)
     for given in (params, None):
-        text = message(peft.PeftError, lambda given=given: peft.load(tmp_path, models.names(tied), given))
+        text = message(peft.PeftError, lambda given=given: peft.load(tmp_path, models.tensor_names(tied), given))
         expect(text, f"'{table_of('llama')}'", part, "models.load(path, untie=True)", "Nothing was loaded")
-    again, _ = peft.load(tmp_path, models.names(untied), more)
+    again, _ = peft.load(tmp_path, models.tensor_names(untied), more)
     assert_same(again, {path: adapters[path] for path in again})
     assert set(again) == set(adapters)
 
@@ -239,15 +240,15 @@ def test_dora_of_a_tied_table_has_no_form(checkpoints: dict[str, Path], tmp_path
     model, params = network(folder, False)
     config = jlora.LoraConfig(2, targets=("q_proj", "embed_tokens"), use_dora=True)
     adapters = grown(folder, "llama", False, config)
-    text = message(peft.PeftError, lambda: peft.save(tmp_path, models.names(model), params, adapters, config))
+    text = message(peft.PeftError, lambda: peft.save(tmp_path, models.tensor_names(model), params, adapters, config))
     expect(text, f"'{table_of('llama')}' has DoRA", "'lm_head.weight'", "merge")
     plain = jlora.LoraConfig(
         2, targets=config.targets, use_dora=True, overrides=(jlora.Override("embed_tokens", use_dora=False),)
     )
     adapters = grown(folder, "llama", False, plain)
-    peft.save(tmp_path, models.names(model), params, adapters, plain)
+    peft.save(tmp_path, models.tensor_names(model), params, adapters, plain)
     untied, more = network(folder, True)
-    two, _ = peft.load(tmp_path, models.names(untied), more)
+    two, _ = peft.load(tmp_path, models.tensor_names(untied), more)
     assert_close(logits(folder, True, two), logits(folder, False, adapters), 1e-5)
 
 
@@ -263,7 +264,7 @@ def test_a_tied_model_of_ones_own(tmp_path: Path) -> None:
     config = jlora.LoraConfig(2, targets=("table", "up"))
     adapters = jlora.init(jax.random.key(0), params, config, jlora.trace(apply, params, jnp.arange(3)))
     peft.save(tmp_path, table, params, adapters, config)
-    assert {key.split(".lora")[0] for key in load_file(tmp_path / "adapter_model.safetensors")} == {
+    assert {key.split(".lora")[0] for key in load_file(tmp_path / ADAPTER_WEIGHTS)} == {
         f"base_model.model.{module}" for module in ("tokens", "out", "up")
     }
     assert_same(peft.load(tmp_path, table, params)[0], {path: adapters[path] for path in table if path in adapters})
@@ -345,7 +346,7 @@ def test_peft_and_we_agree_on_tied_pairs(kind: str, checkpoints: dict[str, Path]
             expected = torch_logits(model)
         for untie in (False, True):
             network_, params = network(folder, untie)
-            table = models.names(network_)
+            table = models.tensor_names(network_)
             if not untie and not case.startswith("both"):
                 text = message(peft.PeftError, lambda t=table, p=params, c=case: peft.load(tmp_path / c, t, p))
                 expect(text, f"'{table_of(kind)}'", "untie=True")
@@ -364,10 +365,10 @@ def test_ties_that_peft_would_not_carry_out(tmp_path: Path) -> None:
     model, params = models.load(FOLDER / "base-gpt2")
     config = jlora.LoraConfig(2, targets=("wte",))
     adapters = jlora.init(jax.random.key(0), params, config, jlora.trace(model.apply, params, IDS))
-    peft.save(tmp_path, models.names(model), params, adapters, config)
-    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    peft.save(tmp_path, models.tensor_names(model), params, adapters, config)
+    written = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert sorted(written["target_modules"]) == ["lm_head", "wte"] and "ensure_weight_tying" not in written
     written |= {"target_modules": ["transformer.wte"], "ensure_weight_tying": True}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
-    text = message(peft.PeftError, lambda: peft.load(tmp_path, models.names(model), params))
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(written))
+    text = message(peft.PeftError, lambda: peft.load(tmp_path, models.tensor_names(model), params))
     expect(text, "'lm_head' has factors, but target_modules does not name it")

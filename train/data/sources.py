@@ -20,7 +20,8 @@ import pyarrow as pa
 
 from jlora._src.paths import nearest
 from jlora.files.checksums import check_sums, write_sums
-from jlora.files.safetensors import TensorError, read_json
+from jlora.files.errors import TensorError
+from jlora.files.json_files import read_json
 from train.config import ConfigError
 from train.data.formats import File, read_tables
 

@@ -16,7 +16,7 @@ import filelock
 
 from jlora._src.paths import bullets
 from jlora.files.checksums import SUMS, check_sums, write_sums
-from jlora.files.safetensors import read_json
+from jlora.files.json_files import read_json
 from jlora.models import TensorError
 from train.compute.processes import first_decides, is_first, say
 from train.config import ConfigError, TrainConfig

@@ -24,7 +24,8 @@ from jlora._src.paths import bullets, check_kinds
 from jlora._src.types import Adapters, Array, Axes, LoraFactors
 from jlora._src.types import Path as LeafPath
 from jlora.files.checksums import SUMS, check_sums, write_sums
-from jlora.files.safetensors import TensorError, read_json, write_json
+from jlora.files.errors import TensorError
+from jlora.files.json_files import read_json, write_json
 
 PARTS = ("a", "b", "magnitude")
 CONTENT = {"arrays", "adapters.json", SUMS}

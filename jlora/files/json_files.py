@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +41,17 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(file: Path, value: Any, *, sort_keys: bool = True, default: Callable[[Any], Any] | None = None) -> None:
+def write_json(file: Path, value: Any, *, sort_keys: bool = True) -> None:
     """Write ``value`` as JSON; on an error ``file`` keeps its old content. The arguments are those of `json_text`."""
     with drafts(file) as (draft,):
-        draft.write_text(json_text(value, sort_keys=sort_keys, default=default))
+        draft.write_text(json_text(value, sort_keys=sort_keys))
 
 
-def json_text(value: Any, *, sort_keys: bool = True, default: Callable[[Any], Any] | None = None) -> str:
+def json_text(value: Any, *, sort_keys: bool = True) -> str:
     """``value`` as the text of a JSON file.
 
     Args:
       value: what `json.dumps` takes.
       sort_keys: sort the keys of objects, so that equal values give equal bytes.
-      default: converts values that JSON lacks, as in `json.dumps`.
     """
-    return json.dumps(value, indent=2, sort_keys=sort_keys, default=default) + "\n"
+    return json.dumps(value, indent=2, sort_keys=sort_keys) + "\n"

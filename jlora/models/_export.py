@@ -71,8 +71,8 @@ def export(
       model, params: as from `load`.
       adapters: as from `jlora.init`.
       tokenizer: None, an object with ``save_pretrained``, or a folder or the id of a model on the hub, whose tokenizer
-        or image processor is copied, and whose generation_config.json replaces the base's. Its padding token goes into the
-        config.json of a decoder without one, as classifiers of transformers need it for batches.
+        or image processor is copied, and whose generation_config.json replaces the base's. Its padding token goes into
+        the config.json of a decoder without one, as classifiers of transformers need it for batches.
       base_model: the id of the base on the hub, for the model card.
       max_shard_bytes: the size above which the tensors are divided into several files with an index.
 
@@ -82,8 +82,8 @@ def export(
     Raises:
       KeyError, ValueError: as `jlora.merge`, if an adapter does not fit or holds NaN or infinity. Nothing is written.
       ModelError: if ``params`` are not those of ``model``, are not finite, or exceed the range of their dtype when
-        merged, naming every leaf; if ``tokenizer`` has no files; or if ``folder`` has a README.md that `export` did not write.
-        Nothing is written.
+        merged, naming every leaf; if ``tokenizer`` has no files; or if ``folder`` has a README.md that `export` did not
+        write. Nothing is written.
     """
     folder = Path(folder)
     leaves, _ = named_leaves(params)

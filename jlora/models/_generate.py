@@ -59,9 +59,9 @@ def generate(
 
     Raises:
       ModelError: if the model is not a language model, or has fewer positions than the longest prompt and the new
-        tokens need, without padding; if a prompt is empty or not padded on the left, or has a token outside of the vocabulary;
-        or if an option is out of range, or the key is missing. Inside of ``jit`` values are not checked, and padding
-        counts as tokens.
+        tokens need, without padding; if a prompt is empty or not padded on the left, or has a token outside of the
+        vocabulary; or if an option is out of range, or the key is missing. Inside of ``jit`` values are not checked,
+        and padding counts as tokens.
     """
     if not isinstance(model, LanguageModel):
         raise ModelError(

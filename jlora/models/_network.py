@@ -93,7 +93,8 @@ def sharding_rules(model: nn.Module) -> ShardingRules:
     The first linear layer of a pair is split over the mesh axis ``tensor`` along its outputs, the second along its
     inputs (Shoeybi et al. 2019), and both over ``fsdp`` along the other axis (Rajbhandari et al. 2020). Large
     vocabularies are split over ``tensor``; norms, and biases that are added after a sum over ``tensor``, are
-    replicated. A third axis ``data`` splits batches alone: place them with ``P(("data", "fsdp"))``, and activations follow.
+    replicated. A third axis ``data`` splits batches alone: place them with ``P(("data", "fsdp"))``, and activations
+    follow.
 
     >>> mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     >>> model = build(path)

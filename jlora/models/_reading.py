@@ -71,8 +71,8 @@ def _cast_into(out: np.ndarray, array: np.ndarray, tensor: Tensor) -> None:
         out[...] = array
     if out.dtype != array.dtype and not is_finite(out):
         raise TensorError(
-            f"{tensor.file}: the tensor {tensor.name!r} of dtype {array.dtype} is out of the range of {out.dtype}. Pass "
-            "a param_dtype of a larger range, such as float32 or bfloat16."
+            f"{tensor.file}: the tensor {tensor.name!r} of dtype {array.dtype} is out of the range of {out.dtype}. "
+            "Pass a param_dtype of a larger range, such as float32 or bfloat16."
         )
 
 

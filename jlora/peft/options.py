@@ -77,5 +77,6 @@ def _of_init(start: Any) -> str:
         return f"{_IN_PROCESS}; PEFT cannot convert it"
     return (
         f"{_IN_PROCESS} or convert it (`model.save_pretrained(new_folder, "
-        "path_initial_model_for_weight_conversion=start)`, with the adapter as it was saved before the training); PEFT does not repeat this change when it loads the file"
+        "path_initial_model_for_weight_conversion=start)`, with the adapter as it was saved before the training); PEFT "
+        "does not repeat this change when it loads the file"
     )

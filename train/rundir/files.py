@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -31,7 +32,6 @@ import orbax.checkpoint as ocp
 from jlora import LoraConfig
 from jlora._src.fields import expected, fits, shown
 from jlora._src.paths import nearest
-from jlora.files import json_files
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -63,13 +63,15 @@ def _alone() -> ocp.StandardCheckpointer:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` with its keys in order; on an error ``path`` keeps its old content."""
-    json_files.write_json(path, value, sort_keys=False, default=str)
+    """Write ``value`` so that ``path`` holds all of it or what it held before."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text_of(value))
+    os.replace(draft, path)
 
 
 def text_of(value: Any) -> str:
-    """The text that `write_json` writes."""
-    return json_files.json_text(value, sort_keys=False, default=str)
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, default=str) + "\n"
 
 
 def to_json(value: Any) -> Any:

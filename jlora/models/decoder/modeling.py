@@ -104,7 +104,7 @@ class Decoder(LayerStack):
 
 
 class Layer(Part):
-    """Attention and an MLP; the input of each is normalized, and its output is added (with sandwich norms, normalized)."""
+    """Attention and an MLP: the input of each is normalized (with sandwich norms its output too), its output added."""
 
     config: DecoderConfig
 

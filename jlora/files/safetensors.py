@@ -172,27 +172,31 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, PendingTensor], max_sha
     Args:
       folder: an existing folder.
       tensors: by name.
-      max_shard_bytes: the size limit of one file; a larger tensor gets a file of its own.
+      max_shard_bytes: the size limit of one file, unless a single tensor is larger.
 
     Returns:
       The files that were written.
     """
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    split = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda tensor: tensor.size,
-        filename_pattern=WEIGHTS_PATTERN,
-        max_shard_size=max_shard_bytes,
-    )
-    files = [folder / name for name in split.filename_to_tensors]
-    index = [folder / WEIGHTS_INDEX] if split.is_sharded else []
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.size
+    count = len(shards)
+    suffixes = [f"-{i:05}-of-{count:05}" for i in range(1, count + 1)] if count > 1 else [""]
+    files = {folder / WEIGHTS_PATTERN.format(suffix=s): names for s, names in zip(suffixes, shards, strict=True)}
+    index = [folder / WEIGHTS_INDEX] if count > 1 else []
     with drafts(*files, *index) as paths:
-        for path, names in zip(paths, split.filename_to_tensors.values(), strict=False):
+        for path, names in zip(paths, files.values(), strict=False):
             _dump(path, {name: tensors[name].fetch() for name in names})
         if index:
-            paths[-1].write_text(json_text({"metadata": split.metadata, "weight_map": split.tensor_to_filename}))
-    return files + index
+            size = sum(tensor.size for tensor in tensors.values())
+            weight_map = {name: file.name for file, names in files.items() for name in names}
+            paths[-1].write_text(json_text({"metadata": {"total_size": size}, "weight_map": weight_map}))
+    return [*files, *index]
 
 
 def _dump(file: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -21,7 +21,7 @@ from jlora.files.json_files import read_json
 from jlora.models._causal import CausalConfig
 from jlora.models._checkpoint import check_leaves, write
 from jlora.models._family import ModelError, ending_of
-from jlora.models._network import architecture, fetch
+from jlora.models._network import architecture, fetch, import_hub
 
 _TAG = "jlora"
 _CARD = """\
@@ -82,8 +82,8 @@ def export(
     Raises:
       KeyError, ValueError: as `jlora.merge`, if an adapter does not fit or holds NaN or infinity. Nothing is written.
       ModelError: if ``params`` are not those of ``model``, are not finite, or exceed the range of their dtype when
-        merged, naming every leaf; if ``tokenizer`` has no files; or if ``folder`` has a README.md that `export` did not
-        write. Nothing is written.
+        merged, naming every leaf; if ``tokenizer`` has no files; if ``folder`` has a README.md that `export` did not
+        write; or if huggingface_hub is not installed. Nothing is written.
     """
     folder = Path(folder)
     leaves, _ = named_leaves(params)
@@ -155,20 +155,19 @@ def _stored_pad(files: Sequence[Path]) -> int | None:
 
 
 def _check_card(file: Path) -> None:
-    """Raises a ModelError if there is a model card that `export` did not write."""
-    if file.exists() and _TAG not in _tags(file):
+    """Raises a ModelError if there is a model card that `export` did not write, or if none can be written."""
+    hub = import_hub("export: a model card")
+    if file.exists() and _TAG not in _tags(file, hub):
         raise ModelError(
             f"export: {file} was not written by jlora (it has no tag `{_TAG}`), and the model card would replace it; "
             "expected no such file, or that of an earlier export. Nothing was written: export into a new folder."
         )
 
 
-def _tags(card: Path) -> Sequence[str]:
+def _tags(card: Path, hub: Any) -> Sequence[str]:
     """The tags of a model card; none if it has no valid metadata."""
-    from huggingface_hub import metadata_load
-
     try:
-        return (metadata_load(card) or {}).get("tags") or ()
+        return (hub.metadata_load(card) or {}).get("tags") or ()
     except Exception:  # whatever the YAML parser and the codec raise
         return ()
 
@@ -181,8 +180,6 @@ def _write_card(
     lost: Rounding,
     base_model: str | None,
 ) -> None:
-    from huggingface_hub import ModelCard, ModelCardData  # a slow import
-
     factors = [value for value in adapters.values() if isinstance(value, LoraFactors)]
     text = _CARD.format(
         name=folder.resolve().name,
@@ -195,8 +192,9 @@ def _write_card(
         total=sum(map(_size, leaves.values())),
         rounding=lost,
     )
-    data = ModelCardData(base_model=base_model, library_name="transformers", tags=["lora", _TAG])
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / MODEL_CARD)
+    hub = import_hub("export: a model card")
+    data = hub.ModelCardData(base_model=base_model, library_name="transformers", tags=["lora", _TAG])
+    hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / MODEL_CARD)
 
 
 def _size(value: Any) -> int:

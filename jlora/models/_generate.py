@@ -14,8 +14,9 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jlora._src.types import Array, PyTree
-from jlora.models._causal import Cache, LanguageModel
+from jlora.models._causal import Cache
 from jlora.models._family import ModelError
+from jlora.models._heads import LanguageModel
 
 
 def generate(

@@ -137,21 +137,34 @@ def fetch(path: str | Path, revision: str | None = None, files: Sequence[str] = 
       files: patterns of the files to download.
 
     Raises:
-      ModelError: if there is no such folder, and no such model can be downloaded.
+      ModelError: if there is no such folder, and no such model can be downloaded, or huggingface_hub is not installed.
     """
     if (folder := Path(path)).is_dir():
         return folder
-    from huggingface_hub import snapshot_download
+    hub = import_hub(f"{str(path)!r} is not a folder here, and a download from the hub")
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=list(files)))
+        return Path(hub.snapshot_download(str(path), revision=revision, allow_patterns=list(files)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ModelError(
             f"{str(path)!r} is not a folder, and could not be downloaded from the hub: {str(error).splitlines()[0]} "
             f"Expected a folder with {CONFIG} and {WEIGHTS}, or an id such as `FacebookAI/roberta-base`; without a "
             "network, download it elsewhere and pass its folder."
         ) from error
+
+
+def import_hub(what: str) -> Any:
+    """The package huggingface_hub, imported where it is needed: it is optional, and slow to import.
+
+    Raises:
+      ModelError: if it is not installed; the message starts with ``what``.
+    """
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise ModelError(f'{what} needs huggingface_hub; run: pip install "jlora[hub]"') from error
+    return huggingface_hub
 
 
 def architecture(model: nn.Module) -> Architecture:

@@ -13,10 +13,8 @@ from jlora.models._causal import (
     Cache,
     CausalConfig,
     CausalMask,
-    LanguageModel,
     LayerInput,
     LayerStack,
-    SequenceClassifier,
     layer_inputs,
     linear_init,
     scanned_layers,
@@ -24,6 +22,7 @@ from jlora.models._causal import (
     with_cached,
 )
 from jlora.models._family import DERIVED, INTERNAL, Epsilon, Layers, Positive, Rate, Size
+from jlora.models._heads import LanguageModel, SequenceClassifier
 from jlora.models._layers import Activation, Part, activation, attend, dense, split_batch
 from jlora.models.decoder.rope import Rope, rotate, rotations
 

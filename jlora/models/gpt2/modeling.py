@@ -13,10 +13,8 @@ from jlora.models._causal import (
     Cache,
     CausalConfig,
     CausalMask,
-    LanguageModel,
     LayerInput,
     LayerStack,
-    SequenceClassifier,
     layer_inputs,
     linear_init,
     scanned_layers,
@@ -24,6 +22,7 @@ from jlora.models._causal import (
     with_cached,
 )
 from jlora.models._family import Epsilon, Layers, Rate, Size
+from jlora.models._heads import LanguageModel, SequenceClassifier
 from jlora.models._layers import Activation, Part, activation, attend, layer_norm, split_batch
 
 

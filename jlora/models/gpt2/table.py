@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from jlora._src.tree.sharding import ShardingRules
 from jlora.files.tensor_names import TensorName, conv1d, embedding, norm
-from jlora.models._causal import head_names, tied_head
 from jlora.models._family import Family, TaskName, read_config
+from jlora.models._heads import head_names, tied_head
 from jlora.models.gpt2.modeling import GPT2, GPT2Config, GPT2ForCausalLM, GPT2ForSequenceClassification
 
 SHARDING_RULES: ShardingRules = (

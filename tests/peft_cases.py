@@ -1,12 +1,14 @@
-"""What the tests of PEFT share: the golden cases on our side, and copies of them with one thing changed."""
+"""Shared by the tests of PEFT: the golden cases on our side, and edited copies of them."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,14 @@ needs_peft = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft")),
     reason="needs torch, transformers and peft",
 )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of torch, transformers and peft."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class Base(NamedTuple):
@@ -68,7 +78,7 @@ TOY_NAMES = {
 
 @functools.cache
 def base(name: str) -> Base:
-    """The base of some cases, on our side."""
+    """A base of the golden cases on our side."""
     if name != "toy":
         model, params = models.load(FOLDER / f"base-{name}")
         return Base(model.apply, params, models.tensor_names(model))
@@ -99,7 +109,7 @@ def loaded(case: str) -> tuple[dict[str, Any], jlora.LoraConfig]:
 
 
 def assert_same(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-    """Equal adapters, static fields and all, bit for bit."""
+    """Adapters that are equal bit for bit, static fields included."""
     assert list(a) == list(b) and jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype
@@ -111,7 +121,7 @@ def assert_close(got: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
 
 
 def save(folder: Path, case: str, **options: Any) -> Path:
-    """What we write of a golden case."""
+    """The adapter of a golden case, as we write it."""
     b = base(CASES[case].base)
     peft.save(folder, b.names, b.params, *loaded(case), task_type=CASES[case].config.get("task_type"), **options)
     return folder

@@ -1,4 +1,4 @@
-"""A configuration that no network computes, a file that is damaged or lies: refused, by name."""
+"""Invalid configurations, damaged files and wrong indices are refused, and the error names them."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_tensor_with_nan_is_named(dtype: Any, value: float, saved: Path) -> No
 
 
 def test_finite_is_told_exactly_and_fast() -> None:
-    """The largest, smallest and negative numbers are finite; and sixteen bits cost no more than their reading."""
+    """The largest, smallest and negative numbers are finite; checking 16-bit floats is as fast as reading them."""
     for dtype in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64):
         info = ml_dtypes.finfo(dtype)
         array = np.array([0, -0.0, info.max, info.min, info.tiny, -info.smallest_subnormal], dtype)

@@ -1,4 +1,4 @@
-"""Networks beside the golden ones, against the real peft: names of live modules, and heads with factors."""
+"""More networks against the real peft: names of modules, and heads with factors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def drawn(model: Any, params: Any, config: jlora.LoraConfig, batch: Any) -> dict
 
 
 def test_names_of_the_model_and_of_its_files() -> None:
-    """One table has both, and they differ for ViT alone."""
+    """One table has both, and they differ only for ViT."""
     vit = models.tensor_names(models.build(VIT))
     kernels = [path for path in vit if path.endswith("layer_0/" + path.split("/")[-2] + "/kernel")]
     assert {vit[path].tensors[0] for path in kernels} == {
@@ -110,7 +110,7 @@ def test_vit_in_both_directions(tmp_path: Path) -> None:
     adapted.save_pretrained(str(tmp_path / "theirs"))
     check(peft.load(tmp_path / "theirs", names, params)[0], logits(adapted))
 
-    # transformers 4 had the names of files in the model, and so have the adapters of its time.
+    # In transformers 4 modules had the names of the files, and so do its adapters.
     change(tmp_path / "theirs", in_transformers_4, ADAPTER_WEIGHTS)
     file = tmp_path / "theirs" / ADAPTER_CONFIG
     old = {"target_modules": ["query", "value", "intermediate.dense", "output.dense"]}
@@ -127,7 +127,7 @@ def in_transformers_4(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @needs_peft
 def test_layers_trained_whole_and_by_factors(tmp_path: Path) -> None:
-    """In a stacked leaf they are refused, and what PEFT merges, as is advised, is loaded; an encoder has both."""
+    """In a stacked leaf this is refused, and the advice to merge in PEFT works; an encoder loads both."""
     import peft as theirs
     import torch
     import transformers

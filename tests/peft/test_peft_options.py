@@ -1,4 +1,4 @@
-"""What PEFT computes and jlora does not: every way out that a refusal tells is tried in the real peft."""
+"""What PEFT computes and jlora does not: all advice in the refusals is tried in the real peft."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ MERGED: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", MERGED)
 def test_what_is_merged_in_pytorch(name: str, tmp_path: Path) -> None:
-    """Loaded anew and merged, it computes what was trained."""
+    """Loaded again and merged, it computes what was trained."""
     option = name.strip()
     fields = {"target_modules": []} if option == "target_parameters" else {}
     model = trained(fresh(), **{option: MERGED[name]}, **fields)
@@ -147,7 +147,7 @@ def test_a_bias_of_lora_needs_one_in_the_base(tmp_path: Path) -> None:
 
 
 def test_repeated_layers_get_weights_of_their_own(tmp_path: Path) -> None:
-    """PEFT adds the updates of all copies to the one weight that they share."""
+    """Otherwise PEFT adds the updates of all copies to the weight that they share."""
     import torch
 
     model = trained(fresh(), layer_replication=[[0, 2], [0, 2]])
@@ -200,7 +200,7 @@ def _loftq(config: Any, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         root = s[:reduced_rank].sqrt()
         return quantized, (root[:, None] * v[:reduced_rank]).contiguous(), (u[:, :reduced_rank] * root).contiguous()
 
-    # The real one needs a GPU and bitsandbytes; this one changes the base weights as it does, by a grid of 15 values.
+    # The real one needs a GPU and bitsandbytes; this one rounds the base weights to a grid of 15 values.
     monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", quantize)
 
 
@@ -214,7 +214,7 @@ INITS: dict[str, tuple[dict[str, Any], Callable[..., None] | None]] = {
 
 @pytest.mark.parametrize("start", INITS)
 def test_starts_that_change_the_base(start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Merged or converted where it was trained; LoftQ cannot be converted, and none of the others loaded anew."""
+    """Merged or converted in the process that trained it; LoftQ cannot be converted, and none can be loaded again."""
     import peft as theirs
 
     fields: dict[str, Any]
@@ -248,7 +248,7 @@ def test_starts_that_change_the_base(start: str, tmp_path: Path, monkeypatch: py
     else:
         expect(text, "path_initial_model_for_weight_conversion=start")
         assert_loads(convert(), expected)
-        if start != "corda":  # which is not loaded at all
+        if start != "corda":  # which cannot be loaded at all
             assert np.abs(logits(reloaded(tmp_path / "adapter")) - expected).max() > 0.01
     assert_merges(model, tmp_path / "merged", expected)
 
@@ -274,7 +274,7 @@ def test_empty_settings_that_mean_nothing_are_read(name: str, tmp_path: Path) ->
 
 
 def test_what_depends_on_the_input_has_no_merged_form(tmp_path: Path) -> None:
-    """PEFT says so too; of Arrow the adapters that it chooses among are read."""
+    """PEFT refuses to merge it too; the adapters that Arrow chooses among are read."""
     from peft.tuners.lora.arrow import create_arrow_model
     from peft.tuners.lora.config import ArrowConfig
 
@@ -341,7 +341,7 @@ def _unload(network: Any, folder: Path) -> None:
 
 
 def test_a_table_stored_beside_its_factors(tmp_path: Path) -> None:
-    """It is compared with the base's, which needs values; where it is another, the refusal says how to get that one."""
+    """It is compared with the base's, which needs values; if it differs, the refusal says how to write that base."""
     import torch
 
     network = fresh()
@@ -360,7 +360,7 @@ def test_a_table_stored_beside_its_factors(tmp_path: Path) -> None:
 
 
 def test_methods_beside_lora(tmp_path: Path) -> None:
-    """Those that PEFT merges are read merged; prompts have no merged form."""
+    """Methods that PEFT can merge are loaded merged; prompt methods cannot be merged."""
     import peft as theirs
 
     model = moved(theirs.get_peft_model(fresh(), theirs.LoHaConfig(r=2, target_modules=TARGETS)))
@@ -374,7 +374,7 @@ def test_methods_beside_lora(tmp_path: Path) -> None:
 
 
 def test_every_option_of_peft_is_known() -> None:
-    """Each was looked at: it is read, changes nothing, or is refused with a way out that a test here goes."""
+    """Each is read, has no effect, or is refused with advice that a test here tries."""
     import peft as theirs
 
     if not importlib.metadata.version("peft").startswith("0.21."):

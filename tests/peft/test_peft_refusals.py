@@ -1,4 +1,4 @@
-"""What is no adapter of PEFT, or none for these parameters: all that is wrong is named, and nothing is half done."""
+"""Adapters that are damaged or do not fit: every fault is named, and nothing is half loaded or half written."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ WRONG: dict[str, tuple[Callable[[dict, dict], Any], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_everything_wrong_is_named(case: str, tmp_path: Path) -> None:
-    """Whatever does not fit is an error that names each tensor or setting, and nothing is loaded."""
+    """The error names each tensor or setting that does not fit, and nothing is loaded."""
     edit, parts = WRONG[case]
     b = base("roberta")
     folder = edited(tmp_path / "it", "plain", edit)
@@ -91,7 +91,7 @@ def test_everything_wrong_is_named(case: str, tmp_path: Path) -> None:
 
 
 def test_many_faults_are_counted(tmp_path: Path) -> None:
-    """A wholly different model's adapter is one message that can be read."""
+    """The adapter of a different model gives one readable message."""
     b = base("toy")
     more = {f"{PRE}layers.{i}.lora_A.weight": np.ones((2, 2)) for i in range(50)}
     folder = edited(tmp_path / "it", "toy", lambda c, t: t.update(more))
@@ -138,7 +138,7 @@ def test_damaged_files_are_refused(case: str, tmp_path: Path) -> None:
 
 
 def test_a_stacked_leaf_is_trained_whole_or_by_factors(tmp_path: Path) -> None:
-    """PEFT trains each layer as it likes; where a leaf has several of them, both ways at once are refused."""
+    """PEFT may train layers in different ways; a stacked leaf that mixes both is refused."""
     b = base("toy")
 
     def mix(config: dict, tensors: dict) -> None:
@@ -153,7 +153,7 @@ def test_a_stacked_leaf_is_trained_whole_or_by_factors(tmp_path: Path) -> None:
 
 
 def test_a_head_is_nothing_that_vllm_reads(tmp_path: Path) -> None:
-    """It is stored for the task, trained or not."""
+    """A head is stored for the task, trained or not."""
     b, (adapters, config) = base("roberta"), loaded("plain")
     text = message(
         peft.PeftError,
@@ -169,7 +169,7 @@ def test_an_id_on_the_hub_is_fetched_first() -> None:
 
 
 def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
-    """All of it is named, and an adapter that was there stays."""
+    """Every problem is named, and an adapter in the folder is not replaced."""
     b, (adapters, config) = base("toy"), loaded("toy")
     kept = save(tmp_path, "toy") / ADAPTER_WEIGHTS
     before = kept.read_bytes()
@@ -215,7 +215,7 @@ def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
 
 
 def test_factors_of_a_head_that_peft_trains_whole_alone_are_no_adapter(tmp_path: Path) -> None:
-    """They are folded into its weight, which needs values; and then there are none left."""
+    """They are merged into its weight, which needs values, and then no factors are left."""
     b = base("roberta")
     config = jlora.LoraConfig(2, targets=("classifier/dense/kernel",), exclude=())
     adapters = grown("roberta", config)

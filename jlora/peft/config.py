@@ -1,4 +1,4 @@
-"""The fields of PEFT's LoRA config, and what they say of each module by PEFT's own matching of names."""
+"""PEFT's LoRA config: which modules are adapted, with which rank and scale, by PEFT's own matching of names."""
 
 from __future__ import annotations
 

@@ -72,8 +72,8 @@ def wrong_factors(
     """Factors that are missing, unexpected, or of another shape or dtype.
 
     Args:
-      theirs: by our names of tensors, those of the adapter.
-      at: by our names of tensors, what they are here.
+      theirs: our names of tensors to the adapter's.
+      at: our names of tensors to leaves and layers.
     """
     return [
         fault

@@ -128,7 +128,7 @@ class _Adapted:
 
     @property
     def transposed(self) -> bool:
-        """Whether an adapted weight is [in, out] in PyTorch too, which PEFT has to be told."""
+        """PEFT's ``fan_in_fan_out``: whether an adapted weight is [in, out] in PyTorch too."""
         return any(self.names[path].kind == "conv1d" for path in self.factors)
 
 

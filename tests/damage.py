@@ -1,7 +1,7 @@
 """Damage: one file of a folder changed in one random place, determined by the seed.
 
-A flipped bit, a cut, inserted bytes; a file that is missing, empty, a directory or another folder's; and in JSON a value
-of another type, an extreme number, a value that is nested, missing or there twice.
+A flipped bit, a cut, inserted bytes; a file that is missing, empty, a directory or another folder's; and in JSON a
+value of another type, an extreme number, a value that is nested, missing or there twice.
 """
 
 from __future__ import annotations

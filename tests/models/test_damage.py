@@ -1,7 +1,7 @@
 """Damaged files give an error of the documented type that names file and place, or exactly what was written; no prints.
 
-A sample runs with the suite. ``JLORA_DAMAGES=500 pytest tests/models/test_damage.py`` makes 500 damages of each kind, and
-prints the outcomes.
+A sample runs with the suite. ``JLORA_DAMAGES=500 pytest tests/models/test_damage.py`` makes 500 damages of each kind,
+and prints the outcomes.
 
 PEFT's and Hugging Face's files have no room for checksums: a changed byte of tensor data, or another valid value in a
 configuration, cannot be detected. For these the test requires that the file's content is loaded. For files that jlora

@@ -1,7 +1,7 @@
-"""Damage: one file of a folder changed in one place, at random, the same for the same seed.
+"""Damage: one file of a folder changed in one random place, determined by the seed.
 
-A bit, a cut, bytes put in; a file that is missing, empty, a directory or another's; and of JSON a value of another
-type, an extreme number, nested, missing or there twice.
+A flipped bit, a cut, inserted bytes; a file that is missing, empty, a directory or another folder's; and in JSON a
+value of another type, an extreme number, a value that is nested, missing or there twice.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ STRANGE: tuple[Any, ...] = (
     float("nan"), "", "x", "0", "null", "\0", "é" * 300, [], [0], [None], [[]], ["x", 1], {}, {"x": 1}, {"kind": "x"},
     [1e308] * 3, -(10**400),
 )  # fmt: skip
-"""Values that hardly any attribute may have, and some that it may."""
+"""Values that are invalid for most attributes, and some that are valid."""
 
 
 class Damage(NamedTuple):
-    """What was done.
+    """A damage that was done.
 
     Attributes:
-      file: to which one, as it lies in the folder.
+      file: its name in the folder.
       how: in words.
-      key: the JSON keys that lead to the place, if it is one in JSON.
+      key: of JSON, the keys that lead to the place.
     """
 
     file: str
@@ -37,9 +37,9 @@ class Damage(NamedTuple):
 
 def damage(folder: Path, other: Path, rng: random.Random) -> Damage:
     """Change one file of ``folder``; ``other`` is a whole folder of the same kind."""
-    # By size, as orbax names its files anew each time.
+    # By size, as orbax gives its files new names each time.
     files = sorted((f for f in folder.rglob("*") if f.is_file()), key=lambda f: (f.suffix, f.stat().st_size, f.name))
-    # Few files are JSON, and there is much to get wrong in them.
+    # Few files are JSON, but there is much to get wrong in them.
     texts = [file for file in files if _json(file) is not None]
     if texts and rng.random() < 0.5:
         file = rng.choice(texts)

@@ -1,12 +1,14 @@
-"""What the tests of PEFT share: the golden cases on our side, and copies of them with one thing changed."""
+"""Shared by the tests of PEFT: the golden cases on our side, and edited copies of them."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora import models, peft
 from jlora.files import tensor_names as names
+from jlora.files.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.golden.make_peft import CASES, FOLDER, inputs
 
 TOLERANCE = 1e-4
@@ -29,6 +32,14 @@ needs_peft = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft")),
     reason="needs torch, transformers and peft",
 )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of torch, transformers and peft."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class Base(NamedTuple):
@@ -68,10 +79,10 @@ TOY_NAMES = {
 
 @functools.cache
 def base(name: str) -> Base:
-    """The base of some cases, on our side."""
+    """A base of the golden cases on our side."""
     if name != "toy":
         model, params = models.load(FOLDER / f"base-{name}")
-        return Base(model.apply, params, models.names(model))
+        return Base(model.apply, params, models.tensor_names(model))
     tensors = load_file(FOLDER / "base-toy" / "model.safetensors")
     params: dict[str, Any] = {}
     for path, n in TOY_NAMES.items():
@@ -99,7 +110,7 @@ def loaded(case: str) -> tuple[dict[str, Any], jlora.LoraConfig]:
 
 
 def assert_same(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-    """Equal adapters, static fields and all, bit for bit."""
+    """Adapters that are equal bit for bit, static fields included."""
     assert list(a) == list(b) and jax.tree.structure(a) == jax.tree.structure(b)
     chex.assert_trees_all_equal_dtypes(a, b)
     chex.assert_trees_all_equal(a, b)
@@ -110,7 +121,7 @@ def assert_close(got: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
 
 
 def save(folder: Path, case: str, **options: Any) -> Path:
-    """What we write of a golden case."""
+    """The adapter of a golden case, as we write it."""
     b = base(CASES[case].base)
     peft.save(folder, b.names, b.params, *loaded(case), task_type=CASES[case].config.get("task_type"), **options)
     return folder
@@ -126,12 +137,12 @@ def edited(folder: Path, case: str, edit: Callable[[dict, dict], Any]) -> Path:
     """A copy of a golden adapter after ``edit(config, tensors)``."""
     shutil.copytree(FOLDER / case, folder)
     config, tensors = (
-        json.loads((folder / "adapter_config.json").read_text()),
-        load_file(folder / "adapter_model.safetensors"),
+        json.loads((folder / ADAPTER_CONFIG).read_text()),
+        load_file(folder / ADAPTER_WEIGHTS),
     )
     edit(config, tensors)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Drawn configurations of PEFT and of ours, on tiny networks of every family, and what each side computes with them."""
+"""Random configurations of PEFT and of jlora on tiny networks of every family, and the logits of both sides."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 import jlora
 from jlora import models
+from jlora.files.hub_files import ADAPTER_WEIGHTS
 
 _SMALL: dict[str, Any] = {"vocab_size": 32, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 2}
 _COMMON: dict[str, Any] = {
@@ -68,7 +69,7 @@ class Side(NamedTuple):
     uses: Any
 
     def logits(self, adapters: Any = None) -> np.ndarray:
-        """What is computed with adapters merged, or without."""
+        """The logits with adapters merged, or without adapters."""
         return np.asarray(self.apply(self.params if adapters is None else jlora.merge(self.params, adapters)))
 
 
@@ -78,7 +79,7 @@ class Base(NamedTuple):
     Attributes:
       network: PyTorch's.
       ours: the same.
-      untied: the same, loaded with an output projection of its own where PyTorch's is tied.
+      untied: the same, loaded with a separate output projection if PyTorch's is tied.
       task: PEFT's task type, or None.
       inputs: PyTorch's arguments.
     """
@@ -139,16 +140,16 @@ def _side(name: str, folder: Path, inputs: tuple[np.ndarray, ...], untie: bool) 
 
         _APPLY[name, untie] = jax.jit(apply), jlora.trace(apply, params)
     apply, uses = _APPLY[name, untie]
-    return Side(apply, params, models.names(model), uses)
+    return Side(apply, params, models.tensor_names(model), uses)
 
 
 def first(output: Any) -> Any:
-    """The logits, or the hidden states of a network without head."""
+    """The logits, or the hidden states of a network without a head."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def logits(b: Base, network: Any) -> np.ndarray:
-    """What PyTorch computes."""
+    """The logits of PyTorch."""
     import torch
 
     with torch.no_grad():
@@ -159,7 +160,7 @@ def logits(b: Base, network: Any) -> np.ndarray:
 
 
 class Draw:
-    """Choices from one seed."""
+    """Random choices from one seed."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -180,7 +181,7 @@ def _end(module: str, parts: int) -> str:
 
 
 def _pattern(draw: Draw, modules: Sequence[str]) -> str:
-    """A regular expression that fits some of the modules whole."""
+    """A regular expression that matches some of the modules."""
     ends = sorted({_end(module, 1) for module in modules})
     return draw.one(
         [
@@ -193,10 +194,12 @@ def _pattern(draw: Draw, modules: Sequence[str]) -> str:
 
 
 def _names(draw: Draw, modules: Sequence[str], most: int = 3) -> list[str]:
-    """Ends of names, as a list of PEFT has them."""
+    """Ends of names, as in PEFT's lists of modules."""
     parts = draw.one([1, 1, 1, 2, 3, 9])
     found = draw.some(sorted({_end(module, parts) for module in modules}), most)
-    return [*found, found[0][1:]] if draw.chance(0.2) else found  # the last one is a whole name to some of PEFT's keys
+    return (
+        [*found, found[0][1:]] if draw.chance(0.2) else found
+    )  # some of PEFT's fields take the last one for a whole name
 
 
 def draw_config(draw: Draw, b: Base) -> dict[str, Any]:
@@ -265,7 +268,7 @@ def make_peft(config: dict[str, Any], draw: Draw, b: Base, dtype: str, folder: P
 
 
 def read_peft(b: Base, folder: Path, *, whole: bool = False) -> np.ndarray:
-    """The logits of PEFT with an adapter; it must not miss a tensor, nor (``whole``) leave one of the file unread."""
+    """The logits of PEFT with an adapter; it must not miss a tensor or, with ``whole``, leave one unread."""
     import peft as theirs
 
     with warnings.catch_warnings(record=True) as caught:
@@ -275,7 +278,7 @@ def read_peft(b: Base, folder: Path, *, whole: bool = False) -> np.ndarray:
     assert not missing, missing
     if whole:
         known = set(theirs.get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        unread = set(load_file(folder / "adapter_model.safetensors")) - known
+        unread = set(load_file(folder / ADAPTER_WEIGHTS)) - known
         assert not unread, f"peft does not read {unread}"
     return logits(b, adapted)
 
@@ -286,7 +289,7 @@ def read_peft(b: Base, folder: Path, *, whole: bool = False) -> np.ndarray:
 def draw_ours(draw: Draw, b: Base, dtype: str) -> tuple[jlora.LoraConfig, dict[str, Any], dict[str, Any]]:
     """A config, adapters with random values, and options of `peft.save`."""
     names = b.ours.names
-    # A weight that no gradient reaches, as the pooler of bare BERT, is refused when it is named.
+    # A weight without a gradient, such as the pooler of bare BERT, is refused if it is a target.
     live = {path for path, use in b.ours.uses.items() if any(u.gradient for u in use.uses)}
     weights = [path for path, name in names.items() if name.kind != "array" and path in live]
     matrices = [path for path in weights if names[path].kind != "embedding"]

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: a small classifier, saved, and ways to damage it."""
+"""Shared by the tests of checkpoints: a small classifier, saved, and ways to damage it."""
 
 from __future__ import annotations
 

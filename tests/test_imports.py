@@ -23,12 +23,12 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "_src.engine.rules": "rule | low_rank joins placement | products lookups arithmetic moves writes control_flow | "
     "table",
     "_src.engine ": "interpreter trace | lora",
-    "files": "adapters safetensors tensor_names | checksums",
+    "files": "errors drafts adapters | json_files checksums tensor_names | hub_files | safetensors",
     "_src.tree": "checks serialize state | attach labels merge plan save sharding stack | init",
-    "peft": "options | config layout | tensors tied | read write | __init__",
-    "models": "_family | _layers decoder.rope | _causal | "
+    "peft": "options | config layout | config_file describe keys | tied faults | tensors | read write | __init__",
+    "models": "_family | _layers decoder.rope | _causal _encoder | _heads | "
     "bert.modeling gpt2.modeling decoder.modeling vit.modeling | bert.table gpt2.table decoder.table vit.table | "
-    "_registry _reading | _network | _checkpoint | _generate | _export | __init__",
+    "_registry _reading | _network _matching | _checkpoint | _generate | _export | __init__",
     "": "__init__",
 }
 TRAIN = {

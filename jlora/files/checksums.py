@@ -1,17 +1,17 @@
-"""The SHA-256 of every file of a folder, kept beside them: what is read is what was written.
+"""The SHA-256 of every file of a folder, stored beside the files: a read returns exactly what was written.
 
-The file that holds them is as ``sha256sum`` writes it, so that ``sha256sum -c SHA256SUMS`` checks a folder by hand.
+``SHA256SUMS`` has the format of ``sha256sum``, so that ``sha256sum -c SHA256SUMS`` checks a folder by hand.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from jlora.files.safetensors import TensorError
+from jlora.files.drafts import drafts
+from jlora.files.errors import TensorError
 from jlora.messages import bullets
 
 SUMS = "SHA256SUMS"
@@ -19,41 +19,40 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *](?:\./)?(.+)")
 
 
 def write_sums(folder: Path, files: Mapping[str, Path] | None = None) -> None:
-    """Keep the sums of ``files``, by the names under which they lie in ``folder``; by default of all that lie there."""
+    """Write the checksums of ``files``, by their names in ``folder``; by default of all files in it."""
     files = {name: file for name, file in files_in(folder).items() if name != SUMS} if files is None else files
     lines = [f"{_sum(file)}  {name}\n" for name, file in files.items()]
-    draft = folder / f"{SUMS}.draft"
-    draft.write_text("".join(lines), encoding="utf-8")
-    os.replace(draft, folder / SUMS)
+    with drafts(folder / SUMS) as (draft,):
+        draft.write_text("".join(lines), encoding="utf-8")
 
 
 def files_in(folder: Path) -> dict[str, Path]:
-    """All files below a folder, by their names in it."""
+    """All files below a folder, by their relative names, sorted."""
     return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def check_sums(folder: Path) -> None:
-    """Return if the files are those whose sums were kept.
+    """Compare the files of a folder with their checksums.
 
     Raises:
-      TensorError: naming every file that is missing or differs; also if the sums are missing, or are none.
+      TensorError: naming every file that is missing or differs; or if there are no valid checksums.
     """
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TensorError(
-            f"{folder / SUMS} cannot be read ({error}), so that nobody can tell whether the files are whole. {_AGAIN}"
+            f"{folder / SUMS} cannot be read ({error}), so the files cannot be verified. {_AGAIN}"
         ) from error
     sums = {match[2]: match[1] for line in lines if (match := _LINE.fullmatch(line))}
     wrong = [f"{name} {fault}" for name, sum in sums.items() if (fault := _fault(folder / name, sum))]
     if len(sums) < len(lines) or not sums:
-        wrong.append(f"{SUMS} has {len(lines)} lines, of which {len(sums)} are sums of different files")
+        wrong.append(f"{SUMS} has {len(lines)} lines, of which {len(sums)} are checksums of different files")
     if wrong:
         raise TensorError(f"{folder} is damaged, or was changed after it was written:{bullets(wrong)}\n{_AGAIN}")
 
 
 _AGAIN = (
-    "Expected the files as they were written: copy or save them again. If the change is yours, write their sums anew: "
+    "Expected the files as they were written: copy or save them again. If you changed them, update the checksums: "
     f"`find . -type f ! -name {SUMS} -exec sha256sum {{}} + > {SUMS}` in that folder."
 )
 

@@ -1,8 +1,8 @@
-"""Where a leaf lies in the PyTorch world: its tensor names there, and how the array is laid out.
+"""Which PyTorch tensors each leaf of a parameter tree is, and how their axes are ordered.
 
-One table of these serves loading, saving, merged export and PEFT adapters in both directions. The families of
-`jlora.models` bring theirs (`jlora.models.names`); for a model of your own, write one with the functions below, by the
-names that the parameters have in PyTorch's model:
+One table serves loading, saving, merged export, and PEFT adapters in both directions. `jlora.models.tensor_names`
+returns it for a network of `jlora.models`; for a model of your own, write it with the functions below, using the
+parameter names of the PyTorch model:
 
 >>> names = {**linear("params/Dense_0", "model.up"), **embedding("params/Embed_0", "model.tokens")}
 """
@@ -11,33 +11,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from jlora._src.types import Path
 
-Kind = Literal["linear", "conv1d", "conv2d", "embedding", "array"]
-"""The PyTorch module that a weight belongs to; ``conv1d`` is the transposed linear layer of GPT-2."""
+ModuleKind = Literal["linear", "conv1d", "conv2d", "embedding", "array"]
+"""The type of PyTorch module that a tensor belongs to; ``conv1d`` is the transposed linear layer of GPT-2."""
 
 _FROM_TORCH: dict[str, tuple[int, ...]] = {"linear": (1, 0), "conv2d": (2, 3, 1, 0)}
-"""The axes of PyTorch's array, in the order in which ours has them; those of other kinds stay as they are."""
+"""The axes of PyTorch's array in the order of ours; other kinds have the same order."""
 
 
 class TensorName(NamedTuple):
-    """Where one leaf lies.
+    """The PyTorch tensors of one leaf.
 
     Attributes:
-      tensors: names in PyTorch's model, as ``named_parameters()`` gives them, by which PEFT goes too: one, or one for
-        each layer of a stacked leaf.
-      kind: of the module, which says how its array is laid out; ``array`` for biases, norms and all that is no matrix.
+      tensors: names in PyTorch's model, as ``named_parameters()`` and PEFT have them: one, or one for each layer of a
+        stacked leaf.
+      kind: of the module, which determines the order of the axes; ``array`` for biases, norms and other non-matrices.
       stacked: whether the leaf has a leading axis of layers.
-      stored: names in checkpoint files, where they are others; see `stored_as`.
-      tied: of an embedding, the weights of linear layers that are this same array: output projections, as ``lm_head``.
+      stored: names in checkpoint files, if they differ; see `stored_as`.
+      tied: of an embedding, the weights of linear layers that share its array: output projections such as ``lm_head``.
     """
 
     tensors: tuple[str, ...]
-    kind: Kind = "array"
+    kind: ModuleKind = "array"
     stacked: bool = False
     stored: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
@@ -51,12 +51,12 @@ class TensorName(NamedTuple):
 TensorNames: TypeAlias = Mapping[Path, TensorName]
 
 
-class ModelNames(dict[Path, TensorName]):
-    """The table of a network that knows its class in PyTorch too, so that others can make the model by it.
+class ModelTensorNames(dict[Path, TensorName]):
+    """A table of tensor names, and the PyTorch class of the network, from which ``AutoPeftModel`` makes the model.
 
     Attributes:
-      library: the module that has the class.
-      class_name: its name there.
+      library: the Python module of the class.
+      class_name: its name.
     """
 
     def __init__(self, names: TensorNames, library: str, class_name: str) -> None:
@@ -65,39 +65,39 @@ class ModelNames(dict[Path, TensorName]):
 
 
 def linear(path: Path, module: str, *, bias: bool = True, layers: int | None = None) -> dict[Path, TensorName]:
-    """``kernel`` [in, out] and ``bias`` below ``path``, of ``torch.nn.Linear``, whose weight is [out, in].
+    """``kernel`` [in, out] and ``bias`` below ``path``, from ``torch.nn.Linear``, whose weight is [out, in].
 
     Args:
       path: of the module's parameters in our tree.
-      module: the name of PyTorch's module; with ``layers``, ``{}`` in it stands for the number of the layer.
-      bias: whether there is one.
-      layers: the size of the leading axis of a stacked leaf.
+      module: the name of PyTorch's module; with ``layers``, ``{}`` in it stands for the layer's index.
+      bias: whether the module has one.
+      layers: of a stacked leaf, the size of its leading axis.
     """
     return _module(path, module, ("kernel", "linear"), bias, layers)
 
 
 def conv1d(path: Path, module: str, *, layers: int | None = None) -> dict[Path, TensorName]:
-    """As `linear`, for the layer that GPT-2 calls ``Conv1D``, whose weight is [in, out] as ours is."""
+    """As `linear`, from the layer that GPT-2 calls ``Conv1D``, whose weight is [in, out] as ours."""
     return _module(path, module, ("kernel", "conv1d"), True, layers)
 
 
 def conv2d(path: Path, module: str, *, bias: bool = True) -> dict[Path, TensorName]:
-    """``kernel`` [height, width, in, out] and ``bias``, of ``torch.nn.Conv2d`` with its [out, in, height, width]."""
+    """``kernel`` [height, width, in, out] and ``bias``, from ``torch.nn.Conv2d``, [out, in, height, width]."""
     return _module(path, module, ("kernel", "conv2d"), bias, None)
 
 
 def norm(path: Path, module: str, *, bias: bool = True, layers: int | None = None) -> dict[Path, TensorName]:
-    """``scale`` and ``bias``, of ``torch.nn.LayerNorm``, or without bias of an RMS norm."""
+    """``scale`` and ``bias``, from ``torch.nn.LayerNorm``; without bias from an RMS norm."""
     return _module(path, module, ("scale", "array"), bias, layers)
 
 
 def embedding(path: Path, module: str, *, tied: str | None = None) -> dict[Path, TensorName]:
-    """``embedding`` [rows, features], of ``torch.nn.Embedding``.
+    """``embedding`` [rows, features], from ``torch.nn.Embedding``.
 
     Args:
       path: of the module's parameters in our tree.
       module: the name of PyTorch's module.
-      tied: that of the linear layer whose weight is this table too, where one leaf is both.
+      tied: the name of the linear layer that shares this table as its weight.
     """
     found = _module(path, module, ("embedding", "embedding"), False, None)
     if tied is None:
@@ -106,16 +106,16 @@ def embedding(path: Path, module: str, *, tied: str | None = None) -> dict[Path,
 
 
 def array(path: Path, tensor: str) -> dict[Path, TensorName]:
-    """A leaf that is the same array on both sides."""
+    """A leaf whose array is the same in PyTorch."""
     return {path: TensorName((tensor,))}
 
 
 def stored_as(names: TensorNames, *replacements: tuple[str, str]) -> dict[Path, TensorName]:
-    """The same table, for a model whose checkpoint files name some tensors otherwise than the model itself.
+    """The same table with names in checkpoint files that differ from those in the model.
 
     Args:
-      names: by the names in the model.
-      replacements: pairs of a text in these names and what stands for it in files; each is replaced, in this order.
+      names: with the names in the model.
+      replacements: pairs of a part of these names and its spelling in files, replaced in this order.
     """
 
     def in_file(tensor: str) -> str:
@@ -125,7 +125,7 @@ def stored_as(names: TensorNames, *replacements: tuple[str, str]) -> dict[Path, 
 
 
 def _module(
-    path: Path, module: str, weight: tuple[str, Kind], bias: bool, layers: int | None
+    path: Path, module: str, weight: tuple[str, ModuleKind], bias: bool, layers: int | None
 ) -> dict[Path, TensorName]:
     leaf, kind = weight
     modules = (module,) if layers is None else tuple(module.format(i) for i in range(layers))
@@ -136,22 +136,45 @@ def _module(
     return found
 
 
-def torch_axes(kind: Kind, ndim: int) -> tuple[int, ...]:
-    """The axes of PyTorch's array (without layers), in the order in which ours has them."""
+def torch_axes(kind: ModuleKind, ndim: int) -> tuple[int, ...]:
+    """The axes of PyTorch's array (one layer) in the order of ours."""
     return _FROM_TORCH.get(kind, tuple(range(ndim)))
 
 
-def from_torch(array: np.ndarray, kind: Kind) -> np.ndarray:
-    """One layer's array as our leaf has it; a view."""
+def from_torch(array: np.ndarray, kind: ModuleKind) -> np.ndarray:
+    """One layer's array in our order of axes; a view."""
     return array.transpose(torch_axes(kind, array.ndim))
 
 
-def to_torch(array: np.ndarray, kind: Kind) -> np.ndarray:
-    """One layer of our leaf as PyTorch has it; a view, the inverse of `from_torch`."""
+def to_torch(array: np.ndarray, kind: ModuleKind) -> np.ndarray:
+    """One layer of our leaf in PyTorch's order of axes; a view. The inverse of `from_torch`."""
     return array.transpose(np.argsort(torch_axes(kind, array.ndim)))
 
 
 def torch_shape(shape: tuple[int, ...], name: TensorName) -> tuple[int, ...]:
-    """The shape of each of a leaf's tensors in PyTorch, from the shape of our leaf."""
+    """The shape of each PyTorch tensor of a leaf of shape ``shape``."""
     one = shape[1:] if name.stacked else shape
     return tuple(one[i] for i in np.argsort(torch_axes(name.kind, len(one))))
+
+
+def to_tensor(leaf: Any, name: TensorName, layer: int) -> np.ndarray:
+    """The PyTorch array of one of a leaf's tensors, ``name.tensors[layer]``."""
+    return to_torch(np.asarray(leaf[layer] if name.stacked else leaf), name.kind)
+
+
+class LayerOfLeaf(NamedTuple):
+    """The part of a leaf that one PyTorch tensor is: the layer of that index in ``name.tensors``."""
+
+    path: Path
+    name: TensorName
+    layer: int
+
+
+def by_tensor(names: TensorNames) -> dict[str, LayerOfLeaf]:
+    """Which part of which leaf each PyTorch tensor of a table is."""
+    return {tensor: LayerOfLeaf(path, name, i) for path, name in names.items() for i, tensor in enumerate(name.tensors)}
+
+
+def module_of(tensor: str) -> str:
+    """The PyTorch module that has the tensor as its weight or bias."""
+    return tensor.rpartition(".")[0]

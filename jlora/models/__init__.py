@@ -1,21 +1,32 @@
-"""Networks for Hugging Face checkpoints, in Flax Linen: `load` one, adapt it with `jlora.lora`, `save` it back.
+"""Networks for Hugging Face checkpoints, in Flax Linen: BERT, RoBERTa, ViT, GPT-2, Llama, Mistral, Qwen and Gemma.
 
-A family is a folder with the network (``modeling``) and the names of its tensors (``table``). The networks know
-nothing of LoRA; any other model in JAX is adapted just as well.
+- `load`, `save`: a checkpoint as a network and its parameters, and back.
+- `build`: the network alone, from a checkpoint or a configuration.
+- `export`: a merged checkpoint with tokenizer and model card.
+- `generate`: text from a language model, compiled once.
+- `tensor_names`: the PyTorch names of a network's leaves, for `jlora.peft`.
+- `sharding_rules`: how its parameters are split over a mesh.
+- `abstract`, `example_inputs`: the shapes of its parameters, and a small input.
+- `fetch`: the folder of a checkpoint, downloaded if need be.
+- `ModelError`, `TensorError`: a network or a file that cannot be used.
+- `TaskName`, `Remat`: the values of ``task`` and ``remat``.
+
+A family is a folder with its network (``modeling``) and tensor names (``table``). The networks know nothing of LoRA;
+`jlora.lora` adapts any other JAX model as well.
 """
 
-from jlora.files.safetensors import TensorError
+from jlora.files.errors import TensorError
 from jlora.models._checkpoint import load, save
 from jlora.models._export import export
-from jlora.models._family import ModelError, Task
+from jlora.models._family import ModelError, TaskName
 from jlora.models._generate import generate
 from jlora.models._layers import Remat, recomputed
-from jlora.models._network import abstract, build, example_inputs, fetch, names, sharding_rules
+from jlora.models._network import abstract, build, example_inputs, fetch, sharding_rules, tensor_names
 
 __all__ = [
     "ModelError",
     "Remat",
-    "Task",
+    "TaskName",
     "TensorError",
     "abstract",
     "build",
@@ -24,8 +35,8 @@ __all__ = [
     "fetch",
     "generate",
     "load",
-    "names",
     "recomputed",
-    "sharding_rules",
     "save",
+    "sharding_rules",
+    "tensor_names",
 ]

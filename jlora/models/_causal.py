@@ -1,4 +1,4 @@
-"""Parts that decoders share: what a token may see, the cache of keys and values, and the heads."""
+"""Parts that decoders share: the causal mask, the cache of keys and values, and the stack of layers."""
 
 from __future__ import annotations
 
@@ -12,47 +12,48 @@ import jax
 import jax.numpy as jnp
 
 from jlora.fields import fits
+from jlora.files.hub_files import CONFIG, GENERATION_CONFIG
 from jlora.messages import shown
-from jlora.models._family import ModelConfig, ModelError, Positive, Size, Spread, Token
-from jlora.models._layers import Remat, recomputed
+from jlora.models._family import ModelConfig, ModelError, NonNegative, Positive, Size, Token, check_length
+from jlora.models._layers import Network, Remat, recomputed
 
 
 @dataclasses.dataclass(frozen=True)
 class CausalConfig(ModelConfig):
-    """What the heads need to know of a decoder's configuration.
+    """The fields that the heads use of a decoder's configuration.
 
     Attributes:
       vocab_size: the number of tokens.
-      initializer_range: the standard deviation with which new weights start.
-      tie_word_embeddings: the embedding of the tokens is also the output projection.
+      initializer_range: the standard deviation of new weights.
+      tie_word_embeddings: the token embedding is also the output projection.
       final_logit_softcapping: None, or the bound c of ``c * tanh(logits / c)``.
-      pad_token_id: the token that a classifier does not take for the last one.
+      pad_token_id: the padding token, which a classifier skips to find the last token.
     """
 
     vocab_size: Size = dataclasses.field(kw_only=True)
-    initializer_range: Spread = dataclasses.field(default=0.02, kw_only=True)
+    initializer_range: NonNegative = dataclasses.field(default=0.02, kw_only=True)
     tie_word_embeddings: bool = dataclasses.field(default=True, kw_only=True)
     final_logit_softcapping: Positive | None = dataclasses.field(default=None, kw_only=True)
     pad_token_id: Token | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
-        """Layers, key heads, and the size of a head."""
+        """The numbers of layers and of key heads, and the size of a head."""
         raise NotImplementedError
 
     @property
     def max_length(self) -> int | None:
-        """The number of positions that there are, or None if they do not end."""
+        """The number of positions, or None if it is unlimited."""
         return None
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
-        """The tokens after which a text has ended: those of generation_config.json, else of config.json, else none.
+        """The tokens that end a text: those of generation_config.json, or else of config.json; possibly none.
 
         Raises:
           ModelError: if the ``eos_token_id`` there is neither a token nor a list of tokens.
         """
-        for file, text in (("generation_config.json", self.generation), ("config.json", self.hf)):
+        for file, text in ((GENERATION_CONFIG, self.generation), (CONFIG, self.hf)):
             stated = json.loads(text or "{}").get("eos_token_id")
             if stated is None:
                 continue
@@ -66,43 +67,43 @@ class CausalConfig(ModelConfig):
 
 
 class Cache(NamedTuple):
-    """The keys and values of the tokens that were seen so far; functional: a call returns the next one.
+    """The keys and values of the tokens so far. It is immutable: a call returns the next one.
 
     Attributes:
       keys, values: [layers, batch, slots, key heads, head size].
-      seen: bool [batch, slots], which slots hold a token that is no padding.
-      used: int32 scalar, the number of slots that are taken.
+      valid: bool [batch, slots], which slots hold a token that is not padding.
+      length: int32 scalar, the number of slots in use.
     """
 
     keys: jax.Array
     values: jax.Array
-    seen: jax.Array
-    used: jax.Array
+    valid: jax.Array
+    length: jax.Array
 
 
-class Sight(NamedTuple):
-    """What each token may see.
+class CausalMask(NamedTuple):
+    """Which slots each token attends to.
 
     Attributes:
-      mask: bool [batch or 1, length, slots].
-      distance: int32 [length, slots], how many tokens back a slot is; for sliding windows.
-      used: int32 scalar, the slot of the first token of this call.
-      seen: that of the next cache; None without one.
+      allowed: bool [batch or 1, length, slots].
+      distance: int32 [length, slots], how many tokens before the token a slot is; for sliding windows.
+      start: int32 scalar, the slot of the first token of this call.
+      valid: that of the next cache; None without one.
     """
 
-    mask: jax.Array
+    allowed: jax.Array
     distance: jax.Array
-    used: jax.Array
-    seen: jax.Array | None
+    start: jax.Array
+    valid: jax.Array | None
 
 
 class LayerInput(NamedTuple):
-    """What differs from layer to layer beside the parameters, each with a leading axis of layers, or None.
+    """What differs from layer to layer beside the parameters: each field has a leading axis of layers, or is None.
 
     Attributes:
       keys, values: of the cache.
-      window: int32, how many tokens back the layer sees, itself included.
-      scale: float32, of the scores.
+      window: int32, the number of tokens that the layer attends to, up to and including the current one.
+      scale: float32, multiplies the scores.
     """
 
     keys: jax.Array | None
@@ -111,72 +112,74 @@ class LayerInput(NamedTuple):
     scale: jax.Array | None
 
 
-def sight(
+def causal_mask(
     shape: tuple[int, ...], attention_mask: jax.Array | None, segment_ids: jax.Array | None, cache: Cache | None
-) -> Sight:
-    """What the tokens of a call see: themselves and earlier tokens of their segment, no padding.
+) -> CausalMask:
+    """The mask of a call: each token attends to itself and to earlier tokens of its segment, never to padding.
 
     Args:
       shape: (batch, length) of the tokens.
       attention_mask: [batch, length], 0 or False at padding; None if there is none.
       segment_ids: int [batch, length], for packed sequences.
-      cache: that of the tokens before.
+      cache: of the tokens before.
 
     Raises:
-      ValueError: for segments together with a cache, or a cache that has fewer slots than there are tokens.
+      ValueError: for segments together with a cache, or a cache with fewer slots than there are tokens.
     """
     length = shape[1]
     real = None if attention_mask is None else attention_mask.astype(bool)
     if cache is None:
-        slots, used, seen = length, jnp.int32(0), None
+        slots, start, valid = length, jnp.int32(0), None
     elif segment_ids is not None:
-        raise ValueError("segment_ids together with a cache; packed sequences are for training: give one of the two")
-    elif cache.seen.shape[1] < length:
-        raise ValueError(f"{length} tokens for a cache of {cache.seen.shape[1]} slots; make it with init_cache for all")
+        raise ValueError("segment_ids together with a cache; packed sequences are for training: pass one of the two")
+    elif cache.valid.shape[1] < length:
+        raise ValueError(
+            f"{length} tokens for a cache of {cache.valid.shape[1]} slots; make it with init_cache for all"
+        )
     else:
-        slots, used = cache.seen.shape[1], cache.used
+        slots, start = cache.valid.shape[1], cache.length
         new = jnp.ones(shape, bool) if real is None else real
-        real = seen = jax.lax.dynamic_update_slice_in_dim(cache.seen, new, used, axis=1)
-    distance = used + jnp.arange(length)[:, None] - jnp.arange(slots)
-    mask = (distance >= 0)[None]
+        real = valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new, start, axis=1)
+    distance = start + jnp.arange(length)[:, None] - jnp.arange(slots)
+    allowed = (distance >= 0)[None]
     if real is not None:
-        mask = mask & real[:, None, :]
+        allowed = allowed & real[:, None, :]
     if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return Sight(mask, distance, used, seen)
+        allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return CausalMask(allowed, distance, start, valid)
 
 
 def default_positions(shape: tuple[int, ...], segment_ids: jax.Array | None, cache: Cache | None) -> jax.Array:
-    """int [1 or batch, length], from 0 or where the cache ends; anew in each segment. Padding counts."""
+    """int [1 or batch, length], from 0 or from the end of the cache; each segment starts at 0. Padding counts."""
     index = jnp.arange(shape[1])[None]
     if segment_ids is not None:
         starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
         return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-    return index if cache is None else index + cache.used
+    return index if cache is None else index + cache.length
 
 
 def layer_inputs(cache: Cache | None, *, window: jax.Array | None = None, scale: jax.Array | None = None) -> LayerInput:
-    """What the layers get of the cache, and their own numbers."""
+    """The input of the layers, from the cache and their windows or scales."""
     return LayerInput(None, None, window, scale) if cache is None else LayerInput(*cache[:2], window, scale)
 
 
-def next_cache(cache: Cache | None, slots: Any, scope: Sight) -> Cache | None:
+def next_cache(cache: Cache | None, slots: Any, mask: CausalMask) -> Cache | None:
     """The cache after a call whose layers returned ``slots``, (keys, values)."""
-    if cache is None or scope.seen is None:
+    if cache is None or mask.valid is None:
         return None
     keys, values = slots
-    return Cache(keys, values, scope.seen, scope.used + scope.mask.shape[1])
+    return Cache(keys, values, mask.valid, mask.start + mask.allowed.shape[1])
 
 
-def remember(layer: LayerInput, key: jax.Array, value: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """All keys and values that a layer may look at: those of this call, after those of the cache if there is one."""
+def with_cached(layer: LayerInput, key: jax.Array, value: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The keys and values that a layer attends to: those of the cache, if there is one, and of this call."""
     if layer.keys is None or layer.values is None:
         return key, value
-    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=used, axis=1)
+    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
     return write(layer.keys, key.astype(layer.keys.dtype)), write(layer.values, value.astype(layer.values.dtype))
 
 
-def layered(layer: type[nn.Module], length: int, *, remat: Remat) -> Any:
+def scanned_layers(layer: type[nn.Module], length: int, *, remat: Remat) -> Any:
     """``layer`` scanned over stacked parameters: ``(x, LayerInput, shared, deterministic) -> (x, (keys, values))``."""
     return nn.scan(
         recomputed(layer, remat, static=4, scanned=True),
@@ -188,117 +191,64 @@ def layered(layer: type[nn.Module], length: int, *, remat: Remat) -> Any:
 
 
 def linear_init(config: CausalConfig) -> nn.initializers.Initializer:
-    """How a family's linear layers and tables start."""
+    """The initializer of linear layers and tables."""
     return nn.initializers.normal(config.initializer_range)
 
 
-class _Headed(nn.Module):
-    """A decoder below a head. A family's class says which decoder, and its name in transformers."""
+class LayerStack(Network):
+    """A decoder without a head. Subclasses define ``setup`` and the three methods at the end."""
 
-    network: ClassVar[Any]
-    below: ClassVar[str]
+    title: ClassVar[str]
 
-    config: Any
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    remat: Remat = "none"
-
-    def decoder(self) -> Any:
-        """The network below the head."""
-        return self.network(self.config, self.dtype, self.param_dtype, self.remat, name=self.below)
-
-
-class CausalLM(_Headed):
-    """A decoder and the logits of the next token."""
-
-    @nn.compact
     def __call__(
         self,
         input_ids: jax.Array,
         attention_mask: jax.Array | None = None,
         position_ids: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        cache: Cache | None = None,
-        deterministic: bool = True,
-        last_only: bool = False,
-    ) -> Any:
-        """The logits of the token after each token.
-
-        Args:
-          input_ids: int [batch, length].
-          attention_mask: [batch, length], 0 or False at padding, on either side; by default there is none.
-          position_ids: int [batch, length]; by default from 0 (padding counts), or from where the cache ends.
-          segment_ids: int [batch, length], for packed sequences: a token sees its own segment only, and unless
-            ``position_ids`` says otherwise each segment's positions start at 0.
-          cache: of `init_cache` or of the call before; the tokens of this call follow those in it.
-          deterministic: no dropout; otherwise give ``rngs={"dropout": key}``.
-          last_only: only the last token's logits, [batch, 1, vocab_size].
-
-        Returns:
-          float32 [batch, length, vocab_size]; with a cache, also the next one.
-        """
-        decoder = self.decoder()
-        x, following = decoder.run(input_ids, attention_mask, position_ids, segment_ids, cache, deterministic)
-        x = x[:, -1:] if last_only else x
-        if self.config.tie_word_embeddings:
-            logits = decoder.unembed(x)
-        else:
-            logits = _head(self, self.config.vocab_size, "lm_head")(x)
-        if (cap := self.config.final_logit_softcapping) is not None:
-            logits = cap * jnp.tanh(logits / cap)
-        return logits if cache is None else (logits, following)
-
-    def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
-        """An empty cache for ``length`` tokens in all, prompt included; by default in the dtype of the computation."""
-        layers, heads, size = self.config.cache_shape
-        empty = jnp.zeros((layers, batch, length, heads, size), dtype or self.dtype)
-        return Cache(empty, empty, jnp.zeros((batch, length), bool), jnp.int32(0))
-
-
-class SequenceClassifier(_Headed):
-    """A decoder and a linear head, without bias, on the last token that is no padding."""
-
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
-        position_ids: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """Logits float32 [batch, num_labels]; the arguments are those of `CausalLM`.
+        """The last layer's states [batch, length, width], normalized; the arguments are those of `LanguageModel`."""
+        return self.run(input_ids, attention_mask, position_ids, segment_ids, None, deterministic)[0]
 
-        The last token is the last one that is not ``pad_token_id``, as in transformers, whatever the mask says; only
-        when the configuration has none, it is the last one in the mask.
+    def run(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None,
+        position_ids: jax.Array | None,
+        segment_ids: jax.Array | None,
+        cache: Cache | None,
+        deterministic: bool,
+    ) -> tuple[jax.Array, Cache | None]:
+        """The states as `__call__` returns them, and the next cache if there is one.
+
+        Raises:
+          ModelError: if there are more tokens than positions, and no ``position_ids``; also for packed sequences, whose
+            lengths are not known at compile time.
         """
-        x, _ = self.decoder().run(input_ids, attention_mask, position_ids, None, None, deterministic)
-        last = _last_token(input_ids, attention_mask, self.config.pad_token_id)
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        return _head(self, self.config.num_labels, "score")(x)
+        if position_ids is None:
+            check_length(self.title, input_ids.shape[1], self.config.max_length)
+            position_ids = default_positions(input_ids.shape, segment_ids, cache)
+        mask = causal_mask(input_ids.shape, attention_mask, segment_ids, cache)
+        x = self.embed(input_ids, position_ids, deterministic)
+        x, slots = self.apply_layers(x, position_ids, mask, cache, deterministic)
+        return x, next_cache(cache, slots, mask)
 
+    def embed(self, input_ids: jax.Array, position_ids: jax.Array, deterministic: bool) -> jax.Array:
+        """The input of the first layer, [batch, length, width]."""
+        raise NotImplementedError
 
-def _last_token(input_ids: jax.Array, attention_mask: jax.Array | None, pad_token_id: int | None) -> jax.Array:
-    """int [batch]: the index of the last token that is no padding; 0 where all are."""
-    if pad_token_id is not None:
-        real = input_ids != pad_token_id
-    else:
-        real = jnp.ones_like(input_ids, bool) if attention_mask is None else attention_mask.astype(bool)
-    return jnp.argmax(jnp.where(real, jnp.arange(input_ids.shape[1]), 0), axis=1)
+    def apply_layers(
+        self, x: jax.Array, position_ids: jax.Array, mask: CausalMask, cache: Cache | None, deterministic: bool
+    ) -> tuple[jax.Array, Any]:
+        """The normalized states after all layers, and their (keys, values) for the next cache."""
+        raise NotImplementedError
 
-
-def _head(module: _Headed, features: int, name: str) -> nn.Dense:
-    """A projection to logits: inputs in the network's dtype, sums and result in float32."""
-    return nn.Dense(
-        features,
-        use_bias=False,
-        dtype=module.dtype,
-        param_dtype=module.param_dtype,
-        kernel_init=linear_init(module.config),
-        dot_general=partial(jax.lax.dot_general, preferred_element_type=jnp.float32),  # pyright: ignore[reportArgumentType]
-        name=name,
-    )
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """Logits by the tied embedding, float32 [batch, length, vocab_size]."""
+        raise NotImplementedError
 
 
 def unembed(x: jax.Array, table: jax.Array, dtype: Any) -> jax.Array:
-    """Logits float32 [..., vocab] of states [..., width], by the table [vocab, width] of the embedding."""
+    """Logits float32 [..., vocab] of states [..., width], by the embedding's table [vocab, width]."""
     return jnp.einsum("...d,vd->...v", x, table.astype(dtype), preferred_element_type=jnp.float32)

@@ -1,10 +1,10 @@
-"""From a Hugging Face checkpoint to a network and its parameters, and back."""
+"""`load` and `save`: Hugging Face checkpoints as a network and its parameters."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,33 +18,26 @@ import numpy as np
 from jlora._src.paths import named_leaves
 from jlora._src.types import Array, PyTree
 from jlora._src.types import Path as LeafPath
-from jlora.files.safetensors import Tensor, open_checkpoint, write_checkpoint, write_json
-from jlora.files.tensor_names import TensorName, TensorNames, to_torch, torch_shape
+from jlora.files.hub_files import CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX, WEIGHTS_PATTERN
+from jlora.files.json_files import write_json
+from jlora.files.safetensors import PendingTensor, open_checkpoint, write_checkpoint
+from jlora.files.tensor_names import to_tensor
 from jlora.messages import bullets, nearest
-from jlora.models._family import Family, ModelConfig, ModelError, Task
+from jlora.models._family import ModelError, TaskName
 from jlora.models._layers import Remat
-from jlora.models._network import (
-    GENERATION,
-    abstract,
-    class_of,
-    described,
-    draw,
-    family_and_task,
-    fetch,
-    names,
-    network_of,
-)
-from jlora.models._reading import are_equal, read_leaf
+from jlora.models._matching import match_tensors
+from jlora.models._network import Architecture, Labels, abstract, architecture, draw, fetch, read_architecture
+from jlora.models._reading import read_leaf
 
 Shardings: TypeAlias = Any
-"""None, one sharding for all, a tree of them like the parameters, or ``(path, shape) -> sharding``."""
+"""None, one sharding for all parameters, a tree of them like the parameters, or ``(path, shape) -> sharding``."""
 
 
 def load(
     path: str | Path,
     *,
-    task: Task | None = None,
-    labels: int | Sequence[str] | None = None,
+    task: TaskName | None = None,
+    labels: Labels = None,
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     remat: Remat = "none",
@@ -58,51 +51,52 @@ def load(
     >>> model, params = load("../shared/models/minilm-l6", task="sequence-classification", key=jax.random.key(0))
     >>> logits = model.apply(params, input_ids, attention_mask)
 
-    The tensors are read one by one, and of a sharded parameter only the parts that this process holds, so that the host
-    never has much more than the parameters themselves.
+    Tensors are read one by one, and of a sharded parameter only the parts of this process's devices, so that the host's
+    memory never holds much more than the parameters.
 
     Args:
-      path: a folder, or the id of a model on the hub, which is then fetched.
-      task: what the network ends in; by default that of the checkpoint.
-      labels: of a classifier, their names or how many; by default those of the checkpoint.
-      dtype: in which the network computes; norms, attention weights and logits of losses stay in float32 inside.
-      param_dtype: of the parameters; by default as they are stored.
-      remat: what the backward pass computes again instead of keeping it, for memory: "full" everything inside of a
-        layer, "dots" everything but its products with weights; ``model.clone(remat=...)`` changes it later.
-      shardings: where the parameters go: one sharding, a tree like the parameters (see `rules`), or
+      path: a folder, or the id of a model on the hub, which is then downloaded.
+      task: what the network returns; by default that of the checkpoint.
+      labels: of a classifier, their names or their number; by default those of the checkpoint.
+      dtype: of the computation; norms, attention weights and the logits of losses are computed in float32.
+      param_dtype: of the parameters; by default their stored dtypes.
+      remat: what the backward pass recomputes to save memory: "full" everything inside of a layer, "dots" all but its
+        products with weights; ``model.clone(remat=...)`` changes it later.
+      shardings: of the parameters: one sharding, a tree like the parameters (from `sharding_rules`), or
         ``(path, shape) -> sharding``; by default JAX's default device.
-      key: a PRNG key for a head that the checkpoint lacks or has for other labels: it starts anew from it.
+      key: a PRNG key, from which a head starts that the checkpoint lacks or has for other labels.
       revision: of a model on the hub: branch, tag or commit.
-      untie: give a language model an output projection of its own also where config.json ties it to the embedding
+      untie: give a language model a separate output projection although config.json ties it to the embedding
         (``tie_word_embeddings``). It starts as the file's ``lm_head.weight``, or else as the embedding. `save` writes
-        both, and an adapter of either acts there alone.
+        both, and an adapter of one acts on that one alone.
 
     Returns:
       ``(model, params)`` such that ``model.apply(params, ...)`` computes what the class of transformers computes.
 
     Raises:
-      ModelError: if the configuration is of no known network, or the tensors are not those of it; all are named. So
-        is an output projection that is tied by config.json, and has other values than the embedding in the file.
-      TensorError: if a file is damaged, pickled or names files elsewhere, or a tensor holds NaN or infinity.
+      ModelError: if config.json describes an unknown network, or the tensors are not those of the network, all named;
+        or if config.json ties an output projection that has other values than the embedding.
+      TensorError: if a file is damaged, pickled or outside of the folder, or a tensor holds NaN or infinity.
     """
     folder = fetch(path, revision)
-    family, config, task = described(folder, task, labels, untie=untie)
-    model = network_of(family, config, task, dtype, param_dtype or jnp.float32, remat)
+    found = read_architecture(folder, task, labels, untie=untie)
+    model = found.network(dtype, param_dtype or jnp.float32, remat)
     shapes, treedef = named_leaves(abstract(model))
-    names = family.names(config, task)
-    stored = family.names(described(folder, task, labels)[1], task) if untie else names
-    ties = {head: name.files[0] for name in stored.values() for head in name.tied}
-    tensors = open_checkpoint(folder)
-    found = _resolve(tensors, names, shapes, family, ties, may_start=key is not None, where=str(folder))
+    names = found.tensor_names()
+    tied_names = read_architecture(folder, task, labels).tensor_names() if untie else names
+    ties = {head: name.files[0] for name in tied_names.values() for head in name.tied}
+    tensors = match_tensors(
+        folder, open_checkpoint(folder), names, shapes, found.family, ties, may_start=key is not None
+    )
     place = _placement(shardings, shapes, treedef)
     params = {
-        path: read_leaf(found[path], names[path], shape.shape, param_dtype or found[path][0].dtype, place(path))
+        path: read_leaf(tensors[path], names[path], shape.shape, param_dtype or tensors[path][0].dtype, place(path))
         for path, shape in shapes.items()
-        if path in found
+        if path in tensors
     }
-    if new := [path for path in shapes if path not in found]:
+    if new := [path for path in shapes if path not in tensors]:
         assert key is not None
-        stored = next((t[0].dtype for t in found.values()), jnp.float32)
+        stored = next((leaf[0].dtype for leaf in tensors.values()), jnp.float32)
         params |= _start(model, new, key, param_dtype or stored, place)
     return model, treedef.unflatten([params[path] for path in shapes])
 
@@ -110,11 +104,14 @@ def load(
 def save(folder: str | Path, model: nn.Module, params: PyTree, *, max_shard_bytes: int = 5 * 10**9) -> list[Path]:
     """Write a network and its parameters as transformers does: ``config.json`` and safetensors.
 
-    A language model that `load` or `build` made from a folder with a ``generation_config.json`` keeps that too.
+    >>> save("out/merged", model, jlora.merge(params, adapters))
+
+    The ``generation_config.json`` of the folder that a language model was loaded from is written too.
 
     Args:
-      folder: made if it is not there; a checkpoint that is there is replaced.
-      params: plain parameters of ``model``, as `load` or `jlora.merge` return them; stored in the dtype that they have.
+      folder: created if it does not exist; a checkpoint in it is replaced.
+      model: from `load` or `build`.
+      params: plain parameters of ``model``, as `load` or `jlora.merge` return them; stored in their dtypes.
       max_shard_bytes: the size above which the tensors are divided into several files with an index.
 
     Returns:
@@ -129,10 +126,10 @@ def save(folder: str | Path, model: nn.Module, params: PyTree, *, max_shard_byte
 
 
 def check_leaves(leaves: Mapping[LeafPath, Any], model: nn.Module) -> None:
-    """Raises a ModelError that names every leaf which is not as ``model`` has it, or holds NaN or infinity."""
+    """Raises a ModelError that names every leaf that is missing, unexpected, of another shape, or not finite."""
     expected = named_leaves(abstract(model))[0]
     wrong = [f"{path!r} is missing" for path in expected if path not in leaves]
-    wrong += [f"{path!r} is no parameter of it{nearest(path, expected)}" for path in leaves if path not in expected]
+    wrong += [f"{path!r} is not a parameter{nearest(path, expected)}" for path in leaves if path not in expected]
     wrong += [
         f"{path!r} has shape {tuple(leaves[path].shape)}, expected {shape.shape}"
         for path, shape in expected.items()
@@ -142,7 +139,7 @@ def check_leaves(leaves: Mapping[LeafPath, Any], model: nn.Module) -> None:
     if wrong:
         raise ModelError(
             f"save: these are not the parameters of {type(model).__name__}:{bullets(wrong)}\nExpected plain, finite "
-            "parameters as load returns them; adapters are merged first: jlora.merge(params, adapters)."
+            "parameters as load returns them; merge adapters first: jlora.merge(params, adapters)."
         )
 
 
@@ -155,52 +152,64 @@ def write(
     extra: Mapping[str, Any] | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """As `save`, of leaves that are fetched when their turn comes; ``shapes`` has the shape and dtype of each.
+    """As `save`, with leaves that are fetched one at a time.
 
-    ``extra`` goes into config.json; ``generation`` is the content of generation_config.json, by default the network's.
+    Args:
+      shapes: the shape and dtype of each leaf.
+      fetch_leaf: returns a leaf by its path.
+      extra: more attributes of config.json.
+      generation: the content of generation_config.json; by default the network's.
     """
-    family, task = family_and_task(model)
-    config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    found = architecture(model)
     folder.mkdir(parents=True, exist_ok=True)
-
-    def tensor(path: LeafPath, layer: int, name: TensorName) -> np.ndarray:
-        leaf = fetch_leaf(path)
-        return to_torch(np.asarray(leaf[layer] if name.stacked else leaf), name.kind)
-
-    tensors = (
-        (
-            one,
-            partial(tensor, path, layer, name),
-            math.prod(shapes[path].shape) * np.dtype(shapes[path].dtype).itemsize // len(name.files),
-        )
-        for path, name in names(model).items()
-        for layer, one in enumerate(name.files)
-    )
-    before = {*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")}
-    written: list[Path] = write_checkpoint(folder, tensors, max_shard_bytes)
-    for stale in before - set(written):
-        stale.unlink()
-    sizes: dict[str, int] = {}
-    for shape in shapes.values():
-        kind = np.dtype(shape.dtype).name
-        sizes[kind] = sizes.get(kind, 0) + math.prod(shape.shape)
-    hf = {name: value for name, value in config.to_hf().items() if name != "torch_dtype"}  # of old, beside dtype
-    hf |= {"architectures": [class_of(family, task)], "dtype": max(sizes, key=sizes.__getitem__), **(extra or {})}
-    write_json(folder / "config.json", hf)
-    written.append(folder / "config.json")
-    if generation is None and config.generation and task == "causal-lm":
-        generation = json.loads(config.generation)
-    (folder / GENERATION).unlink(missing_ok=True)
-    if generation is not None:
-        write_json(folder / GENERATION, generation)
-        written.append(folder / GENERATION)
+    stale = {*folder.glob(WEIGHTS_PATTERN.format(suffix="*")), *folder.glob(WEIGHTS_INDEX)}
+    written = write_checkpoint(folder, _pending(found, shapes, fetch_leaf), max_shard_bytes)
+    for file in stale - set(written):
+        file.unlink()
+    hf = {name: value for name, value in found.config.to_hf().items() if name != "torch_dtype"}  # now called dtype
+    hf |= {"architectures": [found.class_name], "dtype": _most_common_dtype(shapes), **(extra or {})}
+    if generation is None and found.config.generation and found.task == "causal-lm":
+        generation = json.loads(found.config.generation)
+    (folder / GENERATION_CONFIG).unlink(missing_ok=True)
+    for name, content in ((CONFIG, hf), (GENERATION_CONFIG, generation)):
+        if content is not None:
+            write_json(folder / name, content)
+            written.append(folder / name)
     return written
+
+
+def _pending(
+    found: Architecture, shapes: Mapping[LeafPath, Any], fetch_leaf: Callable[[LeafPath], Any]
+) -> dict[str, PendingTensor]:
+    """The tensors of a checkpoint by their names in files."""
+
+    def fetch_tensor(path: LeafPath, layer: int) -> np.ndarray:
+        return to_tensor(fetch_leaf(path), names[path], layer)
+
+    names = found.tensor_names()
+    sizes = {
+        path: math.prod(shape.shape) * np.dtype(shape.dtype).itemsize // len(names[path].files)
+        for path, shape in shapes.items()
+    }
+    return {
+        file: PendingTensor(partial(fetch_tensor, path, layer), sizes[path])
+        for path, name in names.items()
+        for layer, file in enumerate(name.files)
+    }
+
+
+def _most_common_dtype(shapes: Mapping[LeafPath, Any]) -> str:
+    """The dtype of most parameters."""
+    sizes: Counter[str] = Counter()
+    for shape in shapes.values():
+        sizes[np.dtype(shape.dtype).name] += math.prod(shape.shape)
+    return max(sizes, key=sizes.__getitem__)
 
 
 def _start(
     model: nn.Module, paths: Sequence[LeafPath], key: Array, dtype: Any, place: Callable[[LeafPath], Any]
 ) -> dict[LeafPath, Array]:
-    """New values of the leaves ``paths``; those of the others are never computed."""
+    """New values of the leaves ``paths``; no others are computed."""
 
     def start(key: Array) -> dict[LeafPath, Array]:
         drawn, _ = named_leaves(draw(model, key))
@@ -208,75 +217,6 @@ def _start(
 
     drawn = jax.jit(start)(key)
     return {path: value if (s := place(path)) is None else jax.device_put(value, s) for path, value in drawn.items()}
-
-
-def _resolve(
-    tensors: Mapping[str, Tensor],
-    names: TensorNames,
-    shapes: Mapping[LeafPath, Any],
-    family: Family,
-    ties: Mapping[str, str],
-    *,
-    may_start: bool,
-    where: str,
-) -> dict[LeafPath, list[Tensor]]:
-    """The tensors of each leaf. Leaves of a head that may start anew are left out when the checkpoint lacks them.
-
-    Of output projections and the embeddings that they are tied to (``ties``), one stands for both where a file lacks
-    the other.
-
-    Raises:
-      ModelError: naming every tensor that is missing, that the network does not have, that has another shape, or that
-        is tied to one of other values.
-    """
-    own = {tensor for name in names.values() for tensor in name.files}
-    wanted = own | set(ties)
-    have: dict[str, Tensor] = {}
-    unexpected, twice = [], []
-    for given, tensor in tensors.items():
-        modern = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", given))
-        spellings = (modern, family.prefix + modern, modern.removeprefix(family.prefix))
-        match = next((s for s in spellings if s in wanted), None)
-        if match in have:
-            twice.append(f"{given!r} and {have[match].name!r} are one tensor of the network")
-        elif match is not None:
-            have[match] = tensor
-        elif not re.search(family.unread, modern):
-            unexpected.append(f"{given!r} of shape {tensor.shape}: the network has no such tensor")
-
-    loose = [
-        f"{head!r} and {table!r} have different values, and config.json ties them (tie_word_embeddings): transformers "
-        "computes with both; pass untie=True"
-        for head, table in ties.items()
-        if head not in own and head in have and table in have and not are_equal(have[head], have[table])
-    ]
-    for pair in ties.items():
-        for lacking, there in (pair, pair[::-1]):
-            if lacking not in have and there in have:
-                have[lacking] = have[there]
-    found: dict[LeafPath, list[Tensor]] = {}
-    missing, misshapen = [], []
-    for path, shape in shapes.items():
-        name = names[path]
-        expected = torch_shape(shape.shape, name)
-        startable = may_start and re.search(family.heads, path)
-        absent = [t for t in name.files if t not in have]
-        other = [t for t in name.files if t in have and have[t].shape != expected]
-        if startable and (absent or other):
-            continue
-        advice = "; pass key=jax.random.key(0) to start a new head" if re.search(family.heads, path) else ""
-        missing += [f"{t!r} of shape {expected} is missing{advice}" for t in absent]
-        misshapen += [f"{t!r} has shape {have[t].shape}, expected {expected}{advice}" for t in other]
-        if not absent and not other:
-            found[path] = [have[t] for t in name.files]
-    if wrong := missing + misshapen + unexpected + twice + loose:
-        raise ModelError(
-            f"{where}: {len(wrong)} tensor(s) are not those of the network that its config.json describes:"
-            f"{bullets(wrong[:40])}"
-            + (f"\n  - and {len(wrong) - 40} more" if len(wrong) > 40 else "")
-            + "\nExpected a checkpoint of that network, whole; nothing was loaded."
-        )
-    return found
 
 
 def _placement(shardings: Shardings, shapes: Mapping[LeafPath, Any], treedef: Any) -> Callable[[LeafPath], Any]:

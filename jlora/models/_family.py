@@ -1,30 +1,31 @@
-"""What a family of networks brings: its configuration, its Flax modules and its name table."""
+"""What defines a family of networks: its configuration, its Flax modules and its table of tensor names."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
 import flax.linen as nn
 
 from jlora._src.tree.sharding import ShardingRules
 from jlora.fields import Within, faults, fits
+from jlora.files.hub_files import CONFIG
 from jlora.files.tensor_names import TensorNames
 from jlora.messages import bullets, nearest, shown
 
-Task = Literal["features", "sequence-classification", "causal-lm", "image-classification"]
-"""What the network ends in: its hidden states, or the head for a task."""
+TaskName = Literal["features", "sequence-classification", "causal-lm", "image-classification"]
+"""What a network returns: its hidden states, or the outputs of the head for a task."""
 
-ENDINGS: dict[str, Task] = {
+ENDINGS: dict[str, TaskName] = {
     "ForSequenceClassification": "sequence-classification",
     "ForImageClassification": "image-classification",
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
     "Model": "features",
 }
-"""How the names of transformers' classes end, as ``architectures`` in a config.json gives them."""
+"""The endings of transformers' class names, as in ``architectures`` of a config.json."""
 
 NOT_COMPUTED = frozenset(
     """_attn_implementation _attn_implementation_autoset _name_or_path _num_labels architectures attn_implementation
@@ -39,7 +40,7 @@ NOT_COMPUTED = frozenset(
     tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version typical_p
     unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
 )
-"""Attributes of a config.json that do not change what the network computes, in any family."""
+"""Attributes of a config.json that never change what a network computes."""
 
 FIXED: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -50,16 +51,16 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "use_return_dict": (True,),
 }
-"""Attributes that would change it, with the values for which they do not, in any family."""
+"""Attributes that would change what any network computes, with the values for which they do not."""
 
 
-# What attributes may be. Sizes index an axis; layers are bounded so that a damaged file makes no endless loop.
+# Types of attributes. Sizes index an axis; layers are bounded, so that a damaged file cannot cause an endless loop.
 Size = Annotated[int, Within(1, 2**31 - 1)]
 Layers = Annotated[int, Within(1, 1000)]
 Token = Annotated[int, Within(-(2**31), 2**31 - 1)]
 Rate = Annotated[float, Within(0, 1)]
 Epsilon = Annotated[float, Within(0, 1)]
-Spread = Annotated[float, Within(0)]
+NonNegative = Annotated[float, Within(0)]
 Positive = Annotated[float, Within(0, above=True)]
 SizeOrNull: TypeAlias = Size | None
 PositiveOrNull: TypeAlias = Positive | None
@@ -69,39 +70,44 @@ SHARED: Mapping[str, Any] = {
     "id2label": dict[str, str] | None,
     "num_labels": SizeOrNull,
 }
-"""Attributes that tell task and labels, in any family."""
+"""Attributes that determine task and labels in every family."""
 
 INTERNAL = {"internal": True}
-"""Metadata of a configuration's field that no config.json has: the family works it out."""
+"""Metadata of a field that is computed by the family and is in no config.json."""
 
 DERIVED = {"derived": True}
-"""Metadata of one that a config.json may leave out, or have as null: then the family works it out."""
+"""Metadata of a field that the family computes if a config.json lacks it or has null."""
 
 
 class ModelError(ValueError):
-    """A checkpoint or its configuration that cannot be used; the message names what, and the way out."""
+    """A checkpoint or configuration that cannot be used; the message names the problem and what to do about it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What determines a network. A family's own fields carry the names that they have in its ``config.json``.
+    """The configuration of a network. The fields of a family have their names in its ``config.json``.
 
-    Their type hints say what may stand there. Those with the metadata `INTERNAL` are in no config.json.
+    Type hints are the allowed values. Fields with the metadata `INTERNAL` are in no config.json.
 
     Attributes:
-      hf: the config.json that it was read from, as JSON text; `to_hf` returns it with the changes made since.
-      generation: the generation_config.json beside it, as JSON text; it changes nothing that is computed here.
+      hf: the content of the config.json, as JSON text; `to_hf` returns it with the changes made since.
+      num_labels: the number of outputs of a classifier.
+      generation: the content of the generation_config.json beside it, as JSON text; only `generate` uses it.
     """
 
     hf: str = dataclasses.field(default="{}", kw_only=True, repr=False)
     num_labels: int = dataclasses.field(default=2, kw_only=True)
     generation: str = dataclasses.field(default="", kw_only=True, repr=False, compare=False, metadata=INTERNAL)
 
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The content of the config.json that this was read from."""
+        return json.loads(self.hf)
+
     def to_hf(self) -> dict[str, Any]:
-        """The content of ``config.json``."""
-        mine = dataclasses.asdict(self)
-        original = json.loads(self.hf)
-        return {**original, **{name: mine[name] for name in original if name in mine}}
+        """The content of a ``config.json`` for this network."""
+        current, original = dataclasses.asdict(self), self.attributes
+        return {**original, **{name: current[name] for name in original if name in current}}
 
 
 Config = TypeVar("Config", bound=ModelConfig)
@@ -120,51 +126,72 @@ def read_config(
     """A family's configuration from the content of a ``config.json``.
 
     Args:
-      kind: the family's class; a field that ``hf`` lacks has its default.
-      others: the types of attributes that are no fields, from which ``derive`` works some out.
-      ignored: further attributes that do not change what the network computes.
-      fixed: further attributes that would, with the values that are accepted.
-      divides: pairs of attributes, of which the first divides the second.
-      derive: fields that the family works out itself; it is called when all attributes are of their types.
+      kind: the family's class; fields that ``hf`` lacks have their defaults.
+      others: types of attributes that are not fields, from which ``derive`` computes some.
+      ignored: more attributes that do not change what the network computes.
+      fixed: more attributes that would, with the values that are accepted.
+      divides: pairs of attributes of which the first has to divide the second.
+      derive: computes fields from ``hf``, once all attributes have the declared types.
 
     Raises:
-      ModelError: naming every attribute that is unknown, missing, of another type or out of its range, or has a value
-        that the network does not have.
+      ModelError: naming every attribute that is unknown, missing, of another type or out of range, or that has a value
+        with which the network does not compute.
     """
     fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in ("hf", "num_labels")}
-    internal = {name for name, field in fields.items() if field.metadata.get("internal")}
-    hints = get_type_hints(kind, include_extras=True)
-    hints = {n: hints[n] | None if f.metadata.get("derived") else hints[n] for n, f in fields.items()}
-    hints = {**{n: hint for n, hint in hints.items() if n not in internal}, **(others or {}), **SHARED}
+    hints = {**_hints(kind, fields), **(others or {}), **SHARED}
     fixed = {**FIXED, **(fixed or {})}
-    known = {*hints, *fixed, *ignored, *NOT_COMPUTED}
+    unusable = _unusable(hf, fields, hints, fixed, {*hints, *fixed, *ignored, *NOT_COMPUTED})
+    odd = faults({name: value for name, value in hf.items() if name not in fixed}, hints)
+    odd += _not_dividing({name: hf.get(name, field.default) for name, field in fields.items()}, divides)
+    if unusable or odd:
+        raise ModelError(
+            f"{kind.__name__}: {len(unusable) + len(odd)} attribute(s) of {CONFIG} cannot be used, or may change what "
+            f"the network computes:{bullets(unusable + odd)}\nExpected only attributes that it knows"
+            + (f". If one has no effect, remove it from the {CONFIG}." if unusable else ", with such values.")
+        )
+    stated = {name: hf[name] for name in fields if name in hf and name in hints} | dict(derive(hf))
+    labels = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))
+    return kind(**stated, num_labels=labels, hf=json.dumps(dict(hf), sort_keys=True))
+
+
+def _hints(kind: type[Any], fields: Mapping[str, dataclasses.Field[Any]]) -> dict[str, Any]:
+    """The types of the fields that a config.json may have."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {
+        name: hints[name] | None if field.metadata.get("derived") else hints[name]
+        for name, field in fields.items()
+        if not field.metadata.get("internal")
+    }
+
+
+def _unusable(
+    hf: Mapping[str, Any],
+    fields: Mapping[str, dataclasses.Field[Any]],
+    hints: Mapping[str, Any],
+    fixed: Mapping[str, tuple[Any, ...]],
+    known: Collection[str],
+) -> list[str]:
+    """A line for every attribute that is unknown, missing, or has a value with which the network does not compute."""
     wrong = [f"{name} = {shown(hf[name])} is unknown{nearest(name, hints)}" for name in hf if name not in known]
     wrong += [
         f"{name} = {shown(hf[name])}; this network computes with {' or '.join(map(repr, values))}"
         for name, values in fixed.items()
         if name in hf and not any(type(hf[name]) is type(one) and hf[name] == one for one in values)
     ]
-    wrong += [
+    return wrong + [
         f"{name} is missing"
         for name, field in fields.items()
         if field.default is dataclasses.MISSING and not field.metadata and name not in hf
     ]
-    odd = faults({name: value for name, value in hf.items() if name not in fixed}, hints)
-    sizes = {name: hf.get(name, field.default) for name, field in fields.items()}
-    odd += [
+
+
+def _not_dividing(sizes: Mapping[str, Any], divides: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for every pair of which the first size does not divide the second."""
+    return [
         f"{part} = {sizes[part]}; expected a divisor of {whole} = {sizes[whole]}"
         for part, whole in divides
         if all(fits(sizes[name], Size) for name in (part, whole)) and sizes[whole] % sizes[part]
     ]
-    if wrong or odd:
-        raise ModelError(
-            f"{kind.__name__}: {len(wrong) + len(odd)} attribute(s) of config.json cannot be used, or may change what "
-            f"the network computes:{bullets(wrong + odd)}\nExpected only attributes that it knows"
-            + (". If one has no effect, take it out of the config.json." if wrong else ", with such values.")
-        )
-    stated = {name: hf[name] for name in fields if name in hf and name not in internal} | dict(derive(hf))
-    labels = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))
-    return kind(**stated, num_labels=labels, hf=json.dumps(dict(hf), sort_keys=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,19 +201,19 @@ class Family:
     Attributes:
       config: ``config(hf) -> ModelConfig``, from the content of a config.json.
       networks: the Flax module for each task; called with ``(config, dtype=..., param_dtype=..., remat=...)``.
-      names: ``names(config, task)``: where each leaf of that network lies in transformers 5 and in its checkpoints.
-      rules: how the leaves of all its networks are split over a mesh with the axes fsdp and tensor; one network need
-        not have a leaf for each.
-      prefix: what the names of the bare network have in front of them in a network with a head, such as ``bert.``.
+      tensor_names: ``tensor_names(config, task)``: the tensor names of each leaf, in transformers 5 and in checkpoints.
+      sharding_rules: how the leaves are split over a mesh with the axes fsdp and tensor, for all networks of the
+        family; a network need not have a leaf for each rule.
+      prefix: of tensor names in a network with a head, such as ``bert.``; the bare network has none.
       architecture: the stem of transformers' class names, such as ``Bert``.
-      heads: a regular expression of paths that a checkpoint may lack, because they belong to a new head.
-      unread: a regular expression of tensors in checkpoints that these networks do not have: other heads, buffers.
+      heads: a regular expression for the paths of heads, which a checkpoint may lack.
+      unread: a regular expression for tensors in checkpoints that these networks lack: other heads, buffers.
     """
 
     config: Callable[[Mapping[str, Any]], ModelConfig]
-    networks: Mapping[Task, Callable[..., nn.Module]]
-    names: Callable[[Any, Task], TensorNames]
-    rules: ShardingRules
+    networks: Mapping[TaskName, Callable[..., nn.Module]]
+    tensor_names: Callable[[Any, TaskName], TensorNames]
+    sharding_rules: ShardingRules
     prefix: str
     architecture: str
     heads: str
@@ -194,7 +221,7 @@ class Family:
 
 
 def check_length(network: str, length: int, most: int | None) -> None:
-    """Raises a ModelError if a row of ``length`` tokens is longer than the positions that a network has."""
+    """Raises a ModelError if a row of ``length`` tokens is longer than ``most``, the network's number of positions."""
     if most is not None and length > most:
         raise ModelError(
             f"{length} tokens, but {network} has {most} positions; expected at most {most}: truncate the input, or "
@@ -202,13 +229,13 @@ def check_length(network: str, length: int, most: int | None) -> None:
         )
 
 
-def ending_of(task: Task) -> str:
-    """How the names of transformers' classes for a task end; the inverse of `ENDINGS`, where the first one counts."""
+def ending_of(task: TaskName) -> str:
+    """The ending of transformers' class names for a task: the first one in `ENDINGS`."""
     return next(ending for ending, one in ENDINGS.items() if one == task)
 
 
-def task_of(hf: Mapping[str, Any]) -> Task:
-    """The task of a checkpoint, from its ``architectures``; a class that is not known is taken for the bare network."""
+def task_of(hf: Mapping[str, Any]) -> TaskName:
+    """The task of a checkpoint, from its ``architectures``; an unknown class is taken for the bare network."""
     for name in hf.get("architectures") or ():
         for ending, task in ENDINGS.items():
             if name.endswith(ending):
@@ -216,4 +243,4 @@ def task_of(hf: Mapping[str, Any]) -> Task:
     return "features"
 
 
-assert set(ENDINGS.values()) == set(get_args(Task))
+assert set(ENDINGS.values()) == set(get_args(TaskName))

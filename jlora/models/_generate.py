@@ -1,4 +1,4 @@
-"""Text from a language model: the prompt at once, then token by token with a cache, in one compiled program."""
+"""`generate`: text from a language model, with a cache of keys and values, in one compiled program."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jlora._src.types import Array, PyTree
-from jlora.models._causal import Cache, CausalLM
+from jlora.models._causal import Cache
 from jlora.models._family import ModelError
+from jlora.models._heads import LanguageModel
 
 
 def generate(
@@ -32,45 +33,46 @@ def generate(
     pad_token_id: int | None = None,
     apply: Callable[..., Any] | None = None,
 ) -> Array:
-    """The tokens that follow each prompt, most probable or drawn, until the model's own end token.
+    """The tokens that follow each prompt, greedy or sampled, up to the model's end token.
 
-    Compiled once: another call with the same model, ``apply``, shapes, ``max_new_tokens`` and number of end tokens
-    compiles nothing, whatever the temperature above 0, ``top_p``, key and end tokens are.
+    Compiled once: another call with the same model, ``apply``, shapes, ``max_new_tokens`` and number of end tokens does
+    not recompile, whatever the temperature above 0, ``top_p``, key and end tokens.
 
     >>> apply = jlora.lora(model.apply)
     >>> tokens = generate(model, jlora.attach(params, adapters), prompts, mask, max_new_tokens=32, apply=apply)
 
     Args:
-      model: a network for the task causal-lm, of `jlora.models.load`.
-      params: its parameters; a tree with adapters attached together with ``apply``.
-      input_ids: int [batch, length], prompts that are padded on the left.
-      attention_mask: [batch, length], 0 or False at the padding; by default there is none.
-      max_new_tokens: how many tokens are made at most.
-      temperature: 0 takes the most probable token; otherwise logits are divided by it, and a token is drawn.
-      top_p: draw among the most probable tokens that together have this probability (Holtzman et al. 2019), or all.
-      key: a PRNG key, for drawing.
-      eos_token_id: the token, or tokens, after which a row has ended; None for none. By default the model's own: those
-        of the generation_config.json that it was loaded with, else of its config.json.
-      pad_token_id: what fills a row after its end; by default the (first) end token, or 0.
+      model: a network for the task causal-lm, from `jlora.models.load`.
+      params: its parameters; or, together with ``apply``, a tree with attached adapters.
+      input_ids: int [batch, length], prompts padded on the left.
+      attention_mask: [batch, length], 0 or False at padding; by default there is none.
+      max_new_tokens: the largest number of new tokens.
+      temperature: 0 takes the most probable token; otherwise tokens are sampled from logits divided by it.
+      top_p: sample from the most probable tokens that together have this probability (Holtzman et al. 2019).
+      key: a PRNG key for sampling.
+      eos_token_id: the token or tokens that end a row; None for none. By default the model's: those of the
+        generation_config.json that it was loaded with, or else of its config.json.
+      pad_token_id: fills a row after its end; by default the (first) end token, or 0.
       apply: ``model.apply``, or ``jlora.lora(model.apply)`` for attached trees. Make it once: each new one compiles.
 
     Returns:
       int32 [batch, max_new_tokens], without the prompts.
 
     Raises:
-      ModelError: if the model is no language model, or has fewer positions than the longest prompt and the new tokens
-        need, padding apart; for prompts that are not padded on the left, an empty one, a token outside of the
-        vocabulary, a setting out of its range, or no key. Values are looked at only outside of ``jit``, inside of
-        which padding counts as tokens.
+      ModelError: if the model is not a language model, or has fewer positions than the longest prompt and the new
+        tokens need, without padding; if a prompt is empty or not padded on the left, or has a token outside of the
+        vocabulary; or if an option is out of range, or the key is missing. Inside of ``jit`` values are not checked,
+        and padding counts as tokens.
     """
-    if not isinstance(model, CausalLM):
+    if not isinstance(model, LanguageModel):
         raise ModelError(
             f"generate: {type(model).__name__} has no logits of the next token; expected a network that "
             'jlora.models.load(..., task="causal-lm") returns'
         )
     input_ids = jnp.asarray(input_ids)
     mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
-    _check(model, input_ids, mask, max_new_tokens, temperature, top_p, key)
+    _check_options(max_new_tokens, temperature, top_p, key)
+    _check_prompts(model, input_ids, mask, max_new_tokens)
     if eos_token_id == "model":
         eos_token_id = model.config.end_tokens
     ends = np.atleast_1d(np.asarray([] if eos_token_id is None else eos_token_id, np.int32))
@@ -94,14 +96,14 @@ def generate(
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn: float32 scalars."""
+    """How tokens are sampled: float32 scalars."""
 
     temperature: jax.Array
     top_p: jax.Array
 
 
 class _State(NamedTuple):
-    """Of the loop: tokens [batch, new], how many there are, which rows have ended, and what the next call needs."""
+    """Of the loop: tokens [batch, new], their number so far, which rows have ended, and what the next call needs."""
 
     tokens: jax.Array
     step: jax.Array
@@ -112,7 +114,7 @@ class _State(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(
-    model: CausalLM,
+    model: LanguageModel,
     apply: Callable[..., Any],
     new: int,
     params: PyTree,
@@ -125,8 +127,8 @@ def _generate(
 ) -> jax.Array:
     batch, length = input_ids.shape
 
-    def forward(tokens: jax.Array, seen: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        logits, cache = apply(params, tokens, seen, positions, cache=cache, last_only=True)
+    def forward(tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        logits, cache = apply(params, tokens, valid, positions, cache=cache, last_only=True)
         return logits[:, 0], cache
 
     def append(state: _State, logits: jax.Array, cache: Cache) -> _State:
@@ -145,7 +147,7 @@ def _generate(
         positions = prompts + state.step - 1
         return append(state, *forward(last, jnp.ones_like(last, bool), positions, state.cache))
 
-    # Positions count the tokens that are no padding; what a padding token has for its own does not matter.
+    # Positions count only tokens; the position of padding has no effect.
     prompts = mask.sum(axis=1, keepdims=True)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     tokens = jnp.full((batch, new), pad, jnp.int32)
@@ -156,33 +158,20 @@ def _generate(
 
 
 def _sample(key: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """A token [batch] drawn from float32 logits [batch, vocab]: tempered, then cut to the most probable."""
+    """Tokens [batch] sampled from float32 logits [batch, vocab], with temperature, then top-p."""
     logits = logits / sampling.temperature
     order = jnp.argsort(logits, axis=-1, descending=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     probabilities = jax.nn.softmax(ranked, axis=-1)
-    # A token stays when those before it do not reach top_p: the first one always does.
+    # A token is kept if those before it do not reach top_p; the first one always is.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
     drawn = jax.random.categorical(key, ranked)
     return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
 
 
-def _check(
-    model: CausalLM,
-    input_ids: jax.Array,
-    mask: jax.Array,
-    new: int,
-    temperature: float,
-    top_p: float,
-    key: jax.Array | None,
-) -> None:
-    """Raises for what cannot be generated; tokens and padding are looked at only where their values are known."""
-    if input_ids.ndim != 2 or not input_ids.shape[1] or mask.shape != input_ids.shape:
-        raise ModelError(
-            f"generate: input_ids has shape {input_ids.shape} and attention_mask {mask.shape}; expected both "
-            "[batch, length] with at least one token"
-        )
+def _check_options(new: int, temperature: float, top_p: float, key: jax.Array | None) -> None:
+    """Raises a ModelError for an option out of range, or sampling without a key."""
     if new < 1:
         raise ModelError(f"generate: max_new_tokens = {new}; expected at least 1")
     if temperature < 0:
@@ -191,9 +180,18 @@ def _check(
         raise ModelError(f"generate: top_p = {top_p}; expected a probability above 0 and at most 1 (all tokens)")
     if temperature > 0 and key is None:
         raise ModelError(
-            f"generate: temperature = {temperature} draws tokens; pass key=jax.random.key(0), or 0 for none"
+            f"generate: temperature = {temperature} samples tokens; pass key=jax.random.key(0), or 0 to sample none"
         )
-    most = model.config.max_length
+
+
+def _check_prompts(model: LanguageModel, input_ids: jax.Array, mask: jax.Array, new: int) -> None:
+    """Raises a ModelError for prompts that cannot be continued; values are checked only outside of ``jit``."""
+    if input_ids.ndim != 2 or not input_ids.shape[1] or mask.shape != input_ids.shape:
+        raise ModelError(
+            f"generate: input_ids has shape {input_ids.shape} and attention_mask {mask.shape}; expected both "
+            "[batch, length] with at least one token"
+        )
+    most, size = model.config.max_length, model.config.vocab_size
     # Padding has no position of its own.
     longest = input_ids.shape[1] if isinstance(mask, Tracer) else int(np.asarray(mask).sum(axis=1).max(initial=0))
     if most is not None and longest + new > most:
@@ -201,18 +199,20 @@ def _check(
             f"generate: {longest} prompt and {new} new tokens; {type(model).__name__} has {most} positions. "
             f"Expected at most {most} together: truncate the prompts on the left, or lower max_new_tokens"
         )
-    size = model.config.vocab_size
     if not isinstance(input_ids, Tracer) and (bad := _outside(np.asarray(input_ids), size)):
         raise ModelError(
             f"generate: input_ids holds {bad}; expected tokens from 0 to {size - 1} (vocab_size = {size}): use this "
             "model's tokenizer"
         )
-    if isinstance(mask, Tracer):
-        return
-    known = np.asarray(mask)
-    if empty := np.flatnonzero(~known.any(axis=1)).tolist():
+    if not isinstance(mask, Tracer):
+        _check_padding(np.asarray(mask))
+
+
+def _check_padding(mask: np.ndarray) -> None:
+    """Raises a ModelError for prompts that are empty or not padded on the left; ``mask`` is bool [batch, length]."""
+    if empty := np.flatnonzero(~mask.any(axis=1)).tolist():
         raise ModelError(f"generate: the prompts {empty} are all padding; expected at least one token in each")
-    if wrong := np.flatnonzero((np.diff(known.astype(np.int8), axis=1) < 0).any(axis=1)).tolist():
+    if wrong := np.flatnonzero((np.diff(mask.astype(np.int8), axis=1) < 0).any(axis=1)).tolist():
         raise ModelError(
             f"generate: the prompts {wrong} have padding after a token; new tokens must follow the prompt directly. "
             'Expected padding on the left only: `tokenizer.padding_side = "left"`'
@@ -220,5 +220,5 @@ def _check(
 
 
 def _outside(ids: np.ndarray, size: int) -> list[int]:
-    """Some of the ids that are no token."""
+    """Some of the ids outside of the vocabulary."""
     return np.unique(ids[(ids < 0) | (ids >= size)])[:8].tolist()

@@ -1,11 +1,11 @@
-"""Parts that several families share: activations, attention, and what the backward pass keeps."""
+"""Parts that several families share: base classes, activations, attention, and rematerialization."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -28,65 +28,83 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 Activation: TypeAlias = Annotated[str, OneOf(tuple(ACTIVATIONS))]
-"""The name of one, as a config.json gives it."""
+"""The name of an activation in a config.json."""
 
 Remat: TypeAlias = Literal["none", "dots", "full"]
-"""What the backward pass computes again of each layer: nothing; all but its matrix products with weights; or all."""
+"""What the backward pass recomputes of each layer: nothing, all but its products with weights, or everything."""
 
 _POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
-class Encoded(NamedTuple):
-    """What an encoder makes of a batch of texts or images.
+class Part(nn.Module):
+    """A part of a network.
 
     Attributes:
-      hidden: [batch, length, hidden_size], the states of every token or patch.
-      pooled: [batch, size of the pooler], of the first one; None without a pooler.
+      config: of the network.
+      dtype: of the computation.
+      param_dtype: of the parameters.
     """
 
-    hidden: jax.Array
-    pooled: jax.Array | None
+    config: Any
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @property
+    def dtypes(self) -> dict[str, Any]:
+        """Both dtypes, as arguments of other modules."""
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
 
-def dense(config: Any, features: int, name: str, **made: Any) -> nn.Dense:
-    """A linear layer that starts as the family's do; ``made`` goes to Flax's."""
-    return nn.Dense(features, kernel_init=nn.initializers.normal(config.initializer_range), name=name, **made)
+class Network(Part):
+    """A network, or the part of one that holds its layers.
+
+    Attributes:
+      remat: what the backward pass recomputes of each layer.
+    """
+
+    remat: Remat = "none"
+
+
+def dense(config: Any, features: int, name: str, **options: Any) -> nn.Dense:
+    """A linear layer with the family's initializer; ``options`` are those of Flax's ``Dense``."""
+    return nn.Dense(features, kernel_init=nn.initializers.normal(config.initializer_range), name=name, **options)
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The activation that a config.json names."""
+    """The activation function of a name in a config.json."""
     return ACTIVATIONS[name]
 
 
-def layer_norm(epsilon: float, name: str | None = None, **made: Any) -> nn.LayerNorm:
-    """A layer norm whose variance does not cancel where the mean is large beside the spread, as in PyTorch's."""
-    return nn.LayerNorm(epsilon, use_fast_variance=False, name=name, **made)
+def layer_norm(epsilon: float, name: str | None = None, **options: Any) -> nn.LayerNorm:
+    """A layer norm whose variance is accurate where the mean is much larger than the deviation, as PyTorch's is."""
+    return nn.LayerNorm(epsilon, use_fast_variance=False, name=name, **options)
 
 
 def recomputed(layer: type[nn.Module], remat: Remat, *, static: int | None = None, scanned: bool = False) -> Any:
-    """``layer``, of which the backward pass computes again what ``remat`` says; its parameters keep their names.
+    """``layer`` with rematerialization; its parameters keep their names.
 
     Args:
-      static: which argument of the layer's call is no array, ``self`` counted.
-      scanned: the layer is for `nn.scan`, which itself keeps XLA from merging the two computations.
+      remat: what the backward pass recomputes.
+      static: the position of the argument of the layer's call that is not an array, ``self`` counted.
+      scanned: whether the layer is used in `nn.scan`, which keeps XLA from merging the two computations by itself.
 
     Raises:
-      ModelError: if there is no such ``remat``.
+      ModelError: if ``remat`` is not one of its values.
     """
     if remat == "none":
         return layer
     if remat not in _POLICIES:
-        raise ModelError(f"remat = {remat!r}; expected 'none', or what is computed again: 'dots' or 'full'")
+        raise ModelError(f"remat = {remat!r}; expected 'none', or what is recomputed: 'dots' or 'full'")
     return nn.remat(
         layer, policy=_POLICIES[remat], static_argnums=() if static is None else (static,), prevent_cse=not scanned
     )
 
 
 def split_batch(x: jax.Array) -> jax.Array:
-    """``x`` [batch, ...], its batch split over the axes ``data`` and ``fsdp`` of the mesh on which it lies, if any.
+    """``x`` [batch, ...] with its batch split over the axes ``data`` and ``fsdp`` of its mesh, if it has them.
 
-    Where weights are split over ``fsdp``, the compiler would else split the features of the activations over it, and
-    hold the whole batch on every device. Nothing is done on axes that are not Auto, or that do not divide the batch.
+    Otherwise, where weights are split over ``fsdp``, the compiler would split the features of the activations over it
+    and hold the whole batch on every device. Axes that are not Auto, or that do not divide the batch, are left alone.
     """
     mesh = jax.typeof(x).sharding.mesh
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -111,7 +129,7 @@ def attend(
     Args:
       query: [batch, length, heads, dim].
       key, value: [batch, keys, key heads, dim], where the key heads divide the heads.
-      mask: None, or booleans that broadcast to [batch, length, keys]: what a query may see.
+      mask: None, or booleans that broadcast to [batch, length, keys]: which keys a query attends to.
       scale: of the scores, usually ``dim ** -0.5``.
       softcap: None, or the bound c of ``c * tanh(score / c)`` (Gemma 2).
       dropout: applied to the weights.
@@ -125,7 +143,7 @@ def attend(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
-        # Not -inf: a row that may see nothing (padding) would be NaN, and poison the gradient.
+        # Not -inf: a row without any key (padding) would be NaN, and so would the gradient.
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(query.dtype))
     return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, dim)

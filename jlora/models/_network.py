@@ -1,4 +1,4 @@
-"""From a configuration to a network; where its files, its names and its shapes are."""
+"""Networks from configurations, and what is known of a network: its tensor names, shardings, shapes and inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -15,23 +15,48 @@ import jax.numpy as jnp
 
 from jlora._src.tree.sharding import ShardingRules
 from jlora._src.types import Array, PyTree
-from jlora.files.safetensors import read_json
-from jlora.files.tensor_names import ModelNames
+from jlora.files.hub_files import CHECKPOINT_PATTERNS, CONFIG, GENERATION_CONFIG, JSON_PATTERN, WEIGHTS, read_optional
+from jlora.files.json_files import read_json
+from jlora.files.tensor_names import ModelTensorNames, TensorNames
 from jlora.messages import nearest
-from jlora.models._family import Family, ModelConfig, ModelError, Task, ending_of, task_of
+from jlora.models._family import Family, ModelConfig, ModelError, TaskName, ending_of, task_of
 from jlora.models._layers import Remat
 from jlora.models._registry import FAMILIES
 
-FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-GENERATION = "generation_config.json"
-EXAMPLE = (1, 8)
+Labels: TypeAlias = int | Sequence[str] | None
+"""Of a classifier: the number of labels, or their names; None for those of the checkpoint."""
+
+_EXAMPLE_SHAPE = (1, 8)
+
+
+class Architecture(NamedTuple):
+    """What a config.json describes."""
+
+    family: Family
+    config: ModelConfig
+    task: TaskName
+
+    def network(self, dtype: Any, param_dtype: Any, remat: Remat) -> nn.Module:
+        """The network."""
+        return self.family.networks[self.task](self.config, dtype=dtype, param_dtype=param_dtype, remat=remat)
+
+    def tensor_names(self) -> TensorNames:
+        """The tensor names of the network's leaves."""
+        return self.family.tensor_names(self.config, self.task)
+
+    @property
+    def class_name(self) -> str:
+        """The name of the network's class in transformers."""
+        if self.task == "causal-lm" and self.family.architecture == "GPT2":
+            return "GPT2LMHeadModel"
+        return self.family.architecture + ending_of(self.task)
 
 
 def build(
     config: str | Path | Mapping[str, Any],
     *,
-    task: Task | None = None,
-    labels: int | Sequence[str] | None = None,
+    task: TaskName | None = None,
+    labels: Labels = None,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     remat: Remat = "none",
@@ -40,51 +65,62 @@ def build(
 ) -> nn.Module:
     """The network alone, from a folder, the id of a model on the hub, or the content of a config.json.
 
-    The arguments are those of `load`. Its parameters' shapes are `abstract`'s; ``model.init`` draws new ones.
+    >>> model = build("../shared/models/minilm-l6", task="sequence-classification", labels=2)
+
+    The arguments and errors are those of `load`. `abstract` returns the shapes of its parameters, and ``model.init``
+    draws new ones.
     """
     if isinstance(config, Mapping):
-        return network_of(*family_of(config, task, labels, untie=untie), dtype, param_dtype, remat)
-    folder = fetch(config, revision, FILES[:1])
-    return network_of(*described(folder, task, labels, untie=untie), dtype, param_dtype, remat)
+        return architecture_of(config, task, labels, untie=untie).network(dtype, param_dtype, remat)
+    folder = fetch(config, revision, (JSON_PATTERN,))
+    return read_architecture(folder, task, labels, untie=untie).network(dtype, param_dtype, remat)
 
 
-def names(model: nn.Module) -> ModelNames:
-    """Where each leaf of a network lies in transformers 5 and in checkpoints; see `jlora.files.tensor_names`."""
-    family, task = family_and_task(model)
-    config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
-    kind = json.loads(config.hf)["model_type"]
-    library = f"transformers.models.{kind}.modeling_{kind}"
-    return ModelNames(family.names(config, task), library, class_of(family, task))
+def tensor_names(model: nn.Module) -> ModelTensorNames:
+    """The PyTorch names of a network's leaves, in transformers 5 and in checkpoints; see `jlora.files.tensor_names`.
+
+    Raises:
+      ModelError: if the network is not one of `jlora.models`.
+    """
+    found = architecture(model)
+    kind = found.config.attributes["model_type"]
+    return ModelTensorNames(found.tensor_names(), f"transformers.models.{kind}.modeling_{kind}", found.class_name)
 
 
 def sharding_rules(model: nn.Module) -> ShardingRules:
-    """How the parameters of a network of `jlora.models` are split over a mesh; see `jlora.shardings`.
+    """The sharding rules of a network of `jlora.models`; see `jlora.shardings`.
 
-    The first linear layer of a pair is split over the mesh axis ``tensor`` by its outputs, the second by its inputs
-    (Shoeybi et al. 2019), and both over ``fsdp`` along the other axis (Rajbhandari et al. 2020). Large vocabularies are
-    split over ``tensor``; norms, and biases that are added after a sum over ``tensor``, are whole on every device. A
-    third axis ``data`` is for batches alone: place them with ``P(("data", "fsdp"))``, and activations stay so.
+    The first linear layer of a pair is split over the mesh axis ``tensor`` along its outputs, the second along its
+    inputs (Shoeybi et al. 2019), and both over ``fsdp`` along the other axis (Rajbhandari et al. 2020). Large
+    vocabularies are split over ``tensor``; norms, and biases that are added after a sum over ``tensor``, are
+    replicated. A third axis ``data`` splits batches alone: place them with ``P(("data", "fsdp"))``, and activations
+    follow.
 
     >>> mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     >>> model = build(path)
     >>> places = jlora.shardings(abstract(model), mesh, sharding_rules(model))
     >>> model, params = load(path, shardings=places)
 
-    The axes are Auto: with Explicit ones a program has to say where its products lie, and the networks do not.
+    The axes have to be Auto: with Explicit axes a program has to state the shardings of its products, and the networks
+    do not.
+
+    Raises:
+      ModelError: if the network is not one of `jlora.models`.
     """
-    family, _ = family_and_task(model)
-    paths = names(model)
-    return tuple(rule for rule in family.rules if any(re.search(rule[0], path) for path in paths))
+    paths = tensor_names(model)
+    return tuple(
+        rule for rule in architecture(model).family.sharding_rules if any(re.search(rule[0], path) for path in paths)
+    )
 
 
 def abstract(model: nn.Module) -> PyTree:
-    """The shapes and dtypes of a network's parameters, as ``model.init`` would make them, from no computation."""
+    """The shapes and dtypes of a network's parameters, without computing them."""
     return jax.eval_shape(lambda: draw(model, jax.random.key(0)))
 
 
-def example_inputs(model: nn.Module, shape: tuple[int, int] = EXAMPLE) -> Array:
-    """A small input of a network, of zeros: tokens of ``shape`` [batch, length], no more than it has positions for, or
-    as many images."""
+def example_inputs(model: nn.Module, shape: tuple[int, int] = _EXAMPLE_SHAPE) -> Array:
+    """A small input of zeros: tokens int32 of ``shape`` [batch, length], cut to the network's positions; or a batch of
+    images, float32 [batch, height, width, channels]."""
     config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
     if hasattr(config, "image_size"):
         return jnp.zeros((shape[0], config.image_size, config.image_size, config.num_channels))
@@ -92,112 +128,121 @@ def example_inputs(model: nn.Module, shape: tuple[int, int] = EXAMPLE) -> Array:
     return jnp.zeros(shape if most is None else (shape[0], min(shape[1], most)), jnp.int32)
 
 
-def fetch(path: str | Path, revision: str | None = None, files: Sequence[str] = FILES) -> Path:
-    """The folder of a checkpoint: ``path`` itself, or where the files of that id on the hub were put.
+def fetch(path: str | Path, revision: str | None = None, files: Sequence[str] = CHECKPOINT_PATTERNS) -> Path:
+    """The folder of a checkpoint: ``path`` itself, or the download of the model with that id on the hub.
+
+    Args:
+      path: a folder or an id.
+      revision: of a model on the hub: branch, tag or commit.
+      files: patterns of the files to download.
 
     Raises:
-      ModelError: if it is neither.
+      ModelError: if there is no such folder, and no such model can be downloaded, or huggingface_hub is not installed.
     """
     if (folder := Path(path)).is_dir():
         return folder
-    from huggingface_hub import snapshot_download
+    hub = import_hub(f"{str(path)!r} is not a folder here, and a download from the hub")
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=list(files)))
+        return Path(hub.snapshot_download(str(path), revision=revision, allow_patterns=list(files)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ModelError(
-            f"{str(path)!r} is no folder here, and as a model on the hub it could not be had: "
-            f"{str(error).splitlines()[0]} Expected a folder with config.json and model.safetensors, or an id such as "
-            "`FacebookAI/roberta-base`; without a network, fetch it elsewhere and give its folder."
+            f"{str(path)!r} is not a folder, and could not be downloaded from the hub: {str(error).splitlines()[0]} "
+            f"Expected a folder with {CONFIG} and {WEIGHTS}, or an id such as `FacebookAI/roberta-base`; without a "
+            "network, download it elsewhere and pass its folder."
         ) from error
 
 
-def family_and_task(model: nn.Module) -> tuple[Family, Task]:
-    """The family of a network of `jlora.models`, and what it ends in.
+def import_hub(what: str) -> Any:
+    """The package huggingface_hub, imported where it is needed: it is optional, and slow to import.
 
     Raises:
-      ModelError: if it is of none.
+      ModelError: if it is not installed; the message starts with ``what``.
     """
-    model_type = json.loads(getattr(getattr(model, "config", None), "hf", "{}")).get("model_type")
-    if model_type not in FAMILIES:
-        raise ModelError(f"{type(model).__name__} is no network of jlora.models; expected one that load or build made")
-    family = FAMILIES[model_type]
-    return family, next(task for task, network in family.networks.items() if type(model) is network)
-
-
-def described(
-    folder: Path, task: Task | None, labels: int | Sequence[str] | None, *, untie: bool = False
-) -> tuple[Family, ModelConfig, Task]:
-    """What a checkpoint's config.json describes; raises as `family_of`, naming the file."""
-    file = folder / "config.json"
     try:
-        family, config, task = family_of(read_json(file), task, labels, untie=untie)
-    except ModelError as error:
-        raise ModelError(f"{file}: {error}") from error
-    return family, with_generation(config, folder), task
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise ModelError(f'{what} needs huggingface_hub; run: pip install "jlora[hub]"') from error
+    return huggingface_hub
 
 
-def family_of(
-    hf: Mapping[str, Any], task: Task | None, labels: int | Sequence[str] | None, *, untie: bool = False
-) -> tuple[Family, ModelConfig, Task]:
-    """What the content of a config.json describes; ``task``, ``labels`` and ``untie`` override what it says.
+def architecture(model: nn.Module) -> Architecture:
+    """The architecture of a network.
 
     Raises:
-      ModelError: if it is no network that there is here, or has no such task, labels or head.
+      ModelError: if it is not a network of `jlora.models`.
     """
-    kind = str(hf.get("model_type"))
-    if kind not in FAMILIES:
-        raise ModelError(
-            f"model_type = {kind!r} is no network that jlora.models has{nearest(kind, FAMILIES)}; expected one of "
-            f"{', '.join(sorted(FAMILIES))}. jlora.lora adapts any other network in JAX that you have."
-        )
-    family = FAMILIES[kind]
-    if (quantized := hf.get("quantization_config")) is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
-        raise ModelError(
-            f"quantization_config: the checkpoint is quantized ({method!r}). Expected plain weights: load the "
-            "checkpoint that it was made from."
-        )
+    config: Any = getattr(model, "config", None)
+    model_type: Any = config.attributes.get("model_type") if isinstance(config, ModelConfig) else None
+    if model_type not in FAMILIES:
+        raise ModelError(f"{type(model).__name__} is not a network of jlora.models; expected one from load or build")
+    family = FAMILIES[model_type]
+    return Architecture(family, config, next(task for task, kind in family.networks.items() if type(model) is kind))
+
+
+def read_architecture(folder: Path, task: TaskName | None, labels: Labels, *, untie: bool = False) -> Architecture:
+    """The architecture of a checkpoint; raises as `architecture_of`, naming the file."""
+    try:
+        found = architecture_of(read_json(folder / CONFIG), task, labels, untie=untie)
+    except ModelError as error:
+        raise ModelError(f"{folder / CONFIG}: {error}") from error
+    generation = read_optional(folder, GENERATION_CONFIG)
+    if generation is None:
+        return found
+    return found._replace(config=dataclasses.replace(found.config, generation=json.dumps(generation)))
+
+
+def architecture_of(
+    hf: Mapping[str, Any], task: TaskName | None, labels: Labels, *, untie: bool = False
+) -> Architecture:
+    """The architecture that the content of a config.json describes; ``task``, ``labels`` and ``untie`` override it.
+
+    Raises:
+      ModelError: if there is no such network, or it has no such task, labels or head.
+    """
+    family = _family_of(hf)
     hf = {name: value for name, value in hf.items() if name != "quantization_config"}
     if labels is not None:
-        words = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
-        if not words or len(set(words)) != len(words):
-            raise ModelError(f"labels = {labels!r}; expected how many there are, or their names, each once")
-        ids = {
-            "id2label": {str(i): word for i, word in enumerate(words)},
-            "label2id": {w: i for i, w in enumerate(words)},
-        }
-        hf = {**{n: v for n, v in hf.items() if n != "num_labels"}, **ids}
+        hf = {**{name: value for name, value in hf.items() if name != "num_labels"}, **_label_ids(labels)}
     config = family.config({**hf, "tie_word_embeddings": False} if untie else hf)
     task = task or task_of(hf)
     if task not in family.networks:
         raise ModelError(
-            f"{kind} has no network for the task {task!r}; expected one of {', '.join(family.networks)}: pass task=..."
+            f"{hf['model_type']} has no network for the task {task!r}; expected one of {', '.join(family.networks)}: "
+            "pass task=..."
         )
     if untie and task != "causal-lm":
         raise ModelError(f"untie: a network for {task!r} has no output projection that could be tied; leave it out")
-    return family, config, task
+    return Architecture(family, config, task)
 
 
-def with_generation(config: ModelConfig, folder: Path) -> ModelConfig:
-    """The configuration with the content of the folder's generation_config.json, for whoever writes the network."""
-    file = folder / GENERATION
-    return dataclasses.replace(config, generation=json.dumps(read_json(file))) if file.is_file() else config
+def _family_of(hf: Mapping[str, Any]) -> Family:
+    """The family of a config.json; raises a ModelError if there is none, or its weights are quantized."""
+    kind = str(hf.get("model_type"))
+    if kind not in FAMILIES:
+        raise ModelError(
+            f"model_type = {kind!r} is not a network of jlora.models{nearest(kind, FAMILIES)}; expected one of "
+            f"{', '.join(sorted(FAMILIES))}. jlora.lora adapts any other JAX network that you have."
+        )
+    if (quantized := hf.get("quantization_config")) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        raise ModelError(
+            f"quantization_config: the checkpoint is quantized ({method!r}). Expected plain weights: load the "
+            "checkpoint that was quantized."
+        )
+    return FAMILIES[kind]
 
 
-def network_of(
-    family: Family, config: ModelConfig, task: Task, dtype: Any, param_dtype: Any, remat: Remat
-) -> nn.Module:
-    """The network of a family for a task."""
-    return family.networks[task](config, dtype=dtype, param_dtype=param_dtype, remat=remat)
-
-
-def class_of(family: Family, task: Task) -> str:
-    """The class of transformers that a config.json names."""
-    if task == "causal-lm" and family.architecture == "GPT2":
-        return "GPT2LMHeadModel"
-    return family.architecture + ending_of(task)
+def _label_ids(labels: int | Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The attributes of a config.json that name labels."""
+    words = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
+    if not words or len(set(words)) != len(words):
+        raise ModelError(f"labels = {labels!r}; expected their number, or their names, each once")
+    return {
+        "id2label": {str(i): word for i, word in enumerate(words)},
+        "label2id": {word: i for i, word in enumerate(words)},
+    }
 
 
 def draw(model: nn.Module, key: Array) -> PyTree:

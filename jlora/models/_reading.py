@@ -1,4 +1,4 @@
-"""One leaf from its tensors to its devices, a few rows at a time."""
+"""Reading one leaf from its tensors to its devices, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import jax
 import numpy as np
 
 from jlora._src.types import Array
-from jlora.files.safetensors import Tensor, TensorError, is_finite
+from jlora.files.errors import TensorError
+from jlora.files.safetensors import Tensor, is_finite
 from jlora.files.tensor_names import TensorName, to_torch, torch_axes
 
 CHUNK_BYTES = 16 * 2**20
 
 
 def read_leaf(tensors: Sequence[Tensor], name: TensorName, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
-    """One leaf on its devices; only the slices that this process's devices hold are read."""
+    """One leaf on its devices; only the slices of this process's devices are read."""
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     parts: dict[tuple[range, ...], np.ndarray] = {}
 
     def part(index: Any) -> np.ndarray:
         ranges = tuple(range(size)[s] for s, size in zip(index, shape, strict=True))
-        if ranges in parts:  # devices that hold the same part
+        if ranges in parts:  # several devices may hold the same part
             return parts[ranges]
         out = _aligned_empty(tuple(map(len, ranges)), dtype)
         one = index[1:] if name.stacked else index
@@ -47,14 +48,14 @@ def are_equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _chunks(tensor: Tensor, rows: range) -> Iterator[tuple[slice]]:
-    """Slices that together are ``rows``, each of about `CHUNK_BYTES`."""
+    """Slices of about `CHUNK_BYTES` each, which together are ``rows``."""
     count = max(1, CHUNK_BYTES // max(1, tensor.dtype.itemsize * math.prod(tensor.shape[1:])))
     for start in range(0, len(rows), count):
         yield (slice(rows[start], rows[min(start + count, len(rows)) - 1] + 1),)
 
 
 def _read_into(out: np.ndarray, tensor: Tensor, name: TensorName, index: Sequence[slice]) -> None:
-    """Fill ``out`` with ``tensor[index]`` in our layout, a few rows of PyTorch's at a time."""
+    """Fill ``out`` with ``tensor[index]`` in our order of axes, a few rows of PyTorch's at a time."""
     if not tensor.shape:
         _cast_into(out, tensor.read(), tensor)
         return
@@ -70,13 +71,13 @@ def _cast_into(out: np.ndarray, array: np.ndarray, tensor: Tensor) -> None:
         out[...] = array
     if out.dtype != array.dtype and not is_finite(out):
         raise TensorError(
-            f"{tensor.file}: the tensor {tensor.name!r} of dtype {array.dtype} leaves the range of {out.dtype}. Pass a "
-            "param_dtype of a larger range, such as float32 or bfloat16."
+            f"{tensor.file}: the tensor {tensor.name!r} of dtype {array.dtype} is out of the range of {out.dtype}. "
+            "Pass a param_dtype of a larger range, such as float32 or bfloat16."
         )
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
-    """An empty array that starts where JAX's CPU backend can take it over without a copy."""
+    """An empty array, aligned such that JAX's CPU backend can use its memory without a copy."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + alignment, np.uint8)
     start = -buffer.ctypes.data % alignment

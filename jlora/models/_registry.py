@@ -1,4 +1,4 @@
-"""The families by the ``model_type`` of their config.json."""
+"""The families, by the ``model_type`` in a config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arrays of one adapted layer: as PEFT stores them, and as our factors hold them."""
+"""The arrays of one adapted layer, as PEFT stores them and as our factors hold them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from jlora._src.engine.named_axes import promoted_dtype
 from jlora._src.types import Array, Axes, LoraFactors
-from jlora.files.tensor_names import Kind, from_torch, to_torch
+from jlora.files.tensor_names import ModuleKind, from_torch, to_torch
 
 Part: TypeAlias = str
 """One of a layer's arrays: ``a``, ``b`` or ``magnitude``."""
@@ -18,8 +18,8 @@ Part: TypeAlias = str
 _PARTS: dict[Part, str] = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _EMBEDDING_PARTS: dict[Part, str] = {**_PARTS, "a": "lora_embedding_A", "b": "lora_embedding_B"}
 SUFFIXES = (*_PARTS.values(), *list(_EMBEDDING_PARTS.values())[:2])
-NDIM: Mapping[Kind, int] = {"linear": 2, "conv1d": 2, "conv2d": 4, "embedding": 2}
-"""The modules that PEFT adapts, and how many axes their weights have."""
+NDIM: Mapping[ModuleKind, int] = {"linear": 2, "conv1d": 2, "conv2d": 4, "embedding": 2}
+"""The kinds of modules that PEFT adapts, with the number of axes of their weights."""
 
 
 class Layer(NamedTuple):
@@ -29,7 +29,7 @@ class Layer(NamedTuple):
       a: [*inputs, rank].
       b: [rank, outputs].
       magnitude: None, or [outputs].
-      scale: what multiplies their product.
+      scale: multiplies their product.
     """
 
     a: np.ndarray
@@ -42,37 +42,37 @@ class Layer(NamedTuple):
         return self.b.shape[0]
 
     def folded(self, scale: float) -> Layer:
-        """The same update with another scale; the quotient goes into ``b``."""
+        """The same update with another scale; ``b`` is multiplied by the quotient."""
         return self if scale == self.scale else self._replace(b=scaled(self.b, self.scale / scale), scale=scale)
 
     def padded(self, rank: int) -> Layer:
-        """The same update with zeros up to ``rank``."""
+        """The same update, padded with zeros to ``rank``."""
         more = rank - self.rank
         a = np.pad(self.a, [(0, 0)] * (self.a.ndim - 1) + [(0, more)])
         return self._replace(a=a, b=np.pad(self.b, [(0, more), (0, 0)]))
 
 
 def scaled(b: np.ndarray, factor: float) -> np.ndarray:
-    """The product, in the dtype of ``b`` where that rounds nothing, and else in float32."""
+    """``b * factor`` in the dtype of ``b`` if that is exact, else in float32."""
     wide = np.promote_types(b.dtype, np.float32) if b.dtype.kind == "f" else np.dtype(np.float32)
     product = b.astype(wide) * wide.type(factor)
     narrow = product.astype(b.dtype)
     return narrow if np.array_equal(narrow.astype(wide), product) else product
 
 
-def parts(kind: Kind) -> Mapping[Part, str]:
-    """What PEFT appends to a module's name for each of its arrays."""
+def parts(kind: ModuleKind) -> Mapping[Part, str]:
+    """The suffix that PEFT appends to a module's name for each of its arrays."""
     return _EMBEDDING_PARTS if kind == "embedding" else _PARTS
 
 
-def axes(kind: Kind, stacked: bool) -> Axes:
-    """The roles of the axes of our leaf."""
+def axes(kind: ModuleKind, stacked: bool) -> Axes:
+    """The roles of our leaf's axes."""
     first, last = int(stacked), int(stacked) + NDIM[kind] - 1
     return Axes((0,) if stacked else (), tuple(range(first, last)), (last,))
 
 
-def shapes(kind: Kind, leaf: tuple[int, ...], rank: int) -> dict[Part, tuple[int, ...]]:
-    """The shapes of PEFT's arrays, for a layer's weight of shape ``leaf`` in our layout."""
+def shapes(kind: ModuleKind, leaf: tuple[int, ...], rank: int) -> dict[Part, tuple[int, ...]]:
+    """The shapes of PEFT's arrays for a weight (one layer) of our shape ``leaf``."""
     *inputs, out = leaf
     if kind == "conv2d":
         height, width, channels = inputs
@@ -80,15 +80,15 @@ def shapes(kind: Kind, leaf: tuple[int, ...], rank: int) -> dict[Part, tuple[int
     return {"a": (rank, *inputs), "b": (out, rank), "magnitude": (out,)}
 
 
-def leaf_shape(kind: Kind, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    """The inverse of `shapes`: that of a layer's weight in our layout, from the shapes of PEFT's two factors."""
+def leaf_shape(kind: ModuleKind, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    """The inverse of `shapes`: our shape of a weight (one layer), from the shapes of PEFT's two factors."""
     if kind == "conv2d":
         _, channels, height, width = a
         return (height, width, channels, b[0])
     return (a[1], b[0])
 
 
-def to_peft(layer: Layer, kind: Kind) -> dict[Part, np.ndarray]:
+def to_peft(layer: Layer, kind: ModuleKind) -> dict[Part, np.ndarray]:
     """A layer's arrays as PEFT stores them."""
     a, b, magnitude, _ = layer
     if kind == "conv2d":  # two convolutions; the second is 1 x 1
@@ -100,7 +100,7 @@ def to_peft(layer: Layer, kind: Kind) -> dict[Part, np.ndarray]:
     return found
 
 
-def from_peft(arrays: Mapping[Part, np.ndarray], kind: Kind, scale: float) -> Layer:
+def from_peft(arrays: Mapping[Part, np.ndarray], kind: ModuleKind, scale: float) -> Layer:
     """The inverse of `to_peft`."""
     magnitude = arrays["magnitude"].reshape(-1) if "magnitude" in arrays else None
     if kind == "conv2d":
@@ -109,7 +109,7 @@ def from_peft(arrays: Mapping[Part, np.ndarray], kind: Kind, scale: float) -> La
 
 
 def layers_of(f: LoraFactors, stacked: bool) -> list[Layer]:
-    """The layers of one leaf's factors; a single one if it is not stacked."""
+    """The layers of one leaf's factors; a single one if the leaf is not stacked."""
     a, b, magnitude = (None if x is None else np.asarray(x) for x in (f.a, f.b, f.magnitude))
     assert a is not None and b is not None
     if not stacked:
@@ -117,10 +117,10 @@ def layers_of(f: LoraFactors, stacked: bool) -> list[Layer]:
     return [Layer(a[i], b[i], None if magnitude is None else magnitude[i], float(f.scale)) for i in range(len(a))]
 
 
-def join(layers: Sequence[Layer], kind: Kind, stacked: bool, dropout: float) -> LoraFactors:
-    """One leaf's factors, the inverse of `layers_of`.
+def join(layers: Sequence[Layer], kind: ModuleKind, stacked: bool, dropout: float) -> LoraFactors:
+    """One leaf's factors; the inverse of `layers_of`.
 
-    Layers of unequal ranks and scales get the largest rank, and the scale of one that has it.
+    Layers of unequal ranks and scales are brought to the largest rank, and to the scale of a layer that has it.
     """
     rank = max(layer.rank for layer in layers)
     scale = next((layer.scale for layer in layers if layer.rank == rank and layer.scale > 0), 1.0)

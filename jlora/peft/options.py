@@ -1,6 +1,6 @@
-"""What PEFT computes and jlora does not, by the keys of ``adapter_config.json``, and the way out of each.
+"""What PEFT computes and jlora does not, by the keys of ``adapter_config.json``, and what to do about each.
 
-PEFT merges some of these and not others: `tests/peft/test_peft_options.py` tries every way in peft 0.21.
+PEFT can merge some of these; `tests/peft/test_peft_options.py` tries every advice in peft 0.21.
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ _INERT = frozenset(
     lora_ga_config loftq_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
     task_type""".split()
 )
-"""Keys that are checked apart, or that change nothing once the adapter is trained."""
+"""Keys that are checked elsewhere, or that have no effect once the adapter is trained."""
 
 _EMPTY = frozenset(
     "alora_invocation_tokens layer_replication megatron_config target_parameters trainable_token_indices".split()
 )
-"""Keys of which an empty list or table means nothing; of others it is a configuration with every default."""
+"""Keys for which an empty list or table has no effect; for other keys it means a config with all defaults."""
 
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base weights as they are."""
 
 _REPEATED_INITS = ("pissa", "olora")
-"""Those with which PEFT changes the base weights again, in the same way, whenever it loads the adapter."""
+"""Values with which PEFT changes the base weights in the same way whenever it loads the adapter."""
 
 MERGE = "merge it in PyTorch"
-_ALIVE = "in the process that trained it, merge it (`model.merge_and_unload().save_pretrained(new_folder)`)"
-_WAYS: Mapping[str, str] = {
-    "alora_invocation_tokens": "acts from these tokens on, so that no merged weights compute it; use it in PyTorch",
-    "arrow_config": "chooses among adapters by the input, so that no merged weights compute it; load each of those",
+_IN_PROCESS = "in the process that trained it, merge it (`model.merge_and_unload().save_pretrained(new_folder)`)"
+_ADVICE: Mapping[str, str] = {
+    "alora_invocation_tokens": "acts from these tokens on, so it cannot be merged; use it in PyTorch",
+    "arrow_config": "chooses among adapters by the input, so it cannot be merged; load each adapter by itself",
     "layer_replication": "the repeated layers share their weights; first give each its own, `for m in "
     "list(model.modules()):` and in it `for name, p in list(m.named_parameters(recurse=False)): setattr(m, name, "
     f"torch.nn.Parameter(p.data.clone()))`, then {MERGE}",
     "lora_bias": f"{MERGE}, over a base with biases in the adapted layers (Llama: `from_pretrained(path, "
     "attention_bias=True, mlp_bias=True)` makes them, of zero)",
-    "use_qalora": "PEFT merges none into a GPTQ base, so use it in PyTorch; over any other base it does nothing, so "
+    "use_qalora": "PEFT cannot merge it into a GPTQ base: use it in PyTorch; over any other base it has no effect: "
     "set it to false",
 }
-"""The ways out of which there is more to say than to merge."""
+"""Advice that is more than to merge."""
 
 _UNMERGED = frozenset(
     """ADAPTION_PROMPT CARTRIDGE CPT LILY MULTITASK_PROMPT_TUNING POLY PREFIX_TUNING PROMPT_TUNING P_TUNING SHADOW
     XLORA""".split()
 )
-"""The methods beside LoRA that PEFT cannot merge."""
+"""Methods other than LoRA that PEFT cannot merge."""
 
 
 def lacking(given: Mapping[str, Any]) -> list[str]:
-    """Every setting that asks for what jlora does not compute, each with its way out.
+    """A line for every setting that asks for what jlora does not compute, with advice.
 
     Args:
       given: the content of an ``adapter_config.json``.
@@ -59,23 +59,24 @@ def lacking(given: Mapping[str, Any]) -> list[str]:
     method, start = given.get("peft_type"), given.get("init_lora_weights", True)
     found = []
     if method != "LORA":
-        way = "no merged weights compute it; use it in PyTorch" if str(method) in _UNMERGED else MERGE
-        found.append(f"peft_type = {shown(method)}; expected 'LORA': {way}")
+        advice = "it cannot be merged; use it in PyTorch" if str(method) in _UNMERGED else MERGE
+        found.append(f"peft_type = {shown(method)}; expected 'LORA': {advice}")
     if start not in _PLAIN_INITS:
         found.append(f"init_lora_weights = {shown(start)}, which changed the base weights too: {_of_init(start)}")
     for name, value in given.items():
         if name in _INERT or value is None or value is False or (name in _EMPTY and not value):
             continue
-        found.append(f"{name} = {shown(value)}: {_WAYS.get(name, MERGE)}")
+        found.append(f"{name} = {shown(value)}: {_ADVICE.get(name, MERGE)}")
     return found
 
 
 def _of_init(start: Any) -> str:
     if start in _REPEATED_INITS:
         return MERGE
-    if start == "loftq":  # PEFT's conversion takes the weights before they were quantized
-        return f"{_ALIVE}; PEFT cannot convert it"
+    if start == "loftq":  # PEFT's conversion starts from the weights before quantization
+        return f"{_IN_PROCESS}; PEFT cannot convert it"
     return (
-        f"{_ALIVE} or convert it (`model.save_pretrained(new_folder, path_initial_model_for_weight_conversion=start)`, "
-        "with the adapter as it was saved before the training); PEFT does not change them alike when it loads the file"
+        f"{_IN_PROCESS} or convert it (`model.save_pretrained(new_folder, "
+        "path_initial_model_for_weight_conversion=start)`, with the adapter as it was saved before the training); PEFT "
+        "does not repeat this change when it loads the file"
     )

@@ -1,6 +1,6 @@
-"""A leaf that is both the lookup table and the output projection: two modules to PEFT, which trains them apart.
+"""Tied embeddings: one leaf that is both lookup table and output projection, which are two modules in PEFT.
 
-Such a leaf is read and written as two, the second one transposed; `join` makes one of them again where they agree.
+Such a leaf is read and written as two leaves, the second one transposed; `join` makes them one again if they agree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jlora.peft.config import PeftConfig, PeftError
 
 
 class _Transposed:
-    """A table as the weight of the projection, which is copied only where somebody asks for its values."""
+    """A table as the weight of the projection; copied only when its values are read."""
 
     def __init__(self, table: Any) -> None:
         self.table, self.shape, self.dtype = table, tuple(table.shape[::-1]), table.dtype
@@ -31,7 +31,7 @@ class _Transposed:
 
 
 def heads(names: TensorNames) -> dict[LeafPath, tuple[LeafPath, str]]:
-    """By the path that stands for each tied projection, the path of its table and its tensor."""
+    """For each tied projection, by a path made up for it: the path of its table, and its tensor."""
     return {
         f"{path} ({tensor.removesuffix('.weight')})": (path, tensor)
         for path, name in names.items()
@@ -40,7 +40,7 @@ def heads(names: TensorNames) -> dict[LeafPath, tuple[LeafPath, str]]:
 
 
 def projections(names: TensorNames, keys: Collection[str]) -> list[str]:
-    """The modules, among those of an adapter's tensors, that are tied to the embedding or are so in PyTorch's model."""
+    """The output projections among an adapter's modules: those tied to an embedding here, or in PyTorch's model."""
     tied = {tensor for name in names.values() for tensor in name.tied}
     tied |= {tensor for name in names.values() for tensor in name.tensors if tensor.endswith("lm_head.weight")}
     modules = sorted(tensor.removesuffix(".weight") for tensor in tied)
@@ -48,12 +48,12 @@ def projections(names: TensorNames, keys: Collection[str]) -> list[str]:
 
 
 def split_names(names: TensorNames) -> TensorNames:
-    """The table of names in which each tied projection is a leaf."""
+    """The table with a leaf for each tied projection."""
     return {**names, **{head: TensorName((tensor,), "linear") for head, (_, tensor) in heads(names).items()}}
 
 
 def split_leaves(leaves: Mapping[LeafPath, Any], names: TensorNames) -> dict[LeafPath, Any]:
-    """The parameters with these leaves."""
+    """The parameters with a leaf for each tied projection."""
     found = dict(leaves)
     for head, (path, _) in heads(names).items():
         leaf = leaves[path]
@@ -65,7 +65,7 @@ def split_leaves(leaves: Mapping[LeafPath, Any], names: TensorNames) -> dict[Lea
 def split_adapters(
     adapters: Mapping[LeafPath, LoraFactors | Array], names: TensorNames
 ) -> dict[LeafPath, LoraFactors | Array]:
-    """The adapters, those of tied tables for the projection too."""
+    """The adapters with one more for each tied projection whose table has one."""
     tied = {head: adapters[path] for head, (path, _) in heads(names).items() if path in adapters}
     return {**adapters, **{head: _transposed(value) for head, value in tied.items()}}
 
@@ -76,19 +76,19 @@ def join(
     """The inverse of `split_adapters`.
 
     Raises:
-      PeftError: naming every table whose projection is adapted otherwise, or alone, or not at all.
+      PeftError: naming every table whose projection has another adapter, or only one of the two has one.
     """
     found, wrong = dict(adapters), []
     for head, (path, tensor) in heads(names).items():
         table, projection = found.get(path), found.pop(head, None)
-        # What is stored and named by nothing goes into the one array that both are in PyTorch too.
+        # A table that the config does not name goes into the one array that both are in PyTorch too.
         loaded = projection is None and not isinstance(table, LoraFactors) and not config.saves(names[path].tensors[0])
         if not loaded and not _agree(table, projection):
             wrong.append(f"{path!r}: {_what(table)} for the lookup, {_what(projection)} for {tensor!r}")
     if wrong:
         raise PeftError(
-            f"{folder}: the embedding is also the output projection, and the adapter trains the two apart:"
-            f"{bullets(wrong)}\nExpected the same for both. Load the network with a projection of its own, "
+            f"{folder}: the embedding is also the output projection, and the adapter trains the two separately:"
+            f"{bullets(wrong)}\nExpected the same for both. Load the network with a separate projection, "
             "models.load(path, untie=True), and the adapter with its names and parameters. Nothing was loaded."
         )
     return found

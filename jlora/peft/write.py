@@ -1,11 +1,10 @@
-"""From our adapters to PEFT's."""
+"""`save`: our adapters, as PEFT stores them."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import os
-import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,19 @@ from jlora._src.tree.checks import check_adapters, check_finite, check_paths
 from jlora._src.tree.merge import merge
 from jlora._src.types import Adapters, Array, LoraFactors, LoraWeight, PyTree
 from jlora._src.types import Path as LeafPath
-from jlora.files.safetensors import write_json, write_tensors
-from jlora.files.tensor_names import Kind, TensorNames, to_torch
+from jlora.files.drafts import drafts
+from jlora.files.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from jlora.files.json_files import write_json
+from jlora.files.safetensors import write_tensors
+from jlora.files.tensor_names import LayerOfLeaf, TensorNames, by_tensor, module_of, to_tensor
 from jlora.messages import nearest
 from jlora.peft import layout, tied
-from jlora.peft.config import (
-    CONFIG,
-    TASK_HEADS,
-    config_json,
-    exact_alpha,
-    is_saved,
-    make_config,
-    modules_above,
-    refuse,
-    whole_modules,
-)
-from jlora.peft.tensors import PREFIX, TENSORS, module_of
+from jlora.peft.config import TASK_HEADS, PeftConfig, exact_alpha, is_saved, modules_above, refuse
+from jlora.peft.config_file import config_json
+from jlora.peft.describe import describe, whole_modules
+from jlora.peft.keys import PREFIX
 
-_NO_VALUE = "goes into what PEFT stores beside the adapters, and the params are shapes; expected arrays"
+_NO_VALUE = "is stored by PEFT beside the adapters, and the params are shapes; expected arrays"
 
 
 def save(
@@ -54,36 +48,38 @@ def save(
 ) -> list[Path]:
     """Write adapters as PEFT does, for ``peft.PeftModel.from_pretrained(model, folder)``.
 
-    The same adapters give the same bytes, and the factors decide: ranks, scales and dropout are theirs, not those of
-    ``config``. PEFT's ``alpha`` is chosen so that it computes each factor's scale exactly; a scale that no alpha
-    gives is folded into B, in float32 unless its dtype holds the product. PEFT knows one dropout rate: the most common
-    one is written.
+    >>> names = models.tensor_names(model)
+    >>> peft.save("my_adapter", names, params, adapters, config, base_model="FacebookAI/roberta-base")
+
+    The same adapters give the same bytes. Ranks, scales and dropout are those of the factors, not of ``config``. PEFT's
+    ``alpha`` is chosen so that it computes each factor's scale exactly; a scale that no alpha gives is folded into B,
+    in float32 unless its dtype holds the product. PEFT has a single dropout rate: the most common one is written.
 
     Leaves trained whole become ``bias="all"`` or ``"lora_only"`` where they are those biases, and ``modules_to_save``
-    otherwise. PEFT stores whole modules, and the heads of ``task_type``; what of them was not trained is taken from
-    ``params``. So are, beside DoRA, the magnitudes of plain factors: PEFT has DoRA everywhere or nowhere. Factors in
-    such a head are folded into its weight, summed in float32 and rounded once to the base's dtype, because PEFT would
-    ignore them; `load` returns the weight.
+    otherwise. PEFT stores whole modules, and the heads of ``task_type``: their untrained leaves are taken from
+    ``params``. If any adapter uses DoRA, the magnitudes of plain factors are computed from ``params`` too, because PEFT
+    has DoRA everywhere or nowhere. Factors in a head of ``task_type`` are merged into its weight (summed in float32,
+    rounded once to the base's dtype), because PEFT would ignore them; `load` returns the weight.
 
     Args:
-      folder: made if it is not there; an adapter that is there is replaced, once the new one is written out.
-      names: of the leaves; see `jlora.files.tensor_names`.
+      folder: created if it does not exist; an adapter in it is replaced once the new one is written.
+      names: the tensor names of the leaves; see `jlora.files.tensor_names`.
       params: the base parameters.
       adapters: as from `jlora.init`.
-      config: decides ``use_rslora``, which the factors do not record.
-      uniform_rank: scales folded into B, factors padded with zeros to one rank, ``alpha = rank`` and no patterns: what
-        vLLM reads (give it a ``--max-lora-rank`` of at least that). It knows factors alone: DoRA, convolutions and
-        what was trained whole are refused.
+      config: determines ``use_rslora``, which the factors do not record.
+      uniform_rank: fold scales into B, pad factors with zeros to one rank, and set ``alpha = rank`` without patterns,
+        which is what vLLM reads (with a ``--max-lora-rank`` of at least that rank). vLLM reads factors alone: DoRA,
+        convolutions and leaves trained whole are refused.
       base_model: the id or folder of the base model.
       task_type: PEFT's, such as ``"SEQ_CLS"``, for ``AutoPeftModelForSequenceClassification``. Without one,
-        ``AutoPeftModel`` makes the class that `jlora.models.names` knows.
+        ``AutoPeftModel`` makes the class that `jlora.models.tensor_names` records.
 
     Returns:
       The files that were written.
 
     Raises:
       KeyError, ValueError: when an adapter does not fit the params, or holds NaN or infinity; all are named.
-      PeftError: naming every adapter that PEFT has no form for.
+      PeftError: naming every adapter that PEFT cannot represent.
     """
     leaves, _ = named_leaves(params)
     check_paths({**adapters, **names}, leaves, "peft.save")
@@ -96,69 +92,115 @@ def save(
         _check_plain(adapters, names, heads)
     use_rslora = config.use_rslora and not uniform_rank
     adapters = {path: _with_written_scale(value, use_rslora, uniform_rank) for path, value in adapters.items()}
-    leaves, adapters = tied.split_leaves(leaves, names), tied.split_adapters(adapters, names)
-    own, names = names, tied.split_names(names)
-
-    factors = {path: value for path in names if isinstance(value := adapters.get(path), LoraFactors)}
-    layers = _as_layers(factors, leaves, names)
+    model = _Adapted(tied.split_leaves(leaves, names), tied.split_names(names), tied.split_adapters(adapters, names))
+    layers = _as_layers(model)
     if uniform_rank:
         largest = max(layer.rank for layer in layers.values())
         layers = {module: layer.padded(largest) for module, layer in layers.items()}
+    theirs = _their_config(model, layers, heads, use_rslora)
+    whole = theirs.whole(model.at, layers)
+    _check_whole(model, layers, theirs, whole)
+    content = config_json(theirs, names, fan_in_fan_out=model.transposed, base_model=base_model, task_type=task_type)
+    return _write(Path(folder), content, _factor_tensors(model, layers) | _whole_tensors(model, layers, whole))
 
-    at = {tensor: (path, i) for path, name in names.items() for i, tensor in enumerate(name.tensors)}
-    kinds: dict[str, Kind] = {module_of(t): names[path].kind for t, (path, _) in at.items() if path in factors}
-    trained = {tensor for tensor, (path, _) in at.items() if path in adapters and path not in factors}
-    bias, saved = whole_modules(trained, layers, at, heads)
-    dropouts = [f.dropout for f in factors.values()]
-    theirs = make_config(
+
+@dataclasses.dataclass(frozen=True)
+class _Adapted:
+    """A model and its adapters, with a leaf for each tied projection."""
+
+    leaves: Mapping[LeafPath, Any]
+    names: TensorNames
+    adapters: Mapping[LeafPath, LoraFactors | Array]
+
+    @functools.cached_property
+    def at(self) -> dict[str, LayerOfLeaf]:
+        """What each tensor of PyTorch's model is here."""
+        return by_tensor(self.names)
+
+    @functools.cached_property
+    def factors(self) -> dict[LeafPath, LoraFactors]:
+        """The leaves with low-rank factors, in the order of the table."""
+        return {p: value for p in self.names if isinstance(value := self.adapters.get(p), LoraFactors)}
+
+    @functools.cached_property
+    def trained(self) -> set[str]:
+        """The tensors that are trained whole."""
+        return {t for t, leaf in self.at.items() if leaf.path in self.adapters and leaf.path not in self.factors}
+
+    @property
+    def transposed(self) -> bool:
+        """PEFT's ``fan_in_fan_out``: whether an adapted weight is [in, out] in PyTorch too."""
+        return any(self.names[path].kind == "conv1d" for path in self.factors)
+
+
+def _their_config(
+    model: _Adapted, layers: Mapping[str, layout.Layer], heads: Collection[str], use_rslora: bool
+) -> PeftConfig:
+    """The config with which PEFT computes these layers, and trains whole what is trained whole here."""
+    bias, saved = whole_modules(model.trained, layers, model.at, heads)
+    dropouts = [f.dropout for f in model.factors.values()]
+    return describe(
         {module: layer.rank for module, layer in layers.items()},
         {module: exact_alpha(layer.scale, layer.rank, use_rslora) for module, layer in layers.items()},
-        {above for tensor in at for above in modules_above(module_of(tensor))},
+        {above for tensor in model.at for above in modules_above(module_of(tensor))},
         lora_dropout=max(dropouts, key=dropouts.count),
         bias=bias,
         use_rslora=use_rslora,
         use_dora=any(layer.magnitude is not None for layer in layers.values()),
         modules_to_save=saved,
     )
-    whole = theirs.whole(at, layers)
-    lacking = dict.fromkeys(at[tensor][0] for tensor in at if tensor in whole - trained)
+
+
+def _check_whole(
+    model: _Adapted, layers: Mapping[str, layout.Layer], config: PeftConfig, whole: Collection[str]
+) -> None:
+    """Raises a PeftError if ``whole``, what PEFT trains whole by ``config``, is not what the adapters train whole."""
+    saved = config.modules_to_save
+    untrained = dict.fromkeys(leaf.path for t, leaf in model.at.items() if t in whole and t not in model.trained)
     refuse(
-        [f"{t!r} was trained whole, but lies in no module that PEFT could store" for t in at if t in trained - whole]
-        + [f"{m!r} has factors and lies in a module that is trained whole: {saved}" for m in layers if theirs.saves(m)]
-        + [f"{path!r} {_NO_VALUE}" for path in lacking if isinstance(leaves[path], jax.ShapeDtypeStruct)]
+        [
+            f"{t!r} was trained whole, but is in no module that PEFT could store"
+            for t in model.at
+            if t in model.trained and t not in whole
+        ]
+        + [f"{m!r} has factors and is in a module that is trained whole: {saved}" for m in layers if config.saves(m)]
+        + [f"{path!r} {_NO_VALUE}" for path in untrained if _is_shape(model.leaves[path])]
     )
 
-    tensors: dict[str, np.ndarray] = {}
-    for module, layer in layers.items():
-        suffixes = layout.parts(kinds[module])
-        for part, array in layout.to_peft(layer, kinds[module]).items():
-            tensors[f"{PREFIX}{module}.{suffixes[part]}"] = array
+
+def _factor_tensors(model: _Adapted, layers: Mapping[str, layout.Layer]) -> dict[str, np.ndarray]:
+    """The arrays of all factors by PEFT's keys."""
+    tensors = {}
+    for path in model.factors:
+        kind = model.names[path].kind
+        for module in map(module_of, model.names[path].tensors):
+            arrays = layout.to_peft(layers[module], kind)
+            tensors |= {f"{PREFIX}{module}.{layout.parts(kind)[part]}": array for part, array in arrays.items()}
+    return tensors
+
+
+def _whole_tensors(model: _Adapted, layers: Collection[str], whole: Collection[str]) -> dict[str, np.ndarray]:
+    """The tensors that PEFT stores whole, trained or not, by its keys."""
+    tensors = {}
     for tensor in whole:
-        path, i = at[tensor]
-        leaf = np.asarray(adapters[path] if tensor in trained else leaves[path])
+        path, name, layer = model.at[tensor]
         module = module_of(tensor)
         key = f"{module}.base_layer.bias" if module in layers else tensor
-        tensors[PREFIX + key] = to_torch(leaf[i] if names[path].stacked else leaf, names[path].kind)
-    content = config_json(
-        theirs,
-        own,
-        fan_in_fan_out=any(kinds[module] == "conv1d" for module in layers),
-        base_model=base_model,
-        task_type=task_type,
-    )
-    return _write(Path(folder), content, tensors)
+        leaf = model.adapters[path] if tensor in model.trained else model.leaves[path]
+        tensors[PREFIX + key] = to_tensor(leaf, name, layer)
+    return tensors
 
 
 def _with_whole_heads(
     adapters: Adapters, leaves: Mapping[LeafPath, Any], names: TensorNames, heads: Collection[str]
 ) -> Adapters:
-    """The adapters with those factors folded into their weights that lie in a head which PEFT trains whole."""
+    """The adapters, with factors in a head that PEFT trains whole merged into its weight."""
     inside = {
         path
         for path, value in adapters.items()
         if isinstance(value, LoraFactors) and path in names and is_saved(names[path].tensors[0], heads)
     }
-    refuse([f"{path!r} {_NO_VALUE}" for path in sorted(inside) if isinstance(leaves[path], jax.ShapeDtypeStruct)])
+    refuse([f"{path!r} {_NO_VALUE}" for path in sorted(inside) if _is_shape(leaves[path])])
     merged = merge({p: leaves[p] for p in inside}, {p: adapters[p] for p in inside})
     return {path: merged.get(path, value) for path, value in adapters.items()}
 
@@ -166,26 +208,20 @@ def _with_whole_heads(
 def _check_writable(
     adapters: Adapters, leaves: Mapping[LeafPath, Any], names: TensorNames, task_type: str | None
 ) -> None:
-    """Raises a PeftError that names every adapter of which PEFT has no form."""
+    """Raises a PeftError that names every adapter that PEFT cannot represent."""
     wrong = []
-    dora = any(isinstance(value, LoraFactors) and value.magnitude is not None for value in adapters.values())
-    for path, value in adapters.items():
-        if (name := names.get(path)) is None:
+    factors = {path: value for path, value in adapters.items() if isinstance(value, LoraFactors)}
+    dora = any(value.magnitude is not None for value in factors.values())
+    for path in adapters:
+        if path not in names:
             wrong.append(f"{path!r} is not in the name table{nearest(path, names)}")
-        elif isinstance(value, LoraFactors):
-            if name.kind not in layout.NDIM:
-                wrong.append(f"{path!r} is of kind {name.kind!r}; PEFT adapts {', '.join(layout.NDIM)}")
-            elif value.axes != (expected := layout.axes(name.kind, name.stacked)):
-                wrong.append(f"{path!r} has {value.axes}; PEFT adapts {name.kind!r} along {expected}")
-            if name.tied and value.magnitude is not None:
-                wrong.append(f"{path!r} has DoRA and is also {name.tied[0]!r}, whose magnitude in PEFT is by rows")
-            if not math.isfinite(value.scale) or value.rank == 0:
-                wrong.append(f"{path!r} has scale {value.scale} and rank {value.rank}; expected finite, and above 0")
-            if dora and value.magnitude is None and isinstance(leaves[path], jax.ShapeDtypeStruct):
+        elif path in factors:
+            wrong += _unwritable(path, factors[path], names)
+            if dora and factors[path].magnitude is None and _is_shape(leaves[path]):
                 wrong.append(f"{path!r} {_NO_VALUE}")
-    if not any(isinstance(value, LoraFactors) for value in adapters.values()):
+    if not factors:
         wrong.append(
-            "there are no low-rank factors (those of heads that PEFT trains whole aside); PEFT has no adapter without, "
+            "there are no low-rank factors (apart from heads that PEFT trains whole), and PEFT has no adapter without; "
             "save the merged model instead"
         )
     if task_type is not None and task_type not in TASK_HEADS:
@@ -195,8 +231,24 @@ def _check_writable(
     refuse(wrong)
 
 
+def _unwritable(path: LeafPath, value: LoraFactors, names: TensorNames) -> list[str]:
+    """What PEFT cannot represent of one leaf's factors."""
+    name, wrong = names[path], []
+    if name.kind not in layout.NDIM:
+        wrong.append(f"{path!r} is of kind {name.kind!r}; PEFT adapts {', '.join(layout.NDIM)}")
+    elif value.axes != (expected := layout.axes(name.kind, name.stacked)):
+        wrong.append(f"{path!r} has {value.axes}; PEFT adapts {name.kind!r} along {expected}")
+    if name.tied and value.magnitude is not None:
+        wrong.append(f"{path!r} has DoRA and is also {name.tied[0]!r}, whose magnitude in PEFT is by rows")
+    if not math.isfinite(value.scale) or value.rank == 0:
+        wrong.append(
+            f"{path!r} has scale {value.scale} and rank {value.rank}; expected a finite scale and a rank above 0"
+        )
+    return wrong
+
+
 def _check_plain(adapters: Adapters, names: TensorNames, heads: Collection[str]) -> None:
-    """Raises a PeftError that names everything but plain factors of linear layers and embeddings."""
+    """Raises a PeftError that names everything other than plain factors of linear layers and embeddings."""
     wrong = []
     for path, value in adapters.items():
         if not isinstance(value, LoraFactors):
@@ -210,7 +262,7 @@ def _check_plain(adapters: Adapters, names: TensorNames, heads: Collection[str])
 
 
 def _with_written_scale(value: LoraFactors | Array, use_rslora: bool, uniform: bool) -> LoraFactors | Array:
-    """The same adapter, with the scale of alpha = rank where it is asked for, or no alpha gives its own."""
+    """The same adapter; its scale is that of ``alpha = rank`` if ``uniform``, or if no alpha gives its own."""
     if not isinstance(value, LoraFactors) or not (uniform or exact_alpha(value.scale, value.rank, use_rslora) is None):
         return value
     scale = value.rank / math.sqrt(value.rank) if use_rslora else 1.0
@@ -218,31 +270,30 @@ def _with_written_scale(value: LoraFactors | Array, use_rslora: bool, uniform: b
     return dataclasses.replace(value, b=b, scale=scale)
 
 
-def _as_layers(
-    factors: Mapping[LeafPath, LoraFactors], leaves: Mapping[LeafPath, Any], names: TensorNames
-) -> dict[str, layout.Layer]:
-    """The updates by PyTorch's module; missing magnitudes are filled in."""
+def _as_layers(model: _Adapted) -> dict[str, layout.Layer]:
+    """The updates by PyTorch's module; if any has a magnitude, all get one."""
     found: dict[str, layout.Layer] = {}
-    dora = any(f.magnitude is not None for f in factors.values())
-    for path, f in factors.items():
+    dora = any(f.magnitude is not None for f in model.factors.values())
+    for path, f in model.factors.items():
         if dora and f.magnitude is None:
-            norm = column_norm(to_factored(LoraWeight(jnp.asarray(leaves[path]), f)), f.axes)
+            norm = column_norm(to_factored(LoraWeight(jnp.asarray(model.leaves[path]), f)), f.axes)
             f = dataclasses.replace(f, magnitude=norm.astype(f.b.dtype))
-        for tensor, layer in zip(names[path].tensors, layout.layers_of(f, names[path].stacked), strict=True):
+        name = model.names[path]
+        for tensor, layer in zip(name.tensors, layout.layers_of(f, name.stacked), strict=True):
             found[module_of(tensor)] = layer
     return found
 
 
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
 def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> list[Path]:
-    """Write both files; until both are whole the folder keeps what it had, and it never holds two that do not match."""
+    """Write both files. Until both are complete the folder keeps its old ones, and it never holds two that differ."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as draft:
-        write_tensors(Path(draft) / TENSORS, tensors)
-        write_json(Path(draft) / CONFIG, config)
-        (folder / CONFIG).unlink(missing_ok=True)
-        for name in (TENSORS, CONFIG):
-            os.replace(Path(draft) / name, folder / name)
-    return [folder / CONFIG, folder / TENSORS]
-
-
-# ---- of load
+    files = [folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG]
+    with drafts(*files) as (weights_draft, config_draft):
+        write_tensors(weights_draft, tensors)
+        write_json(config_draft, config)
+        (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+    return files[::-1]

@@ -14,17 +14,17 @@ import jlora
 from tests.toys import TOYS, adapters_for, assert_close, loss_of
 
 
-class Variants(chex.TestCase):  # pyright: ignore[reportGeneralTypeIssues]
-    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True, with_pmap=True)
+class Variants(chex.TestCase):
+    @chex.variants(  # pyright: ignore[reportCallIssue]
+        with_jit=True, without_jit=True, with_device=True, without_device=True, with_pmap=True
+    )
     @parameterized.named_parameters((name, name) for name in TOYS)
     def test_the_adapted_model_is_the_merged_model(self, name: str) -> None:
         toy = TOYS[name]
         adapters = adapters_for(toy.fn, toy.params, toy.x)
         apply = self.variant(jlora.lora(toy.fn, materialize="error"))
         merged = self.variant(toy.fn)
-        assert_close(
-            apply(jlora.attach(toy.params, adapters), toy.x), merged(jlora.merge(toy.params, adapters), toy.x)
-        )
+        assert_close(apply(jlora.attach(toy.params, adapters), toy.x), merged(jlora.merge(toy.params, adapters), toy.x))
 
 
 def test_a_training_step_is_traced_once() -> None:

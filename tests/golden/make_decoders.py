@@ -1,7 +1,7 @@
 """Tiny decoders, and what transformers computes with them: `python tests/golden/make_decoders.py`, with torch.
 
-Writes a folder each below `decoders/`: a checkpoint, and `expected.safetensors`. Deterministic, but not bit for bit on
-every machine: write it again only when a configuration is added or changed.
+Writes a folder each below `decoders/`: a checkpoint, and `expected.safetensors`. The bits depend on the machine:
+write them again only when a configuration is added or changed.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def main() -> None:
         logits, hidden = states(model, ids, mask)
         expected = {"logits": logits, "hidden": hidden, "greedy": greedy(model, ids, mask)}
         tensors = {"input_ids": ids, "attention_mask": mask, **expected}
-        # safetensors writes the memory of a view as it lies, not as it is seen.
+        # safetensors writes the memory of a view, not its logical order.
         contiguous = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
         save_file(contiguous, HERE / name / "expected.safetensors")
 

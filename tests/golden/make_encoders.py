@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 HERE = Path(__file__).parent / "encoders"
 SHARED = Path(__file__).parents[3] / "shared"
 MINILM = SHARED / "models" / "minilm-l6"
-PARTS = 12  # of the features of a hidden state, that are kept of the real checkpoint
+PARTS = 12  # the number of features of each hidden state that are kept of the real checkpoint
 SENTENCES = (
     "one long string of cliches .",
     "a gorgeous , witty , seductive movie .",

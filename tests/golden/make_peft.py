@@ -23,7 +23,7 @@ BASES = ("roberta", "gpt2", "llama", "toy")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An adapter: of which base, with which arguments of ``peft.LoraConfig``."""
+    """An adapter: its base, and the arguments of ``peft.LoraConfig``."""
 
     base: str
     config: dict[str, Any]

@@ -1,4 +1,4 @@
-"""From files to parameters and back: bit for bit, only what is needed, and every damaged file named."""
+"""`models.load` and `models.save`: bit-exact round trips that read no more than needed."""
 
 from __future__ import annotations
 
@@ -101,7 +101,10 @@ def test_saving_what_is_not_the_networks_is_refused(tmp_path: Path) -> None:
         models.ModelError, lambda: models.save(tmp_path / "x", model, {"params": {"clasifier": jnp.ones(2)}})
     )
     expect(
-        text, "'params/encoder/word_embeddings/embedding' is missing", "'params/clasifier' is no parameter", "closest"
+        text,
+        "'params/encoder/word_embeddings/embedding' is missing",
+        "'params/clasifier' is not a parameter",
+        "closest",
     )
     assert not (tmp_path / "x").exists()
 
@@ -113,7 +116,7 @@ def test_saving_what_is_not_the_networks_is_refused(tmp_path: Path) -> None:
 def test_shardings_place_the_right_values_and_read_no_more_than_needed(
     spread: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each byte is read once, also where several devices hold the same part; and only parts are read for a part."""
+    """Each byte is read once, even if several devices hold it, and a shard reads only its slice."""
     model, params = network()
     models.save(tmp_path, model, params)
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -149,7 +152,7 @@ def test_shardings_place_the_right_values_and_read_no_more_than_needed(
 
 
 def test_loaded_parameters_can_be_donated(saved: Path) -> None:
-    """What JAX took over without a copy is nobody else's."""
+    """Memory that JAX uses without a copy has no other owner."""
     expected = network()[1]
     whole = NamedSharding(jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)), PartitionSpec())
     double = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0)
@@ -174,14 +177,14 @@ def test_dtypes_of_parameters_and_of_the_computation(tmp_path: Path) -> None:
 def test_a_value_beyond_the_asked_dtype_is_named(param_dtype: str, saved: Path) -> None:
     change(saved, lambda t: {**t, "classifier.bias": np.full(2, 3.4e38, np.float32)})
     text = message(models.TensorError, lambda: models.load(saved, param_dtype=param_dtype))
-    expect(text, "'classifier.bias' of dtype float32 leaves the range of " + param_dtype, "param_dtype")
+    expect(text, "'classifier.bias' of dtype float32 is out of the range of " + param_dtype, "param_dtype")
 
 
 # ---- names
 
 
 def test_names_with_and_without_the_prefix_and_of_old(saved: Path) -> None:
-    """A head's network reads a bare one's names and the reverse; LayerNorm.gamma and .beta are weight and bias."""
+    """A network with a head reads a bare checkpoint and the reverse; LayerNorm.gamma and .beta are weight and bias."""
     params = network()[1]
 
     def old(name: str) -> str:
@@ -205,7 +208,7 @@ def test_buffers_and_other_heads_are_passed_over(saved: Path) -> None:
 
 
 def test_a_head_starts_from_the_key_alone(saved: Path) -> None:
-    """Only the head is new, the same for the same key, and as the network draws it; the rest is the file's."""
+    """Only the head is new, equal for equal keys, and drawn as the network draws it; the rest is the file's."""
     change(saved, lambda t: {name: x for name, x in t.items() if not name.startswith("classifier")})
     expect(message(models.ModelError, lambda: models.load(saved)), "2 tensor(s)", "classifier.weight", "pass key=")
     (model, first), (_, again), (_, other) = (models.load(saved, key=jax.random.key(s)) for s in (0, 0, 1))
@@ -220,7 +223,7 @@ def test_a_head_starts_from_the_key_alone(saved: Path) -> None:
 
 
 def test_nothing_but_the_head_is_drawn(saved: Path) -> None:
-    """The compiled start has one random draw, of the head's shape."""
+    """The compiled program draws one random array, of the head's shape."""
     from jlora.models import _checkpoint
 
     model = network()[0]
@@ -255,7 +258,7 @@ def test_labels_are_written_into_the_config(saved: Path) -> None:
 
 
 def test_a_config_tells_the_dtype_of_most_parameters(tmp_path: Path) -> None:
-    """And has no ``torch_dtype`` that says otherwise."""
+    """And it has no ``torch_dtype`` that contradicts it."""
     model = models.build({**BERT, "torch_dtype": "float16"})
     leaves, treedef = named_leaves(network()[1])
     mixed = [x.astype("float32" if path.endswith("bias") else "bfloat16") for path, x in leaves.items()]
@@ -288,7 +291,7 @@ print((resident("VmHWM") - before) / size, size)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_loading_needs_little_more_than_the_parameters(tmp_path: Path) -> None:
-    """The host's peak is below 1.3 times the parameters, of one file and of several, with a head that starts anew."""
+    """The host's peak memory is below 1.3 times the parameters, with one file or several, and with a new head."""
     large = {**BERT, "vocab_size": 60_000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
     for name, hf, shard in (("small", BERT, 10**9), ("whole", large, 10**9), ("sharded", large, 50 * 10**6)):
         model = models.build(hf, task="features")

@@ -1,11 +1,11 @@
-"""Damaged files: an error of the documented kind that names the file and what in it, or what was written; no print.
+"""Damaged files give an error of the documented type that names file and place, or exactly what was written; no prints.
 
-A sample runs with the suite. ``JLORA_DAMAGES=500 pytest tests/models/test_damage.py`` does so many of each kind, and
-says what became of them.
+A sample runs with the suite. ``JLORA_DAMAGES=500 pytest tests/models/test_damage.py`` makes 500 damages of each kind,
+and prints the outcomes.
 
-PEFT's and Hugging Face's files have no room for a sum. What a changed byte of their tensors' data makes, and a value of
-their configurations that is as good as the one before, nobody can tell from what was meant; there the test asks that
-what is loaded is what the file says. It never asks less of what jlora writes for itself.
+PEFT's and Hugging Face's files have no room for checksums: a changed byte of tensor data, or another valid value in a
+configuration, cannot be detected. For these the test requires that the file's content is loaded. For files that jlora
+writes for itself it never requires less than detection.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jlora
 from jlora import models, peft
 from jlora.files.checksums import SUMS
-from jlora.files.safetensors import read_json
+from jlora.files.json_files import read_json
 from tests import peft_cases, tiny
 from tests.damage import STRANGE, WAYS, Damage, damage
 from tests.runs import program
@@ -54,7 +54,7 @@ COUNT = int(ASKED or 30)
 
 
 class Outcome(NamedTuple):
-    """What reading a damaged folder gave: ``error``'s text, or a value; and what was printed."""
+    """The outcome of reading a damaged folder: the text of an ``error``, or a value; and what was printed."""
 
     value: Any
     error: str | None
@@ -62,7 +62,7 @@ class Outcome(NamedTuple):
 
 
 class Reader:
-    """Reads damaged copies of whole folders, and counts what came of it."""
+    """Reads damaged copies of intact folders, and counts the outcomes."""
 
     def __init__(self, errors: tuple[type[Exception], ...], tmp_path: Path, capfd: Any):
         self.errors, self.copy, self.capfd = errors, tmp_path / "copy", capfd
@@ -98,7 +98,7 @@ class Reader:
         self.tell()
 
     def tell(self) -> None:
-        """How often which verdict was given, where so many were asked for."""
+        """Print the number of each verdict, if ``JLORA_DAMAGES`` is set."""
         if ASKED:
             with self.capfd.disabled():
                 print(f"\n{sum(self.counts.values())} damages: {dict(self.counts)}")
@@ -396,7 +396,7 @@ def test_the_program_tells_it(runs: Path, tmp_path: Path, capfd: Any) -> None:
 
 
 def test_configurations_as_json(runs: Path, reader: Any, tmp_path: Path) -> None:
-    """Without sums beside it a file may be another's configuration: then what is read is what it says."""
+    """Without checksums beside it a file may be another configuration; then its content is read."""
     for name in ("whole", "other"):
         (tmp_path / name).mkdir()
         shutil.copy(runs / name / "config.json", tmp_path / name)
@@ -419,7 +419,7 @@ def test_configurations_as_json(runs: Path, reader: Any, tmp_path: Path) -> None
 
 
 def test_configurations_as_python(reader: Any, tmp_path: Path) -> None:
-    """A text that is the user's own: one that runs and is sound is what was asked for."""
+    """Python files are the user's own: a file that runs and is valid is accepted."""
     for name, config in (("whole", "sst2_minilm"), ("other", "digits")):
         (tmp_path / name).mkdir()
         shutil.copy(Path("configs") / f"{config}.py", tmp_path / name / "config.py")

@@ -1,4 +1,4 @@
-"""GPT-2 and the Llama-type decoder: what transformers computes, from its files and back, and the laws of attention."""
+"""GPT-2 and the Llama-type decoder compute what transformers computes, both ways; and the laws of attention."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def test_a_cache_gives_what_the_whole_gives(name: str) -> None:
     for i in range(6, 12):
         logits, cache = step(ids[:, i : i + 1], mask[:, i : i + 1], cache)
         found.append(logits)
-    assert int(cache.used) == 12
+    assert int(cache.length) == 12
     assert_close(jnp.concatenate(found, axis=1), expected["logits"][rows], mask)
 
 
 @every_decoder
 def test_a_token_sees_no_later_one_and_no_other_segment(name: str) -> None:
-    """Later tokens change no earlier logits; packed sequences give what each gives alone."""
+    """Later tokens do not change earlier logits; a packed sequence gives the logits that it gives alone."""
     model, params, expected = case(name)
     row = expected["input_ids"][0]
     changed = np.where(np.arange(12) < 8, row, 48 - row)
@@ -93,7 +93,7 @@ def test_a_token_sees_no_later_one_and_no_other_segment(name: str) -> None:
     assert_close(later[:8], whole[:8], tolerance=1e-6)
     assert np.abs(later[8:] - whole[8:]).max() > 1e-2
     if name == "llama-dynamic":
-        return  # A longer call has other frequencies, so that a pack differs from its parts.
+        return  # A longer call has other frequencies, so a packed sequence differs from its parts.
     packed = np.asarray(forward(model, params, row[None], ones[:1], None, np.asarray([[3] * 7 + [1] * 5]))[0])[0]
     assert_close(packed[:7], whole[:7], tolerance=1e-5)
     assert_close(packed[7:], rolled[:5], tolerance=1e-5)
@@ -101,7 +101,7 @@ def test_a_token_sees_no_later_one_and_no_other_segment(name: str) -> None:
 
 @every_decoder
 def test_there_and_back(name: str, tmp_path: Path) -> None:
-    """A checkpoint of other weights loads; saved again, transformers computes the same with it. Another length too."""
+    """A checkpoint of other weights loads; saved again, transformers computes the same, also at another length."""
     pytest.importorskip("torch", reason="compares with transformers")
     import transformers
 
@@ -118,7 +118,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
         found = forward(model, params, ids[:, part], mask[:, part])
         assert_close(found[0], logits, mask[:, part])
         assert_close(found[1][:-1], hidden[:-1], mask[:, part])
-    if name != "llama-dynamic":  # which in transformers has a state
+    if name != "llama-dynamic":  # which is stateful in transformers
         np.testing.assert_array_equal(states(again, ids, mask)[0], states(theirs, ids, mask)[0])
 
 
@@ -169,7 +169,7 @@ def test_a_tied_head_may_be_stored_or_not(tmp_path: Path) -> None:
 
     for name in ("llama3", "gpt2"):
         model, params, _ = case(name)
-        (table,) = (n.files[0] for n in models.names(model).values() if n.tied)
+        (table,) = (n.files[0] for n in models.tensor_names(model).values() if n.tied)
         head = load_file(GOLDEN / name / "model.safetensors")[table]
         _, found = models.load(rewrite(name, **{"lm_head.weight": head}))
         chex.assert_trees_all_equal(found, params)
@@ -191,7 +191,7 @@ def test_the_bare_network_is_that_below_the_head(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama2", "gemma2", "gpt2"])
 def test_bfloat16_is_near(name: str) -> None:
-    """Computing in bfloat16 changes little; logits are float32."""
+    """Logits computed in bfloat16 are float32 and close to those in float32."""
     _, params, expected = case(name)
     model, _ = models.load(GOLDEN / name, dtype=jnp.bfloat16)
     logits, hidden = forward(model, params, expected["input_ids"], expected["attention_mask"])
@@ -201,11 +201,11 @@ def test_bfloat16_is_near(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2-sliding", "gpt2"])
 def test_an_adapted_decoder(name: str) -> None:
-    """Every linear layer is found, its layers as a batch axis; fresh adapters change nothing; attached is merged."""
+    """Every linear layer is found, with layers as a batch axis; fresh adapters change nothing; attached is merged."""
     model, params, expected = case(name)
     ids = expected["input_ids"][:1]
     uses = jlora.trace(model.apply, params, ids)
-    stacked = {path for path, kind in models.names(model).items() if kind.stacked and path.endswith("kernel")}
+    stacked = {path for path, kind in models.tensor_names(model).items() if kind.stacked and path.endswith("kernel")}
     assert {tuple(uses[path].axes) for path in stacked} == {((0,), (1,), (2,))}  # pyright: ignore
     config = jlora.LoraConfig(rank=2, alpha=4)
     assert stacked <= set(jlora.plan(params, config, uses))
@@ -223,7 +223,7 @@ def test_an_adapted_decoder(name: str) -> None:
 
 
 def test_dropout_needs_a_key_and_differs_between_layers() -> None:
-    """GPT-2's dropout acts only when it is asked for."""
+    """GPT-2 has dropout only with ``deterministic=False``."""
     model, params, expected = case("gpt2")
     ids = expected["input_ids"][:1]
 
@@ -262,7 +262,7 @@ TINY = {"architectures": ["LlamaForCausalLM"], **CONFIGS["llama2"]}
 
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
 def test_rotary_positions(rope: dict[str, Any]) -> None:
-    """Heads of the usual size turn as in transformers; both spellings of config.json say the same."""
+    """Heads of the usual size are rotated as in transformers; both spellings in config.json are equivalent."""
     from jlora.models.decoder.rope import rotations
 
     size = {**TINY, "max_position_embeddings": 2048, "head_dim": 128}

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and ViT: what transformers computes, from its files and back."""
+"""BERT, RoBERTa and ViT compute what transformers computes, from its checkpoints and with ours."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def forward(model: Any, params: Any, batch: dict[str, jax.Array]) -> dict[str, j
 
 
 def farthest(got: dict[str, jax.Array], expected: dict[str, np.ndarray], batch: dict[str, np.ndarray]) -> float:
-    """The largest difference, at positions that are no padding."""
+    """The largest difference at positions that are not padding."""
     assert set(got) == set(expected)
     seen = batch.get("attention_mask")
     differences = []
@@ -85,14 +85,14 @@ def test_what_a_config_leaves_out_is_as_in_transformers(kind: str) -> None:
     from transformers import AutoConfig
 
     ours, theirs = models.build({"model_type": kind}).config, AutoConfig.for_model(kind)  # type: ignore[attr-defined]
-    derived = {"hf", "generation", "roberta", "pooler_output_size"}  # of no attribute of config.json by these names
+    derived = {"hf", "generation", "roberta", "pooler_output_size"}  # config.json has no attributes by these names
     fields = [f for f in ours.__dataclass_fields__ if f not in derived]
     assert {f: getattr(ours, f) for f in fields} == {f: getattr(theirs, f) for f in fields}
 
 
 @pytest.mark.parametrize("name", ["bert-classifier", "vit-classifier"])
 def test_bfloat16_stays_near(name: str) -> None:
-    """Computed in bfloat16, from float32 parameters or its own, everything is within a few of its roundings."""
+    """Computed in bfloat16, from float32 or bfloat16 parameters, everything is within a few bfloat16 roundings."""
     for param_dtype in (jnp.float32, jnp.bfloat16):
         model, params = models.load(HERE / name, dtype=jnp.bfloat16, param_dtype=param_dtype)
         assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(param_dtype)}
@@ -115,7 +115,7 @@ def test_dropout_needs_a_key_and_changes_the_output(name: str) -> None:
 
 
 def test_a_row_longer_than_the_positions_is_refused() -> None:
-    """Not NaN; RoBERTa's first positions are for padding. Positions that are given are taken as they are."""
+    """Instead of NaN. RoBERTa's first positions are for padding; explicit position_ids are used as given."""
     for name, least in (("bert-classifier", 0), ("roberta-classifier", 1)):
         hf = json.loads((HERE / name / "config.json").read_text())
         model = models.build(hf)

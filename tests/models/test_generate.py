@@ -1,4 +1,4 @@
-"""`jlora.models.generate`: the tokens that transformers makes, the laws of drawing, and one compilation."""
+"""`jlora.models.generate`: the tokens of transformers, the laws of sampling, and one compilation."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_an_end_token_fills_the_rest_by_default() -> None:
 
 
 def checkpoint(name: str, folder: Path, config: dict[str, Any], generation: dict[str, Any] | None) -> Path:
-    """A copy of a golden checkpoint whose files state other things; None takes an attribute out."""
+    """A copy of a golden checkpoint with other attributes; None removes one."""
     shutil.copytree(GOLDEN / name, folder)
     stated = json.loads((folder / "config.json").read_text()) | config
     (folder / "config.json").write_text(json.dumps({n: v for n, v in stated.items() if v is not None}))
@@ -144,7 +144,7 @@ def torch_is_there() -> bool:
 
 
 def test_padding_takes_no_position() -> None:
-    """A prompt of 9 tokens and 23 new ones fill 32 positions, however wide the batch is padded."""
+    """A prompt of 9 tokens and 23 new ones fill 32 positions, whatever the padding."""
     model, params, ids, mask, _ = case("gpt2")
     assert model.config.max_length == 32 and mask[1].sum() == 9
     call = functools.partial(models.generate, model, params, max_new_tokens=23, eos_token_id=None)
@@ -171,7 +171,7 @@ def test_a_second_call_compiles_nothing() -> None:
 
 
 def test_a_small_bound_or_temperature_is_greedy() -> None:
-    """The most probable token alone stays."""
+    """Only the most probable token is left."""
     model, params, ids, mask, greedy = case("llama2")
     settings: list[Any] = [{"temperature": 1.0, "top_p": 1e-6}, {"temperature": 1e-4, "top_p": 1.0}]
     for options in settings:

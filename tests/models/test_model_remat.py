@@ -1,4 +1,4 @@
-"""What the networks compute again in the backward pass: the same gradients, for less memory."""
+"""Rematerialization: the same gradients with less memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_same_gradient_for_less_memory(name: str) -> None:
-    """Adapted and with dropout: what is computed again changes no gradient, and the more, the less is kept."""
+    """With adapters and dropout: rematerialization changes no gradient, and keeps less the more it recomputes."""
     model = models.build(FAMILIES[name])
     params = {"params": model.init(jax.random.key(0), models.example_inputs(model))["params"]}
     inputs = models.example_inputs(model, (8, 36))

@@ -1,18 +1,16 @@
-"""Adapters of Hugging Face's peft, in both directions: what it wrote computes the same here, and what we write there.
+"""Adapters in PEFT's format, in both directions: what peft writes computes the same here, and what we write computes
+the same there.
 
 `tests/golden/peft` was written by the real peft. Where peft is installed, it writes them anew, and reads ours.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
 import json
 import re
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ from safetensors.numpy import load_file
 
 import jlora
 from jlora import models, peft
-from jlora.peft.config import PeftConfig, exact_alpha, read_config
-from jlora.peft.tensors import TENSORS
+from jlora.files.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from jlora.peft.config import exact_alpha
 from tests.golden.make_peft import CASES, FOLDER, inputs, torch_base, torch_logits, write_case
 from tests.messages import expect, message
 from tests.peft_cases import (
@@ -45,6 +43,7 @@ from tests.peft_cases import (
     loaded,
     needs_peft,
     plain,
+    quiet,
     save,
 )
 
@@ -53,7 +52,7 @@ from tests.peft_cases import (
 
 @every_case
 def test_an_adapter_of_peft_computes_the_same_here(case: str) -> None:
-    """Torch's logits, factored and merged; and it changes them at all."""
+    """The logits of PyTorch, factored and merged; and they differ from those of the base."""
     name, (adapters, _) = CASES[case].base, loaded(case)
     assert np.abs(EXPECTED[case] - EXPECTED[f"base-{name}"]).max() > 0.01 or case == "llama-embeddings"
     assert_close(adapted(name, base(name).params, adapters), EXPECTED[case])
@@ -62,7 +61,7 @@ def test_an_adapter_of_peft_computes_the_same_here(case: str) -> None:
 
 @every_case
 def test_names_are_enough_where_the_adapter_covers_its_leaves(case: str) -> None:
-    """Without params the shapes are the file's: the same adapters, or an error that asks for values."""
+    """Without params the file determines the shapes: the same adapters, or an error that asks for values."""
     try:
         found, config = peft.load(FOLDER / case, base(CASES[case].base).names)
     except peft.PeftError as error:
@@ -90,23 +89,23 @@ def test_the_config_makes_such_adapters(case: str) -> None:
 
 @every_case
 def test_saving_is_the_inverse_of_loading(case: str, tmp_path: Path) -> None:
-    """load(save(a)) == a bit for bit; the same bytes each time; and peft's own tensors and settings."""
+    """load(save(a)) == a bit for bit; the same bytes each time; peft's own tensors and settings."""
     b, (adapters, config) = base(CASES[case].base), loaded(case)
     first, second = save(tmp_path / "1", case), save(tmp_path / "2", case)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         assert (first / file).read_bytes() == (second / file).read_bytes()
-    assert sorted(f.name for f in first.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(f.name for f in first.iterdir()) == [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
     again, again_config = peft.load(first, b.names, b.params)
     assert_same(adapters, again)
     assert dataclasses.asdict(again_config) == dataclasses.asdict(config)
 
-    ours, theirs = (json.loads((f / "adapter_config.json").read_text()) for f in (first, FOLDER / case))
+    ours, theirs = (json.loads((f / ADAPTER_CONFIG).read_text()) for f in (first, FOLDER / case))
     assert not set(ours) - set(theirs)
     for key in ("peft_type", "inference_mode", "init_lora_weights", "use_dora", "bias", "task_type", "revision"):
         assert ours[key] == theirs[key], key
-    if case in PARTIAL:  # what stacked leaves fill in is written too
+    if case in PARTIAL:  # zeros for layers without an adapter are written too
         return
-    mine, golden = (load_file(f / "adapter_model.safetensors") for f in (first, FOLDER / case))
+    mine, golden = (load_file(f / ADAPTER_WEIGHTS) for f in (first, FOLDER / case))
     golden = {k: v for k, v in golden.items() if not re.search(r"\.(modules_to_save|original_module)\.", k)}
     assert set(mine) == set(golden)
     if case not in ("llama",):  # layers of unequal ranks and scales
@@ -123,7 +122,7 @@ def test_peft_writes_today_what_the_golden_files_hold(tmp_path: Path) -> None:
     for case, made in CASES.items():
         with quiet():
             expected = write_case(tmp_path / case, made)
-        new, golden = (load_file(f / case / "adapter_model.safetensors") for f in (tmp_path, FOLDER))
+        new, golden = (load_file(f / case / ADAPTER_WEIGHTS) for f in (tmp_path, FOLDER))
         assert {k: v.shape for k, v in new.items()} == {k: v.shape for k, v in golden.items()}
         b = base(made.base)
         adapters, _ = peft.load(tmp_path / case, b.names, b.params)
@@ -131,14 +130,6 @@ def test_peft_writes_today_what_the_golden_files_hold(tmp_path: Path) -> None:
 
 
 # ---- what peft reads
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Warnings of torch, transformers and peft are not ours."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @functools.cache
@@ -153,14 +144,14 @@ def torch_state(name: str) -> Any:
 
 
 def peft_logits(folder: Path, name: str) -> np.ndarray:
-    """What peft computes with an adapter; that it needs no tensor which is missing or ignored is checked too."""
+    """The logits of peft with an adapter; checks that no tensor of the file is missing or ignored."""
     import copy
 
     import peft as theirs
 
     with quiet():
         model = theirs.PeftModel.from_pretrained(copy.deepcopy(torch_state(name)), str(folder)).eval()
-        stored = load_file(folder / "adapter_model.safetensors")
+        stored = load_file(folder / ADAPTER_WEIGHTS)
         state = theirs.get_peft_model_state_dict(model, save_embedding_layers=False)
         copies = re.compile(r"\.(modules_to_save|original_module)\.")
         assert set(stored) == {k for k in state if not copies.search(k)}
@@ -172,7 +163,7 @@ def peft_logits(folder: Path, name: str) -> np.ndarray:
 def test_peft_reads_what_we_write(case: str, tmp_path: Path) -> None:
     name = CASES[case].base
     if case == "llama-embeddings":  # our whole tables become modules_to_save
-        assert "embed_tokens" in str(json.loads((save(tmp_path, case) / "adapter_config.json").read_text()))
+        assert "embed_tokens" in str(json.loads((save(tmp_path, case) / ADAPTER_CONFIG).read_text()))
     assert_close(peft_logits(save(tmp_path, case), name), EXPECTED[case])
 
 
@@ -194,11 +185,11 @@ def test_one_rank_for_all(case: str, tmp_path: Path) -> None:
         return
     assert not {"modules_to_save", "use_dora", "bias"} & fields.keys()
     save(tmp_path, case, uniform_rank=True)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert config["r"] == config["lora_alpha"] == max(f.rank for f in factors(loaded(case)[0]).values())
     assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
     assert (config["modules_to_save"], config["bias"], config["use_dora"]) == (None, "none", False)
-    assert all(re.search(r"\.lora_(A|B)\.weight$", key) for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert all(re.search(r"\.lora_(A|B)\.weight$", key) for key in load_file(tmp_path / ADAPTER_WEIGHTS))
     again, _ = peft.load(tmp_path, b.names, b.params)
     assert {f.scale for f in factors(again).values()} == {1.0}
     assert_close(plain(name, jlora.merge(b.params, again)), EXPECTED[case])
@@ -251,11 +242,11 @@ OURS: dict[str, tuple[str, jlora.LoraConfig, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", OURS)
 def test_adapters_made_here(case: str, tmp_path: Path) -> None:
-    """What PEFT stores beyond what was trained comes from the params: the logits are ours, here again and there."""
+    """What PEFT stores beyond what was trained comes from the params: the logits are the same here and in PEFT."""
     name, config, written = OURS[case]
     b, adapters = base(name), grown(name, config)
     peft.save(tmp_path, b.names, b.params, adapters, config, base_model="x/y", task_type=written.get("task_type"))
-    found = json.loads((tmp_path / "adapter_config.json").read_text())
+    found = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     found["rank_pattern"], found["alpha_pattern"] = (
         {key.replace("\\", ""): value for key, value in found[table].items()}
         for table in ("rank_pattern", "alpha_pattern")
@@ -290,7 +281,7 @@ def test_folding_a_scale_rounds_nothing(tmp_path: Path) -> None:
     config = dataclasses.replace(config, overrides=(jlora.Override("up", alpha=6.0),))
     adapters = grown("toy", config)
     peft.save(tmp_path / "1", b.names, b.params, adapters, config, uniform_rank=True)
-    stored = {key.split(".")[-3] + key[-8]: x for key, x in load_file(tmp_path / "1" / TENSORS).items()}
+    stored = {key.split(".")[-3] + key[-8]: x for key, x in load_file(tmp_path / "1" / ADAPTER_WEIGHTS).items()}
     assert {name: str(x.dtype) for name, x in stored.items()} == {
         "denseA": "bfloat16", "denseB": "float32", "upA": "bfloat16", "upB": "bfloat16"
     }  # fmt: skip
@@ -305,14 +296,14 @@ def test_folding_a_scale_rounds_nothing(tmp_path: Path) -> None:
 
     folder = edited(tmp_path / "2", "toy", unequal)
     dense: Any = peft.load(folder, b.names, b.params)[0]["blocks/dense/kernel"]
-    theirs = load_file(folder / TENSORS)
+    theirs = load_file(folder / ADAPTER_WEIGHTS)
     for i, alpha in enumerate((4, 7)):
         expected = theirs[f"{PRE}blocks.{i}.dense.lora_B.weight"].astype(np.float32).T * (alpha / 3)
         np.testing.assert_allclose(np.float32(dense.b[i]) * dense.scale, expected, rtol=1e-6)
 
 
 def test_alpha_gives_the_scale_back_exactly() -> None:
-    """Whatever ranks and alphas were, and integers stay integers."""
+    """For any rank and alpha, and integers stay integers."""
     for rank in range(1, 70):
         for alpha in (1, 7, 16, 32, 0.1, 12.7, 1 / 3):
             for rslora in (False, True):
@@ -331,7 +322,7 @@ def test_dtypes_are_kept(tmp_path: Path) -> None:
     again, found = peft.load(tmp_path, b.names, b.params)
     assert_same(again, {path: adapters[path] for path in again})
     assert found.dtype == "bfloat16"
-    assert load_file(tmp_path / "adapter_model.safetensors").popitem()[1].dtype == ml_dtypes.bfloat16
+    assert load_file(tmp_path / ADAPTER_WEIGHTS).popitem()[1].dtype == ml_dtypes.bfloat16
 
 
 def test_shapes_are_enough(tmp_path: Path) -> None:
@@ -351,20 +342,20 @@ def test_shapes_are_enough(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_the_bare_network_fits_one_with_a_head_and_back(tmp_path: Path) -> None:
-    """The first part of the names may be missing, or too much."""
+    """The first part of the names may be missing or superfluous."""
     bare, params = models.load(FOLDER / "base-roberta", task="features", key=jax.random.key(0))
-    less, _ = peft.load(FOLDER / "patterns", models.names(bare), params)
+    less, _ = peft.load(FOLDER / "patterns", models.tensor_names(bare), params)
     whole, config = loaded("patterns")
     assert {path.replace("params/", "params/encoder/"): f.scale for path, f in factors(less).items()} == {
         path: f.scale for path, f in factors(whole).items()
     }
-    peft.save(tmp_path, models.names(bare), params, less, config)
+    peft.save(tmp_path, models.tensor_names(bare), params, less, config)
     b = base("roberta")
     assert_same(peft.load(tmp_path, b.names, b.params)[0], whole)
 
 
 def test_stored_embeddings_beside_factors_say_nothing_new(tmp_path: Path) -> None:
-    """What peft stores of a model whose vocabulary may have changed is read when it did not, tied head included."""
+    """Embeddings that peft stores although the vocabulary did not change are read, a tied head included."""
 
     def store(config: dict, tensors: dict) -> None:
         table = load_file(FOLDER / "base-gpt2" / "model.safetensors")["transformer.wte.weight"]
@@ -388,7 +379,7 @@ def test_stored_embeddings_beside_factors_say_nothing_new(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["default", "policy"])
 def test_keys_with_the_adapters_name(name: str, tmp_path: Path) -> None:
-    """Of a model's own `state_dict`; peft reads them under the same name, and so they are read here."""
+    """As in a model's own `state_dict`; peft reads them under the same name, and so does jlora."""
 
     def named(config: dict, tensors: dict) -> None:
         for key in [key for key in tensors if "lora_" in key]:
@@ -413,57 +404,3 @@ def test_keys_with_the_adapters_name(name: str, tmp_path: Path) -> None:
 
     text = message(peft.PeftError, lambda: peft.load(edited(tmp_path / "2", "plain", second), b.names, b.params))
     expect(text, f"'{A}' and '{A[:-7]}.other.weight' are one tensor")
-
-
-# ---- peft's own matching
-
-
-MATCHING = (
-    {"target_modules": ["query", "output.dense"]},
-    {"target_modules": ["query"], "exclude_modules": ["layer.1.attention.self.query"]},
-    {"target_modules": r".*\.(key|value)", "exclude_modules": r".*0.*"},
-    {"target_modules": ["dense"], "layers_to_transform": [0, 2]},
-    {"target_modules": ["dense", "classifier.dense"], "layers_to_transform": 1},
-    {"target_modules": ["query", "dense"], "layers_to_transform": [1], "layers_pattern": "layer"},
-    {"target_modules": ["query", "dense"], "layers_to_transform": [1], "layers_pattern": ["h", "encoder.layer"]},
-    {"target_modules": ["dense"], "modules_to_save": ["classifier", "output"]},
-    {"target_modules": "dense"},
-    {"target_modules": ["self"]},
-    {
-        "target_modules": ["key"],
-        "rank_pattern": {"key": 2, "layer.1.attention.self.key": 3},
-        "alpha_pattern": {"ey": 5},
-    },
-    {"target_modules": ["key"], "rank_pattern": {"layer.[01].*": 2, "query|value": 3}, "alpha_pattern": {"^key": 5}},
-    {"target_modules": ["key"], "alpha_pattern": {r".*\.1\..*": 5, "self.query": 6}, "use_rslora": True, "r": 3},
-)
-
-
-@needs_peft
-@pytest.mark.parametrize("fields", MATCHING, ids=str)
-def test_modules_are_matched_as_peft_matches_them(fields: dict[str, Any], tmp_path: Path) -> None:
-    """Targets, ranks and alphas of every module are those that peft's own functions give."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-    from peft.utils.other import get_pattern_key
-
-    theirs = LoraConfig(**fields)
-    theirs.save_pretrained(str(tmp_path))
-    ranks, alphas = theirs.rank_pattern or {}, theirs.alpha_pattern or {}
-    ours: PeftConfig = read_config(tmp_path / "adapter_config.json")
-    for path, name in base("roberta").names.items():
-        if name.kind == "array":
-            continue
-        module = name.tensors[0].removesuffix(".weight")
-        found = check_target_module_exists(theirs, module)
-        assert ours.targets(module, name.kind) == bool(found), (path, found)
-        rank = ranks.get(get_pattern_key(list(ranks), module), theirs.r)
-        alpha = alphas.get(get_pattern_key(list(alphas), module), theirs.lora_alpha)
-        assert (ours.rank(module), ours.scale(module)) == (rank, alpha / (rank**0.5 if theirs.use_rslora else rank))
-
-
-def test_all_linear_leaves_heads_out(tmp_path: Path) -> None:
-    """A config that says so itself is read as the list that peft makes of it."""
-    b = base("llama")
-    folder = edited(tmp_path / "it", "llama", lambda c, t: c.update(target_modules="all-linear"))
-    assert_same(peft.load(folder, b.names, b.params)[0], loaded("llama")[0])

@@ -1,11 +1,11 @@
-"""Drawn adapters, in both directions against the real peft: equal logits, or a refusal that names what it is about.
+"""Random adapters, in both directions against the real peft: equal logits, or a refusal that names the cause.
 
 The suite runs a fixed sample. All 300 draws, with a table of what came of them:
 
     JLORA_PEFT_DRAWS=300 python -m pytest tests/peft/test_peft_fuzz.py -s
 
-Adapters are stored in the draw's dtype, over weights rounded to it. Both sides compute in float32, so that what differs
-is what was read and written, not how bfloat16 rounds.
+Adapters are stored in the draw's dtype, over weights rounded to it. Both sides compute in float32, so that differences
+come from reading and writing, not from bfloat16 rounding.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ REFUSALS: dict[str, tuple[str, float, Callable[[str, dict[str, Any]], bool]]] = 
 
 
 def kind_of(error: peft.PeftError, name: str, config: dict[str, Any]) -> str:
-    """The refusal that an error is; it must be one that is listed, and each of its lines about a leaf."""
+    """The kind of refusal; it must be listed in `REFUSALS`, with all of its lines."""
     lines = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
     for kind, (pattern, _, may_be) in REFUSALS.items():
         if lines and all(re.fullmatch(pattern, line) for line in lines) and may_be(name, config):
             return kind
-    raise AssertionError(f"refused for no reason that is listed:\n{error}")
+    raise AssertionError(f"refused for a reason that is not listed:\n{error}")
 
 
 def distance(got: np.ndarray, expected: np.ndarray) -> float:
@@ -74,9 +74,9 @@ def from_theirs(name: str, b: Base, draw: Draw, dtype: str, folder: Path) -> str
         return "peft refuses"
     outcome = "agrees"
     if dtype == "float32" and distance(logits(b, adapted), expected) > EXACT:
-        # It sorts the patterns that it writes, and the first that matches counts.
+        # It sorts the patterns that it writes, and the first match counts.
         assert max(len(config.get(table, ())) for table in ("rank_pattern", "alpha_pattern")) > 1, config
-        outcome = "peft reads otherwise than it wrote, we as it reads"
+        outcome = "peft reads something else than it wrote, and so do we"
     side = b.ours
     try:
         adapters, ours = peft.load(folder / "theirs", side.names, side.params)
@@ -110,7 +110,7 @@ def from_ours(name: str, b: Base, draw: Draw, dtype: str, folder: Path) -> str:
 
 
 def table(outcomes: dict[str, Counter[str]]) -> str:
-    """How often what happened, by network."""
+    """The number of outcomes of each kind, by network."""
     lines = []
     for outcome in sorted(set().union(*outcomes.values())):
         counts = {name: outcomes[name][outcome] for name in outcomes}
@@ -120,7 +120,7 @@ def table(outcomes: dict[str, Counter[str]]) -> str:
 
 @needs_peft
 def test_drawn_adapters_agree_or_are_refused_by_name(tmp_path: Path) -> None:
-    """Of every draw the logits of both sides are equal, or somebody refuses; and most are not refused."""
+    """For every draw the logits of both sides are equal, or one side refuses; and most are not refused."""
     directions = {"theirs": from_theirs, "ours": from_ours}
     outcomes = {direction: {name: Counter[str]() for name in BASES} for direction in directions}
     wrong = []

@@ -1,4 +1,4 @@
-"""Networks beside the golden ones, against the real peft: names of live modules, and heads with factors."""
+"""More networks against the real peft: names of modules, and heads with factors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 
 import jlora
 from jlora import models, peft
+from jlora.files.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.messages import expect, message
 from tests.peft_cases import PRE, assert_close, base, edited, needs_peft
 from tests.small_checkpoints import VIT, change
@@ -46,8 +47,8 @@ def drawn(model: Any, params: Any, config: jlora.LoraConfig, batch: Any) -> dict
 
 
 def test_names_of_the_model_and_of_its_files() -> None:
-    """One table has both, and they differ for ViT alone."""
-    vit = models.names(models.build(VIT))
+    """One table has both, and they differ only for ViT."""
+    vit = models.tensor_names(models.build(VIT))
     kernels = [path for path in vit if path.endswith("layer_0/" + path.split("/")[-2] + "/kernel")]
     assert {vit[path].tensors[0] for path in kernels} == {
         f"layers.0.{part}.weight" for part in (*(f"attention.{p}_proj" for p in "qkvo"), "mlp.fc1", "mlp.fc2")
@@ -64,7 +65,7 @@ def test_names_of_the_model_and_of_its_files() -> None:
         ("layers.0.layernorm_before.weight",),
         ("encoder.layer.0.layernorm_before.weight",),
     )
-    gpt2 = models.names(models.build({"model_type": "gpt2", **SMALL}))
+    gpt2 = models.tensor_names(models.build({"model_type": "gpt2", **SMALL}))
     assert all(name.files == name.tensors for name in gpt2.values())
 
 
@@ -82,7 +83,7 @@ def test_vit_in_both_directions(tmp_path: Path) -> None:
         tmp_path / "base"
     )
     model, params = models.load(tmp_path / "base")
-    names: Any = models.names(model)
+    names: Any = models.tensor_names(model)
     images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 
     def fresh() -> Any:
@@ -109,9 +110,9 @@ def test_vit_in_both_directions(tmp_path: Path) -> None:
     adapted.save_pretrained(str(tmp_path / "theirs"))
     check(peft.load(tmp_path / "theirs", names, params)[0], logits(adapted))
 
-    # transformers 4 had the names of files in the model, and so have the adapters of its time.
-    change(tmp_path / "theirs", in_transformers_4, "adapter_model.safetensors")
-    file = tmp_path / "theirs" / "adapter_config.json"
+    # In transformers 4 modules had the names of the files, and so do its adapters.
+    change(tmp_path / "theirs", in_transformers_4, ADAPTER_WEIGHTS)
+    file = tmp_path / "theirs" / ADAPTER_CONFIG
     old = {"target_modules": ["query", "value", "intermediate.dense", "output.dense"]}
     old |= {"exclude_modules": ["attention.output.dense"]}
     file.write_text(json.dumps(json.loads(file.read_text()) | old))
@@ -126,7 +127,7 @@ def in_transformers_4(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @needs_peft
 def test_layers_trained_whole_and_by_factors(tmp_path: Path) -> None:
-    """In a stacked leaf they are refused, and what PEFT merges, as is advised, is loaded; an encoder has both."""
+    """In a stacked leaf this is refused, and the advice to merge in PEFT works; an encoder loads both."""
     import peft as theirs
     import torch
     import transformers
@@ -154,10 +155,10 @@ def test_layers_trained_whole_and_by_factors(tmp_path: Path) -> None:
         with torch.no_grad():
             expected = adapted(torch.tensor(ids)).logits
         if query == "query":
-            again: Any = peft.load(folder, models.names(model), params)[0]
+            again: Any = peft.load(folder, models.tensor_names(model), params)[0]
             params = jlora.merge(params, again)
         else:
-            text = message(peft.PeftError, lambda f=folder, m=model, p=params: peft.load(f, models.names(m), p))
+            text = message(peft.PeftError, lambda f=folder, m=model, p=params: peft.load(f, models.tensor_names(m), p))
             expect(text, "'params/model/layers/self_attn/q_proj/kernel'", "layers.1.self_attn.q_proj.weight")
             assert "k_proj" not in text
             adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -182,11 +183,11 @@ def test_a_head_with_factors_is_written_whole(use_dora: bool, tmp_path: Path) ->
     adapters = drawn(model, params, config, ids)
     assert "params/score/kernel" in adapters
     expected = jax.jit(model.apply)(jlora.merge(params, adapters), ids)
-    peft.save(tmp_path / "ours", models.names(model), params, adapters, config, task_type="SEQ_CLS")
+    peft.save(tmp_path / "ours", models.tensor_names(model), params, adapters, config, task_type="SEQ_CLS")
     found = theirs.PeftModel.from_pretrained(network, str(tmp_path / "ours")).eval()
     with torch.no_grad():
         assert_close(found(torch.tensor(ids)).logits, expected)
-    again: Any = peft.load(tmp_path / "ours", models.names(model), params)[0]
+    again: Any = peft.load(tmp_path / "ours", models.tensor_names(model), params)[0]
     assert again["params/score/kernel"].shape == (16, 2)
     assert_close(jax.jit(model.apply)(jlora.merge(params, again), ids), expected)
 

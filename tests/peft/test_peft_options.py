@@ -1,4 +1,4 @@
-"""What PEFT computes and jlora does not: every way out that a refusal tells is tried in the real peft."""
+"""What PEFT computes and jlora does not: all advice in the refusals is tried in the real peft."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import pytest
 
 import jlora
 from jlora import models, peft
+from jlora.files.hub_files import ADAPTER_CONFIG
 from jlora.peft import options
-from jlora.peft.config import _FIELDS
+from jlora.peft.config_file import _FIELDS
 from tests.messages import expect, message
 from tests.peft_cases import assert_close, needs_peft
 
@@ -90,7 +91,7 @@ def reloaded(folder: Path, **base: Any) -> Any:
 
 def refusal(folder: Path) -> str:
     model, params = models.load(checkpoint())
-    return message(peft.PeftError, lambda: peft.load(folder, models.names(model), params))
+    return message(peft.PeftError, lambda: peft.load(folder, models.tensor_names(model), params))
 
 
 def assert_merges(model: Any, folder: Path, expected: np.ndarray) -> None:
@@ -104,7 +105,7 @@ def assert_loads(folder: Path, expected: np.ndarray, base: Path | None = None) -
     """An adapter computes the same here."""
     model, params = models.load(base or checkpoint())
     assert np.abs(expected - np.asarray(model.apply(params, IDS))).max() > 0.01
-    adapters, _ = peft.load(folder, models.names(model), params)
+    adapters, _ = peft.load(folder, models.tensor_names(model), params)
     assert_close(model.apply(jlora.merge(params, adapters), IDS), expected)
 
 
@@ -123,7 +124,7 @@ MERGED: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", MERGED)
 def test_what_is_merged_in_pytorch(name: str, tmp_path: Path) -> None:
-    """Loaded anew and merged, it computes what was trained."""
+    """Loaded again and merged, it computes what was trained."""
     option = name.strip()
     fields = {"target_modules": []} if option == "target_parameters" else {}
     model = trained(fresh(), **{option: MERGED[name]}, **fields)
@@ -146,7 +147,7 @@ def test_a_bias_of_lora_needs_one_in_the_base(tmp_path: Path) -> None:
 
 
 def test_repeated_layers_get_weights_of_their_own(tmp_path: Path) -> None:
-    """PEFT adds the updates of all copies to the one weight that they share."""
+    """Otherwise PEFT adds the updates of all copies to the weight that they share."""
     import torch
 
     model = trained(fresh(), layer_replication=[[0, 2], [0, 2]])
@@ -199,7 +200,7 @@ def _loftq(config: Any, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         root = s[:reduced_rank].sqrt()
         return quantized, (root[:, None] * v[:reduced_rank]).contiguous(), (u[:, :reduced_rank] * root).contiguous()
 
-    # The real one needs a GPU and bitsandbytes; this one changes the base weights as it does, by a grid of 15 values.
+    # The real one needs a GPU and bitsandbytes; this one rounds the base weights to a grid of 15 values.
     monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", quantize)
 
 
@@ -213,7 +214,7 @@ INITS: dict[str, tuple[dict[str, Any], Callable[..., None] | None]] = {
 
 @pytest.mark.parametrize("start", INITS)
 def test_starts_that_change_the_base(start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Merged or converted where it was trained; LoftQ cannot be converted, and none of the others loaded anew."""
+    """Merged or converted in the process that trained it; LoftQ cannot be converted, and none can be loaded again."""
     import peft as theirs
 
     fields: dict[str, Any]
@@ -247,7 +248,7 @@ def test_starts_that_change_the_base(start: str, tmp_path: Path, monkeypatch: py
     else:
         expect(text, "path_initial_model_for_weight_conversion=start")
         assert_loads(convert(), expected)
-        if start != "corda":  # which is not loaded at all
+        if start != "corda":  # which cannot be loaded at all
             assert np.abs(logits(reloaded(tmp_path / "adapter")) - expected).max() > 0.01
     assert_merges(model, tmp_path / "merged", expected)
 
@@ -273,15 +274,13 @@ def test_empty_settings_that_mean_nothing_are_read(name: str, tmp_path: Path) ->
 
 
 def test_what_depends_on_the_input_has_no_merged_form(tmp_path: Path) -> None:
-    """PEFT says so too; of Arrow the adapters that it chooses among are read."""
+    """PEFT refuses to merge it too; the adapters that Arrow chooses among are read."""
     from peft.tuners.lora.arrow import create_arrow_model
     from peft.tuners.lora.config import ArrowConfig
 
     model = trained(fresh(), alora_invocation_tokens=[5], task_type="CAUSAL_LM")
     model.save_pretrained(str(tmp_path / "alora"))
-    expect(
-        refusal(tmp_path / "alora"), "alora_invocation_tokens = [5]", "no merged weights compute it; use it in PyTorch"
-    )
+    expect(refusal(tmp_path / "alora"), "alora_invocation_tokens = [5]", "cannot be merged; use it in PyTorch")
     with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
         model.merge_and_unload()
 
@@ -290,7 +289,7 @@ def test_what_depends_on_the_input_has_no_merged_form(tmp_path: Path) -> None:
     expert.save_pretrained(str(tmp_path / "expert"))
     model = create_arrow_model(fresh(), [str(tmp_path / "expert")], ArrowConfig(top_k=1))
     model.save_pretrained(str(tmp_path / "arrow"))
-    expect(refusal(tmp_path / "arrow" / "arrow_router"), "arrow_config = ", "load each of those")
+    expect(refusal(tmp_path / "arrow" / "arrow_router"), "arrow_config = ", "load each adapter by itself")
     with pytest.raises(RuntimeError, match="Cannot merge an active Arrow"):
         model.merge_and_unload()
     assert_loads(tmp_path / "arrow" / "task_0", expected)
@@ -302,8 +301,8 @@ def test_qalora_does_nothing_over_plain_weights(tmp_path: Path) -> None:
     model = trained(fresh(), use_qalora=True, qalora_group_size=2)
     model.save_pretrained(str(tmp_path))
     expect(refusal(tmp_path), "use_qalora = True", "set it to false")
-    content = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**content, "use_qalora": False}))
+    content = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({**content, "use_qalora": False}))
     assert_loads(tmp_path, logits(model))
 
 
@@ -342,7 +341,7 @@ def _unload(network: Any, folder: Path) -> None:
 
 
 def test_a_table_stored_beside_its_factors(tmp_path: Path) -> None:
-    """It is compared with the base's, which needs values; where it is another, the refusal says how to get that one."""
+    """It is compared with the base's, which needs values; if it differs, the refusal says how to write that base."""
     import torch
 
     network = fresh()
@@ -353,7 +352,7 @@ def test_a_table_stored_beside_its_factors(tmp_path: Path) -> None:
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     text = refusal(tmp_path / "adapter")
     expect(text, f"{name!r} has other values than 'params/model/embed_tokens/embedding'", ".unload().save_pretrained(")
-    names = models.names(models.load(checkpoint())[0])
+    names = models.tensor_names(models.load(checkpoint())[0])
     without = message(peft.PeftError, lambda: peft.load(tmp_path / "adapter", names))
     expect(without, f"{name!r} is stored beside factors: give params with values")
     _unload(fresh(), tmp_path)
@@ -361,7 +360,7 @@ def test_a_table_stored_beside_its_factors(tmp_path: Path) -> None:
 
 
 def test_methods_beside_lora(tmp_path: Path) -> None:
-    """Those that PEFT merges are read merged; prompts have no merged form."""
+    """Methods that PEFT can merge are loaded merged; prompt methods cannot be merged."""
     import peft as theirs
 
     model = moved(theirs.get_peft_model(fresh(), theirs.LoHaConfig(r=2, target_modules=TARGETS)))
@@ -375,11 +374,11 @@ def test_methods_beside_lora(tmp_path: Path) -> None:
 
 
 def test_every_option_of_peft_is_known() -> None:
-    """Each was looked at: it is read, changes nothing, or is refused with a way out that a test here goes."""
+    """Each is read, has no effect, or is refused with advice that a test here tries."""
     import peft as theirs
 
     if not importlib.metadata.version("peft").startswith("0.21."):
         pytest.skip("the list is that of peft 0.21")
-    tried = {name.strip() for name in MERGED} | set(EMPTY) | set(options._WAYS)
+    tried = {name.strip() for name in MERGED} | set(EMPTY) | set(options._ADVICE)
     fields = {field.name for field in dataclasses.fields(theirs.LoraConfig)}
     assert not fields - set(_FIELDS) - options._INERT - tried

@@ -1,4 +1,4 @@
-"""What is no adapter of PEFT, or none for these parameters: all that is wrong is named, and nothing is half done."""
+"""Adapters that are damaged or do not fit: every fault is named, and nothing is half loaded or half written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import pytest
 
 import jlora
 from jlora import peft
-from jlora.files.safetensors import TensorError
+from jlora.files.errors import TensorError
+from jlora.files.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.messages import expect, message
 from tests.peft_cases import PRE, QUERY, A, B, base, cut, edited, grown, loaded, rename, save
 
@@ -67,13 +68,13 @@ WRONG: dict[str, tuple[Callable[[dict, dict], Any], tuple[str, ...]]] = {
         lambda c, t: c.update(kasa_config={}, velora_config={}, monteclora_config={}, use_bdlora={}, new=0, other=""),
         ("kasa_config = {}", "velora_config = {}", "monteclora_config", "use_bdlora = {}", "new = 0", "other = ''"),
     ),
-    "prompts": (lambda c, t: c.update(peft_type="PROMPT_TUNING"), ("no merged weights compute it; use it in PyTorch",)),
+    "prompts": (lambda c, t: c.update(peft_type="PROMPT_TUNING"), ("it cannot be merged; use it in PyTorch",)),
     "init": (lambda c, t: c.update(init_lora_weights="pissa"), ("'pissa', which changed the base weights", "save_")),
     "values": (
         lambda c, t: c.update(r=0, lora_alpha="8", lora_dropout=1, bias="some", use_dora="yes", target_modules="(",
                               modules_to_save="x", layers_to_transform=["1"], rank_pattern={"q": -1},
                               alpha_pattern={"(": 1}, layers_pattern=3, exclude_modules=7, use_rslora=1),
-        ("13 value(s)", "r = 0; expected an integer above 0", "lora_alpha = '8'", "lora_dropout = 1", "bias = 'some'",
+        ("13 invalid", "r = 0; expected an integer above 0", "lora_alpha = '8'", "lora_dropout = 1", "bias = 'some'",
          "use_dora", "target_modules = '('; expected a list of names or a regular expression", "modules_to_save",
          "layers_to_transform", "rank_pattern", "alpha_pattern", "layers_pattern", "exclude_modules", "use_rslora"),
     ),
@@ -82,7 +83,7 @@ WRONG: dict[str, tuple[Callable[[dict, dict], Any], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_everything_wrong_is_named(case: str, tmp_path: Path) -> None:
-    """Whatever does not fit is an error that names each tensor or setting, and nothing is loaded."""
+    """The error names each tensor or setting that does not fit, and nothing is loaded."""
     edit, parts = WRONG[case]
     b = base("roberta")
     folder = edited(tmp_path / "it", "plain", edit)
@@ -90,7 +91,7 @@ def test_everything_wrong_is_named(case: str, tmp_path: Path) -> None:
 
 
 def test_many_faults_are_counted(tmp_path: Path) -> None:
-    """A wholly different model's adapter is one message that can be read."""
+    """The adapter of a different model gives one readable message."""
     b = base("toy")
     more = {f"{PRE}layers.{i}.lora_A.weight": np.ones((2, 2)) for i in range(50)}
     folder = edited(tmp_path / "it", "toy", lambda c, t: t.update(more))
@@ -100,31 +101,31 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), ("adapter_config.json", "No such file")),
-    "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), ("is no whole safetensors file",)),
+    "no config": (lambda f: (f / ADAPTER_CONFIG).unlink(), (ADAPTER_CONFIG, "No such file")),
+    "no tensors": (lambda f: (f / ADAPTER_WEIGHTS).unlink(), ("not a complete safetensors file",)),
     "pickled": (
-        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+        lambda f: (f / ADAPTER_WEIGHTS).rename(f / "adapter_model.bin"),
         ("adapter_model.bin, which is pickled", "PeftModel.from_pretrained", "save_pretrained(new_folder)"),
     ),
-    "half a config": (lambda f: (f / "adapter_config.json").write_text('{"r": 8,'), ("cannot be read as JSON",)),
-    "a list": (lambda f: (f / "adapter_config.json").write_text("[1]"), ("expected a JSON object, got list",)),
-    "deep": (lambda f: (f / "adapter_config.json").write_text("[" * 99999), ("cannot be read as JSON",)),
-    "truncated": (lambda f: write(f, read(f)[:-9]), ("is no whole safetensors file", "fetch or export it again")),
-    "header only": (lambda f: write(f, read(f)[:50]), ("is no whole safetensors file",)),
-    "absurd header": (lambda f: write(f, struct.pack("<Q", 2**62) + read(f)[8:]), ("is no whole safetensors file",)),
+    "half a config": (lambda f: (f / ADAPTER_CONFIG).write_text('{"r": 8,'), ("cannot be read as JSON",)),
+    "a list": (lambda f: (f / ADAPTER_CONFIG).write_text("[1]"), ("expected a JSON object, got list",)),
+    "deep": (lambda f: (f / ADAPTER_CONFIG).write_text("[" * 99999), ("cannot be read as JSON",)),
+    "truncated": (lambda f: write(f, read(f)[:-9]), ("not a complete safetensors file", "Fetch or export")),
+    "header only": (lambda f: write(f, read(f)[:50]), ("not a complete safetensors file",)),
+    "absurd header": (lambda f: write(f, struct.pack("<Q", 2**62) + read(f)[8:]), ("not a complete safetensors file",)),
     "overlapping": (
-        lambda f: write(f, re.sub(rb'"data_offsets":\[0,', b'"data_offsets":[1,', read(f))), ("is no whole safetens",),
+        lambda f: write(f, re.sub(rb'"data_offsets":\[0,', b'"data_offsets":[1,', read(f))), ("not a complete",),
     ),
-    "empty": (lambda f: write(f, b""), ("is no whole safetensors file",)),
+    "empty": (lambda f: write(f, b""), ("not a complete safetensors file",)),
 }  # fmt: skip
 
 
 def read(folder: Path) -> bytes:
-    return (folder / "adapter_model.safetensors").read_bytes()
+    return (folder / ADAPTER_WEIGHTS).read_bytes()
 
 
 def write(folder: Path, content: bytes) -> None:
-    (folder / "adapter_model.safetensors").write_bytes(content)
+    (folder / ADAPTER_WEIGHTS).write_bytes(content)
 
 
 @pytest.mark.parametrize("case", DAMAGED)
@@ -137,7 +138,7 @@ def test_damaged_files_are_refused(case: str, tmp_path: Path) -> None:
 
 
 def test_a_stacked_leaf_is_trained_whole_or_by_factors(tmp_path: Path) -> None:
-    """PEFT trains each layer as it likes; where a leaf has several of them, both ways at once are refused."""
+    """PEFT may train layers in different ways; a stacked leaf that mixes both is refused."""
     b = base("toy")
 
     def mix(config: dict, tensors: dict) -> None:
@@ -152,7 +153,7 @@ def test_a_stacked_leaf_is_trained_whole_or_by_factors(tmp_path: Path) -> None:
 
 
 def test_a_head_is_nothing_that_vllm_reads(tmp_path: Path) -> None:
-    """It is stored for the task, trained or not."""
+    """A head is stored for the task, trained or not."""
     b, (adapters, config) = base("roberta"), loaded("plain")
     text = message(
         peft.PeftError,
@@ -164,13 +165,13 @@ def test_a_head_is_nothing_that_vllm_reads(tmp_path: Path) -> None:
 def test_an_id_on_the_hub_is_fetched_first() -> None:
     b = base("toy")
     text = message(peft.PeftError, lambda: peft.load("someone/adapter", b.names, b.params))
-    expect(text, "'someone/adapter' is no folder", "huggingface_hub.snapshot_download('someone/adapter')")
+    expect(text, "'someone/adapter' is not a folder", "huggingface_hub.snapshot_download('someone/adapter')")
 
 
 def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
-    """All of it is named, and an adapter that was there stays."""
+    """Every problem is named, and an adapter in the folder is not replaced."""
     b, (adapters, config) = base("toy"), loaded("toy")
-    kept = save(tmp_path, "toy") / "adapter_model.safetensors"
+    kept = save(tmp_path, "toy") / ADAPTER_WEIGHTS
     before = kept.read_bytes()
 
     def failure(adapters: Any, error: type[Exception] = peft.PeftError, **options: Any) -> str:
@@ -188,7 +189,7 @@ def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
         task_type="SEQ_CLASS",
     )
     expect(
-        text, "'head/kernel' has Axes(batch=(), inputs=(1,), outputs=(0,)); PEFT adapts 'linear' along", "4 thing(s)"
+        text, "'head/kernel' has Axes(batch=(), inputs=(1,), outputs=(0,)); PEFT adapts 'linear' along", "4 problem(s)"
     )
     expect(
         text, "'blocks/dense/bias' is of kind 'array'", "scale nan", "'SEQ_CLASS' (closest: 'SEQ_CLS'", "was written"
@@ -214,7 +215,7 @@ def test_what_peft_has_no_form_for(tmp_path: Path) -> None:
 
 
 def test_factors_of_a_head_that_peft_trains_whole_alone_are_no_adapter(tmp_path: Path) -> None:
-    """They are folded into its weight, which needs values; and then there are none left."""
+    """They are merged into its weight, which needs values, and then no factors are left."""
     b = base("roberta")
     config = jlora.LoraConfig(2, targets=("classifier/dense/kernel",), exclude=())
     adapters = grown("roberta", config)

@@ -1,12 +1,9 @@
-"""An embedding that is also the output projection: one leaf here, two modules to PEFT, and the same logits."""
+"""Tied embeddings: one leaf here, two modules in PEFT, the same logits."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,10 @@ from safetensors.numpy import load_file
 import jlora
 from jlora import models, named_leaves, peft
 from jlora.files import tensor_names
+from jlora.files.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.golden.make_peft import FOLDER
 from tests.messages import expect, message
-from tests.peft_cases import assert_close, assert_same, needs_peft
+from tests.peft_cases import assert_close, assert_same, needs_peft, quiet
 from tests.small_checkpoints import change
 
 SMALL = {"vocab_size": 32, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 2}
@@ -49,14 +47,6 @@ IDS = np.arange(12).reshape(2, 6)
 TABLE = {kind: "wte" if kind == "gpt2" else "embed_tokens" for kind in CONFIGS}
 QUERY = {kind: "c_attn" if kind == "gpt2" else "q_proj" for kind in CONFIGS}
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Warnings of torch, transformers and peft are not ours."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def draw(kind: str, folder: Path) -> Path:
@@ -86,7 +76,7 @@ def compiled(folder: Path, untie: bool) -> Any:
 
 
 def logits(folder: Path, untie: bool, adapters: Any) -> Any:
-    """Ours, merged; `factored` has them by the factors."""
+    """Our logits, with adapters merged."""
     return compiled(folder, untie)(jlora.merge(network(folder, untie)[1], adapters))
 
 
@@ -108,7 +98,7 @@ def grown(folder: Path, kind: str, untie: bool, config: jlora.LoraConfig) -> dic
 
 @every_kind
 def test_an_untied_network_computes_the_same(kind: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """It has a leaf more, the table transposed, and is saved with both; the tied one again reads equal ones."""
+    """It has one more leaf, the transposed table, and both are saved and loaded."""
     folder = checkpoints[kind]
     (tied, params), (untied, more) = network(folder, False), network(folder, True)
     leaves, extra = (named_leaves(tree)[0] for tree in (params, more))
@@ -125,7 +115,7 @@ def test_an_untied_network_computes_the_same(kind: str, checkpoints: dict[str, P
 
 @every_kind
 def test_a_projection_of_other_values_is_not_dropped(kind: str, tmp_path: Path) -> None:
-    """It is refused by name, and computed with where asked; alone in a file, it is the table too."""
+    """It is refused by name, or loaded with ``untie``; a file with the projection alone uses it as the table too."""
     folder = draw(kind, tmp_path)
     head = np.random.default_rng(1).normal(0, 0.3, (32, 16)).astype(np.float32)
     (table,) = (name for name in load_file(folder / "model.safetensors") if TABLE[kind] in name)
@@ -186,15 +176,15 @@ def test_an_adapter_of_both_uses_is_written_for_both(
     config = jlora.LoraConfig(2, alpha=3, targets=targets, train_also=(TABLE[kind],) if whole else ())
     adapters = grown(folder, kind, False, config)
     model, params = network(folder, False)
-    peft.save(tmp_path, models.names(model), params, adapters, config)
-    stored = {key for key in load_file(tmp_path / "adapter_model.safetensors") if "lm_head" in key}
+    peft.save(tmp_path, models.tensor_names(model), params, adapters, config)
+    stored = {key for key in load_file(tmp_path / ADAPTER_WEIGHTS) if "lm_head" in key}
     parts = ("weight",) if whole else ("lora_A.weight", "lora_B.weight")
     assert stored == {f"base_model.model.lm_head.{part}" for part in parts}
-    again, _ = peft.load(tmp_path, models.names(model), params)
+    again, _ = peft.load(tmp_path, models.tensor_names(model), params)
     assert_same(again, {path: adapters[path] for path in again})
     assert set(again) == set(adapters)
     untied, more = network(folder, True)
-    two, _ = peft.load(tmp_path, models.names(untied), more)
+    two, _ = peft.load(tmp_path, models.tensor_names(untied), more)
     assert set(two) == {*adapters, "params/lm_head/kernel"}
     assert_close(logits(folder, True, two), logits(folder, False, adapters), 1e-5)
 
@@ -223,36 +213,36 @@ def test_what_trains_the_two_apart_needs_two_leaves(case: str, checkpoints: dict
     config = jlora.LoraConfig(2, alpha=2, exclude=(), **fields)
     adapters = grown(folder, "llama", True, config)
     untied, more = network(folder, True)
-    peft.save(tmp_path, models.names(untied), more, adapters, config)
+    peft.save(tmp_path, models.tensor_names(untied), more, adapters, config)
     tied, params = network(folder, False)
     for given in (params, None):
-        text = message(peft.PeftError, lambda given=given: peft.load(tmp_path, models.names(tied), given))
+        text = message(peft.PeftError, lambda given=given: peft.load(tmp_path, models.tensor_names(tied), given))
         expect(text, f"'{table_of('llama')}'", part, "models.load(path, untie=True)", "Nothing was loaded")
-    again, _ = peft.load(tmp_path, models.names(untied), more)
+    again, _ = peft.load(tmp_path, models.tensor_names(untied), more)
     assert_same(again, {path: adapters[path] for path in again})
     assert set(again) == set(adapters)
 
 
 def test_dora_of_a_tied_table_has_no_form(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """Its magnitude is by columns in both uses; that of PEFT's projection is by rows. DoRA elsewhere is no matter."""
+    """Its magnitude is by columns in both uses; that of PEFT's projection is by rows. DoRA elsewhere is fine."""
     folder = checkpoints["llama"]
     model, params = network(folder, False)
     config = jlora.LoraConfig(2, targets=("q_proj", "embed_tokens"), use_dora=True)
     adapters = grown(folder, "llama", False, config)
-    text = message(peft.PeftError, lambda: peft.save(tmp_path, models.names(model), params, adapters, config))
+    text = message(peft.PeftError, lambda: peft.save(tmp_path, models.tensor_names(model), params, adapters, config))
     expect(text, f"'{table_of('llama')}' has DoRA", "'lm_head.weight'", "merge")
     plain = jlora.LoraConfig(
         2, targets=config.targets, use_dora=True, overrides=(jlora.Override("embed_tokens", use_dora=False),)
     )
     adapters = grown(folder, "llama", False, plain)
-    peft.save(tmp_path, models.names(model), params, adapters, plain)
+    peft.save(tmp_path, models.tensor_names(model), params, adapters, plain)
     untied, more = network(folder, True)
-    two, _ = peft.load(tmp_path, models.names(untied), more)
+    two, _ = peft.load(tmp_path, models.tensor_names(untied), more)
     assert_close(logits(folder, True, two), logits(folder, False, adapters), 1e-5)
 
 
 def test_a_tied_model_of_ones_own(tmp_path: Path) -> None:
-    """A plain table says so with ``tied``."""
+    """A name table of one's own declares it with ``tied``."""
     table = {**tensor_names.embedding("table", "tokens", tied="out"), **tensor_names.linear("up", "up")}
     params = {"table": {"embedding": jnp.ones((5, 3))}, "up": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}}
 
@@ -263,7 +253,7 @@ def test_a_tied_model_of_ones_own(tmp_path: Path) -> None:
     config = jlora.LoraConfig(2, targets=("table", "up"))
     adapters = jlora.init(jax.random.key(0), params, config, jlora.trace(apply, params, jnp.arange(3)))
     peft.save(tmp_path, table, params, adapters, config)
-    assert {key.split(".lora")[0] for key in load_file(tmp_path / "adapter_model.safetensors")} == {
+    assert {key.split(".lora")[0] for key in load_file(tmp_path / ADAPTER_WEIGHTS)} == {
         f"base_model.model.{module}" for module in ("tokens", "out", "up")
     }
     assert_same(peft.load(tmp_path, table, params)[0], {path: adapters[path] for path in table if path in adapters})
@@ -302,7 +292,7 @@ def test_a_projection_of_other_values_is_computed_as_in_transformers(kind: str, 
 
 
 def live(kind: str) -> dict[str, dict[str, Any]]:
-    """What PEFT may be asked to do to a tied pair; those that it does to both alike begin with "both"."""
+    """Configs for a tied pair in PEFT; the names of those that train both alike begin with "both"."""
     table, query, ties = TABLE[kind], QUERY[kind], {"ensure_weight_tying": True}
     cases: dict[str, dict[str, Any]] = {
         "lookup": {"target_modules": [table]},
@@ -328,7 +318,7 @@ def live(kind: str) -> dict[str, dict[str, Any]]:
 @needs_peft
 @every_kind
 def test_peft_and_we_agree_on_tied_pairs(kind: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """What PEFT wrote is exact or refused in the tied network, and exact in the untied one; what we write of it too."""
+    """PEFT's adapters are exact or refused in the tied network, exact in the untied one; so are ours in PEFT."""
     import peft as theirs
     import torch
 
@@ -345,7 +335,7 @@ def test_peft_and_we_agree_on_tied_pairs(kind: str, checkpoints: dict[str, Path]
             expected = torch_logits(model)
         for untie in (False, True):
             network_, params = network(folder, untie)
-            table = models.names(network_)
+            table = models.tensor_names(network_)
             if not untie and not case.startswith("both"):
                 text = message(peft.PeftError, lambda t=table, p=params, c=case: peft.load(tmp_path / c, t, p))
                 expect(text, f"'{table_of(kind)}'", "untie=True")
@@ -360,14 +350,14 @@ def test_peft_and_we_agree_on_tied_pairs(kind: str, checkpoints: dict[str, Path]
 
 
 def test_ties_that_peft_would_not_carry_out(tmp_path: Path) -> None:
-    """By the golden tied base: PEFT finds the embedding by name alone, and ``wte`` is not such a name."""
+    """PEFT recognizes an embedding by its name, and ``wte`` is not a name that it knows."""
     model, params = models.load(FOLDER / "base-gpt2")
     config = jlora.LoraConfig(2, targets=("wte",))
     adapters = jlora.init(jax.random.key(0), params, config, jlora.trace(model.apply, params, IDS))
-    peft.save(tmp_path, models.names(model), params, adapters, config)
-    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    peft.save(tmp_path, models.tensor_names(model), params, adapters, config)
+    written = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert sorted(written["target_modules"]) == ["lm_head", "wte"] and "ensure_weight_tying" not in written
     written |= {"target_modules": ["transformer.wte"], "ensure_weight_tying": True}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
-    text = message(peft.PeftError, lambda: peft.load(tmp_path, models.names(model), params))
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(written))
+    text = message(peft.PeftError, lambda: peft.load(tmp_path, models.tensor_names(model), params))
     expect(text, "'lm_head' has factors, but target_modules does not name it")

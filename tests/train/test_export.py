@@ -33,7 +33,7 @@ def test_export_is_the_merged_network_with_its_tokenizer_and_card(dtype: str, tm
     assert (out / "vocab.txt").read_text() == "a\n" and not (out / "secrets.txt").exists()
     card = (out / "README.md").read_text()
     expect(
-        card, '---\nbase_model: "some/base: #1"\nlibrary_name: transformers\ntags:\n- lora\n- jlora\n---\n', str(report)
+        card, "---\nbase_model: 'some/base: #1'\nlibrary_name: transformers\ntags:\n- lora\n- jlora\n---\n", str(report)
     )
     expect(
         card, "low-rank updates of 4 weights, rank 2", "- 2 leaves trained whole", "AutoModelForSequenceClassification"
@@ -56,7 +56,7 @@ def test_export_leaves_a_foreign_readme_alone(tmp_path: Path) -> None:
     model, params = network()
     (tmp_path / "README.md").write_text("# Mine\n")
     text = message(models.ModelError, lambda: models.export(tmp_path, model, params, adapted(params)))
-    expect(text, "README.md is not of jlora", "export into a new folder")
+    expect(text, "README.md was not written by jlora", "export into a new folder")
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
 
 
@@ -129,7 +129,7 @@ def test_export_writes_nothing_that_is_wrong(tmp_path: Path) -> None:
     beyond = {path: jax.tree.map(lambda x: x * 1e6, value) for path, value in adapters.items()}
     text = message(models.ModelError, lambda: models.export(out, model, params, beyond))
     expect(
-        text, "6 merged weights leave the range", "'params/encoder/layer_0/query/kernel' of dtype float16", "float32"
+        text, "6 merged weights exceed the range", "'params/encoder/layer_0/query/kernel' of dtype float16", "float32"
     )
     bad = {**adapters, "params/classifier/bias": jnp.full(2, jnp.nan)}
     expect(message(ValueError, lambda: models.export(out, model, params, bad)), "'params/classifier/bias'")

@@ -185,7 +185,7 @@ def test_exports_are_the_adapted_model(text_run, work):
         assert f"written to {folder / to}" in printed
 
     assert run.network.model is not None
-    adapters, _ = peft.load(folder / "peft", models.names(run.network.model), run.params)
+    adapters, _ = peft.load(folder / "peft", models.tensor_names(run.network.model), run.params)
     tree = jlora.attach(run.params, adapters)
     np.testing.assert_allclose(jlora.lora(run.network.forward)(tree, inputs), expected, atol=1e-5)
 
@@ -410,7 +410,7 @@ def test_conversations_are_packed_and_trained_on(work, tmp_path):
     assert code == 0, printed
     run = open_run(tmp_path)
     assert run.network.model is not None
-    found, _ = peft.load(tmp_path / "peft", models.names(run.network.model), run.params)
+    found, _ = peft.load(tmp_path / "peft", models.tensor_names(run.network.model), run.params)
     assert set(found) == set(run.adapters) >= {"params/model/embed_tokens/embedding"}
     for path, factors in found.items():
         chex.assert_trees_all_equal(factors, run.adapters[path])

@@ -72,14 +72,14 @@ def test_rules_take_every_leaf_and_each_takes_one(name: str) -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_rule_of_a_family_is_some_networks(kind: str) -> None:
     """A family has no rule that none of its networks needs."""
-    shared = [hf for hf in TINY.values() if FAMILIES[hf["model_type"]].rules == FAMILIES[kind].rules]
+    shared = [hf for hf in TINY.values() if FAMILIES[hf["model_type"]].sharding_rules == FAMILIES[kind].sharding_rules]
     used = {
         rule
         for hf in [*shared, *({**hf, "tie_word_embeddings": False} for hf in shared if hf["model_type"] == "gpt2")]
         for task in FAMILIES[hf["model_type"]].networks
         for rule in models.sharding_rules(models.build(hf, task=task))
     }
-    assert used == set(FAMILIES[kind].rules)
+    assert used == set(FAMILIES[kind].sharding_rules)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

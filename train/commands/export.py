@@ -9,6 +9,7 @@ import jax
 
 import jlora
 from jlora import models, peft
+from jlora.files import hub_files
 from train.commands.inputs import RunPath
 from train.config import ConfigError, Pretrained
 from train.networks.network import read_settings
@@ -40,7 +41,7 @@ def export(
     elif to == "peft":
         peft.save(
             folder,
-            models.names(network.model),
+            models.tensor_names(network.model),
             opened.params,
             opened.adapters,
             config.lora,
@@ -66,4 +67,4 @@ def export(
 def _pictures(run: FinishedRun) -> str | None:
     """The checkpoint, if it says how it wants its images."""
     assert isinstance(run.config.model, Pretrained)
-    return run.network.source if read_settings(run.config.model, "preprocessor_config.json") else None
+    return run.network.source if read_settings(run.config.model, hub_files.PREPROCESSOR_CONFIG) else None

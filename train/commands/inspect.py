@@ -9,13 +9,14 @@ import tyro
 
 import jlora
 from jlora import models
+from jlora.files import hub_files
 from train.config import ConfigError
 
 
 def inspect(
     checkpoint: Annotated[str, tyro.conf.Positional],
     lora: jlora.LoraConfig = jlora.LoraConfig(),  # noqa: B008  (frozen)
-    task: models.Task | None = None,
+    task: models.TaskName | None = None,
     labels: int | None = None,
     revision: str | None = None,
 ) -> None:
@@ -28,8 +29,8 @@ def inspect(
       labels: of a classifier, how many.
       revision: of a model on the hub.
     """
-    if (folder := Path(checkpoint)).is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(f"inspect: {checkpoint} has no config.json; expected the folder of a checkpoint")
+    if (folder := Path(checkpoint)).is_dir() and not (folder / hub_files.CONFIG).is_file():
+        raise ConfigError(f"inspect: {checkpoint} has no {hub_files.CONFIG}; expected the folder of a checkpoint")
     model = models.build(checkpoint, task=task, labels=labels, revision=revision)
     params = models.abstract(model)
     try:

@@ -19,7 +19,8 @@ import datasets
 import pyarrow as pa
 
 from jlora.files.checksums import check_sums, write_sums
-from jlora.files.safetensors import TensorError, read_json
+from jlora.files.errors import TensorError
+from jlora.files.json_files import read_json
 from jlora.messages import nearest
 from train.config import ConfigError
 from train.data.formats import File, read_tables

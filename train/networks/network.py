@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import HEADS, models
-from jlora.files.safetensors import read_json
-from jlora.models import ModelError, Remat, TensorError, recomputed
+from jlora.files import hub_files
+from jlora.files.errors import TensorError
+from jlora.models import ModelError, Remat, recomputed
 from train.config import (
     CausalLM,
     ConfigError,
@@ -203,7 +204,7 @@ def checkpoint_side(config: Pretrained) -> int:
 
 def _preprocessor(config: Pretrained) -> dict[str, Any]:
     """How a checkpoint wants its pixels: mean and standard deviation of each channel, of values from 0 to 1."""
-    found = read_settings(config, "preprocessor_config.json")
+    found = read_settings(config, hub_files.PREPROCESSOR_CONFIG)
     normalized = found.get("do_normalize", True)
     mean, std = (found.get("image_mean", 0.5), found.get("image_std", 0.5)) if normalized else (0.0, 1.0)
     # Its own are of values from 0 to 255 times its factor.
@@ -213,8 +214,7 @@ def _preprocessor(config: Pretrained) -> dict[str, Any]:
 
 def read_settings(config: Pretrained, name: str) -> dict[str, Any]:
     """The content of one of a checkpoint's JSON files; empty if it has none of that name."""
-    file = models.fetch(config.path, config.revision) / name
-    return read_json(file) if file.is_file() else {}
+    return hub_files.read_optional(models.fetch(config.path, config.revision), name) or {}
 
 
 # Networks of our own, trained from scratch

@@ -15,7 +15,7 @@ from typing import Any
 import filelock
 
 from jlora.files.checksums import SUMS, check_sums, write_sums
-from jlora.files.safetensors import read_json
+from jlora.files.json_files import read_json
 from jlora.messages import bullets
 from jlora.models import TensorError
 from train.compute.processes import first_decides, is_first, say

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jlora
-from jlora.files.safetensors import read_json
+from jlora.files.json_files import read_json
 from jlora.models import TensorError
 from train.checks import validate
 from train.compute.keys import random_key

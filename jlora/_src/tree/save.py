@@ -24,7 +24,8 @@ from jlora._src.types import Adapters, Array, LoraFactors
 from jlora._src.types import Path as LeafPath
 from jlora.files.adapters import arrays_of, differences, fault, record_of, shapes_of, with_arrays
 from jlora.files.checksums import SUMS, check_sums, write_sums
-from jlora.files.safetensors import TensorError, read_json, write_json
+from jlora.files.errors import TensorError
+from jlora.files.json_files import read_json, write_json
 from jlora.messages import bullets, one_line
 
 _CONTENT = {"arrays", "adapters.json", SUMS}

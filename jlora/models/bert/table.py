@@ -1,4 +1,4 @@
-"""Where the parameters of BERT and RoBERTa lie in a checkpoint."""
+"""The tensor names of BERT and RoBERTa, and what may be in their config.json."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from jax.sharding import PartitionSpec as P
 
 from jlora._src.tree.sharding import ShardingRules
 from jlora.files.tensor_names import TensorName, embedding, linear, norm
-from jlora.models._family import Family, ModelError, Task, read_config
+from jlora.models._encoder import layer_names
+from jlora.models._family import Family, ModelError, TaskName, read_config
 from jlora.models.bert.modeling import Bert, BertConfig, BertForSequenceClassification
 
-_MODULES = {
+_LINEARS = {
     "query": "attention.self.query",
     "key": "attention.self.key",
     "value": "attention.self.value",
@@ -20,9 +21,10 @@ _MODULES = {
     "intermediate": "intermediate.dense",
     "output": "output.dense",
 }
+_NORMS = {"attention_norm": "attention.output.LayerNorm", "output_norm": "output.LayerNorm"}
 
-RULES: ShardingRules = (
-    # Hardly a number divides their vocabularies (30522 and 50265).
+SHARDING_RULES: ShardingRules = (
+    # Their vocabularies (30522 and 50265) have few divisors.
     (r"_embeddings/embedding$", P(None, "fsdp")),
     (r"/(query|key|value|intermediate|pooler|dense)/kernel$", P("fsdp", "tensor")),
     (r"/(query|key|value|intermediate|pooler|dense)/bias$", P("tensor")),
@@ -33,8 +35,8 @@ RULES: ShardingRules = (
 )
 
 
-def names(config: BertConfig, task: Task) -> dict[str, TensorName]:
-    """Every leaf of the network for ``task``, and its tensor's name in transformers' class for it."""
+def tensor_names(config: BertConfig, task: TaskName) -> dict[str, TensorName]:
+    """The tensor names of every leaf of the network for ``task``, in transformers' class for it."""
     kind = "roberta" if config.roberta else "bert"
     bare = task == "features"
     path, module = ("params", "") if bare else ("params/encoder", f"{kind}.")
@@ -43,11 +45,7 @@ def names(config: BertConfig, task: Task) -> dict[str, TensorName]:
         found |= embedding(f"{path}/{table}", f"{module}embeddings.{table}")
     found |= norm(f"{path}/embeddings_norm", f"{module}embeddings.LayerNorm")
     for i in range(config.num_hidden_layers):
-        here, there = f"{path}/layer_{i}", f"{module}encoder.layer.{i}"
-        for ours, theirs in _MODULES.items():
-            found |= linear(f"{here}/{ours}", f"{there}.{theirs}")
-        found |= norm(f"{here}/attention_norm", f"{there}.attention.output.LayerNorm")
-        found |= norm(f"{here}/output_norm", f"{there}.output.LayerNorm")
+        found |= layer_names(f"{path}/layer_{i}", f"{module}encoder.layer.{i}", _LINEARS, _NORMS)
     if bare or not config.roberta:
         found |= linear(f"{path}/pooler", f"{module}pooler.dense")
     if not bare and config.roberta:
@@ -84,8 +82,8 @@ def _family(kind: str, architecture: str) -> Family:
     return Family(
         config=_read,
         networks={"features": Bert, "sequence-classification": BertForSequenceClassification},
-        names=names,
-        rules=RULES,
+        tensor_names=tensor_names,
+        sharding_rules=SHARDING_RULES,
         prefix=f"{kind}.",
         architecture=architecture,
         heads=r"^params/(classifier/|(encoder/)?pooler/)",

@@ -1,10 +1,10 @@
-"""Rotary positions (Su et al. 2021), and the ways in which models were stretched beyond their training length."""
+"""Rotary positions (Su et al. 2021), and their scalings beyond the training length."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import jax
@@ -13,22 +13,23 @@ import numpy as np
 
 from jlora.fields import Within, faults
 from jlora.messages import bullets
-from jlora.models._family import ModelError, Positive, Size, Spread
+from jlora.models._family import ModelError, NonNegative, Positive, Size
 
-# What parameters may be; which of them each kind needs, and which it may have.
+# The types of parameters; the required and optional ones of each kind.
 _PARAMETERS: dict[str, Any] = {
     "rope_theta": Annotated[float, Within(1, above=True)],
     "rope_type": str,
     "type": str,
     "partial_rotary_factor": float,
     "original_max_position_embeddings": Size,
-    "mscale": Spread,
-    "mscale_all_dim": Spread,
+    "mscale": NonNegative,
+    "mscale_all_dim": NonNegative,
     "truncate": bool,
     **dict.fromkeys(
         ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"), Positive
     ),
 }
+_COMMON_PARAMETERS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 _KINDS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
@@ -52,16 +53,16 @@ _KINDS: dict[str, tuple[set[str], set[str]]] = {
 
 @dataclass(frozen=True)
 class Rope:
-    """How positions turn queries and keys.
+    """How positions rotate queries and keys.
 
     Attributes:
       kind: ``default``, ``linear`` (all positions divided by ``factor``), ``dynamic`` (the base grows with the length
         of the call), ``llama3`` (low frequencies divided) or ``yarn`` (Peng et al. 2023).
       theta: the base of the wavelengths.
-      factor: by which the length was stretched.
-      trained: the number of positions before that; of ``dynamic``, those up to which nothing changes.
+      factor: by which the length was extended.
+      trained: the number of positions before that; of ``dynamic``, the length up to which nothing changes.
       low, high: of llama3, wavelengths per ``trained`` between which the division fades in; of yarn, rotations.
-      attention: what cosine and sine are multiplied by, in yarn.
+      attention: in yarn, multiplies cosine and sine.
       truncate: round yarn's bounds to whole dimensions.
     """
 
@@ -76,55 +77,65 @@ class Rope:
 
 
 def read_rope(hf: Mapping[str, Any], size: int) -> Rope:
-    """From a config.json: of ``rope_parameters`` (transformers 5), or of ``rope_theta`` and ``rope_scaling`` (4).
+    """From a config.json: from ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4).
 
     Args:
-      hf: the content of the file, whose own attributes are of their types.
+      hf: the content of the file; its attributes have the declared types.
       size: of a head.
 
     Raises:
-      ModelError: for another kind, parameters that it lacks or does not have, or that are of another type.
+      ModelError: for an unknown kind, or parameters that are missing, unknown or of another type.
     """
     stated = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     given = {name: value for name, value in stated.items() if value is not None}
     given.setdefault("rope_theta", hf.get("rope_theta") or 10000.0)
-    wrong = faults(given, _PARAMETERS)
-    theta = given.pop("rope_theta")
-    legacy = given.pop("type", "default")
-    kind = given.pop("rope_type", legacy)
-    if given.pop("partial_rotary_factor", 1.0) != 1.0 and not wrong:
-        raise ModelError("partial_rotary_factor: this network rotates whole heads; expected 1 or none")
-    if wrong:
+    kind = _read_kind(given, stated)
+    if size % 2 or kind == "dynamic" and size == 2:
+        raise ModelError(
+            f"head_dim = {size}; expected an even size, as positions rotate pairs, and above 2 for 'dynamic'"
+        )
+    length = hf.get("max_position_embeddings") or 2048
+    # `dynamic` starts at the length of the configuration, whatever the training length was.
+    trained = length if kind == "dynamic" else given.get("original_max_position_embeddings", length)
+    rope = Rope(kind, given["rope_theta"], given.get("factor", length / trained), trained)
+    if kind == "llama3":
+        if given["low_freq_factor"] >= given["high_freq_factor"]:
+            raise ModelError(f"low_freq_factor in {stated}; expected less than high_freq_factor")
+        return replace(rope, low=given["low_freq_factor"], high=given["high_freq_factor"])
+    if kind == "yarn":
+        return replace(
+            rope,
+            low=given.get("beta_slow") or 1.0,
+            high=given.get("beta_fast") or 32.0,
+            attention=_yarn_attention(rope.factor, given),
+            truncate=given.get("truncate", True),
+        )
+    return rope if kind != "default" else replace(rope, factor=1.0)
+
+
+def _read_kind(given: Mapping[str, Any], stated: Mapping[str, Any]) -> str:
+    """The kind of rotary positions, once its parameters are known to be valid; ``stated`` is for messages."""
+    if wrong := faults(given, _PARAMETERS):
         raise ModelError(f"rotary positions, in rope_theta or {stated}:{bullets(wrong)}")
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError("partial_rotary_factor: this network rotates whole heads; expected 1 or none")
+    kind = given.get("rope_type", given.get("type", "default"))
     if kind not in _KINDS:
         raise ModelError(
             f"rotary positions of the kind {kind!r} in {stated} are unknown; expected one of {', '.join(_KINDS)}"
         )
     required, optional = _KINDS[kind]
     wrong = [f"{name} is missing" for name in sorted(required - set(given))]
-    wrong += [f"{name} = {value!r} is unknown" for name, value in given.items() if name not in required | optional]
+    wrong += [
+        f"{name} = {value!r} is unknown"
+        for name, value in given.items()
+        if name not in required | optional | _COMMON_PARAMETERS
+    ]
     if wrong:
         raise ModelError(
             f"rotary positions of the kind {kind!r}:{bullets(wrong)}\nExpected {sorted(required | optional)} only."
         )
-    length = hf.get("max_position_embeddings") or 2048
-    # `dynamic` starts at the length of the configuration, whatever it was before.
-    trained = length if kind == "dynamic" else given.get("original_max_position_embeddings", length)
-    factor = given.get("factor", length / trained)
-    if size % 2 or kind == "dynamic" and size == 2:
-        raise ModelError(
-            f"head_dim = {size}; expected an even size, as positions turn pairs, and above 2 for 'dynamic'"
-        )
-    if kind == "llama3":
-        if given["low_freq_factor"] >= given["high_freq_factor"]:
-            raise ModelError(f"low_freq_factor in {stated}; expected less than high_freq_factor")
-        return Rope(kind, theta, factor, trained, given["low_freq_factor"], given["high_freq_factor"])
-    if kind == "yarn":
-        low, high = given.get("beta_slow") or 1.0, given.get("beta_fast") or 32.0
-        return Rope(
-            kind, theta, factor, trained, low, high, _yarn_attention(factor, given), given.get("truncate", True)
-        )
-    return Rope(kind, theta, factor if kind != "default" else 1.0, trained)
+    return kind
 
 
 def rotations(rope: Rope, size: int, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -142,10 +153,10 @@ def rotations(rope: Rope, size: int, position_ids: jax.Array) -> tuple[jax.Array
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Queries or keys [batch, length, heads, size] turned by their positions, in float32 inside."""
+    """Queries or keys [batch, length, heads, size] rotated by their positions, in float32 inside."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def _frequencies(rope: Rope, size: int) -> np.ndarray:
@@ -164,10 +175,10 @@ def _frequencies(rope: Rope, size: int) -> np.ndarray:
 
 
 def _yarn_ramp(rope: Rope, size: int) -> np.ndarray:
-    """How far each frequency is divided: 0 if it turns ``high`` times in the training length, 1 if ``low`` times."""
+    """How far each frequency is divided: 0 if it rotates ``high`` times in the training length, 1 if ``low`` times."""
 
-    def dimension(turns: float) -> float:
-        return size * math.log(rope.trained / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+    def dimension(rotations: float) -> float:
+        return size * math.log(rope.trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     start, stop = dimension(rope.high), dimension(rope.low)
     if rope.truncate:

@@ -1,4 +1,4 @@
-"""Where the parameters of GPT-2 lie in a checkpoint."""
+"""The tensor names of GPT-2, and what may be in its config.json."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 from jax.sharding import PartitionSpec as P
 
 from jlora._src.tree.sharding import ShardingRules
-from jlora.files.tensor_names import TensorName, conv1d, embedding, linear, norm
-from jlora.models._family import Family, Task, read_config
+from jlora.files.tensor_names import TensorName, conv1d, embedding, norm
+from jlora.models._family import Family, TaskName, read_config
+from jlora.models._heads import head_names, tied_head
 from jlora.models.gpt2.modeling import GPT2, GPT2Config, GPT2ForCausalLM, GPT2ForSequenceClassification
 
-RULES: ShardingRules = (
-    # Hardly a number divides the vocabulary (50257).
+SHARDING_RULES: ShardingRules = (
+    # The vocabulary (50257) has few divisors.
     (r"/(wte|wpe)/embedding$", P(None, "fsdp")),
     (r"/(c_attn|c_fc)/kernel$", P(None, "fsdp", "tensor")),
     (r"/(c_attn|c_fc)/bias$", P(None, "tensor")),
@@ -23,22 +24,18 @@ RULES: ShardingRules = (
 )
 
 
-def names(config: GPT2Config, task: Task) -> dict[str, TensorName]:
-    """Every leaf of the network for ``task``, and its tensor's name in transformers' class for it."""
+def tensor_names(config: GPT2Config, task: TaskName) -> dict[str, TensorName]:
+    """The tensor names of every leaf of the network for ``task``, in transformers' class for it."""
     bare, layers = task == "features", config.n_layer
     path, module = ("params", "") if bare else ("params/transformer", "transformer.")
-    tied = "lm_head" if task == "causal-lm" and config.tie_word_embeddings else None
-    found = embedding(f"{path}/wte", f"{module}wte", tied=tied) | embedding(f"{path}/wpe", f"{module}wpe")
+    found = embedding(f"{path}/wte", f"{module}wte", tied=tied_head(config, task))
+    found |= embedding(f"{path}/wpe", f"{module}wpe")
     for part in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"):
         found |= conv1d(f"{path}/h/{part}", f"{module}h.{{}}.{part.replace('/', '.')}", layers=layers)
     for part in ("ln_1", "ln_2"):
         found |= norm(f"{path}/h/{part}", f"{module}h.{{}}.{part}", layers=layers)
     found |= norm(f"{path}/ln_f", f"{module}ln_f")
-    if task == "causal-lm" and not config.tie_word_embeddings:
-        found |= linear("params/lm_head", "lm_head", bias=False)
-    if task == "sequence-classification":
-        found |= linear("params/score", "score", bias=False)
-    return found
+    return found | head_names(config, task)
 
 
 def _read(hf: Mapping[str, Any]) -> GPT2Config:
@@ -60,11 +57,11 @@ GPT2_FAMILY = Family(
         "causal-lm": GPT2ForCausalLM,
         "sequence-classification": GPT2ForSequenceClassification,
     },
-    names=names,
-    rules=RULES,
+    tensor_names=tensor_names,
+    sharding_rules=SHARDING_RULES,
     prefix="transformer.",
     architecture="GPT2",
     heads=r"^params/(lm_head|score)/",
-    # Old checkpoints hold the causal mask as a buffer, and a tied model's head once more.
+    # Old checkpoints hold the causal mask as a buffer, and a tied model's head.
     unread=r"^(lm_head|score|multiple_choice_head)\.|(^|\.)attn\.(bias|masked_bias)$",
 )

@@ -1,4 +1,4 @@
-"""Where the parameters of the Vision Transformer lie in a checkpoint."""
+"""The tensor names of the Vision Transformer, and what may be in its config.json."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from jax.sharding import PartitionSpec as P
 
 from jlora._src.tree.sharding import ShardingRules
 from jlora.files.tensor_names import TensorName, array, conv2d, linear, norm, stored_as
-from jlora.models._family import Family, ModelError, Task, read_config
+from jlora.models._encoder import layer_names
+from jlora.models._family import Family, ModelError, TaskName, read_config
 from jlora.models.vit.modeling import ViT, ViTConfig, ViTForImageClassification
 
-_MODULES = {
+_LINEARS = {
     "query": "attention.q_proj",
     "key": "attention.k_proj",
     "value": "attention.v_proj",
@@ -20,6 +21,7 @@ _MODULES = {
     "intermediate": "mlp.fc1",
     "output": "mlp.fc2",
 }
+_NORMS = {"attention_norm": "layernorm_before", "output_norm": "layernorm_after"}
 
 _STORED = (
     ("layers.", "encoder.layer."),
@@ -30,9 +32,9 @@ _STORED = (
     ("mlp.fc1", "intermediate.dense"),
     ("mlp.fc2", "output.dense"),
 )
-"""The names of modules in transformers 5, and those in checkpoints."""
+"""Parts of names in transformers 5, and their spelling in checkpoints."""
 
-RULES: ShardingRules = (
+SHARDING_RULES: ShardingRules = (
     (r"/patch_embeddings/kernel$", P(None, None, None, "fsdp")),
     (r"/(query|key|value|intermediate|pooler)/kernel$", P("fsdp", "tensor")),
     (r"/(query|key|value|intermediate|pooler)/bias$", P("tensor")),
@@ -43,20 +45,16 @@ RULES: ShardingRules = (
 )
 
 
-def names(config: ViTConfig, task: Task) -> dict[str, TensorName]:
-    """Every leaf of the network for ``task``, and its tensor's name in transformers' class for it."""
+def tensor_names(config: ViTConfig, task: TaskName) -> dict[str, TensorName]:
+    """The tensor names of every leaf of the network for ``task``, in transformers' class for it."""
     bare = task == "features"
     path, module = ("params", "") if bare else ("params/encoder", "vit.")
     found = conv2d(f"{path}/patch_embeddings", f"{module}embeddings.patch_embeddings.projection")
     for leaf in ("cls_token", "position_embeddings"):
         found |= array(f"{path}/{leaf}", f"{module}embeddings.{leaf}")
+    without_bias = () if config.qkv_bias else ("query", "key", "value")
     for i in range(config.num_hidden_layers):
-        here, there = f"{path}/layer_{i}", f"{module}layers.{i}"
-        for ours, theirs in _MODULES.items():
-            bias = config.qkv_bias or ours not in ("query", "key", "value")
-            found |= linear(f"{here}/{ours}", f"{there}.{theirs}", bias=bias)
-        found |= norm(f"{here}/attention_norm", f"{there}.layernorm_before")
-        found |= norm(f"{here}/output_norm", f"{there}.layernorm_after")
+        found |= layer_names(f"{path}/layer_{i}", f"{module}layers.{i}", _LINEARS, _NORMS, without_bias)
     found |= norm(f"{path}/final_norm", f"{module}layernorm")
     found |= linear(f"{path}/pooler", "pooler.dense") if bare else linear("params/classifier", "classifier")
     return stored_as(found, *_STORED)
@@ -80,8 +78,8 @@ def _read(hf: Mapping[str, Any]) -> ViTConfig:
 VIT = Family(
     config=_read,
     networks={"features": ViT, "image-classification": ViTForImageClassification},
-    names=names,
-    rules=RULES,
+    tensor_names=tensor_names,
+    sharding_rules=SHARDING_RULES,
     prefix="vit.",
     architecture="ViT",
     heads=r"^params/(classifier|pooler)/",

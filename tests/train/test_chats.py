@@ -21,10 +21,10 @@ from tests import tiny
 from tests.chat_templates import CHATML, SPECIAL, TEMPLATES
 from train.checks import validate
 from train.config import CausalLM, ConfigError, DataConfig, Pretrained, SequenceClassification, TrainConfig
-from train.data import cuts
 from train.data import tables as data
-from train.data.batches import Examples, cut_of, size
+from train.data.batches import Examples, size, truncation_of
 from train.data.tables import Table
+from train.data.truncation import Truncation
 from train.tasks.chat import Chat, messages_of, tools_of
 from train.tasks.classify import TextClassification
 from train.tasks.language import LanguageModel
@@ -767,13 +767,13 @@ def test_what_max_length_takes_is_counted():
     ]
     kept, cut = shortened(examples, 4)
     assert kept == [Example(one.tokens[:4], one.loss_mask[:4]) for one in examples[:3]]
-    assert cut == cuts.Cut(limit=4, examples=4, longest=7, cut=3, dropped=1, tokens=9, lost=4, ends=2)
-    line = cuts.line("train", cut)
+    assert cut == Truncation(limit=4, examples=4, longest=7, cut=3, dropped=1, tokens=9, lost=4, ends=2)
+    line = cut.describe("train")
     assert line.startswith("train: 3 of 4 examples are cut at 4 tokens: 4 of 9 tokens of loss are lost")
     assert "2 examples their end" in line and "1 of 4 examples are left out" in line and "--task.max-length 7" in line
     _, none = shortened(examples, 7)
     assert (none.cut, none.lost, none.ends, none.dropped) == (0, 0, 0, 0)
-    assert cuts.line("train", none) == "train: 4 examples of at most 7 tokens, none is cut"
+    assert none.describe("train") == "train: 4 examples of at most 7 tokens, none is cut"
 
 
 @pytest.mark.parametrize("limit", [4, 20, 24, 200])
@@ -786,13 +786,13 @@ def test_no_token_is_lost_but_those_that_are_counted(pack, limit):
     config = {"prompt": "p", "completion": "c", "chat": True}
     whole = encoded(tokenizer, rows, **config, max_length=10_000)
     total = sum(int(one[1:].sum()) for one in whole["loss_mask"])
-    assert cut_of(whole) is not None and cut_of(whole).lost == 0  # pyright: ignore[reportOptionalMemberAccess]
+    assert truncation_of(whole) is not None and truncation_of(whole).lost == 0  # pyright: ignore[reportOptionalMemberAccess]
     if limit < 8:
         with pytest.raises(ConfigError, match="none of the 30 examples has a token to learn"):
             encoded(tokenizer, rows, **config, max_length=limit, pack=pack)
         return
     examples = encoded(tokenizer, rows, **config, max_length=limit, pack=pack)
-    cut = cut_of(examples)
+    cut = truncation_of(examples)
     assert cut is not None and cut.tokens == total and cut.examples == 30
     assert sum(int(one.sum()) for one in examples["loss_mask"]) == total - cut.lost
     if not pack:
@@ -818,8 +818,8 @@ def test_classified_texts_that_are_cut_are_counted():
     assert lengths[0] <= 8 < lengths[1]
     examples = task.encode(table(t=words, label=["a", "b"]))[""]
     assert [len(one) for one in examples["input_ids"]] == [lengths[0], 8]
-    assert cut_of(examples) == cuts.Cut(8, 2, lengths[1], 1, 0, sum(lengths), lengths[1] - 8, None)
-    assert f"{lengths[1] - 8} of {sum(lengths)} tokens are lost" in cuts.line("train", cuts.cut_to(8, lengths))
+    assert truncation_of(examples) == Truncation(8, 2, lengths[1], 1, 0, sum(lengths), lengths[1] - 8, None)
+    assert f"{lengths[1] - 8} of {sum(lengths)} tokens are lost" in Truncation.of(8, lengths).describe("train")
 
 
 # What a configuration says
@@ -863,6 +863,6 @@ def test_rows_are_counted_as_left_out_when_none_of_their_examples_is_left(tmp_pa
     file = tiny.write_jsonl(tmp_path / "talks.jsonl", [{"m": json.dumps(one)} for one in (long, far, long)])
     rows = data.read(str(file), tmp_path / "cache", "data.train")
     examples = encoded(chat_tokenizer("qwen3"), rows, messages="m", max_length=200)
-    cut = cut_of(examples)
+    cut = truncation_of(examples)
     assert cut and cut.examples == 6 and size(examples) + cut.dropped == 6 and cut.dropped >= 2
     assert rows.provenance and rows.provenance.dropped == {"without a token to learn within 200 tokens": 1}

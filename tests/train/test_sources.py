@@ -24,7 +24,7 @@ from tests import tiny
 from tests.runs import program
 from train.__main__ import parse
 from train.config import ConfigError, DataConfig
-from train.data import formats
+from train.data import lines
 from train.data import tables as data
 from train.data.lines import decode
 from train.data.tables import Table, column, texts
@@ -243,7 +243,7 @@ UNFIT = {
     "mixed": ([{"a": "x"}, {"a": "y"}, {"a": 3}], "task.text", "a number in row 3 of ", "text in all rows, as in row"),
     "mixed label": ([{"a": 3}, {"a": "3"}], "task.label", "holds text in row 2 of ", "a number in all rows"),
     "mixed lists": ([{"a": [1]}, {"a": "x"}], "task.text", "holds text in row 2 of "),
-    "many": ([{"a": None}] * 7, "task.text", "rows 1, 2, 3, 4, 5 of ", " and 2 more; take"),
+    "many": ([{"a": None}] * 7, "task.text", "rows 1, 2, 3, 4, 5 of ", " and 2 more; remove"),
 }  # fmt: skip
 
 
@@ -265,14 +265,14 @@ def test_rows_are_told_as_they_count_in_their_file(tmp_path):
     table = read(tmp_path / "set" / "train-0.csv")
     for chosen in ([0, 1, 5, 2], range(2, 6), [7, 5, 2]):
         told = refusal(lambda: column(table.select(chosen), "label", "task.label"))  # noqa: B023
-        assert f"in rows 3, 6 of {tmp_path}/set/train-0.csv; take these rows out" in told
+        assert f"in rows 3, 6 of {tmp_path}/set/train-0.csv; remove these rows" in told
     both = data.read(str(tmp_path / "set"), tmp_path / "cache", "data.train")
     told = refusal(lambda: column(both, "label", "task.label"))
     assert f"4 of 16 values of the column 'label' are missing, in rows 3, 6 of {tmp_path}/set/train-0" in told
-    assert "train-0.csv and 2 more; take" in told
+    assert "train-0.csv and 2 more; remove" in told
     told = refusal(lambda: column(both.select([15, 13, 0]), "label", "task.label"))
     assert f"in row 6 of {tmp_path}/set/train-1.csv" in told
-    assert "in row 2; take" in refusal(lambda: column(Table.from_dict({"a": ["x", None]}), "a", "task.text"))
+    assert "in row 2; remove" in refusal(lambda: column(Table.from_dict({"a": ["x", None]}), "a", "task.text"))
 
 
 def test_parquet_is_as_its_types_say(tmp_path):
@@ -421,7 +421,7 @@ def test_an_edited_file_is_read_again_whatever_its_time(tmp_path, monkeypatch):
         raise AssertionError("converted again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("train.data.sources.read_tables", never)
+        patched.setattr("train.data.arrow_cache.read_tables", never)
         assert column(read(file), "text", "task.text") == ["b"]
         copy = tmp_path / "copy.csv"
         shutil.copy(file, copy)
@@ -436,7 +436,7 @@ def test_an_edited_file_is_read_again_whatever_its_time(tmp_path, monkeypatch):
 
 def test_large_files_are_converted_in_parts(tmp_path, monkeypatch):
     """Types are those of all rows, whichever part they are in."""
-    monkeypatch.setattr(formats, "BATCH", 3)
+    monkeypatch.setattr(lines, "BATCH", 3)
     rows = [{"a": i if i < 8 else i + 0.5, "b": "x" if i else None} for i in range(10)]
     table = read(tmp_path / "rows.jsonl", WRITERS["jsonl"](rows, "\n"))
     assert data.cells(table, "a") == [row["a"] for row in rows] and data.cells(table, "b") == [row["b"] for row in rows]
@@ -452,10 +452,10 @@ def test_accounts_tell_what_became_of_every_row(tmp_path):
     provenance = tables["train"].provenance
     assert provenance and provenance.to_json() == {
         "source": str(file), "found": None, "files": {str(file): 40}, "split": "train",
-        "digest": data.content(str(file)), "read": 40, "used": 7,
+        "digest": data.source_digest(str(file)), "read": 40, "used": 7,
         "dropped": {"of other splits": 10, "beyond the limit of 7": 23},
     }  # fmt: skip
-    assert provenance.line() == (
+    assert provenance.describe() == (
         f"{file}, split train: 40 rows read, 7 used; left out: 10 of other splits, 23 beyond the limit of 7; "
         f"sha256 {provenance.digest[:12]}"
     )
@@ -469,11 +469,13 @@ def test_accounts_tell_what_became_of_every_row(tmp_path):
     assert not set(column(tables["train"], "text", "task.text")) & set(
         column(tables["validation"], "text", "task.text")
     )
-    tables["train"].drop(3, "without a token to learn")
+    tables["train"].count_dropped(3, "without a token that carries loss")
     assert tables["train"].provenance and tables["train"].provenance.used == 17
     tiny.write_jsonl(tmp_path / "test.jsonl", rows[:5])
     beside = data.load(DataConfig(str(file)), tmp_path / "cache")["validation"].provenance
-    assert beside and beside.line().startswith(f"{tmp_path}/test.jsonl, found beside rows.jsonl: 5 rows read, all used")
+    assert beside and beside.describe().startswith(
+        f"{tmp_path}/test.jsonl, found beside rows.jsonl: 5 rows read, all used"
+    )
 
 
 def test_a_run_on_other_data_is_left_as_it_is(tmp_path, monkeypatch, capsys):
@@ -527,7 +529,7 @@ def test_a_run_tells_its_data_and_goes_on_with_no_other(work, tmp_path):
     assert {name: (one["read"], one["used"]) for name, one in summary["data"].items()} == {
         "train": (64, 48), "validation": (20, 20),
     }  # fmt: skip
-    assert summary["data"]["train"]["digest"] == data.content(str(tmp_path / "train.jsonl"))
+    assert summary["data"]["train"]["digest"] == data.source_digest(str(tmp_path / "train.jsonl"))
 
     kept = (tmp_path / "test.jsonl").read_text()
     tiny.write_jsonl(tmp_path / "test.jsonl", tiny.sentences(21, start=100))

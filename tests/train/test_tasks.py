@@ -300,7 +300,7 @@ def test_batches_pad_to_the_shortest_bucket_that_holds_them():
     assert batches.batch_of(examples, np.array([2]), (2, 4))["x"].tolist() == [[3, 3, 3, 9]]
     left = {"x": Ragged([[1], [2, 2, 2]], fill=0, left=True)}
     assert batches.batch_of(left, np.array([0, 1]))["x"].tolist() == [[0, 0, 1], [2, 2, 2]]
-    assert batches.quarters(64) == (16, 32, 48, 64) and batches.quarters(10) == (8, 10)
+    assert batches.default_buckets(64) == (16, 32, 48, 64) and batches.default_buckets(10) == (8, 10)
 
 
 def test_ordered_batches_hold_every_example_once_in_few_shapes():
@@ -375,7 +375,7 @@ def test_examples_without_a_token_to_learn_are_left_out_and_counted(work):
     task = language_model(work, prompt="q", completion="a", max_length=4)
     examples = task.encode(rows_of(q=["1 + 1 =", "1"], a=[" 2", " 3"]))[""]
     assert batches.size(examples) == 1
-    cut = batches.cut_of(examples)
+    cut = batches.truncation_of(examples)
     assert cut is not None and (cut.examples, cut.cut, cut.dropped, cut.lost, cut.tokens) == (2, 1, 1, 2, 4)
     with pytest.raises(ConfigError, match="none of the 1 examples has a token to learn"):
         task.encode(rows_of(q=["1 + 1 ="], a=["2"]))

@@ -12,7 +12,8 @@ import tyro
 from jlora._src.paths import bullets, nearest
 from train.config import ConfigError, TrainConfig
 from train.data import tables
-from train.data.lines import decode, lines
+from train.data.lines import decode, split_lines
+from train.messages import listed
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
@@ -80,7 +81,7 @@ def read_inputs(
     if file is None or file.suffix in LINES:
         if chosen:
             raise ConfigError(f"got --column with {file or flag}, which has no columns; leave it out")
-        texts = list(given) if file is None else lines(_content(file))
+        texts = list(given) if file is None else split_lines(_content(file))
         source, unit = (None, "text") if file is None else (_name(file), "line")
         rows = [tuple(text.split("\t")) if len(columns) > 1 else (text,) for text in texts]
         found = Inputs([], source, unit, [None] * len(texts))
@@ -90,7 +91,7 @@ def read_inputs(
     rows = [None if all(_is_blank(value) for value in row) else row for row in rows]
     if wrong := [found.where(i) for i, row in enumerate(rows) if row is not None and len(row) != len(columns)]:
         raise ConfigError(
-            f"expected {' and '.join(columns)} with one tab between them, got none or more in {_some(wrong)}"
+            f"expected {' and '.join(columns)} with one tab between them, got none or more in {listed(wrong, 8)}"
         )
     found = found._replace(rows=rows)
     if not found.asked:
@@ -148,7 +149,3 @@ def _table(
 
 def _is_blank(value: Any) -> bool:
     return isinstance(value, str) and not value.strip()
-
-
-def _some(places: Sequence[str]) -> str:
-    return ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")

@@ -11,8 +11,8 @@ import numpy as np
 
 from train.config import SequenceClassification
 from train.data.batches import Batch, Examples, Ragged
-from train.data.cuts import cut_to
 from train.data.tables import Table, texts
+from train.data.truncation import Truncation
 from train.tasks import metrics
 from train.tasks.base import Measured, cross_entropy
 from train.tasks.labels import class_numbers, targets, weight_vector
@@ -95,12 +95,14 @@ class Texts:
     def tokens(self, first: Sequence[str], pairs: Sequence[str] | None = None) -> dict[str, Ragged]:
         """What the network sees of texts, or of pairs of them."""
         limit, whole = self.config.max_length, self.tokenizer(list(first), pairs, verbose=False)
-        cut = cut_to(limit, [len(one) for one in whole["input_ids"]])
+        cut = Truncation.of(limit, [len(one) for one in whole["input_ids"]])
         found = self.tokenizer(list(first), pairs, truncation=True, max_length=limit) if cut.cut else whole
         fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
         left = self.tokenizer.padding_side == "left"
         return {
-            name: Ragged(found[name], fill or 0, left=left, cut=cut) for name, fill in fills.items() if name in found
+            name: Ragged(found[name], fill or 0, left=left, truncation=cut)
+            for name, fill in fills.items()
+            if name in found
         }
 
     def inputs(self, batch: Batch) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Images(Classification):
                 if isinstance(image, pictures.Picture) and image.animated:
                     animated.append(row)
             except pictures.Unreadable as error:
-                faults.append(f"{table.where([row])}: {error}")
+                faults.append(f"{table.locate([row])}: {error}")
         if faults:
             more = [f"and {len(faults) - 8:,} more"] if len(faults) > 8 else []
             raise ConfigError(
@@ -65,7 +65,7 @@ class Images(Classification):
             )
         plain = np.stack(found)
         if animated:
-            say(f"{len(animated):,} of {len(plain):,} images move; their first frame is used: {table.where(animated)}")
+            say(f"{len(animated):,} of {len(plain):,} images move; their first frame is used: {table.locate(animated)}")
         if 0 < (most := float(plain.max())) <= DARK:
             say(
                 f"no pixel of {len(plain):,} images is brighter than {most:.2g} of white; where pixels are numbers, "
@@ -100,4 +100,4 @@ def first_side(table: Table, name: str) -> int:
     try:
         return pictures.side_of(pictures.opened(pictures.stored(table.select([0]), name)[0]))
     except pictures.Unreadable as error:
-        raise ConfigError(f"task.image: the column {name!r}, {table.where([0])}: {error}") from error
+        raise ConfigError(f"task.image: the column {name!r}, {table.locate([0])}: {error}") from error

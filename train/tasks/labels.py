@@ -214,7 +214,7 @@ def _refuse_no_label(table: Table, words: Sequence[str], names: Sequence[str], l
     """Raises a ConfigError if there are rows without a label, unless what says so is a class."""
     if NO_LABEL in names or not (rows := [row for row, word in enumerate(words) if word == NO_LABEL]):
         return
-    which = f"all {len(rows)} rows" if len(rows) == len(words) else table.where(rows)
+    which = f"all {len(rows)} rows" if len(rows) == len(words) else table.locate(rows)
     both = sorted({*names, *words}, key=_order)
     right = f"; where -1 is a class, name all: {_flag(both)}" if all(map(_is_number, both)) else ""
     raise ConfigError(
@@ -237,7 +237,7 @@ def _told(table: Table, values: Sequence[Any], rows: Sequence[int]) -> str:
     for row in rows:
         found.setdefault(f"{values[row]!r:.60}", []).append(row)
     more = f" and {len(found) - 8:,} more" if len(found) > 8 else ""
-    return ", ".join(f"{value} ({table.where(of)})" for value, of in [*found.items()][:8]) + more
+    return ", ".join(f"{value} ({table.locate(of)})" for value, of in [*found.items()][:8]) + more
 
 
 def _some(names: Sequence[str]) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 from train.compute.processes import say
 from train.config import CausalLM, ConfigError
 from train.data.batches import Batch, Examples, Ragged
-from train.data.cuts import Cut
 from train.data.tables import Table, cells, column, texts
+from train.data.truncation import Truncation
 from train.tasks import metrics
 from train.tasks.base import Measured, cross_entropy
 from train.tasks.chat import Chat, Message, messages_of, tools_of
@@ -59,7 +59,7 @@ class LanguageModel:
                 f"{config.max_length}; pass a larger --task.max-length, or check the columns"
             )
         used = {row for row, example in zip(rows, examples, strict=True) if example.learns(config.max_length)}
-        table.drop(len(table) - len(used), f"without a token to learn within {config.max_length} tokens")
+        table.count_dropped(len(table) - len(used), f"without a token to learn within {config.max_length} tokens")
         if joined := sum(example.joined for example in kept):
             say(
                 f"in {joined} of {len(kept)} examples one token holds the end of a prompt and the start of its answer, "
@@ -136,7 +136,7 @@ class LanguageModel:
                     turns = self.chat.turns(messages, known) or [Marked(self.chat.whole(messages, known).text, [])]
             except ConfigError as error:
                 field = "messages" if self.config.messages else "chat"
-                raise ConfigError(f"task.{field}: {table.where([row])}: {error}") from error
+                raise ConfigError(f"task.{field}: {table.locate([row])}: {error}") from error
             found += [(row, turn) for turn in turns]
             unread.update(self.chat.unread(messages))
         if unread:
@@ -188,9 +188,9 @@ def _token_losses(logits: jax.Array, batch: Batch, smoothing: float = 0.0) -> tu
     return losses * loss_mask, loss_mask
 
 
-def _columns(rows: Sequence[tuple[Example, list[int] | None]], pad: int, cut: Cut) -> Examples:
+def _columns(rows: Sequence[tuple[Example, list[int] | None]], pad: int, cut: Truncation) -> Examples:
     examples = {
-        "input_ids": Ragged([example.tokens for example, _ in rows], pad, cut=cut),
+        "input_ids": Ragged([example.tokens for example, _ in rows], pad, truncation=cut),
         "attention_mask": Ragged([[1] * len(example.tokens) for example, _ in rows], 0),
         "loss_mask": Ragged([example.loss_mask for example, _ in rows], 0),
     }

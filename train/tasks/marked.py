@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.data.cuts import Cut
+from train.data.truncation import Truncation
 
 CHUNK = 1000
 """Texts that are tokenized at once: offsets take far more memory than the tokens that remain."""
@@ -160,7 +160,7 @@ def _shared(one: Sequence[int], two: Sequence[int]) -> int:
 # What fits
 
 
-def shortened(examples: Sequence[Example], limit: int) -> tuple[list[Example], Cut]:
+def shortened(examples: Sequence[Example], limit: int) -> tuple[list[Example], Truncation]:
     """The examples cut on the right to ``limit`` tokens, without those that have no token of loss left; what was lost.
 
     The first token of an example has nothing to be predicted from, so it never carries loss.
@@ -171,7 +171,7 @@ def shortened(examples: Sequence[Example], limit: int) -> tuple[list[Example], C
         lost += gone
         ends += gone > 0 and example.loss_mask[-1]
     kept = [Example(one.tokens[:limit], one.loss_mask[:limit], one.joined) for one in examples if one.learns(limit)]
-    return kept, Cut(
+    return kept, Truncation(
         limit=limit,
         examples=len(examples),
         longest=max((len(one.tokens) for one in examples), default=0),

@@ -29,7 +29,7 @@ TRAIN = {
     "networks": "network",
     "compute": "keys flops throughput optimizer processes",
     "rundir": "files | records directory",
-    "tasks": "metrics marked base labels pictures | chat | classify language | images | registry",
+    "tasks": "metrics spans base conversations labels pictures | chat | classify language | images | registry",
     "compute ": "step | layouts",
     "loop": "progress stop | evaluate checkpoints extend",
     "report": "console examples writers reading | figures | curves | page",

@@ -26,8 +26,8 @@ from train.networks.network import Network, check_tokens, make_network, what_to_
 from train.rundir.files import flat, to_json
 from train.tasks.base import Task
 from train.tasks.classify import Classification
-from train.tasks.images import Images, blank
-from train.tasks.labels import counts
+from train.tasks.images import Images, count_blank
+from train.tasks.labels import class_counts
 from train.tasks.registry import make_task, resolved
 
 OWN = ("cache_dir", "processes", "run_dir")
@@ -77,13 +77,15 @@ class Job:
     def label_counts(self) -> dict[str, dict[str, int]]:
         """How many examples of each set have each label; nothing of a task without classes."""
         names = self.task.labels if isinstance(self.task, Classification) else ()
-        return {name: counts(np.asarray(one["label"]), names) for name, one in self._sets.items()} if names else {}
+        return (
+            {name: class_counts(np.asarray(one["label"]), names) for name, one in self._sets.items()} if names else {}
+        )
 
     @property
     def blank_images(self) -> dict[str, int]:
         """How many images of each set have one colour only, in the sets that have some."""
         sets = self._sets.items() if isinstance(self.task, Images) else ()
-        return {name: n for name, one in sets if (n := blank(np.asarray(one["image"])))}
+        return {name: n for name, one in sets if (n := count_blank(np.asarray(one["image"])))}
 
     @property
     def _sets(self) -> dict[str, Examples]:

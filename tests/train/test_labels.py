@@ -374,11 +374,7 @@ def work(tmp_path_factory) -> Path:
 
 
 def flags(work: Path, *more: str) -> list[str]:
-    return [
-        "configs/sst2_minilm.py", "--model.path", str(work / "encoder"), "--data.train", str(work / "train.jsonl"),
-        "--cache-dir", str(work / "cache"), "--data.limit", "None", "--task.max-length", "16", "--lora.rank", "2",
-        "--fit.batch-size", "8", "--eval-batch-size", "8", "--fit.epochs", "1", *more,
-    ]  # fmt: skip
+    return tiny.sentiment_flags(work, None, "--fit.epochs 1", *more)
 
 
 def test_a_run_reports_its_labels_and_keeps_their_weights(work, tmp_path):

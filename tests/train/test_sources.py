@@ -512,11 +512,8 @@ def work(tmp_path_factory) -> Path:
 def test_a_run_reports_its_data_and_resumes_with_the_same_only(work, tmp_path):
     for name in ("train", "validation"):
         shutil.copy(work / f"{name}.jsonl", tmp_path / ("test.jsonl" if name == "validation" else "train.jsonl"))
-    flags = [
-        "configs/sst2_minilm.py", "--model.path", str(work / "encoder"), "--data.train", str(tmp_path / "train.jsonl"),
-        "--cache-dir", str(tmp_path / "cache"), "--data.limit", "48", "--task.max-length", "16", "--lora.rank", "2",
-        "--fit.batch-size", "8", "--fit.epochs", "1", "--run-dir", str(tmp_path / "run"),
-    ]  # fmt: skip
+    options = f"--data.train {tmp_path}/train.jsonl --cache-dir {tmp_path}/cache --data.limit 48 --fit.epochs 1"
+    flags = tiny.sentiment_flags(work, tmp_path / "run", options)
     code, printed = program(*flags)
     assert code == 0, printed
     lines = [line for line in printed.splitlines() if line.startswith("data.")]

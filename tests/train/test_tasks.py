@@ -32,7 +32,7 @@ from train.tasks import metrics
 from train.tasks.classify import TextClassification, TextRegression
 from train.tasks.language import LanguageModel
 
-BASE = "--fit.batch-size 8 --eval-batch-size 8 --fit.epochs 2 --lora.rank 2 --lora.alpha 4 --learning-rate.lora 0.02"
+OPTIONS = "--fit.epochs 2 --lora.alpha 4 --learning-rate.lora 0.02"
 
 GENERATION = {"eos_token_id": 3, "temperature": 0.6, "top_p": 0.9}
 
@@ -40,12 +40,9 @@ GENERATION = {"eos_token_id": 3, "temperature": 0.6, "top_p": 0.9}
 @pytest.fixture(scope="session")
 def work(tmp_path_factory) -> Path:
     """Checkpoints and data: an encoder, a decoder with a chat template, sentences and sums."""
-    folder = tmp_path_factory.mktemp("tasks")
-    tiny.write_checkpoint(folder / "encoder", tiny.ENCODER, task="features")
+    folder = tiny.write_sentiment(tmp_path_factory.mktemp("tasks"))
     tiny.write_checkpoint(folder / "decoder", tiny.DECODER, task="causal-lm", chat=True)
     (folder / "decoder" / "generation_config.json").write_text(json.dumps(GENERATION))
-    tiny.write_jsonl(folder / "data" / "train.jsonl", tiny.sentences(64))
-    tiny.write_jsonl(folder / "data" / "validation.jsonl", tiny.sentences(20, start=100))
     sums = [{"question": f"{i} + {j} =", "answer": str(i + j)} for i in range(5) for j in range(4)]
     talks = [
         {
@@ -66,17 +63,15 @@ def work(tmp_path_factory) -> Path:
 
 
 def text_flags(work: Path) -> list[str]:
-    return [
-        "configs/sst2_minilm.py", "--model.path", str(work / "encoder"), "--data.train", str(work / "data/train.jsonl"),
-        "--cache-dir", str(work / "cache"), "--data.limit", "None", "--task.max-length", "16", *BASE.split(),
-    ]  # fmt: skip
+    return tiny.sentiment_flags(work, None, OPTIONS)
 
 
 def language_flags(work: Path) -> list[str]:
     return [
         "configs/instruct_llama.py", "--model.path", str(work / "decoder"), "--data.train",
         str(work / "sums/train.jsonl"), "--data.validation", "None", "--cache-dir", str(work / "cache"),
-        "--model.dtype", "float32", "--model.param-dtype", "float32", "--task.max-length", "48", *BASE.split(),
+        "--model.dtype", "float32", "--model.param-dtype", "float32", "--task.max-length", "48",
+        "--fit.batch-size", "8", "--eval-batch-size", "8", "--lora.rank", "2", *OPTIONS.split(),
     ]  # fmt: skip
 
 
@@ -148,7 +143,7 @@ def test_eval_measures_what_the_run_measured(text_run, work):
     summary = json.loads((folder / "summary.json").read_text())
     adapted_metrics = summary["metrics"]["adapted"]["validation"]
     found = "validation: " + "  ".join(f"{name} {value:.4f}" for name, value in adapted_metrics.items())
-    file, digest = work / "data/validation.jsonl", summary["data"]["validation"]["digest"][:12]
+    file, digest = work / "validation.jsonl", summary["data"]["validation"]["digest"][:12]
     rows = f"20 rows read, all used; sha256 {digest}"
     code, printed = program("eval", str(folder))
     assert (code, printed) == (0, f"{file}, found beside train.jsonl: {rows}\n{found}\n")
@@ -207,7 +202,7 @@ def test_after_warm_up_nothing_is_compiled(work, tmp_path, accumulate):
     """Sentences of many lengths make few shapes: the second epoch meets none that the first did not."""
     config = dataclasses.replace(
         parse([*text_flags(work), "--run-dir", str(tmp_path)]),
-        data=DataConfig(str(work / "data/train.jsonl")),
+        data=DataConfig(str(work / "train.jsonl")),
         compute=ComputeConfig(accumulate=accumulate),
     )
     tokenizer = load_tokenizer(str(work / "encoder"))
@@ -574,9 +569,9 @@ def test_a_template_that_fails_is_an_error(work):
         (["predict", "{0}/encoder", "--text", "a"], "its config.json is of something else, such as a checkpoint"),
         (["predcit", "{0}/text-run"], "there is no command 'predcit'; did you mean 'predict'?"),
         (["eval", "{0}/text-run", "--limit", "0"], "got --limit 0"),
-        (["export", "{0}/text-run", "--out", "{0}/data/train.jsonl"], "File exists|is a file"),
+        (["export", "{0}/text-run", "--out", "{0}/train.jsonl"], "File exists|is a file"),
         (["export", "{0}/text-run", "--uniform-rank"], "vLLM.*is trained whole.*jlora.merge"),
-        (["inspect", "{0}/data"], "has no config.json"),
+        (["inspect", "{0}/sums"], "has no config.json"),
         (["inspect", "{0}/encoder", "--lora.targets", "qeury"], "qeury.*closest"),
     ],
 )

@@ -9,11 +9,11 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from jlora._src.paths import bullets, nearest
+from jlora._src.paths import nearest
 from train.config import ConfigError, TrainConfig
 from train.data import tables
 from train.data.lines import decode, split_lines
-from train.messages import listed
+from train.messages import bulleted, listed
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
@@ -113,9 +113,8 @@ def text_of(value: Any, where: str) -> str:
 def refuse_rows(faults: Mapping[int, str], inputs: Inputs, advice: str) -> None:
     """Raises a ConfigError that names every input which has a fault, if there is one."""
     if faults:
-        wrong = [f"{inputs.where(i)}: {fault}" for i, fault in list(faults.items())[:8]]
-        more = f"\n  - and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise ConfigError(f"{len(faults)} of {len(inputs.rows)} texts cannot be used:{bullets(wrong)}{more}\n{advice}")
+        wrong = bulleted([f"{inputs.where(i)}: {fault}" for i, fault in faults.items()], 8)
+        raise ConfigError(f"{len(faults)} of {len(inputs.rows)} texts cannot be used:{wrong}\n{advice}")
 
 
 def _content(file: Path) -> str:

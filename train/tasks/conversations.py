@@ -1,4 +1,4 @@
-"""What a row holds in, messages and tools as chat templates take them out."""
+"""Values of a row in, checked messages and tools for a chat template out."""
 
 from __future__ import annotations
 

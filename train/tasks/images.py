@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from jlora._src.paths import bullets
 from train.compute.processes import say
 from train.config import ConfigError, Domain, ImageClassification
 from train.data.batches import Batch, Examples
 from train.data.tables import Table
+from train.messages import bulleted
 from train.tasks import pictures
 from train.tasks.classify import Classification
 from train.tasks.labels import class_numbers, weight_vector
@@ -58,10 +58,9 @@ class Images(Classification):
             except pictures.Unreadable as error:
                 faults.append(f"{table.locate([row])}: {error}")
         if faults:
-            more = [f"and {len(faults) - 8:,} more"] if len(faults) > 8 else []
             raise ConfigError(
                 f"task.image: {len(faults):,} of {len(table):,} values of the column {config.image!r} cannot be used; "
-                f"repair them, or remove these rows:{bullets([*faults[:8], *more])}"
+                f"repair them, or remove these rows:{bulleted(faults, 8)}"
             )
         images = np.stack(found)
         if animated:

@@ -19,16 +19,7 @@ from train.tasks import metrics
 from train.tasks.base import Measured, cross_entropy
 from train.tasks.chat import Chat
 from train.tasks.conversations import Message, messages_of, tools_of
-from train.tasks.spans import (
-    Example,
-    SpannedText,
-    pack,
-    plain_prompt,
-    token_ids,
-    tokenize,
-    tokenize_plain,
-    truncate,
-)
+from train.tasks.spans import Example, SpannedText, pack, plain_prompt, token_ids, tokenize, tokenize_plain, truncate
 
 
 class LanguageModel:
@@ -94,7 +85,7 @@ class LanguageModel:
     def prompt_tokens(self, prompt: str | list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """The tokens from which an answer to ``prompt`` is generated.
 
-        They are those before the tokens that carry loss in an example, but for a token that holds parts of both.
+        They are those before the tokens that carry loss in an example, except for a token that holds parts of both.
 
         Args:
           prompt: a text; for a run on conversations also the messages to answer.
@@ -186,7 +177,7 @@ class LanguageModel:
         return metrics.language_model(measured["loss"], measured["tokens"], measured["right"])
 
     def predictions(self, measured: Measured) -> np.ndarray:
-        """A checksum of each example's likeliest next tokens, uint32 [n]."""
+        """A checksum of each example's most likely next tokens, uint32 [n]."""
         return measured["guesses"]
 
 

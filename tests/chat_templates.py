@@ -1,7 +1,7 @@
-"""Chat templates of the model families, written from their public descriptions: what a template is, not whose text.
+"""Chat templates of the model families, written from the public descriptions of their prompt formats.
 
-Each is as its model's cards and prompt-format pages describe it, shortened where words do not matter (the
-instructions around tools). `TEMPLATES` holds source, begin and end token of each.
+Wording that does not matter, such as the instructions around tools, is shortened. `TEMPLATES` holds the source, BOS and
+EOS of each.
 """
 
 from __future__ import annotations
@@ -224,4 +224,4 @@ SPECIAL = (
     "<s>", "</s>", "<unk>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>",
     "<|endoftext|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
 )  # fmt: skip
-"""What the tokenizers of these families keep whole and skip when they decode."""
+"""The special tokens of the tokenizers of these families."""

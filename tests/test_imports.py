@@ -32,12 +32,12 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "": "__init__",
 }
 TRAIN = {
-    "": "config | checks",
-    "data": "cuts lines | batches formats | sources | tables",
+    "": "config messages | checks",
+    "data": "truncation lines | batches delimited json_rows | formats | arrow_cache | sources | tables",
     "networks": "network",
     "compute": "keys flops throughput optimizer processes",
     "rundir": "files | records directory",
-    "tasks": "metrics marked base labels pictures | chat | classify language | images | registry",
+    "tasks": "metrics spans base conversations labels pictures | chat | classify language | images | registry",
     "compute ": "step | layouts",
     "loop": "progress stop | evaluate checkpoints extend",
     "report": "console examples writers reading | figures | curves | page",

@@ -16,22 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from jlora import models
 
 GOOD, BAD = ("fine", "great", "lovely", "warm"), ("poor", "dull", "awful", "cold")
-OTHER = (
-    "a",
-    "film",
-    "story",
-    "plot",
-    "with",
-    "and",
-    "of",
-    "the",
-    "actor",
-    "scene",
-    "<user>",
-    "<assistant>",
-    "<end>",
-    ":",
-)
+OTHER = (*"a film story plot with and of the actor scene".split(), "<user>", "<assistant>", "<end>", ":")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 DIGITS = tuple(str(i) for i in range(10)) + ("+", "=")
 VOCABULARY = (*SPECIAL, *GOOD, *BAD, *OTHER, *DIGITS)
@@ -86,20 +71,14 @@ def write_checkpoint(folder: Path, config: dict[str, Any], *, chat: bool = False
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
     inputs = ["input_ids", "token_type_ids", "attention_mask"][:: 1 if config["model_type"] == "bert" else 2]
-    template = {"chat_template": CHAT} if chat else {}
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": 64,
-        "model_input_names": inputs,
-        **names,
-        **template,
-    }
+    options = {"model_max_length": 64, "model_input_names": inputs, **({"chat_template": CHAT} if chat else {})}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", **options, **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
     return folder
 
 
 def sentences(count: int, start: int = 0) -> list[dict[str, Any]]:
-    """Sentences that are good or bad by one word in them, of 2 to 9 words."""
+    """Sentences of 2 to 9 words, one of which makes them good or bad."""
     rows = []
     for i in range(start, start + count):
         good = i % 2
@@ -110,7 +89,7 @@ def sentences(count: int, start: int = 0) -> list[dict[str, Any]]:
 
 
 def write_sentiment(folder: Path) -> Path:
-    """An encoder's checkpoint, and good and bad sentences of many lengths to train and validate on."""
+    """An encoder checkpoint, and good and bad sentences of many lengths for training and validation."""
     write_checkpoint(folder / "encoder", ENCODER, task="features")
     write_jsonl(folder / "train.jsonl", sentences(64))
     write_jsonl(folder / "validation.jsonl", sentences(20, start=100))
@@ -124,7 +103,7 @@ def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 
 def sentiment_flags(work: Path, run_dir: Path | None, *more: str) -> list[str]:
-    """A small run on what `write_sentiment` wrote; each of ``more`` may hold several words."""
+    """Flags of a small run on what `write_sentiment` wrote; each of ``more`` may hold several words."""
     options = "--data.limit None --task.max-length 16 --lora.rank 2 --fit.batch-size 8 --eval-batch-size 8"
     where = () if run_dir is None else ("--run-dir", str(run_dir))
     return [

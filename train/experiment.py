@@ -76,7 +76,7 @@ def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
         )
         return read_summary(place.path)
     say(f"{config.name}, mode {config.mode}, seed {config.seed}, {job.layout}\n\n{job.plan}\n")
-    say("".join(f"data.{name}: {provenance.line()}\n" for name, provenance in job.data.items()))
+    say("".join(f"data.{name}: {provenance.describe()}\n" for name, provenance in job.data.items()))
     if job.label_counts:
         say(f"{counts_table(job.label_counts, getattr(config.task, 'class_weights', None))}\n")
     for name, count in job.blank_images.items():

@@ -15,16 +15,17 @@ from train.compute.keys import random_key
 from train.compute.layouts import Layout, Mesh, make_layout
 from train.compute.processes import check_same, say
 from train.config import ConfigError, FitConfig, TrainConfig
-from train.data.batches import Examples, batch_of, cut_of, lengths, quarters, size
-from train.data.cuts import Cut, line
-from train.data.tables import Provenance, Table, load
+from train.data.batches import Examples, batch_of, default_buckets, lengths, size, truncation_of
+from train.data.sources import Provenance
+from train.data.tables import Table, load
+from train.data.truncation import Truncation
 from train.loop.progress import Intervals
 from train.networks.network import Network, check_tokens, make_network, what_to_train
 from train.rundir.files import flat, to_json
 from train.tasks.base import Task
 from train.tasks.classify import Classification
-from train.tasks.images import Images, blank
-from train.tasks.labels import counts
+from train.tasks.images import Images, count_blank
+from train.tasks.labels import class_counts
 from train.tasks.registry import make_task, resolved
 
 OWN = ("cache_dir", "processes", "run_dir")
@@ -70,13 +71,15 @@ class Job:
     def label_counts(self) -> dict[str, dict[str, int]]:
         """How many examples of each set have each label; nothing of a task without classes."""
         names = self.task.labels if isinstance(self.task, Classification) else ()
-        return {name: counts(np.asarray(one["label"]), names) for name, one in self._sets.items()} if names else {}
+        return (
+            {name: class_counts(np.asarray(one["label"]), names) for name, one in self._sets.items()} if names else {}
+        )
 
     @property
     def blank_images(self) -> dict[str, int]:
         """How many images of each set have one colour only, in the sets that have some."""
         sets = self._sets.items() if isinstance(self.task, Images) else ()
-        return {name: n for name, one in sets if (n := blank(np.asarray(one["image"])))}
+        return {name: n for name, one in sets if (n := count_blank(np.asarray(one["image"])))}
 
     @property
     def _sets(self) -> dict[str, Examples]:
@@ -88,9 +91,11 @@ class Job:
         return f"{domain}_{self.task.primary}", 1 if self.task.higher_is_better else -1
 
     @property
-    def cuts(self) -> dict[str, Cut]:
+    def cuts(self) -> dict[str, Truncation]:
         """What was cut of each set of texts."""
-        found = {"train": cut_of(self.examples)} | {name: cut_of(examples) for name, examples in self.test.items()}
+        found = {"train": truncation_of(self.examples)} | {
+            name: truncation_of(examples) for name, examples in self.test.items()
+        }
         return {name: cut for name, cut in found.items() if cut is not None}
 
     def intervals(self, fit: FitConfig, examples: Examples) -> Intervals:
@@ -157,7 +162,7 @@ def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
     data = {name: table.provenance for name, table in tables.items() if table.provenance is not None}
     job = Job(config, network, task, layout, train, test, data, buckets, shapes, plan)
     for name, cut in job.cuts.items():
-        say(line(name, cut))
+        say(cut.describe(name))
     if isinstance(layout, Mesh):
         layout.shardings(job.shapes)  # refused here, before there is a run directory
     told = {name: value for name, value in flat(to_json(config)).items() if name.split(".")[0] not in OWN}
@@ -181,7 +186,7 @@ def bucket_lengths(config: TrainConfig, *sets: Mapping[str, Examples]) -> tuple[
         return ()
     most = getattr(config.task, "max_length", 0)
     longest = max(int(long.max()) for long in found)
-    wanted = tuple(sorted(config.data.buckets or quarters(most)))
+    wanted = tuple(sorted(config.data.buckets or default_buckets(most)))
     if wanted[-1] < longest:
         wanted = (*wanted, longest)
     return tuple(bucket for i, bucket in enumerate(wanted) if i == 0 or wanted[i - 1] < longest)

@@ -24,7 +24,7 @@ from jlora.models import TensorError
 from train.compute.keys import random_key
 from train.compute.processes import all_agree, is_first, wait_for_all
 from train.config import ConfigError, ImageClassification, TrainConfig
-from train.data.tables import contents
+from train.data.tables import data_digests
 from train.job import Job
 from train.loop.evaluate import Measure
 from train.loop.loop import Training, fit
@@ -133,7 +133,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
         "fit": files.to_json(config.base),
         "learning_rate": config.learning_rate.base,
         "records": [config.eval_every, config.eval_every_steps, config.log_every],
-        "data": [files.to_json(config.data), *contents(config.data)],
+        "data": [files.to_json(config.data), *data_digests(config.data)],
         "seed": config.seed,
         "sources": hashlib.sha256(b"\0".join(sources)).hexdigest(),
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "numpy")},

@@ -1,4 +1,4 @@
-"""Laws of what is learnt of a text: which tokens, in which chat template, and what `max_length` takes. No model is run.
+"""Laws of the loss mask: which tokens carry loss, in every chat template, and what `max_length` cuts. No model is run.
 
 Expected texts are written out as a person would mark them, with ⟦ and ⟧ around what carries loss.
 """
@@ -21,15 +21,16 @@ from tests import tiny
 from tests.chat_templates import CHATML, SPECIAL, TEMPLATES
 from train.checks import validate
 from train.config import CausalLM, ConfigError, DataConfig, Pretrained, SequenceClassification, TrainConfig
-from train.data import cuts
 from train.data import tables as data
-from train.data.batches import Examples, cut_of, size
+from train.data.batches import Examples, size, truncation_of
 from train.data.tables import Table
-from train.tasks.chat import Chat, messages_of, tools_of
+from train.data.truncation import Truncation
+from train.tasks.chat import Chat
 from train.tasks.classify import TextClassification
+from train.tasks.conversations import messages_of, tools_of
 from train.tasks.language import LanguageModel
-from train.tasks.marked import Example, Marked, packed, plain, shortened, tokenized
 from train.tasks.registry import resolved
+from train.tasks.spans import Example, SpannedText, pack, tokenize, tokenize_plain, truncate
 
 CORPUS = ["What is 2+2? The answer is 4, as the assistant says.\n\nuser system tool think name a\n"] * 3
 GPT2 = Path("../shared/models/gpt2-tokenizer")
@@ -114,27 +115,27 @@ def slow(tokenizer: Any) -> Any:
     return Slow()
 
 
-# What is marked
+# Shown with brackets
 
 
-def shown(marked: Marked) -> str:
-    text = marked.text
-    for start, end in reversed(marked.spans):
+def shown(spanned: SpannedText) -> str:
+    text = spanned.text
+    for start, end in reversed(spanned.spans):
         text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
     return text
 
 
 def shown_tokens(example: Example | tuple[Any, Any], tokenizer: Any) -> str:
-    """Decoded runs of tokens, those that are learnt in brackets; a token of part of a character stays with its run."""
+    """Decoded runs of tokens, those that carry loss in brackets; a token of part of a character stays with its run."""
     text = ""
-    tokens, learnt = list(example[0]), list(example[1])
-    for is_learnt, run in itertools.groupby(zip(tokens, learnt, strict=True), key=lambda one: one[1]):
+    tokens, mask = list(example[0]), list(example[1])
+    for carries_loss, run in itertools.groupby(zip(tokens, mask, strict=True), key=lambda one: one[1]):
         part = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
-        text += f"⟦{part}⟧" if is_learnt else part
+        text += f"⟦{part}⟧" if carries_loss else part
     return text
 
 
-def turns(tokenizer: Any, messages: Any, tools: Any = None, system: str | None = None) -> list[Marked]:
+def turns(tokenizer: Any, messages: Any, tools: Any = None, system: str | None = None) -> list[SpannedText]:
     return Chat(tokenizer, system).turns(messages_of(messages), tools_of(tools))
 
 
@@ -212,7 +213,7 @@ MARKED: dict[str, dict[str, str | list[str]]] = {
         "tools": "leaves out the 'tool_calls' of message 1, 'assistant'",
         "thinking": "leaves out the 'reasoning_content' of message 1, 'assistant'",
         "inline thinking": "<s>[INST] 2+2? [/INST]⟦ <think>\ntwo\n</think>\n\n4 </s>⟧",
-        "assistant first": "cannot show messages of assistant: .*roles must alternate",
+        "assistant first": "cannot render messages of assistant: .*roles must alternate",
     },
     "llama3": {
         "single": f"{_LLAMA3}<|eot_id|>{_LLAMA3_ASKED}{_LLAMA3_SAYS}⟦4<|eot_id|>⟧",
@@ -268,12 +269,12 @@ MARKED: dict[str, dict[str, str | list[str]]] = {
         "single": "<bos><start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n⟦4<end_of_turn>⟧\n",
         "multi": "<bos><start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n⟦4<end_of_turn>⟧\n"
         "<start_of_turn>user\n3+2?<end_of_turn>\n<start_of_turn>model\n⟦It is 5<end_of_turn>⟧\n",
-        "system": "cannot show messages of system, user, assistant: .*System role not supported",
+        "system": "cannot render messages of system, user, assistant: .*System role not supported",
         "tools": "leaves out the 'tool_calls' of message 1, 'assistant'",
         "thinking": "leaves out the 'reasoning_content' of message 1, 'assistant'",
         "inline thinking": "<bos><start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n"
         "⟦<think>\ntwo\n</think>\n\n4<end_of_turn>⟧\n",
-        "assistant first": "cannot show messages of assistant: .*roles must alternate",
+        "assistant first": "cannot render messages of assistant: .*roles must alternate",
     },
     "smollm2": _chatml(_SMOL),
     "chatml": _chatml(""),
@@ -287,12 +288,12 @@ MARKED: dict[str, dict[str, str | list[str]]] = {
         "assistant first": "<|assistant|>\n⟦Hi</s>⟧\n<|user|>\n2+2?</s>\n<|assistant|>\n⟦4</s>⟧\n",
     },
 }
-"""Of each template and conversation: the text as marked by hand, or several, or what the refusal says."""
+"""Of each template and conversation: the text as marked by hand, or several, or what the error says."""
 
 
 @pytest.mark.parametrize(("name", "talk"), [(name, talk) for name in TEMPLATES for talk in TALKS])
-def test_what_the_assistant_says_is_learnt_in_every_template(name, talk):
-    """Decoded, the learnt tokens are what a person marks: for tokens of bytes, and for pieces with a leading space."""
+def test_the_assistants_turns_carry_loss_in_every_template(name, talk):
+    """Decoded, the tokens that carry loss are what a person marks: for bytes, and for pieces with a leading space."""
     messages, tools = TALKS[talk]
     expected = MARKED[name][talk]
     rows = table(messages=[json.dumps(messages)], tools=[json.dumps(tools)])
@@ -307,7 +308,7 @@ def test_what_the_assistant_says_is_learnt_in_every_template(name, talk):
         found = as_shown(encoded(tokenizer, rows, **config), tokenizer)
         if kind in ("byte-level", "trimmed"):
             assert found == expected
-        else:  # pieces cannot tell the spaces that they put in front
+        else:  # pieces add spaces of their own
             assert ["".join(one.split()) for one in found] == ["".join(one.split()) for one in expected]
 
 
@@ -326,11 +327,11 @@ def test_conversations_in_gpt2s_own_tokens():
     assert as_shown(examples, tokenizer) == [str(MARKED["zephyr"]["multi"]).replace("</s>", end)]
 
 
-# Whatever the messages hold
+# What messages hold
 
 
 def test_tables_fill_every_row_with_every_key():
-    """What `datasets` adds to rows that lack a key is dropped: rows are learnt as they were written."""
+    """What `datasets` adds to rows that lack a key is dropped: rows are encoded as they were written."""
     talks = [TALKS["single"][0], TALKS["tools"][0], TALKS["multi"][0]]
     tokenizer = chat_tokenizer("qwen2")
     together = table(m=talks)
@@ -351,7 +352,7 @@ def test_arguments_of_calls_may_be_json():
     assert shown(turns(chat_tokenizer("qwen2"), talk, [TOOL])[0]) == MARKED["qwen2"]["tools"]
 
 
-def test_an_empty_list_of_calls_is_no_call():
+def test_an_empty_list_of_calls_is_dropped():
     """Mistral's template asks only whether there is a list."""
     found = turns(chat_tokenizer("mistral"), [user("2+2?"), assistant("4", tool_calls=[])])
     assert shown(found[0]) == MARKED["mistral"]["single"]
@@ -379,7 +380,7 @@ def test_contents_may_be_lists_of_texts():
 NAMED = CHATML.replace("m['role'] + '", "m['role'] + ((' name=' + m['name']) if m['name'] else '') + '")
 
 
-def test_other_keys_reach_the_template_or_are_told(capsys):
+def test_other_keys_reach_the_template_or_are_reported(capsys):
     talk = [user("2+2?", name="Ann"), assistant("4")]
     tokenizer = wrapped("byte-level", eos="<|im_end|>", template=NAMED)
     assert "user name=Ann\n2+2?" in as_shown(encoded(tokenizer, table(m=[talk, talk]), messages="m"), tokenizer)[0]
@@ -405,13 +406,13 @@ def test_other_keys_reach_the_template_or_are_told(capsys):
         ),
     ],
 )
-def test_what_is_no_conversation_is_refused_by_its_row(messages, message):
+def test_a_malformed_conversation_is_an_error_with_its_row(messages, message):
     good = json.dumps(TALKS["single"][0])
     with pytest.raises(ConfigError, match=f"task.messages: row 2: .*{message}"):
         encoded(chat_tokenizer("chatml"), table(m=[good, json.dumps(messages)]), messages="m")
 
 
-def test_a_message_that_the_template_leaves_out_is_refused():
+def test_a_message_that_the_template_leaves_out_is_an_error():
     """Zephyr's has no tools: a result that vanishes would leave an answer to nothing."""
     talk = [user("2+2?"), assistant("wait"), ADDED, assistant("4")]
     with pytest.raises(ConfigError, match="leaves out the 'content' of message 2, 'tool'.*--task.template"):
@@ -424,7 +425,7 @@ def test_a_message_that_the_template_leaves_out_is_refused():
     assert "tool\n4<|im_end|>" in shown(turns(chat_tokenizer("chatml"), talk)[0])
 
 
-def test_a_template_that_drops_thinking_where_it_is_generated_is_refused():
+def test_a_template_that_drops_thinking_where_it_is_generated_is_an_error():
     dropping = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
     tokenizer = wrapped("byte-level", eos="<|im_end|>", template=dropping)
     with pytest.raises(ConfigError, match="leaves out the 'content' of message 1, 'assistant', or a part of it"):
@@ -434,17 +435,19 @@ def test_a_template_that_drops_thinking_where_it_is_generated_is_refused():
 FORCED = CHATML.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}")
 
 
-def test_a_generation_prompt_that_turns_do_not_have_is_refused_with_ways_that_work():
-    """A prompt that opens a thought, where answers have none: what is generated is not what is learnt."""
+def test_a_generation_prompt_that_turns_lack_is_an_error_with_ways_out_that_work():
+    """A prompt that opens a thought, where answers have none: what is generated is not what was trained on."""
     talk = TALKS["single"][0]
     tokenizer = wrapped("byte-level", eos="<|im_end|>", template=FORCED)
     assert FORCED != CHATML
-    with pytest.raises(ConfigError, match=r"generation prompt ends in '<think>\\n' where .* goes on with '4<\|im_end"):
+    with pytest.raises(
+        ConfigError, match=r"generation prompt ends in '<think>\\n' where .* continues with '4<\|im_end"
+    ):
         turns(tokenizer, talk)
     assert shown(turns(tokenizer, [user("2+2?"), assistant("<think>\ntwo\n</think>\n\n4")])[0]).endswith(
         "<think>\n⟦two\n</think>\n\n4<|im_end|>⟧\n"
     )
-    # The ways out that the message names: marks in the template, a template that fits, and to learn all of the text.
+    # The ways out that the message names: marks in the template, a template that fits, and loss on the whole text.
     marks = FORCED.replace("m['content']", "'' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
                            "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ ''")  # fmt: skip
     assert shown(turns(wrapped("byte-level", eos="<|im_end|>", template=marks), talk)[0]) == (
@@ -457,8 +460,8 @@ def test_a_generation_prompt_that_turns_do_not_have_is_refused_with_ways_that_wo
     assert as_shown(whole, tokenizer) == [f"⟦{_ASKED}4<|im_end|>\n⟧"]
 
 
-def test_learning_the_prompts_too_learns_the_text_whole():
-    """Once, as the template shows it, thinking that it leaves out of earlier turns or not."""
+def test_with_learn_prompt_the_whole_text_carries_loss():
+    """Once, as the template renders it, even if it drops thinking from earlier turns."""
     tokenizer = chat_tokenizer("qwen3")
     talk = TALKS["thinking"][0]
     found = as_shown(encoded(tokenizer, table(m=[talk]), messages="m", learn_prompt=True), tokenizer)
@@ -467,14 +470,14 @@ def test_learning_the_prompts_too_learns_the_text_whole():
         encoded(chat_tokenizer("zephyr"), table(m=[TALKS["tools"][0]]), messages="m", learn_prompt=True)
 
 
-def test_conversations_that_are_several_examples_are_told(capsys):
+def test_conversations_that_are_several_examples_are_reported(capsys):
     examples = encoded(chat_tokenizer("qwen3"), table(m=[TALKS["thinking"][0]] * 3), messages="m")
     assert size(examples) == 6
     assert "3 conversations are 6 examples" in capsys.readouterr().out
 
 
-def test_a_tool_that_moves_to_the_last_question_is_learnt_where_it_was():
-    """Mistral's shows tools before the last question alone: each call is learnt with the tools in front of it."""
+def test_a_tool_that_moves_to_the_last_question_is_in_the_prompt_of_each_turn():
+    """Mistral's template puts tools before the last question: each turn carries loss with the tools before its own."""
     talk = [*TALKS["tools"][0], user("3+2?"), assistant("5")]
     found = [shown(one) for one in turns(chat_tokenizer("mistral"), talk, [TOOL])]
     assert found[0] == MARKED["mistral"]["tools"]
@@ -482,8 +485,8 @@ def test_a_tool_that_moves_to_the_last_question_is_learnt_where_it_was():
     assert found[1].count("[AVAILABLE_TOOLS]") == 1
 
 
-def test_a_system_message_that_moves_to_the_last_question_is_learnt_where_it_was():
-    """Mistral's: each answer after the prompt that it is generated from, also where it repeats its question."""
+def test_a_system_message_that_moves_to_the_last_question_is_in_the_prompt_of_each_turn():
+    """Mistral's template: each answer follows the prompt that generates it, even if it repeats its question."""
     talk = [SYSTEM, user("2+2?"), assistant("2+2?[/INST] is 4"), user("2+2?"), assistant("4")]
     tokenizer = chat_tokenizer("mistral")
     assert [shown(one) for one in turns(tokenizer, talk)] == [
@@ -509,7 +512,7 @@ def test_the_system_message_is_for_conversations_without_one():
         assert [shown(one) for one in turns(tokenizer, with_one, system="Be long")] == [MARKED[name]["system"]]
 
 
-# Marks in the template
+# {% generation %} in the template
 
 MARKING = {
     "plain": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
@@ -545,21 +548,24 @@ MARKING = {
 
 
 @pytest.mark.parametrize("name", MARKING)
-def test_the_templates_marks_are_what_transformers_makes_of_them(name):
+def test_generation_tags_give_the_assistant_mask_of_transformers(name):
     """`{% generation %}`: the same tokens as ``return_assistant_tokens_mask`` gives, whatever the tokenizer."""
     for kind, talk in itertools.product(KINDS, ("single", "multi", "system")):
         tokenizer = wrapped(kind, eos="<|im_end|>", template=MARKING[name])
         messages = TALKS[talk][0]
         peer = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        (found,) = tokenized(turns(tokenizer, messages), tokenizer)
+        (found,) = tokenize(turns(tokenizer, messages), tokenizer)
         assert (found.tokens, found.loss_mask) == (peer["input_ids"], peer["assistant_masks"])
         assert sum(found.loss_mask) > 0
-        (other,) = tokenized(turns(slow(tokenizer), messages), slow(tokenizer))
+        (other,) = tokenize(turns(slow(tokenizer), messages), slow(tokenizer))
         assert other == found
+        # A template with a macro, whose marks are found by characters in the text.
+        tokenizer.chat_template = "{% macro unused() %}{% endmacro %}" + MARKING[name]
+        assert list(tokenize(turns(tokenizer, messages), tokenizer)) == [found]
 
 
-def test_marks_are_found_wherever_the_template_puts_the_text():
-    """In a macro too, whose place transformers does not know; and not where it changes what it marked."""
+def test_generation_tags_are_found_wherever_the_template_puts_the_text():
+    """Also in a macro, a block or a filter, where transformers misplaces them; changed text is an error."""
     macro = (
         "{% macro turn(m) %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}{% generation %}"
         "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
@@ -567,6 +573,18 @@ def test_marks_are_found_wherever_the_template_puts_the_text():
     )
     tokenizer = wrapped("byte-level", eos="<|im_end|>", template=macro)
     assert shown(turns(tokenizer, TALKS["multi"][0])[0]) == MARKED["chatml"]["multi"]
+    captured = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}BEGIN"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}END{% else %}"
+        "{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    )
+    for begin, end in (
+        ("{% set turn %}  ", "{% endset %}{{ turn | trim }}"),
+        ("{%- filter trim %}  ", "{% endfilter %}"),
+        ("{% macro say() %}{{ caller() }}{% endmacro %}{% call say() %}", "{% endcall %}"),
+    ):
+        tokenizer.chat_template = captured.replace("BEGIN", begin).replace("END", end)
+        assert shown(turns(tokenizer, TALKS["multi"][0])[0]) == MARKED["chatml"]["multi"], begin
     trimmed = macro.replace("{{ turn(m) }}", "{% set t = turn(m) %}{{ t[:40] }}")
     tokenizer.chat_template = trimmed
     with pytest.raises(ConfigError, match="changes the text between"):
@@ -601,24 +619,24 @@ def test_texts_begin_once_and_end_once(kind, frame):
     for prompt, completion in (("2+2=", "4"), (begin + "2+2=", "4" + end)):
         found = encoded(tokenizer, table(p=[prompt], c=[completion]), prompt="p", completion="c")
         assert pieces(found["input_ids"][0]) == wanted, (prompt, completion)
-        learnt = pieces(found["input_ids"][0][found["loss_mask"][0] == 1])
-        assert learnt == ["4", *([end] if end else [])]
+        answer = pieces(found["input_ids"][0][found["loss_mask"][0] == 1])
+        assert answer == ["4", *([end] if end else [])]
         task = LanguageModel(CausalLM(prompt="p", completion="c"), tokenizer)
-        assert pieces(task.prompt_tokens(prompt)) == wanted[: len(wanted) - len(learnt)]
+        assert pieces(task.prompt_tokens(prompt)) == wanted[: len(wanted) - len(answer)]
 
 
 def test_a_completion_follows_its_prompt_without_a_space():
     """A tokenizer that puts a space in front of every text puts none between the two."""
     tokenizer = wrapped("leading space", bos="<s>", eos="</s>", adds="<s> $A")
     alone = tokenizer.convert_ids_to_tokens(tokenizer("4", add_special_tokens=False)["input_ids"])
-    assert alone[0].startswith("▁")  # what was learnt once: `2+2= 4`
+    assert alone[0].startswith("▁")  # an earlier version trained on `2+2= 4`
     found = encoded(tokenizer, table(p=["2+2="], c=["4"]), prompt="p", completion="c")
     assert as_shown(found, tokenizer)[0].endswith("=⟦4</s>⟧")
     whole = encoded(tokenizer, table(p=["2+2="], c=["4"]), prompt="p", completion="c", learn_prompt=True)
     assert as_shown(whole, tokenizer)[0].startswith("⟦<s>")
 
 
-def test_a_token_of_prompt_and_answer_is_learnt_and_told(capsys):
+def test_a_token_of_prompt_and_answer_carries_loss_and_is_reported(capsys):
     """A generation prompt that ends in a space: the space goes into the answer's first token."""
     tokenizer = wrapped("byte-level", eos="<|im_end|>")
     spaced = (
@@ -646,7 +664,7 @@ def ascii_texts(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def agree(prompt: list[int], example: Example) -> bool:
-    """Whether the tokens of a prompt are those in front of the learnt ones, up to a token that joins both."""
+    """Whether the tokens of a prompt are those before the loss, up to a token that joins both."""
     first = example.loss_mask.index(1)
     if not example.joined:
         return prompt == example.tokens[:first]
@@ -654,7 +672,7 @@ def agree(prompt: list[int], example: Example) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_generates_is_what_was_learnt_after(kind):
+def test_answers_are_generated_from_the_prompts_of_training(kind):
     """The law of `prompt_tokens`, for chats in every template and for prompts and completions."""
     rng = np.random.default_rng(0)
     for name in (*TEMPLATES, None):
@@ -663,31 +681,31 @@ def test_what_generates_is_what_was_learnt_after(kind):
             if name is None:
                 tokenizer = wrapped(kind, bos="<s>", eos="</s>", adds="<s> $A </s>")
                 task = LanguageModel(CausalLM(prompt="p", completion="c"), tokenizer)
-                marked = [one for _, one in task._marked(table(p=[prompt], c=[answer]))]
-                (example,) = plain(marked, tokenizer)
+                spanned = [one for _, one in task._spanned_texts(table(p=[prompt], c=[answer]))]
+                (example,) = tokenize_plain(spanned, tokenizer)
             else:
                 tokenizer = chat_tokenizer(name, kind)
                 task = LanguageModel(CausalLM(prompt="p", completion="c", chat=True), tokenizer)
-                marked = [one for _, one in task._marked(table(p=[prompt], c=[answer]))]
-                (example,) = tokenized(marked, tokenizer)
+                spanned = [one for _, one in task._spanned_texts(table(p=[prompt], c=[answer]))]
+                (example,) = tokenize(spanned, tokenizer)
             assert agree(task.prompt_tokens(prompt), example), (name, prompt, answer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokenizers_without_offsets_learn_the_same(kind):
+def test_tokenizers_without_offsets_give_the_same_mask(kind):
     """By prefixes of the text: spans that begin anywhere, within a character too, and end with the end token.
 
-    Where a token joins both, pieces of the word may be divided otherwise in the prefix; then these are learnt too.
+    Where a token joins both, pieces of the word may be divided differently in the prefix; then these carry loss too.
     """
     rng = np.random.default_rng(1)
     tokenizer = wrapped(kind, eos="</s>")
-    known = texts if kind in ("byte-level", "trimmed") else ascii_texts  # nobody sees into a token for the unknown
+    known = texts if kind in ("byte-level", "trimmed") else ascii_texts  # an unknown token has no characters
     parts = [known(rng, 60) for _ in range(3)]
-    marked = [
-        Marked(f"{one}{two}</s>{three}", [(len(one), len(one + two) + 4)])
+    spanned = [
+        SpannedText(f"{one}{two}</s>{three}", [(len(one), len(one + two) + 4)])
         for one, two, three in zip(*parts, strict=True)
     ]
-    found = zip(tokenized(marked, tokenizer), tokenized(marked, slow(tokenizer)), marked, strict=True)
+    found = zip(tokenize(spanned, tokenizer), tokenize(spanned, slow(tokenizer)), spanned, strict=True)
     for fast, by_prefix, one in found:
         assert fast.tokens == by_prefix.tokens
         if fast.joined:
@@ -696,22 +714,22 @@ def test_tokenizers_without_offsets_learn_the_same(kind):
             assert fast.loss_mask == by_prefix.loss_mask, (one, tokenizer.convert_ids_to_tokens(fast.tokens))
 
 
-def test_a_token_that_reaches_into_a_learnt_part_is_learnt():
+def test_a_token_that_reaches_into_a_span_carries_loss():
     """At its start and at its end, with offsets or without; so is a space that offsets leave out."""
     tokenizer = wrapped("byte-level", eos="</s>")
     assert tokenizer.tokenize("The answer")[0] == "The"
     for fast in (tokenizer, slow(tokenizer)):
-        (found,) = tokenized([Marked("The answer", [(0, 2)])], fast)
+        (found,) = tokenize([SpannedText("The answer", [(0, 2)])], fast)
         assert found.loss_mask[:1] == [1] and not any(found.loss_mask[1:])
-        (found,) = tokenized([Marked("The answer", [(2, 10)])], fast)
+        (found,) = tokenize([SpannedText("The answer", [(2, 10)])], fast)
         assert all(found.loss_mask) and found.joined
     trimmed = wrapped("trimmed", eos="</s>")
-    (found,) = tokenized([Marked(" \nThe", [(0, 5)])], trimmed)
+    (found,) = tokenize([SpannedText(" \nThe", [(0, 5)])], trimmed)
     assert trimmed.convert_ids_to_tokens(found.tokens)[0] == "Ġ" and all(found.loss_mask)
 
 
 def test_offsets_that_miss_characters_are_not_trusted():
-    """Some tokenizers have told every token as empty; then the text's prefixes decide."""
+    """Some tokenizers report every token as empty; then prefixes of the text decide."""
     tokenizer = wrapped("byte-level", eos="</s>")
 
     class Wrong:
@@ -726,12 +744,12 @@ def test_offsets_that_miss_characters_are_not_trusted():
                 found["offset_mapping"] = [[(start, start) for start, _ in one] for one in found["offset_mapping"]]
             return found
 
-    marked = [Marked("What is the answer?", [(8, 19)])]
-    assert list(tokenized(marked, Wrong())) == list(tokenized(marked, tokenizer))
+    spanned = [SpannedText("What is the answer?", [(8, 19)])]
+    assert list(tokenize(spanned, Wrong())) == list(tokenize(spanned, tokenizer))
 
 
-def test_every_answer_is_learnt_whole_in_every_template():
-    """Random conversations: put together, the learnt texts hold each answer and each closing token once."""
+def test_every_answer_carries_loss_whole_in_every_template():
+    """Random conversations: together, the spans hold each answer and each closing token once."""
     rng = np.random.default_rng(2)
     for name, kind in itertools.product(TEMPLATES, ("byte-level", "leading space")):
         tokenizer = chat_tokenizer(name, kind)
@@ -739,14 +757,14 @@ def test_every_answer_is_learnt_whole_in_every_template():
             answers = [f"x{i}{one.strip()}y{i}" for i, one in enumerate(texts(rng, rounds))]
             talk = [one for i, answer in enumerate(answers) for one in (user(f"q{i}?"), assistant(answer))]
             found = turns(tokenizer, talk)
-            learnt = [one.text[start:end] for one in found for start, end in one.spans]
-            assert len(learnt) == rounds
-            for answer, text in zip(answers, learnt, strict=True):
+            spans = [one.text[start:end] for one in found for start, end in one.spans]
+            assert len(spans) == rounds
+            for answer, text in zip(answers, spans, strict=True):
                 assert answer in text and Chat(tokenizer).end and text.endswith(Chat(tokenizer).end or "")
 
 
 def test_an_answer_ends_with_the_templates_token_and_the_tokenizers():
-    """A base model's tokenizer ends texts otherwise than the chat template ends a turn: generation stops at both."""
+    """A base model's tokenizer ends texts differently than the chat template ends a turn: generation stops at both."""
     tokenizer = wrapped("byte-level", eos="<|endoftext|>", template=CHATML)
     task = LanguageModel(CausalLM(messages="m"), tokenizer)
     assert tokenizer.convert_ids_to_tokens(task.ends) == ["<|im_end|>", "<|endoftext|>"]
@@ -754,10 +772,10 @@ def test_an_answer_ends_with_the_templates_token_and_the_tokenizers():
     assert tokenizer.convert_ids_to_tokens(task.ends) == ["<|endoftext|>"]
 
 
-# What is cut
+# Truncation
 
 
-def test_what_max_length_takes_is_counted():
+def test_what_max_length_cuts_is_counted():
     """By hand: of four examples one fits, one loses its end, one half of its answer, one all of it."""
     examples = [
         Example([1, 2, 3, 4], [0, 0, 1, 1]),
@@ -765,34 +783,36 @@ def test_what_max_length_takes_is_counted():
         Example([1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 1, 1]),
         Example([1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, 0, 1, 0]),
     ]
-    kept, cut = shortened(examples, 4)
+    kept, cut = truncate(examples, 4)
     assert kept == [Example(one.tokens[:4], one.loss_mask[:4]) for one in examples[:3]]
-    assert cut == cuts.Cut(limit=4, examples=4, longest=7, cut=3, dropped=1, tokens=9, lost=4, ends=2)
-    line = cuts.line("train", cut)
+    assert cut == Truncation(limit=4, examples=4, longest=7, cut=3, dropped=1, tokens=9, lost=4, ends=2)
+    line = cut.describe("train")
     assert line.startswith("train: 3 of 4 examples are cut at 4 tokens: 4 of 9 tokens of loss are lost")
-    assert "2 examples their end" in line and "1 of 4 examples are left out" in line and "--task.max-length 7" in line
-    _, none = shortened(examples, 7)
+    assert (
+        "2 examples lose their end" in line and "1 of 4 examples are left out" in line and "--task.max-length 7" in line
+    )
+    _, none = truncate(examples, 7)
     assert (none.cut, none.lost, none.ends, none.dropped) == (0, 0, 0, 0)
-    assert cuts.line("train", none) == "train: 4 examples of at most 7 tokens, none is cut"
+    assert none.describe("train") == "train: 4 examples of at most 7 tokens, none is cut"
 
 
 @pytest.mark.parametrize("limit", [4, 20, 24, 200])
 @pytest.mark.parametrize("pack", [False, True])
-def test_no_token_is_lost_but_those_that_are_counted(pack, limit):
-    """RunFiles and lost tokens of loss are all of them, packed or not."""
+def test_every_lost_token_is_counted(pack, limit):
+    """Kept and lost tokens of loss add up to all of them, packed or not."""
     tokenizer = chat_tokenizer("chatml")
     rng = np.random.default_rng(3)
     rows = table(p=texts(rng, 30), c=texts(rng, 30))
     config = {"prompt": "p", "completion": "c", "chat": True}
     whole = encoded(tokenizer, rows, **config, max_length=10_000)
     total = sum(int(one[1:].sum()) for one in whole["loss_mask"])
-    assert cut_of(whole) is not None and cut_of(whole).lost == 0  # pyright: ignore[reportOptionalMemberAccess]
+    assert truncation_of(whole) is not None and truncation_of(whole).lost == 0  # pyright: ignore[reportOptionalMemberAccess]
     if limit < 8:
-        with pytest.raises(ConfigError, match="none of the 30 examples has a token to learn"):
+        with pytest.raises(ConfigError, match="none of the 30 examples has a token that carries loss"):
             encoded(tokenizer, rows, **config, max_length=limit, pack=pack)
         return
     examples = encoded(tokenizer, rows, **config, max_length=limit, pack=pack)
-    cut = cut_of(examples)
+    cut = truncation_of(examples)
     assert cut is not None and cut.tokens == total and cut.examples == 30
     assert sum(int(one.sum()) for one in examples["loss_mask"]) == total - cut.lost
     if not pack:
@@ -803,7 +823,7 @@ def test_no_token_is_lost_but_those_that_are_counted(pack, limit):
 def test_packing_keeps_every_token_of_every_example():
     rng = np.random.default_rng(4)
     examples = [Example(list(rng.integers(1, 99, n)), [1] * n) for n in rng.integers(1, 9, 40)]
-    rows = list(packed(examples, 12))
+    rows = list(pack(examples, 12))
     assert [token for row, _ in rows for token in row.tokens] == [token for one in examples for token in one.tokens]
     assert sum(sum(row.loss_mask) for row, _ in rows) == sum(len(one.tokens) - 1 for one in examples)
     assert sum(len(set(segments)) for _, segments in rows) == len(examples)
@@ -818,11 +838,11 @@ def test_classified_texts_that_are_cut_are_counted():
     assert lengths[0] <= 8 < lengths[1]
     examples = task.encode(table(t=words, label=["a", "b"]))[""]
     assert [len(one) for one in examples["input_ids"]] == [lengths[0], 8]
-    assert cut_of(examples) == cuts.Cut(8, 2, lengths[1], 1, 0, sum(lengths), lengths[1] - 8, None)
-    assert f"{lengths[1] - 8} of {sum(lengths)} tokens are lost" in cuts.line("train", cuts.cut_to(8, lengths))
+    assert truncation_of(examples) == Truncation(8, 2, lengths[1], 1, 0, sum(lengths), lengths[1] - 8, None)
+    assert f"{lengths[1] - 8} of {sum(lengths)} tokens are lost" in Truncation.of(8, lengths).describe("train")
 
 
-# What a configuration says
+# The configuration
 
 
 def config_of(**task: Any) -> TrainConfig:
@@ -840,14 +860,14 @@ def config_of(**task: Any) -> TrainConfig:
         ({"prompt": "p", "completion": "c", "template": "{{ x }}"}, "task.template: got '{{ x }}' without a chat"),
     ],
 )
-def test_what_belongs_to_chats_is_refused_without_one(task, message):
-    """It had no effect, and nobody was told."""
+def test_options_of_chats_are_an_error_without_one(task, message):
+    """They would have no effect."""
     with pytest.raises(ConfigError, match=re.escape(message)):
         validate(config_of(**task))
 
 
 def test_a_template_may_be_a_file(tmp_path):
-    """In UTF-8; a name of no file is no template."""
+    """In UTF-8; a name that is neither a file nor Jinja is an error."""
     (tmp_path / "chat.jinja").write_bytes("\ufeff{{ 'é' }}".encode())
     tables = {"train": table(m=["x"])}
     found = resolved(config_of(messages="m", template=str(tmp_path / "chat.jinja")), tables).task
@@ -856,13 +876,13 @@ def test_a_template_may_be_a_file(tmp_path):
         resolved(config_of(messages="m", template="chat.jinj"), tables)
 
 
-def test_rows_are_counted_as_left_out_when_none_of_their_examples_is_left(tmp_path):
-    """Of conversations that are several examples each, the first is short enough where the last one is cut away."""
+def test_rows_are_dropped_when_none_of_their_examples_is_left(tmp_path):
+    """Each conversation is several examples; in most, only the first one is short enough."""
     long = [*TALKS["thinking"][0][:-1], assistant("5" * 80)]
     far = [user("x" * 500), *TALKS["thinking"][0][1:]]
     file = tiny.write_jsonl(tmp_path / "talks.jsonl", [{"m": json.dumps(one)} for one in (long, far, long)])
     rows = data.read(str(file), tmp_path / "cache", "data.train")
     examples = encoded(chat_tokenizer("qwen3"), rows, messages="m", max_length=200)
-    cut = cut_of(examples)
+    cut = truncation_of(examples)
     assert cut and cut.examples == 6 and size(examples) + cut.dropped == 6 and cut.dropped >= 2
-    assert rows.provenance and rows.provenance.dropped == {"without a token to learn within 200 tokens": 1}
+    assert rows.provenance and rows.provenance.dropped == {"without a token that carries loss within 200 tokens": 1}

@@ -1,4 +1,4 @@
-"""Pictures of every kind are shown as a person sees them, or refused by row; pixels as numbers are checked."""
+"""Pictures of every kind become what a person sees, or an error names the row; pixel values are checked."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from train.data import tables as data
 from train.data.tables import Table
 from train.networks.network import make_network
 from train.tasks import pictures
-from train.tasks.images import Images, blank, first_side
+from train.tasks.images import Images, count_blank, first_side
 from train.tasks.labels import class_names, class_numbers
-from train.tasks.pictures import Picture, Unreadable, opened, shown
+from train.tasks.pictures import Picture, Unreadable, open_image, to_array
 from train.tasks.registry import make_task
 
 SIDE = 8
@@ -38,7 +38,7 @@ def file(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
 
 
 def seen(value: Any, channels: int = 3, brightest: float = 255.0, side: int = SIDE) -> np.ndarray:
-    return shown(opened(value), side, channels, brightest)
+    return to_array(open_image(value), side, channels, brightest)
 
 
 def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -102,7 +102,7 @@ KINDS: dict[str, tuple[bytes, np.ndarray]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_is_seen_as_it_is(kind):
+def test_a_picture_becomes_what_is_seen(kind):
     """In colour and in grey, at its own size: what Pillow's 8 bits round is the tolerance."""
     content, expected = KINDS[kind]
     found = seen(content)
@@ -112,8 +112,8 @@ def test_a_picture_is_seen_as_it_is(kind):
     np.testing.assert_allclose(seen(content, 1)[..., 0], luma(expected), atol=1e-6 if exact else 2.01 / 255)
 
 
-def test_what_is_all_transparent_is_white_and_a_drawing_on_it_is_not():
-    """Pictures with an alpha channel are often black where nothing is seen; they were all black."""
+def test_transparent_pixels_are_white():
+    """Pictures with an alpha channel are often black where they are transparent."""
     nothing = np.zeros((SIDE, SIDE, 4), np.uint8)
     assert (seen(file(Image.fromarray(nothing))) == 1).all()
     drawn = nothing.copy()
@@ -141,7 +141,7 @@ def test_a_picture_is_upright(orientation):
     exif[0x0112] = orientation
     for form in ("PNG", "TIFF"):
         content = file(Image.fromarray(np.ascontiguousarray(turned[orientation])), form, exif=exif)
-        image = opened(content)
+        image = open_image(content)
         assert isinstance(image, Picture)
         np.testing.assert_array_equal(np.asarray(image.image), upright)
         assert pictures.side_of(image) == 6
@@ -161,8 +161,8 @@ def test_other_sizes_are_resized_by_pillow(size, channels):
 
 
 @pytest.mark.parametrize("form", ["TIFF", "PPM"])
-def test_pictures_whose_format_has_no_white_are_scaled_by_brightest_or_refused(form):
-    """32 bits and floats; they were white wherever they were above 255, or black below 1."""
+def test_pictures_whose_format_has_no_white_are_scaled_by_brightest_or_an_error(form):
+    """32 bits and floats, which Pillow would clip at 255."""
     levels = (np.arange(SIDE * SIDE).reshape(SIDE, SIDE) * 1000).astype(np.int32)
     content = file(Image.fromarray(levels if form == "TIFF" else levels.astype(np.uint16)), form)
     with pytest.raises(Unreadable, match="pixels from 0 to 63000, expected 0 to task.brightest = 255; pass --task.bri"):
@@ -204,7 +204,7 @@ def test_a_picture_may_be_a_path_or_its_content(tmp_path, monkeypatch, value):
 
 
 def damaged() -> dict[str, tuple[Any, str]]:
-    """Values that are no picture, and what is said of each."""
+    """Values that are not pictures, each with its error."""
     noise = Image.fromarray(np.random.default_rng(6).integers(0, 256, (64, 64, 3), np.uint8))
     png, jpeg, gif = file(noise), file(noise, "JPEG"), file(noise, "GIF")
     return {
@@ -212,9 +212,9 @@ def damaged() -> dict[str, tuple[Any, str]]:
         "half a jpeg": (jpeg[: len(jpeg) // 2], "truncated"),
         "half a gif": (gif[: len(gif) // 2], "truncated"),
         "a flipped bit": (png[:60] + bytes([png[60] ^ 255]) + png[61:], "."),
-        "text": (b"this is no picture", "no picture of a format that Pillow reads"),
-        "nothing": (b"", "no picture of a format"),
-        "no file": ("nowhere/a.png", "there is no file at nowhere/a.png; a path is absolute, or starts where"),
+        "text": (b"this is no picture", "not a picture in a format that Pillow reads"),
+        "nothing": (b"", "not a picture in a format"),
+        "no file": ("nowhere/a.png", "there is no file at nowhere/a.png; paths are absolute, or relative to"),
         "a folder": (".", "directory"),
         "neither": ({"path": None, "bytes": None}, "neither a file nor its content"),
         "an object": ({"a": 1}, "neither a file nor its content"),
@@ -222,7 +222,7 @@ def damaged() -> dict[str, tuple[Any, str]]:
 
 
 @pytest.mark.parametrize("kind", damaged())
-def test_a_damaged_picture_is_refused(kind):
+def test_a_damaged_picture_is_an_error(kind):
     value, message = damaged()[kind]
     with pytest.raises(Unreadable, match=message):
         seen(value)
@@ -236,37 +236,37 @@ def test_a_damaged_picture_is_refused(kind):
     [(GREY.ravel(), 1), (GREY, 1), (GREY[..., None], 1), (GREY, 3), (COLOUR, 3)],
     ids=["flat", "rows", "one channel", "grey for colour", "colour"],
 )
-def test_pixels_are_taken_as_they_are(pixels, channels):
+def test_pixels_are_taken_unchanged(pixels, channels):
     expected = np.broadcast_to(np.reshape(pixels, (SIDE, SIDE, -1)), (SIDE, SIDE, channels)) / np.float32(255)
     np.testing.assert_array_equal(seen(pixels.tolist(), channels), expected)
-    image = opened(pixels.tolist())
+    image = open_image(pixels.tolist())
     assert pictures.side_of(image) == SIDE
 
 
 @pytest.mark.parametrize(
     ("pixels", "channels", "message"),
     [
-        (np.zeros((2, 32)), 1, "2 x 32 pixels are no square image"),  # 64 pixels, as 8 x 8 has
-        (np.zeros(63), 1, "63 pixels are no square image"),
-        (np.zeros(()), 1, "no square image"),
+        (np.zeros((2, 32)), 1, "2 x 32 pixels are not a square image"),  # 64 pixels, as 8 x 8 has
+        (np.zeros(63), 1, "63 pixels are not a square image"),
+        (np.zeros(()), 1, "not a square image"),
         (np.zeros((4, 4)), 1, "4 x 4 x 1 pixels, expected 8 x 8 x 1: numbers are not resized, pictures are"),
         (COLOUR, 1, "8 x 8 x 3 pixels, expected 8 x 8 x 1"),
         (np.zeros((8, 8, 2)), 3, "8 x 8 x 2 pixels, expected 8 x 8 x 3"),
-        (np.zeros((8, 8, 3, 1)), 3, "no square image"),
+        (np.zeros((8, 8, 3, 1)), 3, "not a square image"),
         (GREY * 2.0, 1, "pixels from 8 to 496, expected 0 to task.brightest = 255; pass --task.brightest 496"),
         (GREY - 9.0, 1, r"pixels from -5 to .*, expected 0 to task.brightest = 255$"),
         (np.full((8, 8), np.nan), 1, "pixels from nan to nan"),
         (np.full((8, 8), np.inf), 1, "pixels from inf to inf, expected 0 to task.brightest = 255$"),
     ],
 )
-def test_pixels_of_another_shape_or_range_are_refused(pixels, channels, message):
+def test_pixels_of_another_shape_or_range_are_an_error(pixels, channels, message):
     with pytest.raises(Unreadable, match=message):
         seen(pixels.tolist(), channels)
 
 
-def test_ragged_rows_are_no_image():
+def test_ragged_rows_are_an_error():
     for value in ([[1, 2], [3]], ["a"], None, 3):
-        with pytest.raises(Unreadable, match="is no image|no square image"):
+        with pytest.raises(Unreadable, match="is not an image|not a square image"):
             seen(value)
 
 
@@ -317,22 +317,22 @@ def test_every_damaged_picture_is_named_by_its_row():
             task().encode(table(values, feature=feature))
         message = str(caught.value)
         assert "task.image: 2 of 4 values of the column 'image' cannot be used" in message
-        assert re.search(r"row 2.*: .*truncated", message) and re.search(r"row 4.*: no picture", message)
+        assert re.search(r"row 2.*: .*truncated", message) and re.search(r"row 4.*: not a picture", message)
         assert "row 1" not in message and "row 3" not in message
-    with pytest.raises(ConfigError, match=r"task.image: the column 'image', row 1.*: no picture"):
+    with pytest.raises(ConfigError, match=r"task.image: the column 'image', row 1.*: not a picture"):
         first_side(table([cases["text"][0]]), "image")
     with pytest.raises(ConfigError, match="and 4 more"):
         task().encode(table([b"x"] * 12))
 
 
-def test_what_is_odd_about_pictures_is_told(capsys):
-    """Those that move; and numbers so small that their white is another one."""
+def test_animated_and_dark_images_are_reported(capsys):
+    """Animations; and numbers so small that another `brightest` is likely."""
     frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
     for form in ("GIF", "TIFF"):
-        moving = file(frames[0], form, save_all=True, append_images=frames[1:])
-        found = task().encode(table([KINDS["grey"][0], moving]))[""]["image"]
+        animated = file(frames[0], form, save_all=True, append_images=frames[1:])
+        found = task().encode(table([KINDS["grey"][0], animated]))[""]["image"]
         np.testing.assert_allclose(found[1], found[0], atol=1e-6)
-        assert "1 of 2 images move; their first frame is used: row 2" in capsys.readouterr().out
+        assert "1 of 2 images are animated; their first frame is used: row 2" in capsys.readouterr().out
     small = [(GREY // 16).tolist(), (GREY // 32).tolist()]
     dark = task().encode(table(small))[""]["image"]
     advice = re.search(
@@ -347,7 +347,7 @@ def test_what_is_odd_about_pictures_is_told(capsys):
 
 
 def test_a_picture_has_its_own_white():
-    """`brightest` is of numbers: with that of the digits, 16, pictures were 16 times as bright as white."""
+    """`brightest` is for numbers alone, and does not scale pictures."""
     content, expected = KINDS["grey"]
     np.testing.assert_allclose(task(brightest=16.0).encode(table([content]))[""]["image"][0], expected, rtol=1e-6)
 
@@ -356,14 +356,14 @@ def test_images_of_one_colour_are_counted():
     flat = np.full((3, 4, 4, 3), 0.5, np.float32)
     flat[1, 2, 2, 1] = 0.4
     flat[2] = [0.1, 0.2, 0.3]
-    assert blank(flat) == 2
+    assert count_blank(flat) == 2
 
 
 @pytest.mark.parametrize(
     "says", [{}, {"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}, {"do_rescale": True}]
 )
-def test_a_checkpoint_gets_the_pixels_that_its_preprocessor_makes(tmp_path, says):
-    """value * rescale_factor, less the mean, by the standard deviation; and what it leaves out is left out."""
+def test_images_are_normalized_as_the_checkpoints_preprocessor_does(tmp_path, says):
+    """(value * rescale_factor - mean) / std, each step only if its configuration says so."""
     vit = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "image_size": 8, "patch_size": 4, **vit}))
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.5, 0.6]
@@ -382,7 +382,7 @@ def test_a_checkpoint_gets_the_pixels_that_its_preprocessor_makes(tmp_path, says
 
 
 def write(folder: Path, bright: bool, count: int) -> None:
-    """Bright or dark noise, in grey of 16 bits, where all were white once."""
+    """Bright or dark noise, in 16-bit grey."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(bright)
     for i in range(count):
@@ -402,11 +402,11 @@ def test_a_folder_of_pictures_is_read(tmp_path):
     assert sorted(class_numbers(tables["train"], "label", names)) == [0, 0, 1, 1, 2, 2]
     assert sorted(class_numbers(tables["validation"], "label", names)) == [1, 2]
     found = task(labels=names).encode(tables["train"])[""]
-    assert np.asarray(found["image"]).max() < 1 and blank(np.asarray(found["image"])) == 0
+    assert np.asarray(found["image"]).max() < 1 and count_blank(np.asarray(found["image"])) == 0
 
 
-def test_a_run_on_pictures_learns_and_tells_what_is_blank(tmp_path):
-    """A folder of 16-bit pictures, of which two are of one colour: bright is told from dark."""
+def test_a_run_on_pictures_learns_and_reports_blank_ones(tmp_path):
+    """A folder of 16-bit pictures, of which two have one colour: bright against dark."""
     for part, count in (("train", 8), ("validation", 4)):
         for name in ("bright", "dark"):
             write(tmp_path / "set" / part / name, name == "bright", count)

@@ -1,4 +1,4 @@
-"""Labels: what a column says is the class that is learnt, or an error that names the rows; and classes that weigh."""
+"""Labels: a column gives the classes as written, or an error names the rows; and class weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from train.config import ConfigError, FitConfig, SequenceClassification
 from train.data import tables as data
 from train.data.tables import Table
 from train.tasks.classify import Classification
-from train.tasks.labels import class_names, class_numbers, class_weights, counts_table, label_words, targets
+from train.tasks.labels import class_names, class_numbers, class_weights, counts_table, label_texts, regression_targets
 from train.tasks.registry import resolved
 
 NAN = float("nan")
@@ -79,10 +79,10 @@ def test_classes_are_what_the_column_says(labels, names):
     """Numbers by their value, then names; and each label is its own class."""
     table = rows(labels)
     assert class_names(table, "label") == names
-    assert [names[i] for i in class_numbers(table, "label", names)] == label_words(table, "label")
+    assert [names[i] for i in class_numbers(table, "label", names)] == label_texts(table, "label")
 
 
-def test_labels_of_several_types_are_classes_or_refused():
+def test_labels_of_several_types_are_classes_or_an_error():
     table = rows(["b", 10, 9, "a", True, 2.0])
     try:
         assert class_names(table, "label") == ("2", "9", "10", "a", "b", "true")
@@ -93,14 +93,14 @@ def test_labels_of_several_types_are_classes_or_refused():
 def test_declared_classes_keep_their_names_and_their_order():
     table = rows([1, 0, 1], ("pos", "neg", "none"))
     assert class_names(table, "label") == ("pos", "neg", "none")
-    assert label_words(table, "label") == ["neg", "pos", "neg"]
+    assert label_texts(table, "label") == ["neg", "pos", "neg"]
     assert class_numbers(table, "label", ("pos", "neg", "none")).tolist() == [1, 0, 1]
     # The same classes in another order, as a folder that lacks one of them numbers them.
     assert class_numbers(table, "label", ("neg", "none", "pos")).tolist() == [0, 2, 0]
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "expected"),
     [
         ([0.37, 1.0, 2.5, 0.37], ["0.37' (rows 1, 4)", "2.5' (row 3)", "--task.regression"]),
         (["0.5", "1", "1.5"], ["0.5' (row 1)", "1.5' (row 3)", "--task.regression"]),
@@ -108,14 +108,14 @@ def test_declared_classes_keep_their_names_and_their_order():
         (["-1", "0", "1"], ["-1 in row 1"]),
     ],
 )
-def test_scores_and_missing_labels_are_no_classes_unless_they_are_named(labels, told):
+def test_scores_and_missing_labels_are_not_classes_unless_they_are_named(labels, expected):
     message = refusal(class_names, rows(labels), "label")
-    assert all(part in message for part in told), message
+    assert all(part in message for part in expected), message
     names = advised(message)
-    assert [names[i] for i in class_numbers(rows(labels), "label", names)] == label_words(rows(labels), "label")
+    assert [names[i] for i in class_numbers(rows(labels), "label", names)] == label_texts(rows(labels), "label")
 
 
-def test_a_split_without_labels_is_told():
+def test_a_split_without_labels_is_an_error():
     for table in (rows([-1, -1, -1]), rows([-1] * 3, ("neg", "pos"))):
         for call in (class_names, lambda table, label: class_numbers(table, label, ("neg", "pos"))):
             message = refusal(call, table, "label")
@@ -123,7 +123,7 @@ def test_a_split_without_labels_is_told():
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "expected"),
     [
         ([["a"], ["a", "b"], ["a"]], ["['a']", "1"]),
         ([{"x": 1}, {"x": 2}], ["{'x': 1}", "1"]),
@@ -135,12 +135,12 @@ def test_a_split_without_labels_is_told():
         (["a", [1]], ["[1]", "row 2"]),
     ],
 )
-def test_what_is_no_label_is_refused_by_its_row(labels, told):
+def test_a_value_that_is_not_a_label_is_an_error_with_its_row(labels, expected):
     message = refusal(class_names, rows(labels), "label")
-    assert message.startswith("task.label: ") and all(part in message for part in told), message
+    assert message.startswith("task.label: ") and all(part in message for part in expected), message
 
 
-def test_one_class_and_a_column_of_ids_are_refused():
+def test_one_class_and_a_column_of_ids_are_errors():
     message = refusal(class_names, rows(["x"] * 4), "label")
     assert "'x' alone" in message and advised(message) == ("x", "OTHER")
     many = {"id": [f"u{i}" for i in range(30)], "stars": [i % 5 for i in range(30)]}
@@ -195,12 +195,12 @@ def test_a_label_is_a_class_by_its_name_or_where_there_are_none_by_its_number(na
 def test_only_unknown_labels_are_named(names, labels, unknown):
     """With their rows, the classes, and a way out that works."""
     message = refusal(class_numbers, rows(labels), "label", names)
-    told = re.search(r"holds (.*), which is no class.*; expected one of (.*)\. Take these rows out, or", message)
-    assert told and told[1] == ", ".join(f"{label!r} ({where})" for label, where in unknown.items())
-    assert told[2].startswith(", ".join(names))
+    parts = re.search(r"holds (.*), which is not a class.*; expected one of (.*)\. Remove these rows, or", message)
+    assert parts and parts[1] == ", ".join(f"{label!r} ({where})" for label, where in unknown.items())
+    assert parts[2].startswith(", ".join(names))
     by_number = not any(name.replace(".", "").isdigit() for name in names) and not set(map(str, labels)) & set(names)
-    assert by_number == (f"or its number from 0 to {len(names) - 1}" in told[2])
-    if "one name for each number" in message:
+    assert by_number == (f"or its number from 0 to {len(names) - 1}" in parts[2])
+    if "a name for each number" in message:
         wider = (*names, *(f"class {i}" for i in range(len(names), int(max(unknown)) + 1)))
     else:
         wider = advised(message)
@@ -209,10 +209,10 @@ def test_only_unknown_labels_are_named(names, labels, unknown):
 
 
 def test_a_declared_class_is_known_by_its_name_alone():
-    """Its number is that of its own data, and may be another class here."""
-    with pytest.raises(ConfigError, match=r"'World' \(row 1\), 'Sports' \(row 2\), which is no class"):
+    """Its number is from its own data, and may be another class here."""
+    with pytest.raises(ConfigError, match=r"'World' \(row 1\), 'Sports' \(row 2\), which is not a class"):
         class_numbers(rows([0, 1], ("World", "Sports")), "label", ("sports", "world"))
-    # TensorNames that are numbers are class numbers, as of other data.
+    # Names that are numbers are class numbers, as of other data.
     assert class_numbers(rows([0, 1], ("0", "1")), "label", ("bad", "good")).tolist() == [0, 1]
 
 
@@ -230,13 +230,13 @@ def test_rows_are_those_of_the_source(tmp_path):
     ("labels", "expected"),
     [([1, 2.5, -1], [1, 2.5, -1]), (["1", "-2.5e1", " 3 "], [1, -25, 3]), ([0.1, 0.2], [0.1, 0.2])],
 )
-def test_a_regression_learns_the_numbers_that_are_there(labels, expected):
-    found = targets(rows(labels), "label")
+def test_a_regression_reads_the_numbers_that_are_there(labels, expected):
+    found = regression_targets(rows(labels), "label")
     np.testing.assert_array_equal(found, np.array(expected, np.float32))
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "expected"),
     [
         (["1", "two", "two"], "'two' (rows 2, 3)"),
         (["1", "1,5"], "'1,5' (row 2)"),
@@ -247,13 +247,13 @@ def test_a_regression_learns_the_numbers_that_are_there(labels, expected):
         ([True, False], "True (row 1)"),
     ],
 )
-def test_a_regression_refuses_what_is_no_number(labels, told):
-    message = refusal(targets, rows(labels), "label")
-    assert told in message and "finite numbers" in message
-    assert "[1.0]" in refusal(targets, rows([[1.0], [2.0]]), "label")
+def test_a_regression_needs_finite_numbers(labels, expected):
+    message = refusal(regression_targets, rows(labels), "label")
+    assert expected in message and "finite numbers" in message
+    assert "[1.0]" in refusal(regression_targets, rows([[1.0], [2.0]]), "label")
 
 
-# How much a class weighs
+# Class weights
 
 
 def test_balanced_weights_are_those_of_scikit_learn():
@@ -269,9 +269,9 @@ def test_balanced_weights_are_those_of_scikit_learn():
     assert class_weights({"spam": 2, "ham": 0.5, "eggs": 1}, count) == {"eggs": 1.0, "ham": 0.5, "spam": 2.0}
 
 
-def test_weights_that_do_not_fit_the_classes_are_refused():
+def test_weights_that_do_not_fit_the_classes_are_errors():
     message = refusal(class_weights, {"spam": 3.0, "hma": 1.0}, {"ham": 4, "spam": 2})
-    assert "'hma' is no class (closest: 'ham'" in message and "'ham' has no weight" in message
+    assert "'hma' is not a class (closest: 'ham'" in message and "'ham' has no weight" in message
     assert message.endswith("--task.class-weights ham 1 spam 3")
     message = refusal(class_weights, "balanced", {"ham": 4, "spam": 0})
     assert "no train example has the label 'spam'" in message
@@ -292,7 +292,7 @@ WEIGHTS = (0.02, 0.3, 0.001)
 
 
 def weighted_batch() -> dict[str, np.ndarray]:
-    """Rows that weigh less than 1 together, and a part of them almost nothing."""
+    """Rows whose weights sum to less than 1, some of them almost 0."""
     x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
     return {"x": x, "label": np.array([0, 2, 2, 2, 1, 0, 1, 2], np.int32)}
 
@@ -347,14 +347,14 @@ def test_the_weighted_loss_is_its_definition_however_a_batch_is_divided(smoothin
         chex.assert_trees_all_close(one, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_figures_are_not_weighted():
+def test_metrics_are_not_weighted():
     batch = weighted_batch()
     logits = jnp.asarray(batch["x"][:, :3])
     found = [(task := Linear(w)).metrics(jax.device_get(task.measure(logits, batch))) for w in (None, WEIGHTS)]
     assert found[0] == found[1]
 
 
-# What a run tells
+# What a run reports
 
 
 def test_counts_are_a_line_for_each_label_and_few_of_many():
@@ -374,15 +374,11 @@ def work(tmp_path_factory) -> Path:
 
 
 def flags(work: Path, *more: str) -> list[str]:
-    return [
-        "configs/sst2_minilm.py", "--model.path", str(work / "encoder"), "--data.train", str(work / "train.jsonl"),
-        "--cache-dir", str(work / "cache"), "--data.limit", "None", "--task.max-length", "16", "--lora.rank", "2",
-        "--fit.batch-size", "8", "--eval-batch-size", "8", "--fit.epochs", "1", *more,
-    ]  # fmt: skip
+    return tiny.sentiment_flags(work, None, "--fit.epochs 1", *more)
 
 
-def test_a_run_tells_its_labels_and_keeps_their_weights(work, tmp_path):
-    """The balanced weights are in its config.json, and what was learnt with them is measured again without them."""
+def test_a_run_reports_its_labels_and_keeps_their_weights(work, tmp_path):
+    """The balanced weights are in its config.json, and metrics are computed without them."""
     unbalanced = [row for i, row in enumerate(tiny.sentences(64)) if row["name"] == "bad" or i % 8 == 1]
     file = tiny.write_jsonl(tmp_path / "train.jsonl", unbalanced)
     run_dir, label = tmp_path / "run", ("--task.label", "name", "--task.labels", "None")
@@ -403,9 +399,9 @@ def test_a_run_tells_its_labels_and_keeps_their_weights(work, tmp_path):
     }
     task = json.loads((run_dir / "config.json").read_text())["task"]
     assert task["labels"] == ["bad", "good"] and task["class_weights"] == {"bad": 0.625, "good": 2.5}
-    figures = summary["metrics"]["adapted"]["validation"]
+    adapted = summary["metrics"]["adapted"]["validation"]
     code, printed = program("eval", str(run_dir))
-    assert code == 0 and f"loss {figures['loss']:.4f}  accuracy {figures['accuracy']:.4f}" in printed, printed
+    assert code == 0 and f"loss {adapted['loss']:.4f}  accuracy {adapted['accuracy']:.4f}" in printed, printed
     # Other weights are another run, and the same are the same.
     code, printed = program(*found, "--run-dir", str(run_dir), "--task.class-weights", "bad", "1", "good", "4")
     assert code == 2 and "task.class_weights.good: the run has 2.5, got 4.0" in printed, printed
@@ -423,13 +419,13 @@ def test_a_run_tells_its_labels_and_keeps_their_weights(work, tmp_path):
         ("--task.regression --task.labels None --task.class-weights balanced", "a regression has no classes"),
     ],
 )
-def test_weights_and_names_that_cannot_be_are_refused_before_anything_is_read(work, given, message):
+def test_impossible_weights_and_names_are_errors_before_anything_is_read(work, given, message):
     with pytest.raises(ConfigError, match=message):
         parse(flags(work, *given.split()))
 
 
-def test_a_label_that_training_lacks_is_refused_with_all_of_them(work):
-    """As is one whose weight is not given; and the advised flags are taken."""
+def test_a_label_that_training_lacks_is_an_error_with_all_labels(work):
+    """As is one without a weight; and the flags that the error names work."""
     train, other = tiny.sentences(8), [{"sentence": "a film", "name": "odd"}]
     tables = {"train": Table.from_list([{k: row[k] for k in ("sentence", "name")} for row in train])}
     config = resolved(parse(flags(work, "--task.label", "name", "--task.labels", "None")), tables)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""What is read from files of every kind is what was written, or an error names file and row; and what is told."""
+"""Files of every format are read as written, or an error names file and row; and the provenance of rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests import tiny
 from tests.runs import program
 from train.__main__ import parse
 from train.config import ConfigError, DataConfig
-from train.data import formats
+from train.data import lines
 from train.data import tables as data
 from train.data.lines import decode
 from train.data.tables import Table, column, texts
@@ -123,7 +123,7 @@ def test_what_is_read_is_what_was_written(tmp_path, kind, what):
 
 
 def test_a_quote_in_a_tsv_is_a_character(tmp_path):
-    """One that is opened in a row and closed three rows later swallowed the rows between."""
+    """A quote that opens in one row and closes three rows later does not swallow the rows between."""
     content = 'text\tlabel\n"a\t1\nb\t2\nc\t3\nd"\t4\ne\t5\n'
     table = read(tmp_path / "rows.tsv", content)
     assert column(table, "text", "task.text") == ['"a', "b", "c", 'd"', "e"]
@@ -133,7 +133,7 @@ def test_a_quote_in_a_tsv_is_a_character(tmp_path):
     assert column(asked, "text", "task.text") == ["a\tb"]
 
 
-def test_no_column_is_an_index(tmp_path):
+def test_an_index_column_is_a_column(tmp_path):
     table = read(tmp_path / "rows.csv", ",text,label\n0,a,1\n1,b,0\n")  # as pandas writes one
     assert table.column_names == ["", "text", "label"]
     assert column(table, "text", "task.text") == ["a", "b"] and column(table, "label", "task.label") == ["1", "0"]
@@ -166,7 +166,7 @@ def test_json_keeps_its_types(tmp_path):
     assert "are missing, in row 1 of" in refusal(lambda: column(nan, "label", "task.label"))
 
 
-# Faults are told with file, row and column
+# Errors name file, row and column
 
 BAD = {
     "more.csv": ("text,label\na,1\nb, c,2\n", "row 2 (line 3): got 3 cells, expected 2", "quote cells that hold"),
@@ -216,16 +216,16 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_file_that_cannot_be_read_says_where(tmp_path, name):
     content, *expected = BAD[name]
-    told = refusal(lambda: read(tmp_path / name, content))
-    assert told.startswith("data.train: ") and f"{tmp_path / name}" in told
-    assert [part for part in expected if part not in told] == [], told
+    message = refusal(lambda: read(tmp_path / name, content))
+    assert message.startswith("data.train: ") and f"{tmp_path / name}" in message
+    assert [part for part in expected if part not in message] == [], message
 
 
 def test_the_advice_on_encodings_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for encoding in ("latin1", "utf-16"):
-        told = refusal(lambda: read(tmp_path / "rows.csv", "text,label\né,1\n".encode(encoding)))  # noqa: B023
-        command = re.search(r"iconv .*", told)
+        message = refusal(lambda: read(tmp_path / "rows.csv", "text,label\né,1\n".encode(encoding)))  # noqa: B023
+        command = re.search(r"iconv .*", message)
         assert command and os.system(command[0]) == 0
         assert column(read(tmp_path / "utf8-rows.csv"), "text", "task.text") == ["é"]
     assert decode("\ufeffa\nb".encode(), "x") == "a\nb"
@@ -243,36 +243,36 @@ UNFIT = {
     "mixed": ([{"a": "x"}, {"a": "y"}, {"a": 3}], "task.text", "a number in row 3 of ", "text in all rows, as in row"),
     "mixed label": ([{"a": 3}, {"a": "3"}], "task.label", "holds text in row 2 of ", "a number in all rows"),
     "mixed lists": ([{"a": [1]}, {"a": "x"}], "task.text", "holds text in row 2 of "),
-    "many": ([{"a": None}] * 7, "task.text", "rows 1, 2, 3, 4, 5 of ", " and 2 more; take"),
+    "many": ([{"a": None}] * 7, "task.text", "rows 1, 2, 3, 4, 5 of ", " and 2 more; remove"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_a_value_that_does_not_fit_is_told_by_row(tmp_path, name):
+def test_a_value_that_does_not_fit_is_an_error_with_its_row(tmp_path, name):
     rows, field, *expected = UNFIT[name]
     for kind in ("jsonl", "json", *(() if "mixed" in name else ("parquet",))):
         table = read(tmp_path / f"rows.{kind}", WRITERS[kind](rows, "\n"))
-        told = refusal(lambda: (column if field == "task.label" else texts)(table, "a", field))  # noqa: B023
-        assert told.startswith(f"{field}: ") and f"rows.{kind}" in told
-        assert [part for part in expected if part not in told] == [], told
+        message = refusal(lambda: (column if field == "task.label" else texts)(table, "a", field))  # noqa: B023
+        assert message.startswith(f"{field}: ") and f"rows.{kind}" in message
+        assert [part for part in expected if part not in message] == [], message
 
 
-def test_rows_are_told_as_they_count_in_their_file(tmp_path):
-    """Also where a choice of them is asked for, in another order, or from several files."""
+def test_rows_are_numbered_as_in_their_file(tmp_path):
+    """Also in a selection of rows, in another order, or from several files."""
     for name in ("train-0", "train-1"):
         rows = [{"text": f"{name} {i}", "label": "" if i in (2, 5) else "x"} for i in range(8)]
         read(tmp_path / "set" / f"{name}.csv", delimited(rows, "\n", ","))
     table = read(tmp_path / "set" / "train-0.csv")
     for chosen in ([0, 1, 5, 2], range(2, 6), [7, 5, 2]):
-        told = refusal(lambda: column(table.select(chosen), "label", "task.label"))  # noqa: B023
-        assert f"in rows 3, 6 of {tmp_path}/set/train-0.csv; take these rows out" in told
+        message = refusal(lambda: column(table.select(chosen), "label", "task.label"))  # noqa: B023
+        assert f"in rows 3, 6 of {tmp_path}/set/train-0.csv; remove these rows" in message
     both = data.read(str(tmp_path / "set"), tmp_path / "cache", "data.train")
-    told = refusal(lambda: column(both, "label", "task.label"))
-    assert f"4 of 16 values of the column 'label' are missing, in rows 3, 6 of {tmp_path}/set/train-0" in told
-    assert "train-0.csv and 2 more; take" in told
-    told = refusal(lambda: column(both.select([15, 13, 0]), "label", "task.label"))
-    assert f"in row 6 of {tmp_path}/set/train-1.csv" in told
-    assert "in row 2; take" in refusal(lambda: column(Table.from_dict({"a": ["x", None]}), "a", "task.text"))
+    message = refusal(lambda: column(both, "label", "task.label"))
+    assert f"4 of 16 values of the column 'label' are missing, in rows 3, 6 of {tmp_path}/set/train-0" in message
+    assert "train-0.csv and 2 more; remove" in message
+    message = refusal(lambda: column(both.select([15, 13, 0]), "label", "task.label"))
+    assert f"in row 6 of {tmp_path}/set/train-1.csv" in message
+    assert "in row 2; remove" in refusal(lambda: column(Table.from_dict({"a": ["x", None]}), "a", "task.text"))
 
 
 def test_parquet_is_as_its_types_say(tmp_path):
@@ -294,8 +294,8 @@ def test_parquet_is_as_its_types_say(tmp_path):
         assert column(table, name, "task.text") == columns[name].to_pylist(), name
     for field in ("task.text", "task.label", "task.image"):
         for name in ("time", "day"):
-            told = refusal(lambda: column(table, name, field))  # noqa: B023
-            assert f"{field}: the column {name!r} holds a date or time in row 1 of" in told and "as text" in told
+            message = refusal(lambda: column(table, name, field))  # noqa: B023
+            assert f"{field}: the column {name!r} holds a date or time in row 1 of" in message and "as text" in message
     assert "holds bytes in row 1" in refusal(lambda: column(table, "bytes", "task.text"))
     assert column(table, "bytes", "task.image") == [b"a"] * 3
     assert "missing, in row 2 of" in refusal(lambda: column(table, "hole", "task.label"))
@@ -324,11 +324,11 @@ def test_a_folder_is_read_as_its_files_are(tmp_path):
             assert column(tables[name], "label", "task.label") == ["None"] * count
         provenance = tables["validation"].provenance
         assert provenance and (provenance.split, provenance.files) == ("test", {f"{folder}/test.{kind}": 5})
-    told = refusal(lambda: data.read(f"{tmp_path}/csv:dev", tmp_path / "cache", "data.train"))
-    assert "there is no split dev; there are train, test" in told
+    message = refusal(lambda: data.read(f"{tmp_path}/csv:dev", tmp_path / "cache", "data.train"))
+    assert "there is no split dev; there are train, test" in message
     (tmp_path / "csv" / "train.csv").write_text("text,label\na\n")
-    told = refusal(lambda: data.read(f"{tmp_path}/csv", tmp_path / "cache", "data.train"))
-    assert f"{tmp_path}/csv/train.csv, row 1 (line 2): got 1 cells" in told
+    message = refusal(lambda: data.read(f"{tmp_path}/csv", tmp_path / "cache", "data.train"))
+    assert f"{tmp_path}/csv/train.csv, row 1 (line 2): got 1 cells" in message
 
 
 def test_files_of_a_folder_have_one_schema(tmp_path):
@@ -342,12 +342,12 @@ def test_files_of_a_folder_have_one_schema(tmp_path):
     table = data.read(str(tmp_path / "turned"), tmp_path / "cache", "data.train")
     assert column(table, "label", "task.label") == ["label"] * 2
     read(tmp_path / "turned" / "train-1.csv", "text,score\na,1\n")
-    told = refusal(lambda: data.read(str(tmp_path / "turned"), tmp_path / "cache", "data.train"))
-    assert f"{tmp_path}/turned/train-1.csv: got the columns text, score, expected text, label" in told
+    message = refusal(lambda: data.read(str(tmp_path / "turned"), tmp_path / "cache", "data.train"))
+    assert f"{tmp_path}/turned/train-1.csv: got the columns text, score, expected text, label" in message
 
 
 def test_declared_types_are_those_of_the_folder(tmp_path):
-    """What a README.md declares is asked for, not guessed."""
+    """Types come from the README.md that declares them."""
     about = (
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: rows.*\n"
         "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n"
@@ -363,12 +363,12 @@ def test_declared_types_are_those_of_the_folder(tmp_path):
         assert column(table, "label", "task.label") == [1, 0]
         assert table.features["label"].names == ["bad", "good"]  # pyright: ignore
         (folder / f"rows.{kind}").write_text(content.replace("bad", "worse").replace("good", "worse"))
-        told = refusal(lambda: data.read(str(folder), tmp_path / "cache", "data.train"))  # noqa: B023
-        assert f"rows.{kind}: its values are not of the types that" in told and "worse" in told
+        message = refusal(lambda: data.read(str(folder), tmp_path / "cache", "data.train"))  # noqa: B023
+        assert f"rows.{kind}: its values are not of the types that" in message and "worse" in message
 
 
 def test_files_of_the_hub_are_read_as_files(tmp_path, monkeypatch):
-    """The hub is not there: a folder stands for it, whose files are fetched like those of the hub."""
+    """Offline: a folder stands for the hub, and its files are downloaded like those of the hub."""
     read(tmp_path / "set" / "train.csv", "text,label\n007,None\n")
     builder = datasets.load_dataset_builder(str(tmp_path / "set"), cache_dir=str(tmp_path / "hub"))
     asked = []
@@ -377,7 +377,7 @@ def test_files_of_the_hub_are_read_as_files(tmp_path, monkeypatch):
     assert asked == [("owner/name", "config")]
     assert table.to_list() == [{"text": "007", "label": "None"}]
     assert table.provenance and (table.provenance.source, table.provenance.split) == ("owner/name/config", "train")
-    # Others are read by datasets, and their rows have a digest that does not depend on how they lie.
+    # Others are read by datasets, and the digest of their rows does not depend on how they are stored.
     rows = datasets.Dataset.from_dict({"text": [str(i) for i in range(2500)]})
     parts = datasets.concatenate_datasets([rows.select(range(999)), rows.select(range(999, 2500))])
     digests = []
@@ -406,7 +406,7 @@ def test_a_folder_of_pictures_is_kept_by_content(tmp_path):
     assert len(again) == 2
 
 
-# The cache, and what is told
+# The cache, and provenance
 
 
 def test_an_edited_file_is_read_again_whatever_its_time(tmp_path, monkeypatch):
@@ -421,7 +421,7 @@ def test_an_edited_file_is_read_again_whatever_its_time(tmp_path, monkeypatch):
         raise AssertionError("converted again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("train.data.sources.read_tables", never)
+        patched.setattr("train.data.arrow_cache.read_tables", never)
         assert column(read(file), "text", "task.text") == ["b"]
         copy = tmp_path / "copy.csv"
         shutil.copy(file, copy)
@@ -436,7 +436,7 @@ def test_an_edited_file_is_read_again_whatever_its_time(tmp_path, monkeypatch):
 
 def test_large_files_are_converted_in_parts(tmp_path, monkeypatch):
     """Types are those of all rows, whichever part they are in."""
-    monkeypatch.setattr(formats, "BATCH", 3)
+    monkeypatch.setattr(lines, "BATCH", 3)
     rows = [{"a": i if i < 8 else i + 0.5, "b": "x" if i else None} for i in range(10)]
     table = read(tmp_path / "rows.jsonl", WRITERS["jsonl"](rows, "\n"))
     assert data.cells(table, "a") == [row["a"] for row in rows] and data.cells(table, "b") == [row["b"] for row in rows]
@@ -445,39 +445,41 @@ def test_large_files_are_converted_in_parts(tmp_path, monkeypatch):
     assert "holds text in row 8 of" in refusal(lambda: column(late, "a", "task.label"))
 
 
-def test_accounts_tell_what_became_of_every_row(tmp_path):
+def test_provenance_counts_every_row(tmp_path):
     rows = [{"text": str(i), "label": "x", "split": "train" if i % 4 else "dev"} for i in range(40)]
     file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     tables = data.load(DataConfig(f"{file}:train", f"{file}:dev", limit=7, validation_limit=9), tmp_path / "cache")
     provenance = tables["train"].provenance
     assert provenance and provenance.to_json() == {
         "source": str(file), "found": None, "files": {str(file): 40}, "split": "train",
-        "digest": data.content(str(file)), "read": 40, "used": 7,
+        "digest": data.source_digest(str(file)), "read": 40, "used": 7,
         "dropped": {"of other splits": 10, "beyond the limit of 7": 23},
     }  # fmt: skip
-    assert provenance.line() == (
+    assert provenance.describe() == (
         f"{file}, split train: 40 rows read, 7 used; left out: 10 of other splits, 23 beyond the limit of 7; "
         f"sha256 {provenance.digest[:12]}"
     )
     assert tables["validation"].provenance and tables["validation"].provenance.used == len(tables["validation"]) == 9
     tables = data.load(DataConfig(str(file), holdout=0.25, limit=20), tmp_path / "cache")
-    told = {name: table.provenance.dropped for name, table in tables.items() if table.provenance}
-    assert told == {
+    dropped = {name: table.provenance.dropped for name, table in tables.items() if table.provenance}
+    assert dropped == {
         "train": {"set apart for validation": 10, "beyond the limit of 20": 10},
         "validation": {"trained on": 30},
     }
     assert not set(column(tables["train"], "text", "task.text")) & set(
         column(tables["validation"], "text", "task.text")
     )
-    tables["train"].drop(3, "without a token to learn")
+    tables["train"].count_dropped(3, "without a token that carries loss")
     assert tables["train"].provenance and tables["train"].provenance.used == 17
     tiny.write_jsonl(tmp_path / "test.jsonl", rows[:5])
     beside = data.load(DataConfig(str(file)), tmp_path / "cache")["validation"].provenance
-    assert beside and beside.line().startswith(f"{tmp_path}/test.jsonl, found beside rows.jsonl: 5 rows read, all used")
+    assert beside and beside.describe().startswith(
+        f"{tmp_path}/test.jsonl, found beside rows.jsonl: 5 rows read, all used"
+    )
 
 
 def test_a_run_on_other_data_is_left_as_it_is(tmp_path, monkeypatch, capsys):
-    """Without a directory the newest run that is not finished is gone on with, if its data are the same."""
+    """Without a directory, the newest unfinished run resumes if its data are the same."""
     monkeypatch.chdir(tmp_path)
     config = parse([])
     folder = Path("runs") / f"{config.name}-{config.mode}-seed{config.seed}-20260101-000000"
@@ -491,13 +493,15 @@ def test_a_run_on_other_data_is_left_as_it_is(tmp_path, monkeypatch, capsys):
         place.lock.release()
         return place.path, capsys.readouterr().out
 
-    assert choose() == (folder, "")  # of an earlier version, which told nothing of its data
+    assert choose() == (folder, "")  # of an earlier version, which did not write data.json
     assert json.loads((folder / "data.json").read_text()) == now
     assert choose() == (folder, "")
     now["train"]["digest"] = "3" * 64
-    path, told = choose()
-    assert path != folder and f"{folder} is left as it is" in told and "data.train: a.csv has the sha256 333" in told
-    assert "data.validation" not in told
+    path, printed = choose()
+    assert (
+        path != folder and f"{folder} is left as it is" in printed and "data.train: a.csv has the sha256 333" in printed
+    )
+    assert "data.validation" not in printed
 
 
 @pytest.fixture(scope="module")
@@ -505,14 +509,11 @@ def work(tmp_path_factory) -> Path:
     return tiny.write_sentiment(tmp_path_factory.mktemp("sources"))
 
 
-def test_a_run_tells_its_data_and_goes_on_with_no_other(work, tmp_path):
+def test_a_run_reports_its_data_and_resumes_with_the_same_only(work, tmp_path):
     for name in ("train", "validation"):
         shutil.copy(work / f"{name}.jsonl", tmp_path / ("test.jsonl" if name == "validation" else "train.jsonl"))
-    flags = [
-        "configs/sst2_minilm.py", "--model.path", str(work / "encoder"), "--data.train", str(tmp_path / "train.jsonl"),
-        "--cache-dir", str(tmp_path / "cache"), "--data.limit", "48", "--task.max-length", "16", "--lora.rank", "2",
-        "--fit.batch-size", "8", "--fit.epochs", "1", "--run-dir", str(tmp_path / "run"),
-    ]  # fmt: skip
+    options = f"--data.train {tmp_path}/train.jsonl --cache-dir {tmp_path}/cache --data.limit 48 --fit.epochs 1"
+    flags = tiny.sentiment_flags(work, tmp_path / "run", options)
     code, printed = program(*flags)
     assert code == 0, printed
     lines = [line for line in printed.splitlines() if line.startswith("data.")]
@@ -527,7 +528,7 @@ def test_a_run_tells_its_data_and_goes_on_with_no_other(work, tmp_path):
     assert {name: (one["read"], one["used"]) for name, one in summary["data"].items()} == {
         "train": (64, 48), "validation": (20, 20),
     }  # fmt: skip
-    assert summary["data"]["train"]["digest"] == data.content(str(tmp_path / "train.jsonl"))
+    assert summary["data"]["train"]["digest"] == data.source_digest(str(tmp_path / "train.jsonl"))
 
     kept = (tmp_path / "test.jsonl").read_text()
     tiny.write_jsonl(tmp_path / "test.jsonl", tiny.sentences(21, start=100))

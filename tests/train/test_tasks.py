@@ -33,7 +33,7 @@ from train.tasks import metrics
 from train.tasks.classify import TextClassification, TextRegression
 from train.tasks.language import LanguageModel
 
-BASE = "--fit.batch-size 8 --eval-batch-size 8 --fit.epochs 2 --lora.rank 2 --lora.alpha 4 --learning-rate.lora 0.02"
+OPTIONS = "--fit.epochs 2 --lora.alpha 4 --learning-rate.lora 0.02"
 
 GENERATION = {"eos_token_id": 3, "temperature": 0.6, "top_p": 0.9}
 
@@ -41,12 +41,9 @@ GENERATION = {"eos_token_id": 3, "temperature": 0.6, "top_p": 0.9}
 @pytest.fixture(scope="session")
 def work(tmp_path_factory) -> Path:
     """Checkpoints and data: an encoder, a decoder with a chat template, sentences and sums."""
-    folder = tmp_path_factory.mktemp("tasks")
-    tiny.write_checkpoint(folder / "encoder", tiny.ENCODER, task="features")
+    folder = tiny.write_sentiment(tmp_path_factory.mktemp("tasks"))
     tiny.write_checkpoint(folder / "decoder", tiny.DECODER, task="causal-lm", chat=True)
     (folder / "decoder" / "generation_config.json").write_text(json.dumps(GENERATION))
-    tiny.write_jsonl(folder / "data" / "train.jsonl", tiny.sentences(64))
-    tiny.write_jsonl(folder / "data" / "validation.jsonl", tiny.sentences(20, start=100))
     sums = [{"question": f"{i} + {j} =", "answer": str(i + j)} for i in range(5) for j in range(4)]
     talks = [
         {
@@ -67,17 +64,15 @@ def work(tmp_path_factory) -> Path:
 
 
 def text_flags(work: Path) -> list[str]:
-    return [
-        "configs/sst2_minilm.py", "--model.path", str(work / "encoder"), "--data.train", str(work / "data/train.jsonl"),
-        "--cache-dir", str(work / "cache"), "--data.limit", "None", "--task.max-length", "16", *BASE.split(),
-    ]  # fmt: skip
+    return tiny.sentiment_flags(work, None, OPTIONS)
 
 
 def language_flags(work: Path) -> list[str]:
     return [
         "configs/instruct_llama.py", "--model.path", str(work / "decoder"), "--data.train",
         str(work / "sums/train.jsonl"), "--data.validation", "None", "--cache-dir", str(work / "cache"),
-        "--model.dtype", "float32", "--model.param-dtype", "float32", "--task.max-length", "48", *BASE.split(),
+        "--model.dtype", "float32", "--model.param-dtype", "float32", "--task.max-length", "48",
+        "--fit.batch-size", "8", "--eval-batch-size", "8", "--lora.rank", "2", *OPTIONS.split(),
     ]  # fmt: skip
 
 
@@ -103,7 +98,7 @@ def language_run(work) -> tuple[Path, str]:
 # A run on texts
 
 
-def test_a_text_classifier_is_learnt_and_its_run_directory_is_whole(text_run):
+def test_a_text_classifier_learns_and_its_run_directory_is_complete(text_run):
     folder, printed = text_run
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["metrics"]["adapted"]["validation"]["accuracy"] > 0.8
@@ -144,12 +139,12 @@ def test_predict_labels_texts_as_the_run_measured_them(text_run, tmp_path):
 
 
 def test_eval_measures_what_the_run_measured(text_run, work):
-    """After a line that tells which examples these are."""
+    """After a line with the provenance of the examples."""
     folder, _ = text_run
     summary = json.loads((folder / "summary.json").read_text())
-    figures = summary["metrics"]["adapted"]["validation"]
-    found = "validation: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    file, digest = work / "data/validation.jsonl", summary["data"]["validation"]["digest"][:12]
+    adapted_metrics = summary["metrics"]["adapted"]["validation"]
+    found = "validation: " + "  ".join(f"{name} {value:.4f}" for name, value in adapted_metrics.items())
+    file, digest = work / "validation.jsonl", summary["data"]["validation"]["digest"][:12]
     rows = f"20 rows read, all used; sha256 {digest}"
     code, printed = program("eval", str(folder))
     assert (code, printed) == (0, f"{file}, found beside train.jsonl: {rows}\n{found}\n")
@@ -157,18 +152,18 @@ def test_eval_measures_what_the_run_measured(text_run, work):
     assert (code, printed) == (0, f"{file}: {rows}\n{found}\n")
 
 
-def test_what_is_cut_is_told_where_it_is_measured_and_predicted(text_run, tmp_path):
+def test_truncation_is_reported_by_eval_and_predict(text_run, tmp_path):
     """`max_length` is the run's, 16 tokens with those at both ends."""
     folder, _ = text_run
     long = " ".join(["warm"] * 20)
     (tmp_path / "long.jsonl").write_text(
         "".join(json.dumps({"sentence": text, "label": label}) + "\n" for text, label in ((long, 1), ("dull", 0)))
     )
-    told = "1 of 2 examples are cut at 16 tokens: 6 of 25 tokens are lost\n"
+    cut = "1 of 2 examples are cut at 16 tokens: 6 of 25 tokens are lost\n"
     code, printed = program("eval", str(folder), "--source", str(tmp_path / "long.jsonl"))
-    assert code == 0 and f"validation: {told}" in printed
+    assert code == 0 and f"validation: {cut}" in printed
     code, printed = program("predict", str(folder), "--text", long, "--text", "dull")
-    assert code == 0 and printed.startswith(f"predict: {told}")
+    assert code == 0 and printed.startswith(f"predict: {cut}")
     code, printed = program("predict", str(folder), "--text", "dull")
     assert code == 0 and "cut" not in printed
 
@@ -208,7 +203,7 @@ def test_after_warm_up_nothing_is_compiled(work, tmp_path, accumulate):
     """Sentences of many lengths make few shapes: the second epoch meets none that the first did not."""
     config = dataclasses.replace(
         parse([*text_flags(work), "--run-dir", str(tmp_path)]),
-        data=DataConfig(str(work / "data/train.jsonl")),
+        data=DataConfig(str(work / "train.jsonl")),
         compute=ComputeConfig(accumulate=accumulate),
     )
     tokenizer = load_tokenizer(str(work / "encoder"))
@@ -301,7 +296,7 @@ def test_batches_pad_to_the_shortest_bucket_that_holds_them():
     assert batches.batch_of(examples, np.array([2]), (2, 4))["x"].tolist() == [[3, 3, 3, 9]]
     left = {"x": Ragged([[1], [2, 2, 2]], fill=0, left=True)}
     assert batches.batch_of(left, np.array([0, 1]))["x"].tolist() == [[0, 0, 1], [2, 2, 2]]
-    assert batches.quarters(64) == (16, 32, 48, 64) and batches.quarters(10) == (8, 10)
+    assert batches.default_buckets(64) == (16, 32, 48, 64) and batches.default_buckets(10) == (8, 10)
 
 
 def test_ordered_batches_hold_every_example_once_in_few_shapes():
@@ -327,28 +322,28 @@ def language_model(work: Path, **config: Any) -> LanguageModel:
     return LanguageModel(CausalLM(**config), load_tokenizer(str(work / "decoder")))
 
 
-def learnt_words(examples: batches.Examples, row: int = 0) -> list[str]:
+def words_with_loss(examples: batches.Examples, row: int = 0) -> list[str]:
     pairs = zip(examples["input_ids"][row], examples["loss_mask"][row], strict=True)
-    return [tiny.VOCABULARY[token] for token, learnt in pairs if learnt]
+    return [tiny.VOCABULARY[token] for token, carries_loss in pairs if carries_loss]
 
 
-def test_only_the_completion_is_learnt(work):
+def test_only_the_completion_carries_loss(work):
     task = language_model(work, prompt="q", completion="a")
     examples = task.encode(rows_of(q=["1 + 1 ="], a=[" 2"]))[""]
     assert [tiny.VOCABULARY[i] for i in examples["input_ids"][0]] == ["[CLS]", "1", "+", "1", "=", "2", "[SEP]"]
-    assert learnt_words(examples) == ["2", "[SEP]"]
+    assert words_with_loss(examples) == ["2", "[SEP]"]
     whole = language_model(work, prompt="q", completion="a", learn_prompt=True)
-    assert len(learnt_words(whole.encode(rows_of(q=["1 + 1 ="], a=[" 2"]))[""])) == 7
+    assert len(words_with_loss(whole.encode(rows_of(q=["1 + 1 ="], a=[" 2"]))[""])) == 7
 
 
-def test_only_what_the_assistant_says_is_learnt(work):
+def test_only_the_assistants_turns_carry_loss(work):
     talk = [
         {"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"},
         {"role": "user", "content": "the film"}, {"role": "assistant", "content": "lovely"},
     ]  # fmt: skip
     task = language_model(work, messages="m", system="a story")
     examples = task.encode(rows_of(m=[talk]))[""]
-    assert learnt_words(examples) == ["2", "<end>", "lovely", "<end>"]
+    assert words_with_loss(examples) == ["2", "<end>", "lovely", "<end>"]
     assert tiny.VOCABULARY[examples["input_ids"][0][0]] == "[UNK]"  # <system>, which the tokenizer does not know
     bare = load_tokenizer(str(work / "encoder"))
     with pytest.raises(ConfigError, match="has no chat template"):
@@ -356,7 +351,7 @@ def test_only_what_the_assistant_says_is_learnt(work):
 
 
 def test_packed_examples_have_the_loss_that_they_have_alone(work):
-    """One row of several segments, or a row for each: the same summed loss over as many learnt tokens."""
+    """One row of several segments, or a row for each: the same summed loss over as many tokens."""
     model: Any
     model, params = models.load(work / "decoder")
     table = rows_of(q=["1 + 1 =", "the film", "2 + 3 ="], a=[" 2", " a lovely film", " 5"])
@@ -372,26 +367,25 @@ def test_packed_examples_have_the_loss_that_they_have_alone(work):
     assert found[False][1] == pytest.approx(found[True][1], rel=1e-5)
 
 
-def test_examples_without_a_token_to_learn_are_left_out_and_counted(work):
+def test_examples_without_a_token_of_loss_are_dropped_and_counted(work):
     task = language_model(work, prompt="q", completion="a", max_length=4)
     examples = task.encode(rows_of(q=["1 + 1 =", "1"], a=[" 2", " 3"]))[""]
     assert batches.size(examples) == 1
-    cut = batches.cut_of(examples)
+    cut = batches.truncation_of(examples)
     assert cut is not None and (cut.examples, cut.cut, cut.dropped, cut.lost, cut.tokens) == (2, 1, 1, 2, 4)
-    with pytest.raises(ConfigError, match="none of the 1 examples has a token to learn"):
+    with pytest.raises(ConfigError, match="none of the 1 examples has a token that carries loss"):
         task.encode(rows_of(q=["1 + 1 ="], a=["2"]))
 
 
 def test_a_language_model_learns_and_continues(language_run):
     folder, printed = language_run
-    figures = json.loads((folder / "summary.json").read_text())["metrics"]
-    assert figures["adapted"]["validation"]["loss"] < 0.7 * figures["base"]["validation"]["loss"]
+    adapted_metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert adapted_metrics["adapted"]["validation"]["loss"] < 0.7 * adapted_metrics["base"]["validation"]["loss"]
     assert "perplexity" in printed
     cut = json.loads((folder / "summary.json").read_text())["cut"]["train"]
     assert cut["lost"] == cut["ends"] == cut["dropped"] == 0 and cut["tokens"] > 20
-    assert (
-        "\nfirst example, 11 tokens, 2 learnt (in ⟦ ⟧):\n  <user> : 0 + 0 = <end> <assistant> :⟦ 0 <end>⟧\n" in printed
-    )
+    first = r"\nfirst example, 11 tokens, 2 .*:\n  <user> : 0 \+ 0 = <end> <assistant> :⟦ 0 <end>⟧\n"
+    assert re.search(first, printed), printed
     code, printed = program("generate", str(folder), "--prompt", "1 + 1 =", "--prompt", "2 +", "--max-new-tokens", "3")
     assert code == 0, printed
     assert [line for line in printed.splitlines() if line.startswith("> ")] == ["> 1 + 1 =", "> 2 +"]
@@ -417,7 +411,7 @@ def test_conversations_are_packed_and_trained_on(work, tmp_path):
 
 
 def test_an_untied_language_model_is_trained_and_exported(work, tmp_path):
-    """`--model.untie`: the projection is a leaf of its own, and so are what is learnt of it, and the merged file."""
+    """`--model.untie`: the projection is a leaf of its own, as are its adapter and its tensor in the merged file."""
     flags = "--model.untie --lora.train-also lm_head --fit.epochs 1".split()
     code, printed = program(*language_flags(work), "--run-dir", str(tmp_path), *flags)
     assert code == 0, printed
@@ -506,14 +500,14 @@ def test_a_source_that_cannot_be_used_says_why(tmp_path, source, message):
         data.load(DataConfig(source.format(tmp_path)), tmp_path / "cache")
 
 
-def test_a_missing_column_is_told_the_nearest(work, tmp_path):
+def test_the_error_on_a_missing_column_names_the_nearest(work, tmp_path):
     code, printed = program(*text_flags(work), "--task.text", "sentense", "--run-dir", str(tmp_path))
     assert code == 2
     assert "task.text: the data has no column 'sentense' (closest: 'sentence'" in printed
     assert "pass --task.text" in printed
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -526,7 +520,7 @@ def test_a_missing_column_is_told_the_nearest(work, tmp_path):
         (
             "",
             {"label": "2"},
-            r"holds '2' \(rows .*which is no class; expected one of negative, positive, or its number",
+            r"holds '2' \(rows .*which is not a class; expected one of negative, positive, or its number",
         ),
         ("--data.holdout 0.001", {}, "0.001 of 20 training examples are 0; expected at least one"),
         (
@@ -537,7 +531,7 @@ def test_a_missing_column_is_told_the_nearest(work, tmp_path):
         ("--lora.train-also", {}, "pass key=.*A new head has to be trained: --lora.train-also classifier"),
     ],
 )
-def test_what_would_train_on_nonsense_is_refused(work, tmp_path, flags, rows, message):
+def test_what_would_train_on_nonsense_is_an_error(work, tmp_path, flags, rows, message):
     file = tiny.write_jsonl(tmp_path / "train.jsonl", [row | rows for row in tiny.sentences(20)])
     argv = [*text_flags(work), "--data.train", str(file), "--data.holdout", "0.4", *flags.split()]
     code, printed = program(*argv, "--run-dir", str(tmp_path / "run"))
@@ -545,7 +539,7 @@ def test_what_would_train_on_nonsense_is_refused(work, tmp_path, flags, rows, me
     assert re.search(message, printed, re.DOTALL), printed
 
 
-def test_a_tokenizer_of_other_weights_is_refused(work, tmp_path):
+def test_a_tokenizer_of_other_weights_is_an_error(work, tmp_path):
     tiny.write_checkpoint(tmp_path, {**tiny.ENCODER, "vocab_size": 6}, task="features")
     code, printed = program(*text_flags(work), "--model.path", str(tmp_path), "--run-dir", str(tmp_path / "run"))
     assert code == 2
@@ -556,10 +550,10 @@ def test_a_tokenizer_of_other_weights_is_refused(work, tmp_path):
     assert code == 2 and "has no tokenizer that transformers can read" in printed
 
 
-def test_a_template_that_fails_is_told(work):
+def test_a_template_that_fails_is_an_error(work):
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for template in ("{% for", "{{ raise_exception('no system here') }}"):
-        with pytest.raises(ConfigError, match="the chat template cannot show"):
+        with pytest.raises(ConfigError, match="the chat template cannot render"):
             language_model(work, messages="m", template=template).encode(rows_of(m=[talk]))
 
 
@@ -576,9 +570,9 @@ def test_a_template_that_fails_is_told(work):
         (["predict", "{0}/encoder", "--text", "a"], "its config.json is of something else, such as a checkpoint"),
         (["predcit", "{0}/text-run"], "there is no command 'predcit'; did you mean 'predict'?"),
         (["eval", "{0}/text-run", "--limit", "0"], "got --limit 0"),
-        (["export", "{0}/text-run", "--out", "{0}/data/train.jsonl"], "File exists|is a file"),
+        (["export", "{0}/text-run", "--out", "{0}/train.jsonl"], "File exists|is a file"),
         (["export", "{0}/text-run", "--uniform-rank"], "vLLM.*is trained whole.*jlora.merge"),
-        (["inspect", "{0}/data"], "has no config.json"),
+        (["inspect", "{0}/sums"], "has no config.json"),
         (["inspect", "{0}/encoder", "--lora.targets", "qeury"], "qeury.*closest"),
     ],
 )

@@ -9,8 +9,7 @@ from train.commands.inputs import RunPath
 from train.compute.layouts import Jit
 from train.config import ConfigError
 from train.data import tables
-from train.data.batches import Examples, cut_of
-from train.data.cuts import line
+from train.data.batches import Examples, truncation_of
 from train.job import bucket_lengths
 from train.loop.evaluate import make_measure
 from train.networks.network import check_tokens
@@ -39,12 +38,12 @@ def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) 
     table = table if limit is None else table.keep(range(min(limit, len(table))), f"beyond the limit of {limit:,}")
     sets = {name or "validation": examples for name, examples in opened.task.encode(table).items()}
     if table.provenance is not None:
-        print(table.provenance.line())
+        print(table.provenance.describe())
         if source is None and (differing := changes(run, {"validation": table.provenance.to_json()})):
             print(f"these are not the examples of the run:{bullets(differing)}")
     for name, examples in sets.items():
-        if (cut := cut_of(examples)) is not None and cut.cut + cut.dropped:
-            print(line(name, cut, trains=False))
+        if (cut := truncation_of(examples)) is not None and cut.cut + cut.dropped:
+            print(cut.describe(name, training=False))
     for name, figures in measured(opened, sets).items():
         print(f"{name}: {console.figures_line(figures)}")
 

@@ -18,7 +18,7 @@ from train.config import ConfigError
 from train.data.batches import Ragged, batch_of, ordered_rows
 from train.networks.network import check_tokens
 from train.rundir.finished import FinishedRun, open_run
-from train.tasks.chat import messages_of, tools_of
+from train.tasks.conversations import messages_of, tools_of
 from train.tasks.language import LanguageModel
 
 STEP = 32

@@ -9,10 +9,11 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from jlora.messages import bullets, nearest
+from jlora.messages import nearest
 from train.config import ConfigError, TrainConfig
 from train.data import tables
-from train.data.lines import decode, lines
+from train.data.lines import decode, split_lines
+from train.messages import bulleted, listed
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
@@ -80,7 +81,7 @@ def read_inputs(
     if file is None or file.suffix in LINES:
         if chosen:
             raise ConfigError(f"got --column with {file or flag}, which has no columns; leave it out")
-        texts = list(given) if file is None else lines(_content(file))
+        texts = list(given) if file is None else split_lines(_content(file))
         source, unit = (None, "text") if file is None else (_name(file), "line")
         rows = [tuple(text.split("\t")) if len(columns) > 1 else (text,) for text in texts]
         found = Inputs([], source, unit, [None] * len(texts))
@@ -90,7 +91,7 @@ def read_inputs(
     rows = [None if all(_is_blank(value) for value in row) else row for row in rows]
     if wrong := [found.where(i) for i, row in enumerate(rows) if row is not None and len(row) != len(columns)]:
         raise ConfigError(
-            f"expected {' and '.join(columns)} with one tab between them, got none or more in {_some(wrong)}"
+            f"expected {' and '.join(columns)} with one tab between them, got none or more in {listed(wrong, 8)}"
         )
     found = found._replace(rows=rows)
     if not found.asked:
@@ -112,9 +113,8 @@ def text_of(value: Any, where: str) -> str:
 def refuse_rows(faults: Mapping[int, str], inputs: Inputs, advice: str) -> None:
     """Raises a ConfigError that names every input which has a fault, if there is one."""
     if faults:
-        wrong = [f"{inputs.where(i)}: {fault}" for i, fault in list(faults.items())[:8]]
-        more = f"\n  - and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise ConfigError(f"{len(faults)} of {len(inputs.rows)} texts cannot be used:{bullets(wrong)}{more}\n{advice}")
+        wrong = bulleted([f"{inputs.where(i)}: {fault}" for i, fault in faults.items()], 8)
+        raise ConfigError(f"{len(faults)} of {len(inputs.rows)} texts cannot be used:{wrong}\n{advice}")
 
 
 def _content(file: Path) -> str:
@@ -148,7 +148,3 @@ def _table(
 
 def _is_blank(value: Any) -> bool:
     return isinstance(value, str) and not value.strip()
-
-
-def _some(places: Sequence[str]) -> str:
-    return ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")

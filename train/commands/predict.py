@@ -15,8 +15,7 @@ import jlora
 from train.commands.inputs import RunPath, read_inputs, text_of
 from train.commands.results import check_new, write_results
 from train.config import ConfigError
-from train.data.batches import batch_of, cut_of, ordered_rows
-from train.data.cuts import line
+from train.data.batches import batch_of, ordered_rows, truncation_of
 from train.job import bucket_lengths
 from train.networks.network import check_tokens
 from train.rundir.finished import FinishedRun, open_run
@@ -89,8 +88,8 @@ def outputs(opened: FinishedRun, task: Texts, rows: list[list[str]]) -> np.ndarr
     first, *second = (list(column) for column in zip(*rows, strict=True))
     examples = task.tokens(first, second[0] if second else None)
     check_tokens(opened.network, {"": examples})
-    if (cut := cut_of(examples)) is not None and cut.cut:
-        print(line("predict", cut, trains=False), file=sys.stderr)  # beside the results, which may go to a pipe
+    if (cut := truncation_of(examples)) is not None and cut.cut:
+        print(cut.describe("predict", training=False), file=sys.stderr)  # beside the results, which may go to a pipe
     forward = jax.jit(lambda tree, inputs: jlora.lora(opened.network.forward)(tree, inputs))
     found = np.empty((len(rows), max(len(task.labels), 1)), np.float32)
     buckets = bucket_lengths(opened.config, {"": examples})

@@ -11,8 +11,7 @@ import numpy as np
 
 from train.commands.sheet import write_sheet
 from train.config import ConfigError, ImageClassification, TrainConfig
-from train.data.batches import Examples, cut_of, size
-from train.data.cuts import line
+from train.data.batches import Examples, size, truncation_of
 from train.job import TrainingData, training_data
 from train.report import examples as look
 
@@ -74,12 +73,12 @@ def summary(name: str, found: TrainingData, sets: Mapping[str, Examples]) -> Ite
     examples = sets[list(sets)[-1]]
     if "input_ids" in examples:
         long, learnt = counts(examples)
-        cut = cut_of(examples)
+        cut = truncation_of(examples)
         packed = f", packed into {size(examples):,} rows of at most {task.max_length:,} tokens"
         yield f"{name}: {len(long):,} examples{packed if 'segment_ids' in examples else ''}"
         yield f"  tokens  {_spread(long)}"
         if cut is not None and cut.cut + cut.dropped:
-            yield f"  {line('cut', cut)}"
+            yield f"  {cut.describe('cut')}"
         if "loss_mask" in examples:
             share = learnt.sum() / long.sum()
             yield f"  learnt  {_spread(learnt)}; {learnt.sum():,} of {long.sum():,} tokens ({share:.1%})"

@@ -1,9 +1,12 @@
-"""From sources to batches.
+"""From sources to batches: sources -> tables -> examples (made by `train.tasks`) -> batches.
 
-``lines``    text files: encodings and lines
-``formats``  files of every kind: rows as they were written
-``sources``  files, folders and datasets of the hub, and what is told of them
-``tables``   the training and the validation table of a configuration
-``cuts``     what a maximal length takes from texts
-``batches``  examples in batches of few shapes
+``lines``        text files: encoding, compression, lines
+``delimited``    rows of .csv and .tsv
+``json_rows``    rows of .json and .jsonl
+``formats``      files of any format as Arrow tables
+``arrow_cache``  files as one memory-mapped dataset, cached by content
+``sources``      a file, a folder or a dataset on the hub as rows with their provenance
+``tables``       the training and the validation table of a configuration, and checked columns
+``truncation``   what ``max_length`` cuts from texts
+``batches``      examples as padded batches of few shapes
 """

@@ -1,7 +1,7 @@
-"""From examples to batches of few shapes, so that each shape is compiled once and nothing later.
+"""Examples in, batches of few shapes out, so that each shape is compiled once.
 
-Examples are columns by name, and so is a batch. Which example comes when is a pure function of (seed, epoch): a run can
-be repeated, resumed, or split over processes without any state to carry.
+Examples are columns by name, and so is a batch. The order of the examples is a pure function of (seed, epoch): a run
+can be repeated, resumed or split over processes without any state.
 """
 
 from __future__ import annotations
@@ -12,24 +12,30 @@ from typing import TypeAlias
 
 import numpy as np
 
-from train.data.cuts import Cut
+from train.data.truncation import Truncation
 
 
 class Ragged(list[np.ndarray]):
-    """A column of arrays [length] whose lengths differ; in a batch they are filled up with ``fill``.
+    """A column of int32 arrays [length] of different lengths, which batches pad.
 
     Attributes:
-      fill: the value behind the end, or before the start where ``left``.
-      cut: what was cut of them, where they are texts that were.
+      fill: the padding value.
+      left: whether padding goes before the values rather than after them.
+      truncation: what was cut from texts; None for other columns.
     """
 
     def __init__(
-        self, values: Sequence[Sequence[int] | np.ndarray], fill: int, *, left: bool = False, cut: Cut | None = None
+        self,
+        values: Sequence[Sequence[int] | np.ndarray],
+        fill: int,
+        *,
+        left: bool = False,
+        truncation: Truncation | None = None,
     ):
         super().__init__(np.asarray(value, np.int32) for value in values)
         self.fill = fill
         self.left = left
-        self.cut = cut
+        self.truncation = truncation
 
 
 Examples: TypeAlias = Mapping[str, np.ndarray | Ragged]
@@ -37,42 +43,44 @@ Batch: TypeAlias = Mapping[str, np.ndarray]
 
 
 def size(examples: Examples) -> int:
-    """How many examples there are."""
+    """The number of examples."""
     return len(next(iter(examples.values())))
 
 
 def lengths(examples: Examples) -> np.ndarray | None:
-    """The length of every example, int [n]; None when no column is ragged."""
+    """The length of each example, int [n]; None if no column is ragged."""
     ragged = next((column for column in examples.values() if isinstance(column, Ragged)), None)
     return None if ragged is None else np.array([len(value) for value in ragged])
 
 
-def cut_of(examples: Examples) -> Cut | None:
-    """What was cut of texts; None for examples that are none."""
-    return next((one.cut for one in examples.values() if isinstance(one, Ragged) and one.cut is not None), None)
+def truncation_of(examples: Examples) -> Truncation | None:
+    """What was cut from texts; None for examples without texts."""
+    found = (column.truncation for column in examples.values() if isinstance(column, Ragged))
+    return next((one for one in found if one is not None), None)
 
 
-def quarters(max_length: int) -> tuple[int, ...]:
-    """The default buckets: four quarters of ``max_length``, rounded up to a multiple of 8 where that is no longer."""
+def default_buckets(max_length: int) -> tuple[int, ...]:
+    """Four quarters of ``max_length``, each rounded up to a multiple of 8 but to ``max_length`` at most."""
     return tuple(sorted({min(max_length, -(-max_length * i // 32) * 8) for i in (1, 2, 3, 4)}))
 
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which ``count`` examples are seen in an epoch: a function of its arguments and nothing else."""
+    """A permutation of ``count`` examples, int [count], that depends on these arguments alone."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def training_rows(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Which of ``count`` examples are in the batch of ``step``, from 0; an incomplete last batch is left out."""
+    """The examples in the batch of ``step`` (from 0), int [batch_size]; an epoch's incomplete last batch is dropped."""
     epoch, batch = divmod(step, count // batch_size)
     return epoch_order(count, seed, epoch + 1)[batch * batch_size : (batch + 1) * batch_size]
 
 
 def ordered_rows(examples: Examples, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """All examples, those of one length together, as ``(rows, own)`` of each batch.
+    """All examples, sorted by length, as ``(rows, own)`` for each batch.
 
-    A batch has ``batch_size`` rows, of which the first ``own`` are its own; the last is filled up with its last row.
+    ``rows``, int [batch_size], index the examples. The last batch repeats its last row; only its first ``own`` rows
+    count.
     """
     count, long = size(examples), lengths(examples)
     order = np.arange(count) if long is None else np.argsort(long, kind="stable")
@@ -82,20 +90,20 @@ def ordered_rows(examples: Examples, batch_size: int) -> Iterator[tuple[np.ndarr
 
 
 def bucket_of(examples: Examples, rows: np.ndarray, buckets: Sequence[int]) -> tuple[int, ...]:
-    """The bucket of a batch, for `batch_of` of any part of its rows; none when no column is ragged."""
+    """The bucket of a batch, so that `batch_of` pads any part of its rows alike; empty if no column is ragged."""
     longest = [max(len(column[row]) for row in rows) for column in examples.values() if isinstance(column, Ragged)]
-    return (_shortest(buckets, max(longest)),) if longest else ()
+    return (_bucket(buckets, max(longest)),) if longest else ()
 
 
 def batch_of(examples: Examples, rows: np.ndarray, buckets: Sequence[int] = ()) -> Batch:
-    """The examples ``rows`` as one batch, ragged columns as int32 [rows, shortest bucket that holds the longest]."""
+    """The examples ``rows`` as one batch; ragged columns are int32 [rows, shortest bucket that fits the longest]."""
     batch = {}
     for name, column in examples.items():
         if not isinstance(column, Ragged):
             batch[name] = column[rows]
             continue
         values = [column[row] for row in rows]
-        length = _shortest(buckets, max(map(len, values)))
+        length = _bucket(buckets, max(map(len, values)))
         out = np.full((len(rows), length), column.fill, np.int32)
         for line, value in zip(out, values, strict=True):
             line[length - len(value) if column.left else 0 :][: len(value)] = value
@@ -103,5 +111,5 @@ def batch_of(examples: Examples, rows: np.ndarray, buckets: Sequence[int] = ()) 
     return batch
 
 
-def _shortest(buckets: Sequence[int], longest: int) -> int:
+def _bucket(buckets: Sequence[int], longest: int) -> int:
     return min((bucket for bucket in buckets if bucket >= longest), default=longest)

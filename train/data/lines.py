@@ -1,50 +1,90 @@
-"""Text files: what their bytes say, and where a line ends."""
+"""Text files in, decoded lines out: encoding, compression, line endings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import bz2
+import gzip
+import itertools
+import lzma
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import Any, BinaryIO, TypeVar
 
 from train.config import ConfigError
+
+T = TypeVar("T")
+
+BATCH = 10_000
+"""Rows converted at once."""
+
+_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of rows.
+
+    Attributes:
+      path: where it is stored.
+      name: its name in messages, with the suffixes that say its format and compression.
+    """
+
+    path: Path
+    name: str
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of its format: ``.csv`` for ``rows.csv.gz``."""
+        *_, before, last = "", "", *(suffix.lower() for suffix in Path(self.name).suffixes)
+        return before if last in _OPEN and before != ".parquet" else last
+
+    def open(self) -> BinaryIO:
+        return _OPEN.get(Path(self.name).suffix.lower(), open)(self.path, "rb")
+
+    def lines(self) -> Iterator[str]:
+        """Its lines, with their line endings; see `decode`."""
+        with self.open() as opened:
+            for number, line in enumerate(opened, 1):
+                yield decode(line, self.name, number)
 
 
 def decode(content: bytes, name: str, first: int = 1) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Args:
-      name: of the file, for the error.
-      first: the number of the line with which ``content`` begins; only the first one of a file may have a mark.
+      name: the file's name, for errors.
+      first: the line number at which ``content`` starts; only a file's first line may have a byte order mark.
 
     Raises:
-      ConfigError: if it is not UTF-8, naming the line.
+      ConfigError: if it is not UTF-8 or has a NUL byte, naming the line.
     """
     try:
         text = content.decode("utf-8-sig" if first == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        marked = first == 1 and content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        utf16 = first == 1 and content.startswith((b"\xff\xfe", b"\xfe\xff"))
         line = first + content.count(b"\n", 0, error.start)
         raise ConfigError(
             f"{name}, line {line}: expected UTF-8, got "
-            f"{'the byte order mark of UTF-16' if marked else f'the byte 0x{content[error.start]:02x}'}. Convert it "
-            f"first, for example from {'UTF-16' if marked else 'Latin-1'}: "
-            f"iconv -f {'utf-16' if marked else 'latin1'} -t utf-8 {quote(name)} > {quote(f'utf8-{Path(name).name}')}"
+            f"{'the byte order mark of UTF-16' if utf16 else f'the byte 0x{content[error.start]:02x}'}. Convert it "
+            f"first, for example from {'UTF-16' if utf16 else 'Latin-1'}: "
+            f"iconv -f {'utf-16' if utf16 else 'latin1'} -t utf-8 {quote(name)} > {quote(f'utf8-{Path(name).name}')}"
         ) from error
     if (at := text.find("\0")) >= 0:
         line = first + text.count("\n", 0, at)
-        raise ConfigError(
-            f"{name}, line {line}: expected text in UTF-8, got a NUL byte: is it UTF-16, or no text at all?"
-        )
+        raise ConfigError(f"{name}, line {line}: expected text in UTF-8, got a NUL byte: is it UTF-16, or not text?")
     return text
 
 
-def lines(text: str) -> list[str]:
-    r"""The lines of a text: only \n and \r\n end one, so that other separators, such as U+2028, stay in their line."""
+def split_lines(text: str) -> list[str]:
+    r"""The lines of a text. Only \n and \r\n end a line; other separators, such as U+2028, stay in it."""
     found = text.replace("\r\n", "\n").split("\n")
     return found[:-1] if found[-1] == "" else found
 
 
-def stream(file: Iterable[bytes], name: str) -> Iterator[str]:
-    """The lines of an open file with what ends them, one at a time; see `decode`."""
-    for number, line in enumerate(file, 1):
-        yield decode(line, name, number)
+def in_batches(rows: Iterable[T]) -> Iterator[list[T]]:
+    """The rows in lists of `BATCH`, the last one shorter."""
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, BATCH)):
+        yield batch

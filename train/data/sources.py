@@ -1,50 +1,40 @@
-"""Sources: which files a name stands for, what they hold (as Arrow files, by content), and what is told of them."""
+"""The name of a source in (a file, a folder, a dataset on the hub), its rows and their provenance out."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 
-from jlora.files.checksums import check_sums, write_sums
-from jlora.files.errors import TensorError
-from jlora.files.json_files import read_json
 from jlora.messages import nearest
 from train.config import ConfigError
-from train.data.formats import File, read_tables
+from train.data.arrow_cache import cached_rows, path_digest, rows_digest
+from train.data.lines import File
+from train.messages import listed
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 VALIDATION = ("validation", "dev", "valid", "val", "test")
-"""What the examples that are not trained on are called, by preference."""
-
-READERS = 1
-"""The version of `train.data.formats`: what other versions have read is read again."""
+"""Names of validation splits and files, by preference."""
 
 
 @dataclass
 class Provenance:
-    """What is told of a set of examples.
+    """Where a set of examples comes from, and what became of every row.
 
     Attributes:
-      source: as it was asked for, or found.
-      found: how, if it was not asked for.
-      files: that were read, and how many rows each has; none for a dataset of the hub.
-      split: of the source.
-      digest: SHA-256 of the file; of several, that of their digests; of a dataset of the hub, that of its rows.
-      read: how many rows there are.
-      dropped: how many of them are not used, by the reason.
+      source: the file, folder or dataset, as configured or found.
+      found: how it was found; None if it was configured.
+      files: the files that were read, with the rows of each; empty for a dataset that `datasets` read.
+      split: the split of the source, or None.
+      digest: SHA-256 of the file; of several files, that of their digests; of a dataset on the hub, that of its rows.
+      read: number of rows read.
+      dropped: number of rows that are not used, by reason.
     """
 
     source: str
@@ -62,22 +52,18 @@ class Provenance:
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "used": self.used}
 
-    def line(self) -> str:
-        """The same for a person."""
-        files = "" if [*self.files] in ([], [self.source]) else f" ({_some(list(self.files))})"
+    def describe(self) -> str:
+        """One line that says all of it."""
+        files = "" if [*self.files] in ([], [self.source]) else f" ({listed(list(self.files), 4)})"
         split = f", split {self.split}" if self.split else ""
         found = f", {self.found}" if self.found else ""
-        left = ", ".join(f"{count:,} {why}" for why, count in self.dropped.items())
-        used = f"{self.used:,} used; left out: {left}" if left else "all used"
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
+        used = f"{self.used:,} used; left out: {left_out}" if left_out else "all used"
         return f"{self.source}{files}{split}{found}: {self.read:,} rows read, {used}; sha256 {self.digest[:12]}"
 
 
-def _some(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def parse(source: str) -> tuple[str, str | None]:
-    """Location and split."""
+    """``(location, split)`` of ``location:split``; the split is None without a colon."""
     source = os.path.expanduser(source)
     if Path(source).exists():
         return source, None
@@ -85,14 +71,18 @@ def parse(source: str) -> tuple[str, str | None]:
     return (location, split) if colon and location and "/" not in split else (source, None)
 
 
-def content(source: str) -> str | None:
-    """The digest of a local source's files; None for what lies elsewhere."""
+def source_digest(source: str) -> str | None:
+    """The SHA-256 of a local file or folder; None for any other source."""
     path = Path(parse(source)[0])
-    return _digest(path) if path.exists() else None
+    return path_digest(path) if path.exists() else None
 
 
-def beside(train: str) -> tuple[str, str]:
-    """The source of the validation examples that goes with one of training examples, and how it was found."""
+def find_validation(train: str) -> tuple[str, str]:
+    """The validation source that belongs to a training source, and how it was found.
+
+    Raises:
+      ConfigError: if there is no file with a name in `VALIDATION` beside a training file.
+    """
     location, _ = parse(train)
     path = Path(location)
     if not path.is_file():
@@ -104,178 +94,88 @@ def beside(train: str) -> tuple[str, str]:
                 return str(sibling), f"found beside {path.name}"
     raise ConfigError(
         f"data.validation: got None, and beside {path} there is no file named {', '.join(VALIDATION[:-1])} or "
-        f"{VALIDATION[-1]}; pass --data.validation FILE, or --data.holdout 0.1 "
-        "to set a tenth of the training examples apart"
+        f"{VALIDATION[-1]}; pass --data.validation FILE, or --data.holdout 0.1 to hold out a tenth of the training "
+        "examples"
     )
 
 
 def read_source(
-    source: str, cache_dir: Path, of: str, found: str | None, quoted_tsv: bool
+    source: str, cache_dir: Path, field: str, found: str | None, quoted_tsv: bool
 ) -> tuple[datasets.Dataset, Provenance]:
-    """All rows of a source's split, and what is told of them; a file has one split, which is asked for by a column.
+    """All rows of a source's split. A file is read whole; rows of its split are chosen later, by a column.
 
     Args:
-      of: the field of the configuration that names the source, for errors; that of the training examples asks for the
-        split ``train``, others for the first of `VALIDATION`.
+      field: the configuration's field with the source, for errors. Without a split, ``data.train`` reads the split
+        ``train``, and other fields the first one in `VALIDATION`.
 
     Raises:
-      ConfigError: if the source is not there, cannot be read, or is empty.
+      ConfigError: if the source does not exist, cannot be read, or is empty.
     """
     location, split = parse(source)
     path = Path(location)
     try:
         if path.is_file():
-            files = [File(path, str(path))]
-            if files[0].suffix not in SUFFIXES:
+            file = File(path, str(path))
+            if file.suffix not in SUFFIXES:
                 raise ConfigError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
-            rows, provenance = _from_files(files, cache_dir, quoted_tsv)
+            rows, files, digest = cached_rows([file], cache_dir, quoted_tsv)
         elif path.is_dir() or not (path.suffix in SUFFIXES or location.startswith((".", "/"))):
-            rows, provenance = _from_dataset(location, split, cache_dir, of, quoted_tsv)
+            wanted = (split,) if split else ("train",) if field == "data.train" else VALIDATION
+            rows, files, digest, split = _read_dataset(location, wanted, cache_dir, quoted_tsv)
         else:
             siblings = sorted(str(file) for file in path.parent.glob("*") if file.suffix in SUFFIXES)
             raise ConfigError(f"there is no file at {location}{nearest(location, siblings)}")
     except ConfigError as error:
-        raise ConfigError(f"{of}: {error}") from error
-    except Exception as error:  # whatever a reader raises of a malformed file: datasets has no common class for it
+        raise ConfigError(f"{field}: {error}") from error
+    except Exception as error:  # a malformed file raises whatever its reader likes; datasets has no common class
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"{of}: {source} cannot be read: {reason[0]} Expected a file ({', '.join(SUFFIXES)}), a folder of such, "
-            "or a dataset on the hub as owner/name:split"
+            f"{field}: {source} cannot be read: {reason[0]} Expected a file ({', '.join(SUFFIXES)}), a folder of such "
+            "files, or a dataset on the hub as owner/name:split"
         ) from error
     if not len(rows):
-        raise ConfigError(f"{of}: {source} has no examples")
-    return rows, dataclasses.replace(provenance, source=location, found=found, split=split or provenance.split)
+        raise ConfigError(f"{field}: {source} has no examples")
+    return rows, Provenance(location, found, files, split, digest, len(rows))
 
 
-# Files that are read here
+def _read_dataset(
+    location: str, splits: Sequence[str], cache_dir: Path, quoted_tsv: bool
+) -> tuple[datasets.Dataset, dict[str, int], str, str]:
+    """``(rows, rows of each file, digest, split)`` of a folder or a dataset on the hub; the first split that it has.
 
-
-def _from_files(
-    files: Sequence[File], cache_dir: Path, quoted_tsv: bool, features: datasets.Features | None = None
-) -> tuple[datasets.Dataset, Provenance]:
-    digests = [_digest(file.path) for file in files]
-    made_of = [READERS, quoted_tsv, str(features), [file.suffix for file in files], digests]
-    folder = cache_dir / "data" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
-    if not _is_whole(folder):
-        _convert(files, folder, quoted_tsv, features)
-    counts = read_json(folder / "rows.json")["rows"]
-    rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    names = [file.name for file in files]
-    return rows, Provenance("", None, dict(zip(names, counts, strict=True)), None, digest, len(rows))
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        check_sums(folder)
-    except TensorError:  # not there, or damaged: then it is written again
-        return False
-    return True
-
-
-def _convert(files: Sequence[File], folder: Path, quoted_tsv: bool, features: datasets.Features | None) -> None:
-    """Write the rows of files as one Arrow file; the folder appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix="draft-"))
-    counts = [0] * len(files)
-    try:
-        with contextlib.ExitStack() as stack:
-            sink = stack.enter_context(pa.OSFile(str(draft / "rows.arrow"), "wb"))
-            writer = None
-            for number, table in read_tables(files, quoted_tsv=quoted_tsv, features=features):
-                writer = writer or stack.enter_context(pa.ipc.new_stream(sink, table.schema))
-                writer.write_table(table)
-                counts[number] += len(table)
-            if writer is None:
-                stack.enter_context(pa.ipc.new_stream(sink, pa.schema([])))
-        if not sum(counts):
-            names = _some([file.name for file in files])
-            raise ConfigError(f"{names} {'is' if len(files) == 1 else 'are'} empty: there are no rows")
-        (draft / "rows.json").write_text(json.dumps({"rows": counts}))
-        write_sums(draft)
-        try:
-            draft.rename(folder)
-        except (
-            OSError
-        ):  # Another run converted the same files meanwhile, and what it wrote is as good, or it is damaged.
-            if not _is_whole(folder):
-                shutil.rmtree(folder)
-                draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _digest(path: Path) -> str:
-    """The SHA-256 of a file; of a folder, that of the names and the digests of its files."""
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        listed = "".join(f"{_digest(file)}  {file.relative_to(path)}\n" for file in files)
-        return hashlib.sha256(listed.encode()).hexdigest()
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-# Folders and the hub, whose files `datasets` finds
-
-
-def _from_dataset(
-    location: str, split: str | None, cache_dir: Path, of: str, quoted_tsv: bool
-) -> tuple[datasets.Dataset, Provenance]:
-    """A split of a folder, or of a dataset on the hub.
-
-    Files of `SUFFIXES` in it are read here. Others, such as pictures, are read by `datasets`: its cache goes by names
-    and times, so each content has one of its own.
+    Its files in one of `SUFFIXES` are read here. Others, such as pictures, are read by `datasets`, whose cache is keyed
+    by names and times; so each content of a folder has a cache of its own.
     """
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
-    local = Path(location).is_dir()
-    kept = cache_dir / "datasets"
+    local, cache = Path(location).is_dir(), cache_dir / "datasets"
     if local:
-        digest = _digest(Path(location))
-        name, configuration, kept = location, None, kept / digest[:24]
+        digest = path_digest(Path(location))
+        name, configuration, cache = location, None, cache / digest[:24]
     else:
         owner, name, *rest = location.split("/", 2)
         name, configuration, digest = f"{owner}/{name}", rest[0] if rest else None, ""
-    builder = datasets.load_dataset_builder(name, configuration, cache_dir=str(kept))
-    files: Mapping[str, Sequence[str]] = {str(one): urls for one, urls in (builder.config.data_files or {}).items()}
-    own = {one: [File(Path(url), url) for url in urls] for one, urls in files.items()}
-    # Parquet of the hub has declared types, whoever reads it.
-    if own and builder.name in (("csv", "json", "text", "parquet") if local else ("csv", "json", "text")):
-        chosen = _split(list(own), split, of)
-        here = own[chosen] if local else _fetched(own[chosen], kept)
-        rows, provenance = _from_files(here, cache_dir, quoted_tsv, builder.info.features)
-        return rows, dataclasses.replace(provenance, split=chosen)
-    found = datasets.load_dataset(name, configuration, cache_dir=str(kept))
+    builder = datasets.load_dataset_builder(name, configuration, cache_dir=str(cache))
+    urls: Mapping[str, Sequence[str]] = {str(one): names for one, names in (builder.config.data_files or {}).items()}
+    # Parquet on the hub is left to `datasets`: its types are declared, whoever reads it.
+    if urls and builder.name in (("csv", "json", "text", "parquet") if local else ("csv", "json", "text")):
+        split = _first_split(splits, list(urls))
+        paths = urls[split] if local else _download(urls[split], cache)
+        files = [File(Path(path), url) for path, url in zip(paths, urls[split], strict=True)]
+        return *cached_rows(files, cache_dir, quoted_tsv, builder.info.features), split
+    found = datasets.load_dataset(name, configuration, cache_dir=str(cache))
     assert isinstance(found, datasets.DatasetDict)
-    chosen = _split([str(one) for one in found], split, of)
-    rows = found[chosen]
-    return rows, Provenance("", None, {}, chosen, digest or _digest_of_rows(rows), len(rows))
+    split = _first_split(splits, [str(one) for one in found])
+    return found[split], {}, digest or rows_digest(found[split]), split
 
 
-def _split(there: Sequence[str], split: str | None, of: str) -> str:
-    # A source without a split means the training examples, or for validation the first of the usual names.
-    wanted = (split,) if split else ("train",) if of == "data.train" else VALIDATION
+def _first_split(wanted: Sequence[str], splits: Sequence[str]) -> str:
     for name in wanted:
-        if name in there:
+        if name in splits:
             return name
-    raise ConfigError(f"there is no split {' or '.join(wanted)}; there are {', '.join(there)}")
+    raise ConfigError(f"there is no split {' or '.join(wanted)}; there are {', '.join(splits)}")
 
 
-def _fetched(files: Sequence[File], kept: Path) -> list[File]:
-    manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(cache_dir=str(kept / "downloads")))
-    paths = manager.download([file.name for file in files])
-    return [File(Path(path), file.name) for path, file in zip(paths, files, strict=True)]
-
-
-def _digest_of_rows(rows: datasets.Dataset) -> str:
-    """A digest of what rows hold, however they are divided in memory and on the disk."""
-    digest = hashlib.sha256()
-    batches: Any = rows.with_format("arrow").iter(1000)
-    for batch in batches:
-        sink = pa.BufferOutputStream()
-        # Copied, so that a part of a larger array has the bytes of one that holds no more.
-        whole = batch.take(list(range(len(batch)))).combine_chunks().replace_schema_metadata()
-        with pa.ipc.new_stream(sink, whole.schema) as writer:
-            writer.write_table(whole)
-        digest.update(sink.getvalue())
-    return digest.hexdigest()
+def _download(urls: Sequence[str], cache: Path) -> list[str]:
+    config = datasets.DownloadConfig(cache_dir=str(cache / "downloads"))
+    return datasets.DownloadManager(download_config=config).download(list(urls))

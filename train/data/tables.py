@@ -1,4 +1,4 @@
-"""From a source to a table: the examples that `train.config.DataConfig` names, and their columns for the tasks."""
+"""The sources of a configuration in, tables and their checked columns out."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import numpy as np
 
 from jlora.messages import nearest
 from train.config import ConfigError, DataConfig
-from train.data.sources import Provenance, beside, content, read_source
+from train.data.sources import Provenance, find_validation, read_source, source_digest
 
 
 class Table(datasets.Dataset):
-    """Rows that know where they were read.
+    """Rows that keep their provenance through every selection.
 
     Attributes:
-      provenance: what is told of them; None for rows that were made, not read.
-      rows: the number of each row in the source, from 0.
+      provenance: where they come from; None for rows that were not read from a source.
+      rows: the index of each row in the source, int [n].
     """
 
     provenance: Provenance | None = None
@@ -37,7 +37,7 @@ class Table(datasets.Dataset):
         return made
 
     @classmethod
-    def of(cls, dataset: datasets.Dataset, provenance: Provenance) -> Table:
+    def from_source(cls, dataset: datasets.Dataset, provenance: Provenance) -> Table:
         table = cls(dataset.data, info=dataset.info, split=dataset.split)
         table.provenance, table.rows = provenance, np.arange(len(table))
         return table
@@ -50,29 +50,27 @@ class Table(datasets.Dataset):
         return found
 
     def keep(self, indices: Sequence[int] | np.ndarray, why: str) -> Table:
-        """These rows; ``why`` tells in the provenance why the others are dropped."""
+        """These rows alone; the provenance counts the others as dropped for the reason ``why``."""
         found = self.select(indices)
         if self.provenance is not None:
             dropped = {**self.provenance.dropped, why: len(self) - len(found)}
             found.provenance = dataclasses.replace(self.provenance, dropped={k: n for k, n in dropped.items() if n})
         return found
 
-    def drop(self, count: int, why: str) -> None:
-        """Tell in the provenance that a task uses so many rows less."""
+    def count_dropped(self, count: int, why: str) -> None:
+        """Count rows in the provenance that a task does not use."""
         if self.provenance is not None and count:
             self.provenance.dropped[why] = self.provenance.dropped.get(why, 0) + count
 
-    def where(self, rows: Sequence[int], most: int = 5) -> str:
-        """The places of rows in their files, such as ``rows 2, 7 of train.csv``; they count from 1, after a header."""
+    def locate(self, rows: Sequence[int], most: int = 5) -> str:
+        """Where rows are in their files, such as ``rows 2, 7 of train.csv``; counted from 1, without a header."""
         name, numbers = "", [row + 1 for row in rows]
         if self.provenance is not None and self.rows is not None:
-            files, places = (
-                self.provenance.files or {self.provenance.source: self.provenance.read},
-                self.rows[list(rows)],
-            )
+            files = self.provenance.files or {self.provenance.source: self.provenance.read}
+            places = self.rows[list(rows)]
             starts = np.cumsum([0, *files.values()])
             first = int(np.searchsorted(starts, places[0], side="right")) - 1
-            # Of several files the first one with such a row is named.
+            # Of several files, only the first one with such a row is named.
             places = np.sort(places[(places >= starts[first]) & (places < starts[first + 1])])
             name, numbers = f" of {list(files)[first]}", [int(place - starts[first]) + 1 for place in places]
         shown = [f"{number:,}" for number in numbers[:most]]
@@ -81,31 +79,31 @@ class Table(datasets.Dataset):
 
 
 def load(config: DataConfig, cache_dir: Path) -> dict[str, Table]:
-    """The training and the validation examples.
+    """The training and the validation table, each with its provenance.
 
-    What files hold is written to Arrow files below ``cache_dir``, by their content, and mapped; only datasets of the
-    hub are fetched.
+    Rows are memory-mapped from Arrow files in ``cache_dir``, which are keyed by content; only datasets on the hub are
+    downloaded.
 
     Returns:
-      ``{"train": table, "validation": table}``, each with its provenance.
+      ``{"train": table, "validation": table}``
 
     Raises:
-      ConfigError: if a source is not there, cannot be read, is empty, or if there is no validation data.
+      ConfigError: if a source does not exist, cannot be read or is empty, or if there is no validation data.
     """
     train = read(config.train, cache_dir, "data.train", quoted_tsv=config.quoted_tsv)
-    # Files are often in some order. A choice does not depend on the run's seed, so that runs can be compared.
+    # Files are often sorted. The choice does not depend on the run's seed, so that runs can be compared.
     order = np.random.default_rng(0).permutation(len(train))
     if config.validation is None and config.holdout:
         apart = round(config.holdout * len(train))
         if not 0 < apart < len(train):
             raise ConfigError(
                 f"data.holdout: {config.holdout} of {len(train)} training examples are {apart}; expected at least one "
-                "on either side. Pass another --data.holdout, or --data.validation FILE"
+                "on each side. Pass another --data.holdout, or --data.validation FILE"
             )
         validation = train.keep(order[:apart], "trained on")
         train, order = train.keep(order[apart:], "set apart for validation"), np.arange(len(train) - apart)
     else:
-        source, found = (config.validation, None) if config.validation else beside(config.train)
+        source, found = (config.validation, None) if config.validation else find_validation(config.train)
         validation = read(source, cache_dir, "data.validation", found=found, quoted_tsv=config.quoted_tsv)
     if config.limit is not None and config.limit < len(train):
         train = train.keep(order[: config.limit], f"beyond the limit of {config.limit:,}")
@@ -116,19 +114,18 @@ def load(config: DataConfig, cache_dir: Path) -> dict[str, Table]:
 
 
 def read(source: str, cache_dir: Path, field: str, *, found: str | None = None, quoted_tsv: bool = False) -> Table:
-    """The examples of one source.
+    """The rows of one source.
 
     Args:
-      source: see `train.config.DataConfig`.
-      field: the field of the configuration that it came from, for errors.
-      found: how the source was found, if it was not asked for.
-      quoted_tsv: see `train.config.DataConfig`.
+      source, quoted_tsv: see `train.config.DataConfig`.
+      field: the configuration's field with the source, for errors.
+      found: how the source was found; None if it was configured.
 
     Raises:
       ConfigError: as `load`.
     """
     rows, provenance = read_source(source, cache_dir, field, found, quoted_tsv)
-    table = Table.of(rows, provenance)
+    table = Table.from_source(rows, provenance)
     if provenance.split is None or not Path(provenance.source).is_file():
         return table
     if "split" not in table.column_names:
@@ -141,24 +138,24 @@ def read(source: str, cache_dir: Path, field: str, *, found: str | None = None, 
     return table.keep(chosen, "of other splits")
 
 
-def contents(config: DataConfig) -> list[str | None]:
-    """The digests of the local files that a configuration names or finds; None for what lies elsewhere or is gone."""
+def data_digests(config: DataConfig) -> list[str | None]:
+    """The digests of the training and the validation source; None for one that is not a local file or folder."""
     try:
-        validation = config.validation or beside(config.train)[0]
+        validation = config.validation or find_validation(config.train)[0]
     except ConfigError:
-        return [content(config.train), None]
-    return [content(config.train), content(validation)]
+        return [source_digest(config.train), None]
+    return [source_digest(config.train), source_digest(validation)]
 
 
 def column(table: Table, name: str, field: str) -> list[Any]:
-    """A column's values, all of one kind: texts, numbers, truth values, lists, objects, or pictures.
+    """A column's values, checked: none is missing, and all are of one kind that the field can hold.
 
     Args:
-      field: the field of the configuration that names the column, for errors.
+      field: the configuration's field with the column's name, for errors.
 
     Raises:
-      ConfigError: if there is no such column; naming rows, if values are missing in it (so is an empty label), if they
-        are of several kinds, or of one that the field cannot be of: dates, bytes, and for labels lists and objects.
+      ConfigError: if there is no such column; naming rows, if values are missing (an empty label counts as missing), if
+        they are of several kinds, or of one that the field cannot hold: dates, bytes, and for labels lists and objects.
     """
     if name not in table.column_names:
         advice = "rename the column" if field == "file" else f"pass --{field.replace('_', '-')} and one of them"
@@ -171,18 +168,18 @@ def column(table: Table, name: str, field: str) -> list[Any]:
     if missing := [i for i, value in enumerate(values) if _is_missing(value, empty)]:
         raise ConfigError(
             f"{field}: {len(missing)} of {len(values)} values of the column {name!r} are missing, in "
-            f"{table.where(missing)}; take these rows out"
+            f"{table.locate(missing)}; remove these rows"
         )
     rows: dict[str, int] = {}
     for row, value in enumerate(values):
         rows.setdefault(_kind(type(value)), row)
     for kind, row in rows.items():
         if kind in _UNFIT.get(field, _UNFIT[""]):
-            _refuse(table, name, field, row, values[row], "expected a name or a number" if empty == "" else "")
+            _raise_unfit(table, name, field, row, values[row], "expected a name or a number" if empty == "" else "")
     if len(rows) > 1:
         (one, first), (other, row), *_ = rows.items()
-        advice = f"expected {one} in all rows, as in {table.where([first])} ({values[first]!r:.60})"
-        _refuse(table, name, field, row, values[row], advice)
+        advice = f"expected {one} in all rows, as in {table.locate([first])} ({values[first]!r:.60})"
+        _raise_unfit(table, name, field, row, values[row], advice)
     return values
 
 
@@ -192,31 +189,31 @@ def _is_missing(value: Any, empty: str | None) -> bool:
 
 
 def texts(table: Table, name: str, field: str) -> list[str]:
-    """A column's texts, as they were written; whole numbers are texts too.
+    """A column's values as text, exactly as written; whole numbers count as text.
 
     Raises:
-      ConfigError: as `column`; naming the row, if one holds something whose text is not known.
+      ConfigError: as `column` does; naming the row, if a value is neither.
     """
     values = column(table, name, field)
     for row, value in enumerate(values):
         if type(value) not in (str, int):
-            _refuse(table, name, field, row, value, "expected text")
+            _raise_unfit(table, name, field, row, value, "expected text")
     return [str(value) for value in values]
 
 
-def _refuse(table: Table, name: str, field: str, row: int, value: Any, advice: str) -> NoReturn:
+def _raise_unfit(table: Table, name: str, field: str, row: int, value: Any, advice: str) -> NoReturn:
     advice = advice and f"{advice}; "
     raise ConfigError(
-        f"{field}: the column {name!r} holds {_kind(type(value))} in {table.where([row])}: {value!r:.80}; {advice}"
+        f"{field}: the column {name!r} holds {_kind(type(value))} in {table.locate([row])}: {value!r:.80}; {advice}"
         "write it as text, or name another column"
     )
 
 
 def cells(table: datasets.Dataset, name: str) -> list[Any]:
-    """A column's values as they are read, missing ones too; see `column`."""
+    """A column's values, unchecked: some may be missing."""
     if not isinstance(table.features[name], datasets.Json):
         return table[name][:]
-    # datasets decodes JSON with a parser that rounds numbers.
+    # The parser with which datasets decodes JSON rounds numbers.
     rows: Any = table.select_columns([name]).with_format("arrow")[:]
     written = (text for chunk in rows.column(name).chunks for text in chunk.storage.to_pylist())
     return [None if text is None else json.loads(text) for text in written]
@@ -241,4 +238,4 @@ _UNFIT = {
     "task.image": ("a date or time",),
     "": ("a date or time", "bytes"),
 }
-"""What a column of a field cannot hold."""
+"""Kinds of values that a field cannot hold; the last entry is for all other fields."""

@@ -1,13 +1,14 @@
-"""The tasks, one interface: text and image classification, regression, language modelling.
+"""Tasks: tables in, examples out; outputs of a network in, losses, metrics and predictions out.
 
-``base``      the interface
-``metrics``   what is measured
-``labels``    columns of labels as classes or numbers
-``classify``  classification and regression of texts
-``pictures``  image files as arrays
-``images``    classification of images
-``marked``    texts with the parts that are learnt, as tokens
-``chat``      conversations in a chat template
-``language``  language modelling
-``registry``  the task of a configuration
+``base``           the interface of a task
+``metrics``        metrics over all examples
+``labels``         a column of labels as classes or numbers
+``classify``       classification and regression of texts
+``pictures``       image files and pixels as arrays
+``images``         classification of images
+``spans``          texts with spans that carry loss, as tokens with a loss mask
+``conversations``  a row's messages and tools, checked
+``chat``           messages in a chat template, as texts with spans
+``language``       language modelling
+``registry``       the task of a configuration
 """

@@ -1,4 +1,4 @@
-"""What a task is. The step, the loop and the evaluation reach it through these functions alone."""
+"""The interface of a task: all that the step, the loop and the evaluation know of it."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from train.data.batches import Batch, Examples
 from train.data.tables import Table
 
 Measured: TypeAlias = Mapping[str, np.ndarray]
-"""What `Task.measure` returns, for all examples: arrays whose leading axis counts them."""
+"""What `Task.measure` returns, over all examples: arrays [n, ...]."""
 
 
 class Task(Protocol):
-    """A task: from tables to examples, from a network's outputs to a loss, predictions and figures.
+    """Tables in, examples out; outputs of a network in, loss, metrics and predictions out.
 
     Attributes:
-      primary: the metric that tells which of two models is better.
-      higher_is_better: whether it is the one with the higher value.
+      primary: the metric by which models are compared.
+      higher_is_better: whether the better model has the higher value.
     """
 
     primary: str
     higher_is_better: bool
 
     def encode(self, table: Table) -> dict[str, Examples]:
-        """A table as examples; several of them, by name, when they are shown in several ways."""
+        """A table as examples, by the name of their domain; most tasks have a single one, named ``""``."""
         ...
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """What of a batch the network is given, by the names of its arguments."""
+        """The network's arguments, by name."""
         ...
 
     def loss(self, outputs: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-        """``(total, count)``: the loss summed over a batch, and over how many terms; both scalars, float32.
+        """``(total, count)``: the summed loss of a batch, and the (weighted) number of its terms; float32 scalars.
 
         ``smoothing`` is the share of a label's probability that is spread over all classes.
         """
         ...
 
     def measure(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """For each example what `metrics` and `predictions` need."""
+        """What `metrics` and `predictions` need, per example."""
         ...
 
     def metrics(self, measured: Measured) -> dict[str, float]:
-        """Figures over all examples; `primary` is among them."""
+        """Metrics over all examples, `primary` among them."""
         ...
 
     def predictions(self, measured: Measured) -> np.ndarray:
-        """For each example what was predicted, in a form in which predictions can be compared."""
+        """The prediction for each example, [n, ...], such that equal predictions are equal values."""
         ...
 
 
@@ -62,7 +62,7 @@ def cross_entropy(
     """The loss of each label, float32 [...], from logits [..., classes].
 
     With smoothing (Szegedy et al. 2015, section 7) the label has the probability 1 - smoothing, and all classes share
-    the rest. With weights, [classes], each class's part of this is weighted by its own, as in PyTorch.
+    the rest. With weights, [classes], each class's term is multiplied by its weight, as in PyTorch.
     """
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -1,4 +1,4 @@
-"""Classification and regression: losses and figures, and the tasks on texts."""
+"""Classification and regression: loss and metrics, and the tasks on texts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from train.config import SequenceClassification
 from train.data.batches import Batch, Examples, Ragged
-from train.data.cuts import cut_to
 from train.data.tables import Table, texts
+from train.data.truncation import Truncation
 from train.tasks import metrics
 from train.tasks.base import Measured, cross_entropy
-from train.tasks.labels import class_numbers, targets, weight_vector
+from train.tasks.labels import class_numbers, regression_targets, weight_vector
 
 
 class Classification:
@@ -23,7 +23,7 @@ class Classification:
 
     Attributes:
       labels: the names of the classes.
-      weights: of the classes in the loss, float32 [classes], or None; figures do not know them.
+      weights: of the classes in the loss, float32 [classes], or None; metrics are not weighted.
     """
 
     primary = "accuracy"
@@ -32,7 +32,7 @@ class Classification:
     weights: np.ndarray | None = None
 
     def loss(self, outputs: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-        """Cross entropy; ``outputs`` are logits [batch, classes]. Weighted examples count as much as they weigh."""
+        """Cross entropy; ``outputs`` are logits [batch, classes]. With weights, the count is the sum of the weights."""
         labels = jnp.asarray(batch["label"])
         if self.weights is None:
             losses = cross_entropy(outputs, labels, smoothing)
@@ -47,7 +47,7 @@ class Classification:
         return metrics.classification(measured["outputs"], measured["label"])
 
     def predictions(self, measured: Measured) -> np.ndarray:
-        """The likeliest class, int [n]."""
+        """The most likely class, int [n]."""
         return measured["outputs"].argmax(axis=-1)
 
 
@@ -58,7 +58,7 @@ class Regression:
     higher_is_better = True
 
     def loss(self, outputs: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-        """Squared error; ``outputs`` are [batch, 1]. There are no labels to be smoothed."""
+        """Squared error; ``outputs`` are [batch, 1]. ``smoothing`` has no effect."""
         errors = (outputs[:, 0].astype(jnp.float32) - batch["label"]) ** 2
         return errors.sum(), jnp.float32(errors.size)
 
@@ -82,25 +82,27 @@ class Texts:
         tokenizer.truncation_side = config.truncation
 
     def encode(self, table: Table) -> dict[str, Examples]:
-        """Tokens, mask and, where the network has them, token types; and ``label``."""
+        """``input_ids``, ``attention_mask``, if the tokenizer has them ``token_type_ids``; and ``label``."""
         config = self.config
         pairs = None if config.pair is None else texts(table, config.pair, "task.pair")
         examples: dict[str, np.ndarray | Ragged] = dict(self.tokens(texts(table, config.text, "task.text"), pairs))
         if config.regression:
-            examples["label"] = targets(table, config.label)
+            examples["label"] = regression_targets(table, config.label)
         else:
             examples["label"] = class_numbers(table, config.label, self.labels)
         return {"": examples}
 
     def tokens(self, first: Sequence[str], pairs: Sequence[str] | None = None) -> dict[str, Ragged]:
-        """What the network sees of texts, or of pairs of them."""
+        """Texts, or pairs of texts, truncated to ``max_length`` tokens."""
         limit, whole = self.config.max_length, self.tokenizer(list(first), pairs, verbose=False)
-        cut = cut_to(limit, [len(one) for one in whole["input_ids"]])
+        cut = Truncation.of(limit, [len(one) for one in whole["input_ids"]])
         found = self.tokenizer(list(first), pairs, truncation=True, max_length=limit) if cut.cut else whole
         fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
         left = self.tokenizer.padding_side == "left"
         return {
-            name: Ragged(found[name], fill or 0, left=left, cut=cut) for name, fill in fills.items() if name in found
+            name: Ragged(found[name], fill or 0, left=left, truncation=cut)
+            for name, fill in fills.items()
+            if name in found
         }
 
     def inputs(self, batch: Batch) -> dict[str, Any]:

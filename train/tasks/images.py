@@ -1,4 +1,4 @@
-"""Classification of images: pictures, or pixels given as numbers."""
+"""Classification of images: picture files or pixel values in, normalized arrays out."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from jlora.messages import bullets
 from train.compute.processes import say
 from train.config import ConfigError, Domain, ImageClassification
 from train.data.batches import Batch, Examples
 from train.data.tables import Table
+from train.messages import bulleted
 from train.tasks import pictures
 from train.tasks.classify import Classification
 from train.tasks.labels import class_numbers, weight_vector
 
 DARK = 1 / 8
-"""Where no pixel is brighter, the white of pixels given as numbers is doubtful."""
+"""Images without a brighter pixel probably have another `brightest`."""
 
 
 class Images(Classification):
@@ -29,49 +29,49 @@ class Images(Classification):
         self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
     def encode(self, table: Table) -> dict[str, Examples]:
-        """``image`` in every domain, float32 [n, side, side, channels], normalized; and ``label``."""
+        """Per domain, ``image``: float32 [n, side, side, channels], normalized; and ``label``."""
         config = self.config
         labels = class_numbers(table, config.label, self.labels)
-        plain = self._plain(table)
+        images = self._images(table)
         return {
-            name: {"image": self._normalized(in_domain(plain, domain)), "label": labels}
+            name: {"image": self._normalized(in_domain(images, domain)), "label": labels}
             for name, domain in (config.domains or {"": Domain()}).items()
         }
 
-    def _plain(self, table: Table) -> np.ndarray:
-        """The images from 0 to 1, float32 [n, side, side, channels].
+    def _images(self, table: Table) -> np.ndarray:
+        """Brightness from 0 to 1, float32 [n, side, side, channels].
 
         Raises:
-          ConfigError: naming every row that holds no image.
+          ConfigError: naming every row without a readable image.
         """
         config = self.config
         assert config.side is not None
         found: list[np.ndarray] = []
         faults: list[str] = []
         animated: list[int] = []
-        for row, value in enumerate(pictures.stored(table, config.image)):
+        for row, value in enumerate(pictures.stored_images(table, config.image)):
             try:
-                image = pictures.opened(value)
-                found.append(pictures.shown(image, config.side, self.channels, config.brightest))
+                image = pictures.open_image(value)
+                found.append(pictures.to_array(image, config.side, self.channels, config.brightest))
                 if isinstance(image, pictures.Picture) and image.animated:
                     animated.append(row)
             except pictures.Unreadable as error:
-                faults.append(f"{table.where([row])}: {error}")
+                faults.append(f"{table.locate([row])}: {error}")
         if faults:
-            more = [f"and {len(faults) - 8:,} more"] if len(faults) > 8 else []
             raise ConfigError(
                 f"task.image: {len(faults):,} of {len(table):,} values of the column {config.image!r} cannot be used; "
-                f"mend them, or take these rows out:{bullets([*faults[:8], *more])}"
+                f"repair them, or remove these rows:{bulleted(faults, 8)}"
             )
-        plain = np.stack(found)
+        images = np.stack(found)
         if animated:
-            say(f"{len(animated):,} of {len(plain):,} images move; their first frame is used: {table.where(animated)}")
-        if 0 < (most := float(plain.max())) <= DARK:
+            where = table.locate(animated)
+            say(f"{len(animated):,} of {len(images):,} images are animated; their first frame is used: {where}")
+        if 0 < (most := float(images.max())) <= DARK:
             say(
-                f"no pixel of {len(plain):,} images is brighter than {most:.2g} of white; where pixels are numbers, "
+                f"no pixel of {len(images):,} images is brighter than {most:.2g} of white; if pixels are numbers, "
                 f"pass --task.brightest {most * config.brightest:g}"
             )
-        return plain
+        return images
 
     def _normalized(self, images: np.ndarray) -> np.ndarray:
         return ((images - self._mean) / self._std).astype(np.float32)
@@ -81,23 +81,23 @@ class Images(Classification):
 
 
 def in_domain(images: np.ndarray, domain: Domain) -> np.ndarray:
-    """Images [n, height, width, channels] from 0 to 1, shown as ``domain`` shows them."""
+    """Images [n, height, width, channels] from 0 to 1, rotated and inverted as ``domain`` says."""
     images = np.rot90(images, domain.quarter_turns, axes=(1, 2))
     return np.ascontiguousarray(1 - images if domain.invert else images)
 
 
-def blank(images: np.ndarray) -> int:
-    """How many of some images, [n, height, width, channels], have one colour only."""
+def count_blank(images: np.ndarray) -> int:
+    """The number of images [n, height, width, channels] of a single colour."""
     return int((np.ptp(images, axis=(1, 2)).max(axis=-1) == 0).sum())
 
 
 def first_side(table: Table, name: str) -> int:
-    """The side of the first image of a column, in pixels.
+    """The side of a column's first image, in pixels.
 
     Raises:
-      ConfigError: if it is none.
+      ConfigError: if it is not a readable image.
     """
     try:
-        return pictures.side_of(pictures.opened(pictures.stored(table.select([0]), name)[0]))
+        return pictures.side_of(pictures.open_image(pictures.stored_images(table.select([0]), name)[0]))
     except pictures.Unreadable as error:
-        raise ConfigError(f"task.image: the column {name!r}, {table.where([0])}: {error}") from error
+        raise ConfigError(f"task.image: the column {name!r}, {table.locate([0])}: {error}") from error

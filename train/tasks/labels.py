@@ -1,4 +1,4 @@
-"""Labels: from what a column holds to the names of classes, to their numbers, counts and weights."""
+"""A column of labels in, class names, class numbers, counts and weights out; or the targets of a regression."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from jlora.messages import nearest
 from jlora.messages import table as text_table
 from train.config import ConfigError
 from train.data.tables import Table, column
+from train.messages import listed
 
 NO_LABEL = "-1"
-"""What datasets of the hub hold where there is no label, such as in the test split of a benchmark."""
+"""Datasets on the hub have this in place of a missing label, as in test splits of benchmarks."""
 
-Weights = Literal["balanced"] | Mapping[str, float] | None
+ClassWeights = Literal["balanced"] | Mapping[str, float] | None
 """What `train.config.SequenceClassification.class_weights` may be."""
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
@@ -26,132 +27,132 @@ _SHOWN = 20
 
 
 def class_names(table: Table, label: str) -> tuple[str, ...]:
-    """The names of the classes: as the data declares them, or the different labels of the column.
+    """The names of the classes: as the data declare them, or the distinct labels of the column.
 
-    Numbers come first, by their value, then names.
+    Numbers come first, by value, then other names.
 
     Raises:
-      ConfigError: if a value is no label; if the labels are scores; if there are fewer than two; or if there are nearly
-        as many as rows.
+      ConfigError: if a value cannot be a label; if the labels are scores; if there are fewer than two classes, or
+        nearly as many as rows.
     """
-    words = label_words(table, label)
-    declared = _declared(table, label)
-    _refuse_no_label(table, words, declared, label)
-    names = declared or sorted(set(words), key=_order)
+    texts = label_texts(table, label)
+    declared = _declared_classes(table, label)
+    _check_no_missing_label(table, texts, declared, label)
+    names = declared or sorted(set(texts), key=_sort_key)
     here = f"task.label: the column {label!r} holds"
     if not declared and all(map(_is_number, names)) and not all(float(name).is_integer() for name in names):
-        scores = [row for row, word in enumerate(words) if not float(word).is_integer()]
+        scores = [row for row, text in enumerate(texts) if not float(text).is_integer()]
         raise ConfigError(
-            f"{here} numbers that are not whole: {_told(table, words, scores)}. A number is learnt with "
-            f"--task.regression, of texts; where these are names of classes, pass {_flag(names)}"
+            f"{here} numbers that are not whole: {_values_by_row(table, texts, scores)}. To predict a number from a "
+            f"text, pass --task.regression; if these are names of classes, pass {_labels_flag(names)}"
         )
     if len(names) < 2:
         raise ConfigError(
             f"{here} {names[0]!r} alone; expected two classes or more. Pass another --task.label, or all classes: "
             f"--task.labels {shlex.quote(names[0])} OTHER"
         )
-    if not declared and len(names) > max(_SHOWN, len(words) // 2):
+    if not declared and len(names) > max(_SHOWN, len(texts) // 2):
         others = ", ".join(name for name in table.column_names if name != label)
         raise ConfigError(
-            f"{here} {len(names):,} different labels in {len(words):,} rows, such as {', '.join(names[:3])}: too few "
-            f"examples of each, as in a column of ids. Pass --task.label and one of {others}; or, where these are "
-            "classes, all of them with --task.labels"
+            f"{here} {len(names):,} different labels in {len(texts):,} rows, such as {', '.join(names[:3])}: too few "
+            f"examples of each, as in a column of ids. Pass --task.label and one of {others}; or, if these are "
+            "classes, pass all of them with --task.labels"
         )
     return tuple(names)
 
 
 def class_numbers(table: Table, label: str, names: Sequence[str]) -> np.ndarray:
-    """The class of every label of a column, int32 [n], as its place in ``names``.
+    """The class of each label of a column, int32 [n]: its index in ``names``.
 
-    A label is a class by its name. Where the column holds no name, and no name is itself a number, whole numbers are
-    the classes' places, from 0.
+    A label is a class by its name. If the column holds none of the names, and no name is a number, whole numbers are
+    indices of the classes.
 
     Raises:
-      ConfigError: naming every label that is no class, and its rows.
+      ConfigError: naming every label that is not a class, and its rows.
     """
-    words = label_words(table, label)
-    _refuse_no_label(table, words, names, label)
-    places = {name: i for i, name in enumerate(names)}
-    may_be_numbers = not any(map(_is_number, names)) and not any(word in places for word in words)
-    are_numbers = may_be_numbers and all(word.isascii() and word.isdecimal() for word in words)
+    texts = label_texts(table, label)
+    _check_no_missing_label(table, texts, names, label)
+    index = {name: i for i, name in enumerate(names)}
+    may_be_numbers = not any(map(_is_number, names)) and not any(text in index for text in texts)
+    are_numbers = may_be_numbers and all(text.isascii() and text.isdecimal() for text in texts)
     if are_numbers:
-        places = {str(i): i for i in range(len(names))}
-    if wrong := [row for row, word in enumerate(words) if word not in places]:
-        unknown = sorted({words[row] for row in wrong}, key=_order)
-        known = f"{_some(names)}{f', or its number from 0 to {len(names) - 1}' if may_be_numbers else ''}"
-        way = "give --task.labels one name for each number" if are_numbers else f"pass {_flag([*names, *unknown])}"
+        index = {str(i): i for i in range(len(names))}
+    if wrong := [row for row, text in enumerate(texts) if text not in index]:
+        unknown = sorted({texts[row] for row in wrong}, key=_sort_key)
+        known = f"{listed(names, _SHOWN)}{f', or its number from 0 to {len(names) - 1}' if may_be_numbers else ''}"
+        way = "give --task.labels a name for each number" if are_numbers else f"pass {_labels_flag([*names, *unknown])}"
         raise ConfigError(
-            f"task.label: the column {label!r} holds {_told(table, words, wrong)}, which is no class"
-            f"{nearest(unknown[0], names)}; expected one of {known}. Take these rows out, or {way}"
+            f"task.label: the column {label!r} holds {_values_by_row(table, texts, wrong)}, which is not a class"
+            f"{nearest(unknown[0], names)}; expected one of {known}. Remove these rows, or {way}"
         )
-    return np.asarray([places[word] for word in words], np.int32)
+    return np.asarray([index[text] for text in texts], np.int32)
 
 
-def label_words(table: Table, label: str) -> list[str]:
-    """Each label of a column as text: a string as it is, a declared class by its name, true and false as JSON has them,
-    and a number as Python writes it, without a point where it is whole.
+def label_texts(table: Table, label: str) -> list[str]:
+    """Each label of a column as text: a string unchanged, a declared class by its name, booleans as in JSON, and a
+    number as Python writes it, a whole one without a decimal point.
 
     Raises:
-      ConfigError: naming every value that is no label, such as a list or an empty text, and its rows.
+      ConfigError: naming every value that cannot be a label, such as a list or an empty text, and its rows.
     """
     values = column(table, label, "task.label")
     if wrong := [row for row, value in enumerate(values) if not _is_label(value)]:
         raise ConfigError(
-            f"task.label: the column {label!r} holds {_told(table, values, wrong)}; expected a name or a "
-            "number. Take these rows out, or pass another --task.label"
+            f"task.label: the column {label!r} holds {_values_by_row(table, values, wrong)}; expected a name or a "
+            "number. Remove these rows, or pass another --task.label"
         )
-    declared = _declared(table, label)
-    return [_word(value, declared) for value in values]
+    declared = _declared_classes(table, label)
+    return [_label_text(value, declared) for value in values]
 
 
-def targets(table: Table, label: str) -> np.ndarray:
-    """The numbers that a regression learns, float32 [n].
+def regression_targets(table: Table, label: str) -> np.ndarray:
+    """The labels of a regression, float32 [n].
 
     Raises:
-      ConfigError: naming every value that is no finite number, and its rows.
+      ConfigError: naming every value that is not a finite number, and its rows.
     """
     values = column(table, label, "task.label")
-    with np.errstate(over="ignore"):  # what is beyond float32 is refused as infinite
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, and is refused
         numbers = np.asarray([_target(value) for value in values], np.float32)
     if (wrong := np.flatnonzero(~np.isfinite(numbers))).size:
         raise ConfigError(
-            f"task.label: the column {label!r} holds {_told(table, values, wrong.tolist())}; a regression needs finite "
-            "numbers. Take these rows out, or pass another --task.label"
+            f"task.label: the column {label!r} holds {_values_by_row(table, values, wrong.tolist())}; a regression "
+            "needs finite numbers. Remove these rows, or pass another --task.label"
         )
     return numbers
 
 
-def counts(numbers: np.ndarray, names: Sequence[str]) -> dict[str, int]:
-    """How many of the ``numbers`` of classes, int [n], are of each name."""
+def class_counts(numbers: np.ndarray, names: Sequence[str]) -> dict[str, int]:
+    """The number of examples of each class, from class numbers, int [n]."""
     return dict(zip(names, np.bincount(numbers, minlength=len(names)).tolist(), strict=True))
 
 
-def class_weights(wanted: Weights, count: Mapping[str, int]) -> dict[str, float] | None:
+def class_weights(wanted: ClassWeights, count: Mapping[str, int]) -> dict[str, float] | None:
     """The weight of each class in the loss.
 
-    ``balanced`` is scikit-learn's: n / (classes * examples of the class), so that all classes weigh the same together
-    and an example 1 on average (King and Zeng 2001).
+    ``balanced`` is scikit-learn's n / (classes * examples of the class): all classes have the same total weight, and
+    the average example weighs 1 (King and Zeng 2001).
 
     Args:
       wanted: see `train.config.SequenceClassification`.
-      count: the training examples of each class.
+      count: the number of training examples of each class.
 
     Raises:
-      ConfigError: if the names are not those of the classes, or a class to be balanced has no example.
+      ConfigError: if the names differ from those of the classes, or a class to balance has no examples.
     """
     if wanted is None:
         return None
     if wanted == "balanced":
         if absent := [name for name, n in count.items() if not n]:
             raise ConfigError(
-                f"task.class_weights: no train example has the label {_some(list(map(repr, absent)))}, so that it has "
-                "no balanced weight; take it out of --task.labels, or give each weight: "
+                f"task.class_weights: no train example has the label {listed(list(map(repr, absent)), _SHOWN)}, so "
+                "its balanced weight is undefined; remove it from --task.labels, or give each weight: "
                 f"{_weights_flag(dict.fromkeys(count, 1.0))}"
             )
         return {name: sum(count.values()) / (len(count) * n) for name, n in count.items()}
     assert not isinstance(wanted, str)
     if set(wanted) != set(count):
-        wrong = [f"{name!r} is no class{nearest(name, count)}" for name in wanted if name not in count]
+        wrong = [f"{name!r} is not a class{nearest(name, count)}" for name in wanted if name not in count]
         wrong += [f"{name!r} has no weight" for name in count if name not in wanted]
         raise ConfigError(
             f"task.class_weights: {'; '.join(wrong)}; expected a weight for each class: "
@@ -160,8 +161,8 @@ def class_weights(wanted: Weights, count: Mapping[str, int]) -> dict[str, float]
     return {name: float(wanted[name]) for name in count}
 
 
-def weight_vector(weights: Weights, names: Sequence[str]) -> np.ndarray | None:
-    """The weights that `class_weights` gave, in the order of the classes, float32 [classes]."""
+def weight_vector(weights: ClassWeights, names: Sequence[str]) -> np.ndarray | None:
+    """The numbers of `class_weights` in the order of the classes, float32 [classes]; None for none."""
     if weights is None or not names:
         return None
     assert not isinstance(weights, str), "resolved by `train.tasks.registry.resolved`"
@@ -169,7 +170,7 @@ def weight_vector(weights: Weights, names: Sequence[str]) -> np.ndarray | None:
 
 
 def counts_table(sets: Mapping[str, Mapping[str, int]], weights: Mapping[str, float] | None = None) -> str:
-    """The `counts` of several sets as text, a line for each label; of very many labels the commonest and the rarest."""
+    """The `class_counts` of several sets as text, a line per label; of many labels, the most and the least frequent."""
     first = next(iter(sets.values()))
     names = list(first)
     rows = {name: [name, *(f"{one[name]:,}" for one in sets.values())] for name in names}
@@ -192,7 +193,7 @@ def _is_label(value: Any) -> bool:
     return isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
 
 
-def _word(value: Any, declared: Sequence[str]) -> str:
+def _label_text(value: Any, declared: Sequence[str]) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int) and 0 <= value < len(declared):
@@ -206,46 +207,40 @@ def _target(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-def _declared(table: Table, label: str) -> list[str]:
+def _declared_classes(table: Table, label: str) -> list[str]:
     return list(getattr(table.features.get(label), "names", None) or ())
 
 
-def _refuse_no_label(table: Table, words: Sequence[str], names: Sequence[str], label: str) -> None:
-    """Raises a ConfigError if there are rows without a label, unless what says so is a class."""
-    if NO_LABEL in names or not (rows := [row for row, word in enumerate(words) if word == NO_LABEL]):
+def _check_no_missing_label(table: Table, texts: Sequence[str], names: Sequence[str], label: str) -> None:
+    """Raises a ConfigError if rows hold `NO_LABEL`, unless that is a class."""
+    if NO_LABEL in names or not (rows := [row for row, text in enumerate(texts) if text == NO_LABEL]):
         return
-    which = f"all {len(rows)} rows" if len(rows) == len(words) else table.where(rows)
-    both = sorted({*names, *words}, key=_order)
-    right = f"; where -1 is a class, name all: {_flag(both)}" if all(map(_is_number, both)) else ""
+    which = f"all {len(rows)} rows" if len(rows) == len(texts) else table.locate(rows)
+    both = sorted({*names, *texts}, key=_sort_key)
+    way = f"; if -1 is a class, name all: {_labels_flag(both)}" if all(map(_is_number, both)) else ""
     raise ConfigError(
-        f"task.label: the column {label!r} holds -1 in {which}, which stands for no label, as in test splits of "
-        f"the hub. Take these rows out, or pass another split{right}"
+        f"task.label: the column {label!r} holds -1 in {which}, which means no label in test splits on the hub. Remove "
+        f"these rows, or pass another split{way}"
     )
 
 
-def _is_number(word: str) -> bool:
-    return _NUMBER.fullmatch(word) is not None
+def _is_number(text: str) -> bool:
+    return _NUMBER.fullmatch(text) is not None
 
 
-def _order(word: str) -> tuple[bool, float, str]:
-    return (False, float(word), word) if _is_number(word) else (True, 0.0, word)
+def _sort_key(text: str) -> tuple[bool, float, str]:
+    return (False, float(text), text) if _is_number(text) else (True, 0.0, text)
 
 
-def _told(table: Table, values: Sequence[Any], rows: Sequence[int]) -> str:
-    """The values in some rows, each with its rows: ``'a' (row 3), 'b' (rows 5 and 7)``; of many the first."""
+def _values_by_row(table: Table, values: Sequence[Any], rows: Sequence[int]) -> str:
+    """The distinct values in ``rows``, each with its rows: ``'a' (row 3), 'b' (rows 5, 7)``; at most eight."""
     found: dict[str, list[int]] = {}
     for row in rows:
         found.setdefault(f"{values[row]!r:.60}", []).append(row)
-    more = f" and {len(found) - 8:,} more" if len(found) > 8 else ""
-    return ", ".join(f"{value} ({table.where(of)})" for value, of in [*found.items()][:8]) + more
+    return listed([f"{value} ({table.locate(of)})" for value, of in found.items()], 8)
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-def _flag(names: Sequence[str]) -> str:
+def _labels_flag(names: Sequence[str]) -> str:
     return "--task.labels " + (shlex.join(names) if len(names) <= _SHOWN else "NAME NAME ...")
 
 

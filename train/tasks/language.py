@@ -13,16 +13,17 @@ import numpy as np
 from train.compute.processes import say
 from train.config import CausalLM, ConfigError
 from train.data.batches import Batch, Examples, Ragged
-from train.data.cuts import Cut
 from train.data.tables import Table, cells, column, texts
+from train.data.truncation import Truncation
 from train.tasks import metrics
 from train.tasks.base import Measured, cross_entropy
-from train.tasks.chat import Chat, Message, messages_of, tools_of
-from train.tasks.marked import Example, Marked, ids, packed, plain, plain_prompt, shortened, tokenized
+from train.tasks.chat import Chat
+from train.tasks.conversations import Message, messages_of, tools_of
+from train.tasks.spans import Example, SpannedText, pack, plain_prompt, token_ids, tokenize, tokenize_plain, truncate
 
 
 class LanguageModel:
-    """The loss is that of the tokens that carry loss, each predicted from those before it."""
+    """Cross entropy of the tokens that carry loss, each predicted from those before it."""
 
     primary = "loss"
     higher_is_better = False
@@ -42,69 +43,68 @@ class LanguageModel:
     # From tables to examples
 
     def encode(self, table: Table) -> dict[str, Examples]:
-        """Tokens, mask, the loss mask, and when packed segments: int32 [length] for each example.
+        """``input_ids``, ``attention_mask``, ``loss_mask``, when packed ``segment_ids``: int32 [length] per example.
 
         A row is one example; a conversation may be several (see `train.tasks.chat`).
 
         Raises:
-          ConfigError: if a conversation does not fit the template, or no example has a token to learn.
+          ConfigError: if a conversation does not fit the template, or no example has a token that carries loss.
         """
-        config = self.config
-        rows, marked = zip(*self._marked(table), strict=True) if len(table) else ((), ())
-        examples = list((tokenized if self.chat else plain)(marked, self.tokenizer))
-        kept, cut = shortened(examples, config.max_length)
+        config, limit = self.config, self.config.max_length
+        rows, spanned = zip(*self._spanned_texts(table), strict=True) if len(table) else ((), ())
+        examples = list((tokenize if self.chat else tokenize_plain)(spanned, self.tokenizer))
+        kept, truncation = truncate(examples, limit)
         if not kept:
             raise ConfigError(
-                f"task: none of the {len(examples)} examples has a token to learn within max_length = "
-                f"{config.max_length}; pass a larger --task.max-length, or check the columns"
+                f"task: none of the {len(examples)} examples has a token that carries loss within max_length = "
+                f"{limit}; pass a larger --task.max-length, or check the columns"
             )
-        used = {row for row, example in zip(rows, examples, strict=True) if example.learns(config.max_length)}
-        table.drop(len(table) - len(used), f"without a token to learn within {config.max_length} tokens")
+        used = {row for row, example in zip(rows, examples, strict=True) if example.has_loss(limit)}
+        table.count_dropped(len(table) - len(used), f"without a token that carries loss within {limit} tokens")
         if joined := sum(example.joined for example in kept):
             say(
                 f"in {joined} of {len(kept)} examples one token holds the end of a prompt and the start of its answer, "
-                "and carries loss. Where that is a space, end prompts (or the template's generation prompt) without it"
+                "and carries loss. If it is a space, end prompts (or the template's generation prompt) without it"
             )
-        if config.pack:
-            return {"": _columns(list(packed(kept, config.max_length)), self.pad, cut)}
-        return {"": _columns([(example, None) for example in kept], self.pad, cut)}
+        packed = list(pack(kept, limit)) if config.pack else [(example, None) for example in kept]
+        return {"": _columns(packed, self.pad, truncation)}
 
     @property
     def pad(self) -> int:
-        """The token that fills batches up; the mask tells it from text."""
+        """The padding token; the attention mask distinguishes it from text."""
         tokenizer = self.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that end an answer: the tokenizer's end token, and the one with which the template ends a turn."""
+        """The tokens that end an answer: EOS, and the token with which the chat template ends a turn."""
         tokenizer = self.tokenizer
-        closing = None if self.chat is None or self.chat.end is None else ids(self.chat.end, tokenizer)[-1]
+        closing = None if self.chat is None or self.chat.end is None else token_ids(self.chat.end, tokenizer)[-1]
         return sorted({tokenizer.eos_token_id, closing} - {None})
 
     def prompt_tokens(self, prompt: str | list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """The tokens after which an answer to ``prompt`` is generated.
+        """The tokens from which an answer to ``prompt`` is generated.
 
-        They are those in front of the tokens of loss of an example, but for a token that joins both.
+        They are those before the tokens that carry loss in an example, except for a token that holds parts of both.
 
         Args:
-          prompt: a text; of a run on conversations also the messages that are to be answered.
-          tools: that the template shows, as `tools_of` returns them.
+          prompt: a text; for a run on conversations also the messages to answer.
+          tools: for the chat template, as `tools_of` returns them.
         """
         if self.chat is None:
             assert isinstance(prompt, str)
             return plain_prompt(prompt, self.tokenizer)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return ids(self.chat.prompt(messages, tools), self.tokenizer)
+        return token_ids(self.chat.prompt(messages, tools), self.tokenizer)
 
-    def _marked(self, table: Table) -> list[tuple[int, Marked]]:
-        """The texts of every row, each with its row."""
+    def _spanned_texts(self, table: Table) -> list[tuple[int, SpannedText]]:
+        """The texts of all rows, each with the index of its row."""
         config = self.config
         if config.messages is not None:
             return self._conversations(table, column(table, config.messages, "task.messages"))
         if config.text is not None:
             whole = texts(table, config.text, "task.text")
-            return [(row, Marked(text, [(0, len(text))])) for row, text in enumerate(whole)]
+            return [(row, SpannedText(text, [(0, len(text))])) for row, text in enumerate(whole)]
         assert config.prompt is not None and config.completion is not None
         prompts = texts(table, config.prompt, "task.prompt")
         pairs = list(zip(prompts, texts(table, config.completion, "task.completion"), strict=True))
@@ -112,19 +112,19 @@ class LanguageModel:
             turns = [({"role": "user", "content": one}, {"role": "assistant", "content": two}) for one, two in pairs]
             return self._conversations(table, list(map(list, turns)))
         starts = [0 if config.learn_prompt else len(one) for one, _ in pairs]
-        return [(row, Marked(one + two, [(starts[row], len(one + two))])) for row, (one, two) in enumerate(pairs)]
+        return [(row, SpannedText(one + two, [(starts[row], len(one + two))])) for row, (one, two) in enumerate(pairs)]
 
     def _tools(self, table: Table) -> Sequence[Any]:
-        """Of each row; where some rows have none, they may be missing."""
+        """The tools of each row, which some rows may lack."""
         name = self.config.tools
         if name is None:
             return [None] * len(table)
         return cells(table, name) if name in table.column_names else column(table, name, "task.tools")
 
-    def _conversations(self, table: Table, conversations: Sequence[Any]) -> list[tuple[int, Marked]]:
-        """Each as one text that carries loss whole, or as texts that have its turns of the assistant."""
+    def _conversations(self, table: Table, conversations: Sequence[Any]) -> list[tuple[int, SpannedText]]:
+        """Each conversation as one span, or as texts whose spans are the assistant's turns."""
         assert self.chat is not None
-        found: list[tuple[int, Marked]] = []
+        found: list[tuple[int, SpannedText]] = []
         unread: Counter[str] = Counter()
         for row, (raw, of_row) in enumerate(zip(conversations, self._tools(table), strict=True)):
             try:
@@ -132,24 +132,24 @@ class LanguageModel:
                 if self.config.learn_prompt:
                     turns = [self.chat.whole(messages, known)]
                 else:
-                    # A conversation without a turn is counted with the examples that have nothing to learn.
-                    turns = self.chat.turns(messages, known) or [Marked(self.chat.whole(messages, known).text, [])]
+                    # A conversation without a turn counts as an example without a token that carries loss.
+                    turns = self.chat.turns(messages, known) or [SpannedText(self.chat.whole(messages, known).text, [])]
             except ConfigError as error:
                 field = "messages" if self.config.messages else "chat"
-                raise ConfigError(f"task.{field}: {table.where([row])}: {error}") from error
+                raise ConfigError(f"task.{field}: {table.locate([row])}: {error}") from error
             found += [(row, turn) for turn in turns]
-            unread.update(self.chat.unread(messages))
+            unread.update(self.chat.unread_keys(messages))
         if unread:
             keys = ", ".join(f"{key} (in {count} rows)" for key, count in sorted(unread.items()))
             say(f"the chat template does not read these keys of messages: {keys}")
         if len(found) > len(conversations):
             say(
-                f"{len(conversations)} conversations are {len(found)} examples: the chat template shows earlier turns "
-                "otherwise than they are generated, so each carries loss where it is generated"
+                f"{len(conversations)} conversations are {len(found)} examples: the chat template renders earlier "
+                "turns differently than it generates them, so each carries loss where it is generated"
             )
         return found
 
-    # From outputs to figures
+    # From outputs to metrics
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {name: batch[name] for name in ("input_ids", "attention_mask", "segment_ids") if name in batch}
@@ -160,7 +160,7 @@ class LanguageModel:
         return losses.sum(), loss_mask.sum().astype(jnp.float32)
 
     def measure(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """Of each example: the loss, how many tokens carry loss and are guessed right, a checksum of the guesses."""
+        """Per example: the summed loss, the tokens that carry loss, the right ones, a checksum of the predictions."""
         losses, loss_mask = _token_losses(outputs, batch)
         guesses = outputs[:, :-1].argmax(axis=-1)
         right = (guesses == batch["input_ids"][:, 1:]) * loss_mask
@@ -177,20 +177,20 @@ class LanguageModel:
         return metrics.language_model(measured["loss"], measured["tokens"], measured["right"])
 
     def predictions(self, measured: Measured) -> np.ndarray:
-        """A checksum of each example's likeliest next tokens, uint32 [n]."""
+        """A checksum of each example's most likely next tokens, uint32 [n]."""
         return measured["guesses"]
 
 
 def _token_losses(logits: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """The loss of each token but the first, 0 where it carries none, and the loss mask; [batch, length - 1] both."""
+    """The loss of each token but the first, 0 outside the loss mask, and that mask; both [batch, length - 1]."""
     loss_mask = jnp.asarray(batch["loss_mask"])[:, 1:]
     losses = cross_entropy(logits[:, :-1], jnp.asarray(batch["input_ids"])[:, 1:], smoothing)
     return losses * loss_mask, loss_mask
 
 
-def _columns(rows: Sequence[tuple[Example, list[int] | None]], pad: int, cut: Cut) -> Examples:
+def _columns(rows: Sequence[tuple[Example, list[int] | None]], pad: int, truncation: Truncation) -> Examples:
     examples = {
-        "input_ids": Ragged([example.tokens for example, _ in rows], pad, cut=cut),
+        "input_ids": Ragged([example.tokens for example, _ in rows], pad, truncation=truncation),
         "attention_mask": Ragged([[1] * len(example.tokens) for example, _ in rows], 0),
         "loss_mask": Ragged([example.loss_mask for example, _ in rows], 0),
     }

@@ -1,4 +1,4 @@
-"""Figures over all validation examples, by scikit-learn and scipy."""
+"""Outputs and labels of all examples in, metrics out; computed by scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
       logits: float32 [n, classes].
       labels: int [n].
     """
-    from sklearn.metrics import f1_score, matthews_corrcoef  # a second to import: only when it is used
+    from sklearn.metrics import f1_score, matthews_corrcoef  # takes a second to import
 
     predicted = logits.argmax(axis=-1)
     average = "binary" if logits.shape[1] == 2 else "macro"
     losses = -log_softmax(logits.astype(np.float64), axis=-1)[np.arange(len(labels)), labels]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # examples of a single class have no correlation, and get 0
+        warnings.simplefilter("ignore")  # the correlation is 0 if all examples have one class
         matthews = float(matthews_corrcoef(labels, predicted))
     return {
         "loss": float(losses.mean()),
@@ -33,7 +33,11 @@ def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def regression(values: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Mean squared error, and Pearson's and Spearman's correlation (0 where one side is constant); [n] each."""
+    """Mean squared error, and Pearson's and Spearman's correlation (0 if one side is constant).
+
+    Args:
+      values, labels: float32 [n].
+    """
     constant = np.ptp(values) == 0 or np.ptp(labels) == 0
     return {
         "loss": float(((values - labels) ** 2).mean()),
@@ -43,12 +47,12 @@ def regression(values: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def language_model(loss: np.ndarray, tokens: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """Mean loss of a learnt token in nats, perplexity, and the share of tokens guessed right.
+    """Mean loss per token in nats, perplexity and accuracy, over the tokens that carry loss.
 
     Args:
-      loss: of each example, summed over its learnt tokens; [n].
-      tokens: how many these are; [n].
-      right: how many of them are the likeliest one; [n].
+      loss: summed per example, [n].
+      tokens: how many tokens carry loss, [n].
+      right: how many of these are predicted right, [n].
     """
     count = max(int(tokens.sum()), 1)
     mean = float(loss.astype(np.float64).sum() / count)

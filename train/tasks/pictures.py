@@ -1,4 +1,4 @@
-"""Pictures, and pixels given as numbers, as arrays of brightness: 0 is black, 1 is white."""
+"""Picture files or pixel values in, arrays of brightness out: 0 is black, 1 is white."""
 
 from __future__ import annotations
 
@@ -14,81 +14,79 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from train.data.tables import Table, column
 
 WHITE16 = 65535
-"""White in a picture of 16 bits a pixel."""
+"""White at 16 bits per pixel."""
 
 
 class Unreadable(ValueError):
-    """A value that cannot be shown; the message says why."""
+    """A value that is not a readable image; the message says why."""
 
 
 class Picture(NamedTuple):
-    """A picture of a file.
+    """A picture from a file.
 
     Attributes:
-      image: upright, its first frame.
-      animated: whether there are more.
+      image: its first frame, upright.
+      animated: whether it has more frames.
     """
 
     image: Image.Image
     animated: bool
 
 
-def stored(table: Table, name: str) -> list[Any]:
-    """The images of a column as they are stored, so that each can be opened by itself."""
+def stored_images(table: Table, name: str) -> list[Any]:
+    """The images of a column as stored, so that each is opened on its own."""
     if not isinstance(table.features.get(name), datasets.Image):
         return column(table, name, "task.image")
     raw: Any = table.cast_column(name, datasets.Image(decode=False))
     return column(raw, name, "task.image")
 
 
-def opened(value: Any) -> Picture | np.ndarray:
+def open_image(value: Any) -> Picture | np.ndarray:
     """A picture, or pixels as float32 [side * side], [side, side] or [side, side, channels].
 
     Args:
-      value: a path, the content of a file, both as `datasets` keeps them (``{"path": ..., "bytes": ...}``), or numbers.
+      value: a path, the content of a file, both as in `datasets` (``{"path": ..., "bytes": ...}``), or numbers.
 
     Raises:
-      Unreadable: if it is none of these, or the file is not there, damaged or of no known format.
+      Unreadable: if it is none of these, or the file is missing, damaged or of an unknown format.
     """
     if isinstance(value, str | bytes | Mapping):
         return _from_file(value)
     try:
         pixels = np.asarray(value, np.float32)
     except (TypeError, ValueError) as error:
-        raise Unreadable(f"{value!r:.80} is no image; expected a picture, or its pixels") from error
+        raise Unreadable(f"{value!r:.80} is not an image; expected a picture, or its pixels") from error
     side = side_of(pixels)
     if pixels.shape[:2] not in ((side * side,), (side, side)) or pixels.ndim > 3 or side == 0:
         shape = " x ".join(map(str, pixels.shape))
-        raise Unreadable(
-            f"{shape} pixels are no square image; expected side * side numbers, or as many rows as columns"
-        )
+        raise Unreadable(f"{shape} pixels are not a square image; expected side * side numbers, or side rows of side")
     return pixels
 
 
 def side_of(image: Picture | np.ndarray) -> int:
-    """The longer side of a picture, or the side of a square one of numbers, in pixels."""
+    """The longer side of a picture, or the side of square pixels."""
     if isinstance(image, Picture):
         return max(image.image.size)
     return image.shape[0] if image.ndim > 1 else math.isqrt(image.size)
 
 
-def shown(image: Picture | np.ndarray, side: int, channels: int, brightest: float) -> np.ndarray:
+def to_array(image: Picture | np.ndarray, side: int, channels: int, brightest: float) -> np.ndarray:
     """An image as float32 [side, side, channels], from 0 to 1.
 
-    A picture is resized, whatever its shape, by Pillow's bicubic filter. What is transparent in it is white, as where
-    pages show it. Its white is that of its format: 255, or 65535 for 16 bits.
+    A picture is resized to a square by Pillow's bicubic filter, and composited on white. Its white is that of its
+    format: 255, or 65535 for 16 bits.
 
     Args:
-      image: as `opened` gives it.
-      brightest: the white of numbers, and of pictures in 32 bits or floats, whose formats have none.
+      image: from `open_image`.
+      brightest: white in numbers, and in pictures of 32 bits or floats, whose formats do not define it.
 
     Raises:
-      Unreadable: if numbers are of another size, or beyond the range from 0 to ``brightest``.
+      Unreadable: if numbers are of another size, or outside the range from 0 to ``brightest``.
     """
     if isinstance(image, np.ndarray):
         return _of_numbers(image, side, channels, brightest)
     picture = image.image
-    if picture.mode.startswith(("I", "F")):  # of these Pillow's `convert` would cut off all above 255
+    if picture.mode.startswith(("I", "F")):  # Pillow's `convert` would clip these at 255
         levels = np.asarray(picture).astype(np.float32)
         scaled = _scaled(levels, WHITE16 if picture.mode.startswith("I;16") else brightest)
         if (transparent := picture.info.get("transparency")) is not None:
@@ -115,10 +113,12 @@ def _from_file(value: str | bytes | Mapping[str, Any]) -> Picture:
             image.load()
             return Picture(ImageOps.exif_transpose(image), animated)
     except FileNotFoundError as error:
-        raise Unreadable(f"there is no file at {path}; a path is absolute, or starts where the program runs") from error
-    except Exception as error:  # Pillow's plugins raise what they like of a damaged file
+        raise Unreadable(
+            f"there is no file at {path}; paths are absolute, or relative to the working directory"
+        ) from error
+    except Exception as error:  # Pillow's plugins raise all kinds of errors for a damaged file
         unknown = isinstance(error, UnidentifiedImageError)
-        what = "no picture of a format that Pillow reads" if unknown else str(error) or type(error).__name__
+        what = "not a picture in a format that Pillow reads" if unknown else str(error) or type(error).__name__
         raise Unreadable(f"{path}: {what}" if path else what) from error
 
 
@@ -132,7 +132,7 @@ def _of_numbers(pixels: np.ndarray, side: int, channels: int, brightest: float) 
 
 def _scaled(levels: np.ndarray, white: float) -> np.ndarray:
     least, most = levels.min(), levels.max()
-    if least < 0 or not most <= white:  # NaN is not either
+    if least < 0 or not most <= white:  # also true of NaN
         way = f"; pass --task.brightest {most:g}" if least >= 0 and math.isfinite(most) else ""
         raise Unreadable(f"pixels from {least:g} to {most:g}, expected 0 to task.brightest = {white:g}{way}")
     return levels / white

@@ -1,4 +1,4 @@
-"""The tasks, one interface (`train.tasks.base.Task`): text and image classification, regression, language modelling."""
+"""A configuration in, its task out (`train.tasks.base.Task`)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from train.networks.network import Network, checkpoint_side
 from train.tasks.base import Measured, Task
 from train.tasks.classify import TextClassification, TextRegression
 from train.tasks.images import Images, first_side
-from train.tasks.labels import class_names, class_numbers, class_weights, counts
+from train.tasks.labels import class_counts, class_names, class_numbers, class_weights
 from train.tasks.language import LanguageModel
 
 __all__ = ["Measured", "Task", "make_task", "resolved"]
 
 
 def resolved(config: TrainConfig, tables: Mapping[str, Table]) -> TrainConfig:
-    """The same configuration with all that its task takes from the data: labels, their weights, the size of images."""
+    """The configuration with what its task takes from the data: labels, class weights, the size of images."""
     task, train = config.task, tables["train"]
     found: dict[str, Any] = {}
     if isinstance(task, CausalLM):
@@ -31,8 +31,8 @@ def resolved(config: TrainConfig, tables: Mapping[str, Table]) -> TrainConfig:
     if not getattr(task, "regression", False):
         found["labels"] = labels = task.labels or class_names(train, task.label)
         if task.class_weights is not None:
-            each = counts(class_numbers(train, task.label, labels), labels)
-            found["class_weights"] = class_weights(task.class_weights, each)
+            counts = class_counts(class_numbers(train, task.label, labels), labels)
+            found["class_weights"] = class_weights(task.class_weights, counts)
     if not isinstance(task, SequenceClassification) and task.side is None:
         known = checkpoint_side(config.model) if isinstance(config.model, Pretrained) else None
         found["side"] = known or first_side(train, task.image)
@@ -47,7 +47,7 @@ def _template(name: str) -> str:
 
 
 def make_task(config: TrainConfig, network: Network) -> Task:
-    """The task of a `resolved` configuration, for the network that it uses."""
+    """The task of a `resolved` configuration, for its network."""
     match config.task:
         case SequenceClassification(regression=True) as task:
             return TextRegression(task, (), network.tokenizer)

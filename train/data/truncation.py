@@ -1,0 +1,56 @@
+"""Token counts of texts in, a summary of what ``max_length`` cuts from them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Truncation(NamedTuple):
+    """What truncation to ``limit`` tokens costs a set of texts.
+
+    Attributes:
+      limit: maximum tokens per example.
+      examples: number of examples before truncation.
+      longest: tokens of the longest example.
+      cut: examples longer than ``limit``.
+      dropped: examples left out because no token that carries loss remains.
+      tokens: tokens that carry loss, over all examples before truncation; for classification, all tokens.
+      lost: how many of these are cut.
+      ends: examples whose last token carries loss and is cut, so that their end is not trained on; None for
+        classification.
+    """
+
+    limit: int
+    examples: int
+    longest: int
+    cut: int
+    dropped: int
+    tokens: int
+    lost: int
+    ends: int | None
+
+    @classmethod
+    def of(cls, limit: int, lengths: Sequence[int]) -> Truncation:
+        """Texts to be classified, of ``lengths`` tokens, truncated to ``limit`` tokens."""
+        over = [length - limit for length in lengths if length > limit]
+        return cls(limit, len(lengths), max(lengths, default=0), len(over), 0, sum(lengths), sum(over), None)
+
+    def describe(self, name: str, *, training: bool = True) -> str:
+        """One line about the set ``name``; when ``training``, with the flag that avoids truncation."""
+        if not self.cut and not self.dropped:
+            return f"{name}: {self.examples:,} examples of at most {self.longest:,} tokens, none is cut"
+        parts = []
+        if self.cut:
+            what = "tokens" if self.ends is None else "tokens of loss"
+            ends = f", and {self.ends:,} examples lose their end" if self.ends else ""
+            parts.append(
+                f"{self.cut:,} of {self.examples:,} examples are cut at {self.limit:,} tokens: {self.lost:,} of "
+                f"{self.tokens:,} {what} are lost{ends}"
+            )
+        if self.dropped:
+            parts.append(
+                f"{self.dropped:,} of {self.examples:,} examples are left out: none of their tokens carries loss"
+            )
+        advice = f" (--task.max-length {self.longest} keeps all)" if self.cut and training else ""
+        return f"{name}: {'; '.join(parts)}{advice}"

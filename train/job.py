@@ -12,7 +12,6 @@ import numpy as np
 
 import jlora
 from jlora._src.paths import named_leaves
-from train.checks import validate_for
 from train.compute.keys import random_key
 from train.compute.layouts import Layout, Mesh, make_layout
 from train.compute.processes import check_same, say
@@ -21,7 +20,8 @@ from train.data.batches import Examples, batch_of, cut_of, lengths, quarters, si
 from train.data.cuts import Cut, line
 from train.data.tables import Provenance, Table, load
 from train.loop.progress import Intervals
-from train.networks.network import Network, check_tokens, make_network, what_to_train
+from train.networks.network import Network, check_tokens
+from train.networks.registry import make_network
 from train.rundir.files import flat, to_json
 from train.tasks.base import Task
 from train.tasks.classify import Classification
@@ -155,7 +155,7 @@ def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
     """
     config, tables, network, task, train, test = training_data(config, check)
     learnt = train[list(train)[-1]]
-    validate_for(config, size(learnt))
+    config.check_examples(size(learnt))
     layout = make_layout(config, network.rules)
     buckets = bucket_lengths(config, train, test)
     uses, plan = plan_of(config, network, task.inputs(batch_of(learnt, np.arange(1), buckets)))
@@ -199,7 +199,7 @@ def plan_of(
     params = jax.eval_shape(network.init, random_key(config.seed, "model"))
     uses = jlora.trace(network.forward, params, inputs)
     try:
-        return uses, jlora.plan(params, what_to_train(config), uses)
+        return uses, jlora.plan(params, config.adapted, uses)
     except ValueError as error:
         raise ConfigError(f"lora: {error}") from error
 
@@ -208,7 +208,7 @@ def start_adapters(
     config: TrainConfig, network: Network, params: Any, uses: Mapping[str, jlora.WeightUse]
 ) -> dict[str, Any]:
     """Fresh adapters; with the mode ``head``, a head that has learnt nothing."""
-    adapters: dict[str, Any] = jlora.init(random_key(config.seed, "adapters"), params, what_to_train(config), uses)
+    adapters: dict[str, Any] = jlora.init(random_key(config.seed, "adapters"), params, config.adapted, uses)
     if config.mode != "head":
         return adapters
     drawn, _ = named_leaves(network.init(random_key(config.seed, "head")))

@@ -19,12 +19,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests import tiny
 from tests.chat_templates import CHATML, SPECIAL, TEMPLATES
-from train.checks import validate
 from train.config import CausalLM, ConfigError, DataConfig, Pretrained, SequenceClassification, TrainConfig
 from train.data import cuts
 from train.data import tables as data
 from train.data.batches import Examples, cut_of, size
 from train.data.tables import Table
+from train.networks.tokenizers import set_up
 from train.tasks.chat import Chat, messages_of, tools_of
 from train.tasks.classify import TextClassification
 from train.tasks.language import LanguageModel
@@ -143,7 +143,8 @@ def table(**columns: Any) -> Table:
 
 
 def encoded(tokenizer: Any, rows: Table, **config: Any) -> Examples:
-    return LanguageModel(CausalLM(**config), tokenizer).encode(rows)[""]
+    task = CausalLM(**config)
+    return LanguageModel(task, set_up(tokenizer, task)).encode(rows)[""]
 
 
 def as_shown(examples: Examples, tokenizer: Any) -> list[str]:
@@ -843,7 +844,7 @@ def config_of(**task: Any) -> TrainConfig:
 def test_what_belongs_to_chats_is_refused_without_one(task, message):
     """It had no effect, and nobody was told."""
     with pytest.raises(ConfigError, match=re.escape(message)):
-        validate(config_of(**task))
+        config_of(**task).check()
 
 
 def test_a_template_may_be_a_file(tmp_path):

@@ -18,11 +18,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tests import tiny
 from tests.runs import program
 from train.__main__ import main
-from train.commands.sheet import write_sheet
+from train.commands.contact_sheet import write_contact_sheet
 from train.config import CausalLM, SequenceClassification
 from train.data import tables as data
 from train.data.batches import Ragged
-from train.networks.network import load_tokenizer
+from train.networks.tokenizers import load_tokenizer
 from train.report import examples as look
 from train.tasks.classify import TextClassification, TextRegression
 from train.tasks.language import LanguageModel
@@ -74,7 +74,7 @@ def test_examples_are_shown_as_they_are_learnt(work):
     assert printed.endswith(f"\nexample 1 of 5: 33 tokens, 6 learnt (in ⟦ ⟧), 3 examples packed\n{rows}\n")
     assert "train: 12 examples, packed into 5 rows of at most 40 tokens\n" in printed
     assert "\n  tokens  11 to 14, median 12\n" in printed
-    assert "\n  learnt  2 to 5, median 4; 42 of 150 tokens (28.0%)\n" in printed
+    assert "\n  tokens with loss  2 to 5, median 4; 42 of 150 tokens (28.0%)\n" in printed
     assert "validation: 5 examples" in printed
 
     code, printed = language(work, "--task.no-pack", "--examples", "2", "--tokens")
@@ -101,7 +101,7 @@ def test_labels_are_counted_and_named(work):
     code, printed = texts(work, "--task.max-length", "8")
     assert code == 0, printed
     assert "train: 40 examples\n" in printed and "validation: 8 examples\n" in printed
-    assert "  labels  negative: 20 (50.0%), positive: 20 (50.0%)\n" in printed
+    assert re.search(r"label +train +validation\n.*\nnegative +20 +4\npositive +20 +4\n", printed)
     assert re.search(r"\b15 of 40\b.* cut", printed)
     assert "\nexample 2 of 40: 5 tokens, label 'positive' (class 1)\n[CLS] the fine a [SEP]\n" in printed
     code, printed = texts(work, "--task.regression", "--task.labels", "None", "--task.label", "score")
@@ -116,8 +116,7 @@ def test_of_many_labels_the_frequent_and_the_rarest_are_named(work, tmp_path):
     flags = ("--data.train", file, "--data.validation", file, "--task.labels", "None")
     code, printed = texts(work, *flags)
     assert code == 0, printed
-    line = next(line for line in printed.splitlines() if line.startswith("  labels"))
-    assert line.startswith("  labels  l00: 40 (") and line.endswith(", 18 more, l29: 11 (1.4%)") and "l10: 30" in line
+    assert re.search(r"validation\n[- ]+\nl00 +40 +40\n(.+\n)*\(10 more\)\n(.+\n)*l29 +11 +11\n\nexample 1", printed)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +146,8 @@ def test_images_are_shown_as_the_network_sees_them(tmp_path):
     out = tmp_path / "digits.png"
     code, printed = program("show", "--cache-dir", str(tmp_path / "cache"), "--examples", "2", "--out", str(out))
     assert code == 0, printed
-    assert "train: 1,198 images of 8 x 8 x 1, shown as upright and shifted\n  labels  0: 119 (9.9%), 1: 126" in printed
+    assert "train: 1,198 images of 8 x 8 x 1, shown as upright and shifted\n" in printed
+    assert re.search(r"\n0 +119 +\d+\n1 +126 ", printed)
     assert f"written to {out}" in printed
     code, printed = program("show", "--tokens", "--out", str(out))
     assert code == 2 and "got --tokens, which is for texts" in printed
@@ -157,7 +157,7 @@ def test_images_are_shown_as_the_network_sees_them(tmp_path):
     rng = np.random.default_rng(0)
     images = {"one": rng.random((7, 8, 8, 3)), "two": rng.random((7, 8, 8, 3))}
     labels = np.array([1, 0, 1, 1, 0, 1, 1])
-    write_sheet(out, images, labels, ("none", "some", "absent"), 3)
+    write_contact_sheet(out, images, labels, ("none", "some", "absent"), 3)
     with Image.open(out) as file:
         sheet = np.asarray(file)
     for domain in images.values():
@@ -178,11 +178,11 @@ def place_of(image: np.ndarray, sheet: np.ndarray) -> Any:
 
 def test_a_sheet_of_many_labels_stays_small(tmp_path):
     names = [f"class {i} of a very long name indeed" for i in range(300)]
-    write_sheet(tmp_path / "x.png", {"": np.zeros((300, 224, 224, 1))}, np.arange(300), names, 3)
+    write_contact_sheet(tmp_path / "x.png", {"": np.zeros((300, 224, 224, 1))}, np.arange(300), names, 3)
     with Image.open(tmp_path / "x.png") as sheet:
         assert sheet.size[0] < 1000 and sheet.size[1] < 3000
     odd = ["漢字 \ue000é", "none"]
-    write_sheet(tmp_path / "x.png", {"": np.zeros((2, 4, 4, 1))}, np.zeros(2, int), odd, 1)
+    write_contact_sheet(tmp_path / "x.png", {"": np.zeros((2, 4, 4, 1))}, np.zeros(2, int), odd, 1)
     with Image.open(tmp_path / "x.png") as sheet:
         assert sheet.size[1] < 200
 
@@ -290,7 +290,7 @@ def test_marks_are_those_that_the_terminal_has(work, monkeypatch):
     flags = ["--model.path", str(work / "encoder"), "--cache-dir", str(work / "cache"), "--task.max-length", "16"]
     with contextlib.redirect_stdout(terminal):
         code = main(["show", config, *flags, "--data.train", file, "--data.validation", file, "--task.labels", "None"])
-    assert code == 0 and "sch\\xf6n: 2 (50.0%)" in terminal.shown()
+    assert code == 0 and re.search(r"sch\\xf6n +2 +2\n", terminal.shown())
 
 
 def test_ragged_examples_without_texts_have_no_first():

@@ -25,7 +25,7 @@ from train.data import batches
 from train.data import tables as data
 from train.data.batches import Ragged
 from train.job import bucket_lengths
-from train.networks.network import load_tokenizer
+from train.networks.tokenizers import load_tokenizer, set_up
 from train.rundir import files
 from train.rundir.finished import open_run
 from train.tasks import metrics
@@ -257,7 +257,9 @@ def test_pairs_and_truncation_reach_the_tokenizer(work):
     assert examples["token_type_ids"][0].tolist() == [0, 0, 0, 0, 1, 1, 1]
 
     left = SequenceClassification(text="one", max_length=4, truncation="left")
-    examples = TextClassification(left, ("0", "1"), tokenizer).encode(rows_of(one=["a b c film plot"], label=[0]))[""]
+    examples = TextClassification(left, ("0", "1"), set_up(tokenizer, left)).encode(
+        rows_of(one=["a b c film plot"], label=[0])
+    )[""]
     assert [tiny.VOCABULARY[i] for i in examples["input_ids"][0]] == ["[CLS]", "film", "plot", "[SEP]"]
 
 
@@ -323,7 +325,8 @@ def test_ordered_batches_hold_every_example_once_in_few_shapes():
 
 
 def language_model(work: Path, **config: Any) -> LanguageModel:
-    return LanguageModel(CausalLM(**config), load_tokenizer(str(work / "decoder")))
+    task = CausalLM(**config)
+    return LanguageModel(task, set_up(load_tokenizer(str(work / "decoder")), task))
 
 
 def learnt_words(examples: batches.Examples, row: int = 0) -> list[str]:

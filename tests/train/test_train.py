@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from train.compute.layouts import Jit
 from train.compute.optimizer import make_optimizer, make_schedule
 from train.compute.step import init_state, make_step
 from train.config import (
+    EVERYTHING,
+    NEW_HEAD,
     ComputeConfig,
     ConfigError,
     DataConfig,
@@ -38,8 +41,8 @@ from train.data import tables as data
 from train.experiment import run
 from train.job import encoded
 from train.loop.evaluate import make_measure
-from train.networks import network as networks
-from train.networks.network import EVERYTHING, NEW_HEAD
+from train.networks.registry import make_network
+from train.networks.scratch import patches
 from train.pretrain import identity, publish
 from train.rundir import files
 from train.tasks.registry import make_task, resolved
@@ -81,7 +84,7 @@ def tables(config):
 @pytest.fixture(scope="session")
 def task(config, tables):
     config = resolved(config, tables)
-    return make_task(config, networks.make_network(config))
+    return make_task(config, make_network(config))
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +97,7 @@ def images(task, tables) -> dict[str, dict[str, batches.Examples]]:
 @pytest.fixture(scope="session")
 def network(config, tables):
     """(forward, params) of the toy network, untrained."""
-    made = networks.make_network(resolved(config, tables))
+    made = make_network(resolved(config, tables))
     return made.forward, made.init(jax.random.key(0))
 
 
@@ -280,7 +283,7 @@ def test_domains_turn_and_invert(images):
 
 def test_patches_are_squares_of_the_image():
     image = jnp.arange(16.0).reshape(1, 4, 4, 1)
-    assert networks.patches(image, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert patches(image, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
 # The step
@@ -400,11 +403,11 @@ def test_all_problems_are_told_at_once(tmp_path, capsys):
     assert main([*argv, "--run-dir", str(used)]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: 5 problems in the configuration:",
+        "  model.width: got 97, expected a multiple of model.heads = 4; pass --model.width 96",
         "  data.limit: got 0, expected a whole number >= 1, or None; pass --data.limit 1000",
         "  fit.epochs: got 0, expected a whole number >= 1; pass --fit.epochs 20",
-        "  learning_rate.lora: got -1.0, expected a number > 0; pass --learning-rate.lora 0.002",
-        f"  run_dir: got {used}, expected a directory, or a path where there is none yet; pass --run-dir runs/mine",
-        "  model.width: got 97, expected a multiple of model.heads = 4; pass --model.width 96",
+        "  learning_rate.lora: got -1.0, expected a number > 0; pass --learning-rate.lora 0.001",
+        f"  run_dir: got {used}, expected a directory or a new path, or None; pass --run-dir runs/mine",
     ]
 
 
@@ -466,3 +469,37 @@ def test_help_shows_how_to_call_and_every_field(capsys):
     shown = capsys.readouterr().out
     assert "usage: python -m train [fit] [CONFIG.py]" in shown
     assert all(flag in shown for flag in ("--mode {lora,full,head}", "--lora.rank", "--fit.epochs", "--run-dir"))
+
+
+@pytest.mark.parametrize("config", ["digits", "mnist_mlp", "sst2_minilm", "instruct_llama"])
+def test_help_says_what_every_field_is(config, capsys):
+    """Whatever its type: a sentence, and the default."""
+    with pytest.raises(SystemExit):
+        main([f"configs/{config}.py", "--help"])
+    fields = re.split(r"\n\W{1,3}(?=--[a-z])", capsys.readouterr().out)[1:]
+    assert len(fields) > 50
+    for field in fields:
+        assert re.search(r"[A-Za-z]+ [a-z]+", field.split("\n", 1)[1].split("(default:")[0]), field
+
+
+def test_a_field_is_checked_by_what_it_declares():
+    """Wherever it stands in the configuration, and whatever the file says; a value of another type is a problem too."""
+    config = parse([])
+    domain = {"a": Domain(-1)}
+    wrong = dataclasses.replace(
+        config,
+        task=dataclasses.replace(config.task, domains=domain, class_weights={"a": 0.0, "b": 1.0}, labels=("a", "a")),
+        fit=FitConfig(epochs=True, warmup=1.0, clip=float("nan")),
+        log=("stdout",),  # pyright: ignore[reportArgumentType]
+        data="digits.csv",  # pyright: ignore[reportArgumentType]
+        mode="LoRA",  # pyright: ignore[reportArgumentType]
+    )
+    with pytest.raises(ConfigError) as error:
+        wrong.check()
+    found = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]]
+    assert found == [
+        "task.labels", "task.class_weights", "task.domains.a.quarter_turns", "data", "mode", "fit.epochs",
+        "fit.warmup", "fit.clip", "log",
+    ]  # fmt: skip
+    assert "data: got 'digits.csv', expected a DataConfig; write data = DataConfig(...)" in str(error.value)
+    assert "mode: got 'LoRA', expected one of lora, full, head; pass --mode lora" in str(error.value)

@@ -244,8 +244,8 @@ def test_tools_are_shown_to_the_template_as_in_training(work, tmp_path, monkeypa
     bare = "<user> : 1 + 1 = <end> <assistant> :"
     assert asked == [[f"film {bare}", bare, f"plot {bare}"], [f"film {bare}", bare, f"plot {bare}"], [bare] * 3]
     assert isinstance(run.task, LanguageModel)
-    learnt: Any = tables.Table.from_list([{"messages": TALK[:2], "tools": tools[0]}])
-    (example,) = run.task.encode(learnt)[""]["input_ids"]
+    rows: Any = tables.Table.from_list([{"messages": TALK[:2], "tools": tools[0]}])
+    (example,) = run.task.encode(rows)[""]["input_ids"]
     assert run.task.tokenizer.decode(example).startswith(asked[0][0])
     tiny.write_jsonl(tmp_path / "bad.jsonl", [{"messages": TALK[:1], "tools": "no JSON"}])
     assert "bad.jsonl, row 1: got 'no JSON'" in refused("generate", "run", "--file", tmp_path / "bad.jsonl")

@@ -127,19 +127,19 @@ def test_the_run_directory_holds_all_that_the_run_made(summaries, mode):
     assert (config["mode"], config["lora"]["rank"], config["fit"]["epochs"]) == (mode, 2, 2)
     assert files.to_json(files.from_json(TrainConfig, config)) == config
 
-    told = records(run_dir)
-    ends = [(record["phase"], record["epoch"], record["step"]) for record in told if "epoch" in record]
+    written = records(run_dir)
+    ends = [(record["phase"], record["epoch"], record["step"]) for record in written if "epoch" in record]
     assert ends == [
         ("base", 1, 37),
         ("base", 2, 74),
         ("fit", 1, 37),
         ("fit", 2, 74),
     ]
-    assert all(np.isfinite(record["loss"]) for record in told)
-    assert told[-1]["shifted_accuracy"] == accuracy(summary, "adapted", "shifted")
+    assert all(np.isfinite(record["loss"]) for record in written)
+    assert written[-1]["shifted_accuracy"] == accuracy(summary, "adapted", "shifted")
 
 
-def test_a_run_that_was_killed_while_it_wrote_its_figures_writes_them_again(summaries, cache_dir, tmp_path):
+def test_a_run_that_was_killed_before_its_summary_writes_it_again(summaries, cache_dir, tmp_path):
     folder = shutil.copytree(summaries["lora"]["run_dir"], tmp_path / "run")
     (folder / "summary.json").unlink()
     before = (folder / "metrics.jsonl").read_bytes()
@@ -190,7 +190,7 @@ def test_training_helps(summaries):
         assert accuracy(summaries[mode], "adapted", "shifted") > accuracy(summaries[mode], "base", "shifted") + 0.1
 
 
-def test_modes_train_what_they_say(summaries):
+def test_modes_train_their_parameters(summaries):
     total = summaries["full"]["total"]
     assert summaries["full"]["trainable"] == total
     assert summaries["head"]["trainable"] == 16 * 10 + 10
@@ -204,7 +204,7 @@ def test_the_base_is_trained_once(summaries):
 
 
 def test_a_base_is_known_by_what_determines_it(config):
-    """Training anew only when the base would be another: not for what happens after it."""
+    """The base is trained again only if it would differ, not for changes of what comes after it."""
     same = [
         {"mode": "full"},
         {"lora": jlora.LoraConfig(rank=1)},
@@ -235,7 +235,7 @@ def test_two_runs_may_publish_the_same_base(tmp_path):
 
 
 def test_a_run_is_a_pure_function_of_its_configuration(summaries, cache_dir, tmp_path):
-    """The same configuration, base trained anew: the same records but for the time."""
+    """The same configuration with the base trained again gives the same records, but for times."""
     run(parse([*TINY, "--cache-dir", str(tmp_path / "cache"), "--run-dir", str(tmp_path / "run")]))
     first, second = (records(directory) for directory in (Path(summaries["lora"]["run_dir"]), tmp_path / "run"))
     assert first == second
@@ -396,7 +396,7 @@ def test_overrides_reach_every_part():
     assert (config.lora.rank, config.fit.clip, config.task.side, config.mode) == (3, None, 8, "head")
 
 
-def test_all_problems_are_told_at_once(tmp_path, capsys):
+def test_all_problems_are_reported_at_once(tmp_path, capsys):
     used = tmp_path / "used"
     used.touch()
     argv = "--fit.epochs 0 --model.width 97 --learning-rate.lora -1 --data.limit 0".split()
@@ -426,7 +426,7 @@ def test_a_target_that_matches_nothing_is_refused_before_training(cache_dir, tmp
 @pytest.mark.parametrize(
     ("argv", "nearest"), [(["--fit.epoch", "3"], "--fit.epochs"), (["--lora.rnk", "3"], "--lora.rank")]
 )
-def test_a_misspelt_flag_is_told_the_nearest(argv, nearest, capsys):
+def test_the_error_of_a_misspelt_flag_names_the_nearest(argv, nearest, capsys):
     with pytest.raises(SystemExit) as error:
         main(argv)
     assert error.value.code == 2
@@ -456,7 +456,7 @@ def test_a_config_file_that_fails_says_where_and_why(tmp_path, text, message):
         parse([str(file)])
 
 
-def test_a_config_file_that_does_not_exist_is_told_what_there_is(capsys):
+def test_the_error_of_a_missing_config_file_names_those_that_exist(capsys):
     assert main(["configs/digit.py"]) == 2
     names = ", ".join(sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")))
     assert capsys.readouterr().err == f"error: no config file at configs/digit.py; there are: {names}\n"

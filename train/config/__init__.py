@@ -6,7 +6,7 @@
 ``training``  data, training, devices, checkpoints; `TrainConfig` holds all of them
 
 A field is declared in one place: its type with its constraint, its default, and below it the text of ``--help``. What
-must hold between fields is in the method `problems` of their dataclass.
+must hold between fields is in the method `conflicts` of their dataclass.
 """
 
 from pathlib import Path

@@ -46,7 +46,7 @@ Column = Annotated[str, Constraint("the name of a column", bool, "text")]
 class Part:
     """A part of a configuration: a dataclass whose fields say what they may hold."""
 
-    def problems(self) -> Iterator[str]:
+    def conflicts(self) -> Iterator[str]:
         """Problems between fields of the right types; each begins with the name of a field."""
         yield from ()
 
@@ -62,7 +62,7 @@ def problems(part: Part, prefix: str = "") -> Iterator[str]:
             if isinstance(one, Part):
                 yield from problems(one, f"{prefix}{name}.{below}." if below else f"{prefix}{name}.")
     if typed:
-        yield from (prefix + problem for problem in part.problems())
+        yield from (prefix + conflict for conflict in part.conflicts())
 
 
 def misplaced_parts(part: Part) -> list[str]:

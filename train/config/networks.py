@@ -44,7 +44,7 @@ class PatchTransformer(Part):
     #: Hidden width of a block's MLP.
     hidden: Count = 192
 
-    def problems(self) -> Iterator[str]:
+    def conflicts(self) -> Iterator[str]:
         if self.heads > 0 and self.width % self.heads:
             nearest = max(1, round(self.width / self.heads)) * self.heads
             yield (

@@ -42,7 +42,7 @@ class SequenceClassification(Part):
     #: The side on which long texts are truncated.
     truncation: Literal["right", "left"] = "right"
 
-    def problems(self) -> Iterator[str]:
+    def conflicts(self) -> Iterator[str]:
         if self.regression and self.labels is not None:
             yield "labels: got names, expected None: a regression has no classes; pass --task.labels None"
         if self.regression and self.class_weights is not None:
@@ -89,7 +89,7 @@ class CausalLM(Part):
     #: Maximum number of tokens of a sequence. Longer ones are truncated on the right, and the log says how many.
     max_length: MaxLength = 512
 
-    def problems(self) -> Iterator[str]:
+    def conflicts(self) -> Iterator[str]:
         pair = self.prompt is not None and self.completion is not None
         ways = [self.messages is not None, pair, self.text is not None]
         if sum(ways) != 1 or (self.prompt is None) != (self.completion is None):

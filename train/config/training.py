@@ -77,7 +77,7 @@ class DataConfig(Part):
     #: Lengths to which batches of texts are padded. Default: quarters of the task's max_length.
     buckets: Lengths | None = None
 
-    def problems(self) -> Iterator[str]:
+    def conflicts(self) -> Iterator[str]:
         if self.validation is not None and self.holdout:
             yield (
                 f"holdout: got {self.holdout} beside data.validation = {self.validation!r}, expected one of them; pass "
@@ -157,7 +157,7 @@ class ComputeConfig(Part):
     #: (full).
     remat: Remat = "none"
 
-    def problems(self) -> Iterator[str]:
+    def conflicts(self) -> Iterator[str]:
         if self.layout == "mesh":
             return
         axes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor")}
@@ -188,7 +188,7 @@ class ProcessesConfig(Part):
     #: variables of Slurm or a TPU name several processes.
     auto: bool = False
 
-    def problems(self) -> Iterator[str]:
+    def conflicts(self) -> Iterator[str]:
         given: dict[str, Any] = {name: getattr(self, name) for name in ("coordinator", "count", "index")}
         missing = [name for name, value in given.items() if value is None]
         if 0 < len(missing) < len(given):
@@ -270,7 +270,7 @@ class TrainConfig(Part):
     #: Directory of trained bases and converted data.
     cache_dir: Path = field(default_factory=default_cache_dir)
 
-    def problems(self) -> Iterator[str]:
+    def conflicts(self) -> Iterator[str]:
         task, model = self.task, self.model
         if isinstance(model, PatchTransformer | Mlp):
             if isinstance(task, SequenceClassification | CausalLM):

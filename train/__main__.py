@@ -47,13 +47,13 @@ CONFIG.py is a file that defines `config = TrainConfig(...)`. Default: configs/d
 switches are turned off with `no-`:
   python -m train configs/digits.py --lora.rank 2 --fit.epochs 5
   python -m train configs/instruct_llama.py --task.no-pack
-`--learning-rate 1e-4` sets the learning rate of the mode.
+`--learning-rate 1e-4` sets the learning rate of the mode. Each command below has its own --help.
 
-Before training (takes the same flags):
-  python -m train show CONFIG.py               what would be trained on: examples, lengths, labels
+Before training:
+  python -m train show CONFIG.py               what would be trained on (takes the same flags)
   python -m train inspect CHECKPOINT           what of a checkpoint would be adapted
 
-After training (each command has its own --help):
+After training:
   python -m train predict RUN --text "..."     label texts
   python -m train generate RUN --prompt "..."  continue prompts
   python -m train eval RUN                     evaluate, also on other data

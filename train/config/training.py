@@ -129,7 +129,8 @@ def _are_rules(rules: dict[str, str]) -> bool:
 
 
 ShardingRules = Annotated[
-    dict[str, str], Constraint("patterns of paths, each with mesh axes such as fsdp,-", _are_rules, "lm_head fsdp,-")
+    dict[str, str],
+    Constraint("patterns of paths, and for each axes of the mesh such as fsdp,-", _are_rules, "lm_head fsdp,-"),
 ]
 
 
@@ -162,10 +163,7 @@ class ComputeConfig(Part):
             return
         axes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor")}
         if sizes := " and ".join(f"{axis}={size}" for axis, size in axes.items() if size not in (None, 1)):
-            yield (
-                f"layout: got {self.layout!r} with {sizes}, which are axes of a mesh; expected 'mesh'; "
-                "pass --compute.layout mesh"
-            )
+            yield (f"layout: got {self.layout!r} with {sizes}; only a mesh has these axes; pass --compute.layout mesh")
         if self.rules:
             yield f"rules: got rules with {self.layout!r}, expected none: only a mesh shards weights"
 
@@ -193,7 +191,7 @@ class ProcessesConfig(Part):
         missing = [name for name, value in given.items() if value is None]
         if 0 < len(missing) < len(given):
             absent = " and no ".join(missing)
-            yield f"{missing[0]}: got no {absent}; expected all of coordinator, count and index, or none"
+            yield f"{missing[0]}: got no {absent}; expected coordinator, count and index, or none"
         elif self.index is not None and self.count is not None and self.index >= self.count:
             yield f"index: got {self.index}, expected less than processes.count = {self.count}"
 

@@ -163,7 +163,7 @@ class ComputeConfig(Part):
             return
         axes = {axis: getattr(self, axis) for axis in ("data", "fsdp", "tensor")}
         if sizes := " and ".join(f"{axis}={size}" for axis, size in axes.items() if size not in (None, 1)):
-            yield (f"layout: got {self.layout!r} with {sizes}; only a mesh has these axes; pass --compute.layout mesh")
+            yield f"layout: got {self.layout!r} with {sizes}; only a mesh has these axes; pass --compute.layout mesh"
         if self.rules:
             yield f"rules: got rules with {self.layout!r}, expected none: only a mesh shards weights"
 

@@ -398,7 +398,7 @@ def test_a_language_model_learns_and_continues(language_run):
     assert code == 0, printed
     assert [line for line in printed.splitlines() if line.startswith("> ")] == ["> 1 + 1 =", "> 2 +"]
     code, printed = program("predict", str(folder), "--text", "x")
-    assert code == 2 and "was not trained on texts to be labelled" in printed
+    assert code == 2 and "was not trained to label texts; see `generate`" in printed
 
 
 def test_conversations_are_packed_and_trained_on(work, tmp_path):

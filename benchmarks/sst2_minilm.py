@@ -33,8 +33,9 @@ import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
 from benchmarks._measure import Bar, interleave, ratio, table
-from train import commands
 from train.__main__ import ROOT, parse
+from train.commands.export import export
+from train.commands.predict import predict
 from train.compute.keys import random_key
 from train.compute.optimizer import make_optimizer, make_schedule
 from train.compute.step import init_state, make_step
@@ -42,7 +43,7 @@ from train.data import tables as data
 from train.data.batches import batch_of
 from train.experiment import run
 from train.job import encoded, plan_of, start_adapters
-from train.networks.network import make_network
+from train.networks.registry import make_network
 from train.rundir.finished import open_run
 from train.tasks.registry import make_task, resolved
 
@@ -98,7 +99,7 @@ def accuracy(flags: list[str], seeds: list[int], runs: Path) -> tuple[dict[int, 
         found[seed] = round(summary["metrics"]["adapted"]["validation"]["accuracy"], 4)
     folder = runs / str(seeds[0])
     for to in ("peft", "hf"):
-        commands.export(folder, to)
+        export(folder, to)
     return found, exports(folder)
 
 
@@ -114,7 +115,7 @@ def exports(folder: Path) -> dict[str, int]:
     with contextlib.redirect_stdout(io.StringIO()) as printed, tempfile.TemporaryDirectory() as scratch:
         table_file = Path(scratch) / "texts.jsonl"
         table_file.write_text("".join(json.dumps({"sentence": text}) + "\n" for text in texts))
-        commands.predict(folder, file=table_file)
+        predict(folder, file=table_file)
     expected = [line.split("\t")[1] for line in printed.getvalue().splitlines()]
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "hf")

@@ -43,7 +43,7 @@ from train.job import encoded
 from train.loop.checkpoints import Checkpoints
 from train.loop.loop import Training, fit
 from train.loop.progress import Intervals, Position
-from train.networks.network import make_network
+from train.networks.registry import make_network
 from train.rundir.records import Records
 from train.tasks.registry import make_task, resolved
 

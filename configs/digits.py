@@ -1,4 +1,4 @@
-"""Digits: a base learns upright digits, then LoRA adapts it to turned and inverted ones.
+"""Digits: a base is trained on upright digits, then adapted with LoRA to rotated and inverted ones.
 
     python -m train                                   # this file is the default
     python -m train configs/digits.py --lora.rank 2   # any field can be overridden
@@ -13,8 +13,8 @@ Expected on 599 test images, mean and range over the seeds 0 to 2 (`python -m be
     full                                           0.958 (0.952 to 0.965)  100 %
     head                                           0.791 (0.776 to 0.810)  0.6 %
 
-LoRA keeps 0.991 (0.982 to 1.000) of what full fine-tuning gains over the base. Merged and adapted model predict the
-same on every image. About 30 seconds on 2 busy cores, half of it compiling; less when the base is in the cache.
+LoRA reaches 0.991 (0.982 to 1.000) of full fine-tuning's gain over the base. The merged and the adapted model agree on
+every image. About 30 seconds on 2 busy cores, half of it compiling; less when the base is in the cache.
 """
 
 from jlora import LoraConfig

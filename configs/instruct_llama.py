@@ -7,13 +7,12 @@
     python -m train generate RUN --prompt "What is a low-rank update?"
     python -m train export RUN --to peft
 
-The data have a column `messages`, lists of `{"role": ..., "content": ...}`, with tool calls and all that the chat
-template reads; only what the assistant says is learnt.
-Sequences are packed, so that no step computes padding, and none sees another. Any family that `jlora.models` has will
-do: Llama, Mistral, Qwen, Gemma.
+The data have a column `messages`: lists of `{"role": ..., "content": ...}`, with tool calls and whatever else the chat
+template reads. The loss is on the assistant's turns. Examples are packed into sequences without padding, and do not
+attend to each other. Works for every decoder of `jlora.models`: Llama, Mistral, Qwen, Gemma.
 
-Expected: perplexity on held-out answers falls in the first few hundred steps and then stays; a 1B model with these
-settings trains 11,272,192 x 2 parameters on one accelerator with 16 GB in bfloat16. Not run here.
+Expected: perplexity on held-out answers falls in the first few hundred steps and then levels off. A 1B model trains
+11,272,192 x 2 parameters, on one accelerator with 16 GB in bfloat16. Not run here.
 """
 
 from jlora import LoraConfig

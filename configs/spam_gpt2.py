@@ -3,12 +3,12 @@
     python -m train configs/spam_gpt2.py
     python -m train predict RUN --text "You have won a prize! Call now"
 
-Rank 16 on every linear layer and on the new head: the plan says 2,371,616 trainable parameters, 1.9% of 124,441,344.
-The tutorial that this follows splits the fused query-key-value weight in three, each with factors of its own, and so
-counts 2,666,528; here, as in Hugging Face's GPT-2, they are one weight with one pair of factors.
+Rank 16 on every linear layer and on the new head: 2,371,616 trainable parameters, 1.9% of 124,441,344. The tutorial
+that this follows counts 2,666,528, because it splits the fused query-key-value weight into three with factors of their
+own; here, as in Hugging Face's GPT-2, it is one weight with one pair of factors.
 
-Expected: the tutorial reports an accuracy of about 0.97 on its test messages, after training on 1,045
-balanced ones. Not run here: the hub fetches GPT-2 (550 MB) and the 5,574 messages, of which a fifth is held out.
+Expected: the tutorial reports a test accuracy of about 0.97 after training on 1,045 balanced messages. Not run here: it
+downloads GPT-2 (550 MB) and the 5,574 messages, a fifth of which is held out.
 """
 
 from jlora import LoraConfig

@@ -1,15 +1,14 @@
-"""SST-2 with RoBERTa: is a sentence of a film review positive? The settings of a well-known LoRA tutorial.
+"""SST-2 with RoBERTa: the sentiment of sentences from film reviews, with the settings of a well-known LoRA tutorial.
 
     python -m train configs/sst2_roberta.py
     python -m train configs/sst2_roberta.py --model.dtype bfloat16      # on a GPU or TPU
     python -m train predict RUN --text "a gripping story"
 
-Rank 4 on the query of every layer (12 x 4 x (768 + 768) = 73,728), and a new head trained whole (592,130): the plan
-says 665,858 trainable parameters, 0.53% of 124,647,170. Evaluated after every epoch; the best adapters are kept.
+Rank 4 on the query of every layer (12 x 4 x (768 + 768) = 73,728), and a new head trained whole (592,130): 665,858
+trainable parameters, 0.53% of 124,647,170. Evaluated after every epoch; the best adapters are kept.
 
 Expected on the 872 validation sentences: the tutorial that this follows reached an accuracy of 0.9358 with PyTorch.
-Not run here: it wants an accelerator and the hub, which fetches roberta-base (500 MB) and GLUE's SST-2 (67,349
-sentences).
+Not run here: it needs an accelerator, and downloads roberta-base (500 MB) and GLUE's SST-2 (67,349 sentences).
 """
 
 from jlora import LoraConfig

@@ -10,7 +10,7 @@ import jax
 import jlora
 from jlora.models import example_inputs
 from train.config import DataConfig, Pretrained, TrainConfig
-from train.networks import network as networks
+from train.networks.registry import make_network
 from train.rundir import finished
 from train.tasks.registry import make_task
 
@@ -19,7 +19,7 @@ def made_run(checkpoint: Path, cache_dir: Path, task: Any, **model: Any) -> fini
     """A run of ``task`` on a checkpoint."""
     lora = jlora.LoraConfig(rank=2, alpha=4)
     config = TrainConfig("made", task, Pretrained(str(checkpoint), **model), DataConfig("x"), lora, cache_dir=cache_dir)
-    network = networks.make_network(config)
+    network = make_network(config)
     assert network.load is not None and network.model is not None
     params = network.load(jax.random.key(0), None)
     uses = jlora.trace(network.model.apply, params, example_inputs(network.model))

@@ -32,9 +32,10 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "": "__init__",
 }
 TRAIN = {
-    "": "config messages | checks",
+    "": "messages",
+    "config": "fields | tasks networks | training | __init__",
     "data": "truncation lines | batches delimited json_rows | formats | arrow_cache | sources | tables",
-    "networks": "network",
+    "networks": "network tokenizers | scratch pretrained | registry",
     "compute": "keys flops throughput optimizer processes",
     "rundir": "files | records directory",
     "tasks": "metrics spans base conversations labels pictures | chat | classify language | images | registry",
@@ -45,7 +46,7 @@ TRAIN = {
     "loop ": "loop | run_files",
     "  ": "pretrain | experiment",
     "rundir ": "finished",
-    "commands": "inputs results sheet | show predict generate evaluate export report inspect | __init__",
+    "commands": "inputs results contact_sheet | fit show predict generate eval export report inspect",
     "   ": "__main__",
 }
 

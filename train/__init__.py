@@ -1,7 +1,7 @@
 """A training program over jlora: ``python -m train``. Read it in the order in which the data flows:
 
-``__main__``    the command line: a config file, overrides, errors that name the way out
-``config``      what can be configured, and ``checks``, what of it is refused before anything is built
+``__main__``    the command line: a config file, flags, commands, exit codes
+``config/``     the schema of a configuration: each field with its type, constraint, default and help
 ``experiment``  a run, from its configuration to its summary
 ``job``         a configuration: all that it is made of, the data, network, task, layout and plan
 ``data/``       sources: tables, then batches of few shapes
@@ -12,7 +12,7 @@
 ``loop/``       steps, with metrics, evaluations and checkpoints on the way; SIGTERM and Ctrl-C
 ``rundir/``     what a run directory holds
 ``report/``     what a person sees: progress, tables, curves, pages
-``commands/``   one file each: show, predict, generate, eval, export, report, inspect
+``commands/``   one file each: fit, show, predict, generate, eval, export, report, inspect
 
 The program imports jlora; jlora never imports it. Every room says in its ``__init__`` what is in it.
 """

@@ -9,6 +9,7 @@ if __name__ == "__main__":  # before all that takes its time to import
 
 import dataclasses
 import difflib
+import importlib
 import io
 import re
 import runpy
@@ -16,100 +17,91 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from jlora.models import ModelError, TensorError
+from jlora.peft import PeftError
 from train import config as schema
-from train.checks import validate, validate_parts
 from train.config import ConfigError, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = ROOT / "configs" / "digits.py"
-COMMANDS = ("show", "predict", "generate", "eval", "export", "report", "inspect")
-PROG = "python -m train [fit] [CONFIG.py]"
+COMMANDS = {
+    "show": "show",
+    "predict": "predict",
+    "generate": "generate",
+    "eval": "evaluate",
+    "export": "export",
+    "report": "report",
+    "inspect": "inspect",
+}
+"""The function of each command, in the file of that name in `train.commands`; without a name, the command is fit."""
+USER_ERRORS = (ConfigError, ModelError, TensorError, PeftError, OSError, UnicodeDecodeError)
+PROG = "python -m train"
 RATE = "--learning-rate"
 DESCRIPTION = """Adapt a network to a task with LoRA.
 
-CONFIG.py is a file that defines `config = TrainConfig(...)`; without one, it is configs/digits.py.
-Every field of it can be overridden, and a switch is turned off by `no-` before its name:
+CONFIG.py is a file that defines `config = TrainConfig(...)`. Default: configs/digits.py. Every field is a flag, and
+switches are turned off with `no-`:
   python -m train configs/digits.py --lora.rank 2 --fit.epochs 5
   python -m train configs/instruct_llama.py --task.no-pack
-`--learning-rate 1e-4` sets the learning rate of the mode that is trained.
+`--learning-rate 1e-4` sets the learning rate of the mode. Each command below has its own --help.
 
-What would be learnt can be looked at before, with the same flags and some of its own (--help):
-  python -m train show CONFIG.py               examples, their lengths and labels
+Before training:
+  python -m train show CONFIG.py               what would be trained on (takes the same flags)
+  python -m train inspect CHECKPOINT           what of a checkpoint would be adapted
 
-What was trained is used by other commands, each with its own --help:
+After training:
   python -m train predict RUN --text "..."     label texts
-  python -m train generate RUN --prompt "..."  continue texts
-  python -m train eval RUN                     measure it again, or on other data
-  python -m train export RUN --to peft         for PyTorch (peft, hf) or JAX (orbax)
-  python -m train report RUN [RUN...]          compare runs on a page: report.html
-  python -m train inspect CHECKPOINT           what of a checkpoint would be adapted"""
+  python -m train generate RUN --prompt "..."  continue prompts
+  python -m train eval RUN                     evaluate, also on other data
+  python -m train export RUN --to peft         write for PyTorch (peft, hf) or JAX (orbax)
+  python -m train report RUN [RUN...]          compare runs on a page, report.html"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code.
 
-    0: done. 1: a mistake in the program. 2: the user's input cannot be run, the training diverged, or a file cannot be
-    read or written. `train.loop.stop.EXIT_CODE`: stopped when it was asked to, and goes on when it is started again;
-    `train.loop.stop.INTERRUPTED`: the same, by Ctrl-C.
+    0: done. 1: a bug in the program. 2: the input cannot be used, the training diverged, or a file cannot be read or
+    written. `train.loop.stop.EXIT_CODE`: stopped on request; the same command resumes. `train.loop.stop.INTERRUPTED`:
+    the same, by Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if isinstance(sys.stdout, io.TextIOWrapper):  # data may hold what the terminal's encoding does not
+    if isinstance(sys.stdout, io.TextIOWrapper):  # data may hold characters that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
-    if argv and argv[0] in COMMANDS:
-        return command(argv[0], argv[1:])
     try:
+        if argv and argv[0] in COMMANDS:
+            _run_command(argv[0], argv[1:])
+            return 0
         config = parse(argv)
-        # Only now, so that `--help` and a misspelt flag need not wait for the libraries that train.
-        from train.compute.processes import leave
-        from train.experiment import run
-        from train.loop.checkpoints import CheckpointError
-        from train.loop.stop import Stopped
-    except ConfigError as error:
-        return _refused(error)
-    try:
-        run(config)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return stopped.code
-    except (ConfigError, CheckpointError, ModelError, TensorError, OSError) as error:
-        return leave(_refused(error))
-    except Exception:  # told as ever; but other processes must not wait for this one
-        traceback.print_exc()
-        return leave(1)
-    return 0
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # Imported after parsing, so that --help and a misspelt flag need not wait for the libraries that train.
+    from train.commands.fit import fit
+
+    return fit(config)
 
 
-def _refused(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-
-
-def command(name: str, argv: list[str]) -> int:
-    """Run one of the commands and return its exit code, as `main`."""
-    from train import commands
-
-    function, prog = commands.COMMANDS[name], f"python -m train {name}"
-    try:
-        if name == "show":  # has few flags of its own: all others are those of a configuration
-            asked, rest = tyro.cli(commands.Asked, prog=f"{prog} [CONFIG.py]", args=argv, return_unknown_args=True)
-            function(parse(rest), asked)
-        else:
-            tyro.cli(function, prog=prog, args=argv, config=(tyro.conf.AvoidSubcommands,))
-    except (*commands.USER_ERRORS, OSError, UnicodeDecodeError) as error:
-        return _refused(error)
-    return 0
+def _run_command(name: str, argv: list[str]) -> None:
+    module = importlib.import_module(f"train.commands.{name}")
+    function = getattr(module, COMMANDS[name])
+    if name == "show":  # its other flags are those of a configuration
+        prog = f"{PROG} show [CONFIG.py]"
+        options, rest = tyro.cli(module.ShowOptions, prog=prog, args=argv, return_unknown_args=True)
+        function(parse(rest), options)
+    else:
+        tyro.cli(function, prog=f"{PROG} {name}", args=argv, config=(tyro.conf.AvoidSubcommands,))
 
 
 def parse(argv: list[str]) -> TrainConfig:
-    """The configuration that a command line asks for, validated.
+    """The configuration of a command line, checked.
 
     Raises:
-      ConfigError: if the file or the configuration in it cannot be used.
-      SystemExit: from tyro, for ``--help`` and for flags that do not exist or do not parse.
+      ConfigError: if the file or the configuration cannot be used.
+      SystemExit: from tyro, for ``--help``, unknown flags and values that do not parse.
     """
     path, argv = DEFAULT_CONFIG, argv[1:] if argv[:1] == ["fit"] else argv
     if argv and not argv[0].startswith("-"):
@@ -122,19 +114,18 @@ def parse(argv: list[str]) -> TrainConfig:
         if any(word.partition("=")[0].replace("_", "-") == own for word in argv):
             raise ConfigError(f"got {RATE} and {own}, which are the same with --mode {config.mode}; pass one of them")
         config = _overridden(default, [*argv, own, rate])
-    folder = None if config.run_dir is None else Path(config.run_dir).expanduser()
-    config = dataclasses.replace(config, cache_dir=Path(config.cache_dir).expanduser(), run_dir=folder)
-    validate(config)
+    config = dataclasses.replace(config, cache_dir=_expanded(config.cache_dir), run_dir=_expanded(config.run_dir))
+    config.check()
     return config
 
 
 def _overridden(default: TrainConfig, argv: list[str]) -> TrainConfig:
     with warnings.catch_warnings():
-        # tyro warns of a default of the wrong type; `validate` says the same, and refuses.
+        # tyro warns of a default of the wrong type; `TrainConfig.check` raises for it.
         warnings.simplefilter("ignore", UserWarning)
         return tyro.cli(
             TrainConfig,
-            prog=PROG,
+            prog=f"{PROG} [fit] [CONFIG.py]",
             description=DESCRIPTION,
             args=argv,
             default=default,
@@ -142,8 +133,12 @@ def _overridden(default: TrainConfig, argv: list[str]) -> TrainConfig:
         )
 
 
+def _expanded(path: Any) -> Any:
+    return Path(path).expanduser() if isinstance(path, str | Path) else path
+
+
 def _split_rate(argv: list[str]) -> tuple[list[str], str | None]:
-    """The command line without ``--learning-rate VALUE``, and the value: of which mode it is, the rest of it says."""
+    """The command line without ``--learning-rate VALUE``, and the value; the rest says for which mode."""
     rest, found, words = [], [], iter(argv)
     for word in words:
         name, given, value = word.partition("=")
@@ -170,14 +165,14 @@ def load_config(path: Path) -> TrainConfig:
         raise ConfigError(f"no config file at {path}; there are: {known}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", SyntaxWarning)  # a mistake in the file, which Python would only print
+            warnings.simplefilter("error", SyntaxWarning)  # a bug in the file, which Python would only print
             config = runpy.run_path(str(path)).get("config")
     except Exception as error:
         raise ConfigError(_describe(path, error)) from error
     if not isinstance(config, TrainConfig):
         got = "nothing of that name" if config is None else f"a {type(config).__name__}"
         raise ConfigError(f"{path}: expected `config = TrainConfig(...)`, got {got}")
-    validate_parts(config)
+    config.check_parts()
     return config
 
 

@@ -20,7 +20,6 @@ import optax
 
 import jlora
 from jlora import HEADS
-from train.checks import validate
 from train.compute import flops, processes, throughput
 from train.compute.keys import random_key
 from train.compute.layouts import Jit
@@ -33,7 +32,7 @@ from train.loop.evaluate import Measure, compare, make_measure
 from train.loop.loop import Fitted, Training, fit
 from train.loop.run_files import RunFiles
 from train.loop.stop import BEFORE, Stop, at_once
-from train.networks.network import make_network
+from train.networks.registry import make_network
 from train.pretrain import Base, base
 from train.report import console, writers
 from train.report import examples as look
@@ -45,13 +44,15 @@ from train.tasks.labels import counts_table
 def run(config: TrainConfig) -> dict[str, Any]:
     """Train and measure as ``config`` says; print what happens and write the run directory.
 
+    ``config`` passes `TrainConfig.check`, as those of the command line do.
+
     A run that was stopped goes on where it was. With several processes each calls this, and the first one writes.
 
     Returns:
       The summary, as written to ``summary.json``; in other processes than the first it has no speeds.
 
     Raises:
-      ConfigError: if the configuration cannot be run, or the training diverged.
+      ConfigError: if the configuration does not fit the data or the devices, or the training diverged.
       CheckpointError: if a checkpoint cannot be written or read.
       Stopped: if it was asked to stop, and did.
     """
@@ -60,7 +61,6 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 
 def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
-    validate(config)
     writers.check(config.log)
     processes.join(config.processes)
     stop.joined()

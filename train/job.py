@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 import jlora
-from train.checks import validate_for
 from train.compute.keys import random_key
 from train.compute.layouts import Layout, Mesh, make_layout
 from train.compute.processes import check_same, say
@@ -20,7 +19,8 @@ from train.data.sources import Provenance
 from train.data.tables import Table, load
 from train.data.truncation import Truncation
 from train.loop.progress import Intervals
-from train.networks.network import Network, check_tokens, make_network, what_to_train
+from train.networks.network import Network, check_tokens
+from train.networks.registry import make_network
 from train.rundir.files import flat, to_json
 from train.tasks.base import Task
 from train.tasks.classify import Classification
@@ -154,7 +154,7 @@ def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
     """
     config, tables, network, task, train, test = training_data(config, check)
     learnt = train[list(train)[-1]]
-    validate_for(config, size(learnt))
+    config.check_examples(size(learnt))
     layout = make_layout(config, network.rules)
     buckets = bucket_lengths(config, train, test)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
@@ -196,7 +196,7 @@ def plan_of(config: TrainConfig, network: Network, shapes: Any, inputs: Mapping[
     """What the mode of a configuration trains, of parameters of these shapes."""
     uses = jlora.trace(network.forward, shapes, inputs)
     try:
-        return jlora.plan(shapes, what_to_train(config), uses)
+        return jlora.plan(shapes, config.adapted, uses)
     except ValueError as error:
         raise ConfigError(f"lora: {error}") from error
 

@@ -23,13 +23,13 @@ from jlora.files.checksums import check_sums, write_sums
 from jlora.models import TensorError
 from train.compute.keys import random_key
 from train.compute.processes import all_agree, is_first, wait_for_all
-from train.config import ConfigError, ImageClassification, TrainConfig
+from train.config import EVERYTHING, ConfigError, ImageClassification, TrainConfig
 from train.data.tables import data_digests
 from train.job import Job
 from train.loop.evaluate import Measure
 from train.loop.loop import Training, fit
 from train.loop.stop import Stop
-from train.networks.network import EVERYTHING, Network
+from train.networks.network import Network
 from train.rundir import files
 from train.rundir.records import Record
 

@@ -37,7 +37,6 @@ from tests.runs import program
 from tests.small_checkpoints import BERT, VIT
 from tests.tree.test_adapters_on_disk import made
 from train.__main__ import load_config, parse
-from train.checks import validate
 from train.compute.keys import random_key
 from train.compute.optimizer import make_optimizer
 from train.compute.step import init_state
@@ -439,7 +438,7 @@ def test_configurations_as_python(reader: Any, tmp_path: Path) -> None:
 
     def read(folder: Path) -> TrainConfig:
         config = load_config(folder / "config.py")
-        validate(config)
+        config.check()
         return config
 
     one = reader(ConfigError)

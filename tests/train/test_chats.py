@@ -19,12 +19,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests import tiny
 from tests.chat_templates import CHATML, SPECIAL, TEMPLATES
-from train.checks import validate
 from train.config import CausalLM, ConfigError, DataConfig, Pretrained, SequenceClassification, TrainConfig
 from train.data import tables as data
 from train.data.batches import Examples, size, truncation_of
 from train.data.tables import Table
 from train.data.truncation import Truncation
+from train.networks.tokenizers import set_up
 from train.tasks.chat import Chat
 from train.tasks.classify import TextClassification
 from train.tasks.conversations import messages_of, tools_of
@@ -144,7 +144,8 @@ def table(**columns: Any) -> Table:
 
 
 def encoded(tokenizer: Any, rows: Table, **config: Any) -> Examples:
-    return LanguageModel(CausalLM(**config), tokenizer).encode(rows)[""]
+    task = CausalLM(**config)
+    return LanguageModel(task, set_up(tokenizer, task)).encode(rows)[""]
 
 
 def as_shown(examples: Examples, tokenizer: Any) -> list[str]:
@@ -863,7 +864,7 @@ def config_of(**task: Any) -> TrainConfig:
 def test_options_of_chats_are_an_error_without_one(task, message):
     """They would have no effect."""
     with pytest.raises(ConfigError, match=re.escape(message)):
-        validate(config_of(**task))
+        config_of(**task).check()
 
 
 def test_a_template_may_be_a_file(tmp_path):

@@ -18,7 +18,7 @@ from tests.runs import program
 from train.config import ConfigError, DataConfig, ImageClassification, Pretrained, TrainConfig
 from train.data import tables as data
 from train.data.tables import Table
-from train.networks.network import make_network
+from train.networks.registry import make_network
 from train.tasks import pictures
 from train.tasks.images import Images, count_blank, first_side
 from train.tasks.labels import class_names, class_numbers

@@ -195,7 +195,10 @@ def test_a_layout_that_does_not_fit_is_refused(work, tmp_path, compute, message)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--processes.count 2", "processes: got no coordinator and no index; expected coordinator, count and index"),
+        (
+            "--processes.count 2",
+            "processes.coordinator: got no coordinator and no index; expected coordinator, count and index",
+        ),
         ("--processes.coordinator here --processes.count 2 --processes.index 2", "got 'here', expected HOST:PORT"),
         ("--processes.coordinator a:1 --processes.count 2 --processes.index 2", "expected less than processes.count"),
     ],

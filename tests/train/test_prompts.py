@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from tests import tiny
 from tests.made import made_run
 from tests.runs import program
 from train.__main__ import load_config
-from train.commands.generate import continued, end_of_answers
+from train.commands.generate import completions, end_of_answers
 from train.commands.inputs import read_inputs
 from train.config import CausalLM, SequenceClassification
 from train.data import tables
+from train.networks.tokenizers import load_tokenizer
 from train.tasks.language import LanguageModel
 
 WORDS = ("a great film", "the dull plot", "a story with\u2028a scene", 'fine, and "lovely"', "cold")
@@ -50,20 +52,20 @@ def work(tmp_path_factory) -> Path:
 @pytest.fixture
 def classifier(work, monkeypatch) -> None:
     run = made_run(work / "encoder", work / "cache", SequenceClassification("sentence", labels=LABELS, max_length=64))
-    monkeypatch.setattr(sys.modules["train.commands.predict"], "open_run", lambda _: run)
+    monkeypatch.setattr("train.commands.predict.open_run", lambda _: run)
 
 
 @pytest.fixture
 def chat(work, monkeypatch) -> Any:
     run = made_run(work / "decoder", work / "cache", CausalLM(messages="messages"))
-    monkeypatch.setattr(sys.modules["train.commands.generate"], "open_run", lambda _: run)
+    monkeypatch.setattr("train.commands.generate.open_run", lambda _: run)
     return run
 
 
 @pytest.fixture
 def continuer(work, monkeypatch) -> Any:
     run = made_run(work / "gpt2", work / "cache", CausalLM(prompt="question", completion="answer", max_length=64))
-    monkeypatch.setattr(sys.modules["train.commands.generate"], "open_run", lambda _: run)
+    monkeypatch.setattr("train.commands.generate.open_run", lambda _: run)
     return run
 
 
@@ -108,8 +110,8 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path, suffix):
     """A BOM, CRLF, U+2028, quotes and commas included."""
     config = dataclasses.replace(load_config(Path("configs/sst2_minilm.py")), cache_dir=tmp_path / "cache")
     file = written(tmp_path / f"texts{suffix}", WORDS, "Sätze")
-    found = read_inputs((), file, ["Sätze"], config, flag="--text", chosen=False)
-    assert found.rows == [(text,) for text in WORDS] and found.asked == [0, 1, 2, 3, 4]
+    found = read_inputs((), file, ["Sätze"], config, flag="--text", by_column=False)
+    assert found.rows == [(text,) for text in WORDS] and found.not_blank == [0, 1, 2, 3, 4]
     assert found.where(2) == f"{file}, {'line' if suffix == '.txt' else 'row'} 3"
 
 
@@ -165,7 +167,7 @@ def test_results_go_to_a_new_file_whole(classifier, tmp_path, monkeypatch):
     assert [[one["label"], f"{one['probability']:.4f}"] for one in found] == [line[1:] for line in shown]
 
     before = out.read_bytes()
-    assert "is there already" in refused("predict", "run", *flags, "--out", out) and out.read_bytes() == before
+    assert "already exists" in refused("predict", "run", *flags, "--out", out) and out.read_bytes() == before
     assert "ends in .jsonl" in refused("predict", "run", *flags, "--out", tmp_path / "out.csv")
     assert "there is no folder" in refused("predict", "run", *flags, "--out", tmp_path / "no" / "out.jsonl")
     assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
@@ -174,7 +176,7 @@ def test_results_go_to_a_new_file_whole(classifier, tmp_path, monkeypatch):
 def test_pairs_are_two_columns_or_two_sides_of_a_tab(work, tmp_path, monkeypatch):
     task = SequenceClassification("one", "two", labels=LABELS, max_length=64)
     run = made_run(work / "encoder", work / "cache", task)
-    monkeypatch.setattr(sys.modules["train.commands.predict"], "open_run", lambda _: run)
+    monkeypatch.setattr("train.commands.predict.open_run", lambda _: run)
     tiny.write_jsonl(tmp_path / "pairs.jsonl", [{"one": "a film", "two": "the plot"}, {"one": "cold", "two": "warm"}])
     (tmp_path / "pairs.txt").write_text("a film\tthe plot\ncold\twarm\n")
     expected = ok("predict", "run", "--text", "a film\tthe plot", "--text", "cold\twarm")
@@ -187,7 +189,7 @@ def test_pairs_are_two_columns_or_two_sides_of_a_tab(work, tmp_path, monkeypatch
 
 def test_a_regression_gives_numbers(work, tmp_path, monkeypatch):
     run = made_run(work / "encoder", work / "cache", SequenceClassification("t", regression=True, max_length=64))
-    monkeypatch.setattr(sys.modules["train.commands.predict"], "open_run", lambda _: run)
+    monkeypatch.setattr("train.commands.predict.open_run", lambda _: run)
     ok("predict", "run", "--text", "a film", "--out", tmp_path / "out.jsonl")
     (found,) = results(tmp_path / "out.jsonl")
     assert list(found) == ["text", "label", "row"] and isinstance(found["label"], float)
@@ -215,7 +217,7 @@ def test_a_conversation_is_answered_where_the_assistant_s_last_turn_was(chat, tm
     assert [one["prompt"] for one in asked] == ["1 + 1 ="] * 3
     assert {one["completion"] for one in asked} == {found[2]["completion"]}
     whole = chat.task.tokenizer("<user> : 1 + 1 = <end> <assistant> : 2 <end> <user> : the film <end> <assistant> : ")
-    expected = continued(chat, chat.task, [whole["input_ids"][1:]], jax.random.key(0), max_new_tokens=3)
+    expected = completions(chat, chat.task, [whole["input_ids"][1:]], jax.random.key(0), max_new_tokens=3)
     assert [found[0]["completion"]] == expected
     assert "> assistant: 2\n> user: the film\n" in ok("generate", "run", "--file", tmp_path / "talks.jsonl", *more[:2])
 
@@ -225,14 +227,14 @@ def test_tools_are_shown_to_the_template_as_in_training(work, tmp_path, monkeypa
     template = tiny.CHAT.replace("{% for", "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}{% for", 1)
     config = CausalLM(messages="messages", tools="tools", template=template)
     run = made_run(work / "decoder", work / "cache", config)
-    monkeypatch.setattr(sys.modules["train.commands.generate"], "open_run", lambda _: run)
+    monkeypatch.setattr("train.commands.generate.open_run", lambda _: run)
     asked: list[list[str]] = []
 
     def answered(run: Any, task: Any, tokens: Any, key: Any, **_: Any) -> list[str]:
         asked.append([task.tokenizer.decode(one) for one in tokens])
         return [""] * len(tokens)
 
-    monkeypatch.setattr(sys.modules["train.commands.generate"], "continued", answered)
+    monkeypatch.setattr("train.commands.generate.completions", answered)
     tools = [[{"name": "film", "type": "function"}], None, '[{"name": "plot"}]']
     tiny.write_jsonl(tmp_path / "t.jsonl", [{"messages": TALK[:1], "q": "1 + 1 =", "tools": one} for one in tools])
     tiny.write_jsonl(tmp_path / "none.jsonl", [{"messages": TALK[:1]}] * 3)
@@ -242,8 +244,8 @@ def test_tools_are_shown_to_the_template_as_in_training(work, tmp_path, monkeypa
     bare = "<user> : 1 + 1 = <end> <assistant> :"
     assert asked == [[f"film {bare}", bare, f"plot {bare}"], [f"film {bare}", bare, f"plot {bare}"], [bare] * 3]
     assert isinstance(run.task, LanguageModel)
-    learnt: Any = tables.Table.from_list([{"messages": TALK[:2], "tools": tools[0]}])
-    (example,) = run.task.encode(learnt)[""]["input_ids"]
+    rows: Any = tables.Table.from_list([{"messages": TALK[:2], "tools": tools[0]}])
+    (example,) = run.task.encode(rows)[""]["input_ids"]
     assert run.task.tokenizer.decode(example).startswith(asked[0][0])
     tiny.write_jsonl(tmp_path / "bad.jsonl", [{"messages": TALK[:1], "tools": "no JSON"}])
     assert "bad.jsonl, row 1: got 'no JSON'" in refused("generate", "run", "--file", tmp_path / "bad.jsonl")
@@ -260,7 +262,7 @@ def test_tools_are_shown_to_the_template_as_in_training(work, tmp_path, monkeypa
 def test_a_conversation_that_is_none_is_named(chat, tmp_path, value, message):
     file = tmp_path / "talks.parquet"
     tables.Table.from_list([{"messages": TALK}, {"messages": value}]).to_parquet(file)
-    assert re.search(f"generate: .*talks.parquet, row 2: {message}", refused("generate", "run", "--file", file))
+    assert re.search(f"error: .*talks.parquet, row 2: {message}", refused("generate", "run", "--file", file))
 
 
 def test_the_positions_of_the_network_are_for_tokens_not_for_padding(continuer, tmp_path):
@@ -279,6 +281,37 @@ def test_the_positions_of_the_network_are_for_tokens_not_for_padding(continuer, 
     text = refused("generate", "run", "--file", file, "--max-new-tokens", "8")
     assert "long.jsonl, row 2: 121 prompt and 8 new tokens; the network has 128 positions" in text
     assert "long.jsonl, row 3: 126 prompt and 8 new tokens" in text and "--max-new-tokens" in text
+
+
+def exported(run: Any, to: str, out: Path, monkeypatch: Any) -> dict[str, bytes]:
+    """The files that `export` writes of a run."""
+    monkeypatch.setattr("train.commands.export.open_run", lambda _: run)
+    ok("export", "run", "--to", to, "--out", out)
+    return {file.name: file.read_bytes() for file in out.iterdir()}
+
+
+@pytest.mark.parametrize("to", ["peft", "hf"])
+def test_an_export_has_the_tokenizer_files_of_the_checkpoint(work, tmp_path, monkeypatch, to):
+    """Byte for byte, whatever the task set on the tokenizer: padding, the side of truncation, a chat template."""
+    checkpoint = tmp_path / "gpt2"
+    shutil.copytree(work / "gpt2", checkpoint)
+    about = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    del about["pad_token"]
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(about))
+    (checkpoint / "special_tokens_map.json").write_text("{}")
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    left = SequenceClassification("t", labels=LABELS, max_length=64, truncation="left")
+    template = "{% for m in messages %}{{ m['content'] }} <end> {% endfor %}"
+    tasks = {"left": left, "chat": CausalLM(messages="m", template=template, max_length=64)}
+    for name, task in tasks.items():
+        run = made_run(checkpoint, work / "cache", task)
+        found = exported(run, to, tmp_path / name, monkeypatch)
+        assert {one: found[one] for one in names} == {one: (checkpoint / one).read_bytes() for one in names}
+        assert found.get("chat_template.jinja") == (template.encode() if name == "chat" else None)
+        assert not found.keys() & {"added_tokens.json", "vocab.json"}
+    if to == "hf":  # classifiers of transformers pad with the token that the run padded with
+        assert json.loads((tmp_path / "left" / "config.json").read_text())["pad_token_id"] == GPT2["eos_token_id"]
+    assert load_tokenizer(str(tmp_path / "chat")).chat_template == template
 
 
 def test_an_answer_ends_where_the_template_closes_it(work, tmp_path):

@@ -26,7 +26,7 @@ from train.data import batches
 from train.data import tables as data
 from train.data.batches import Ragged
 from train.job import bucket_lengths
-from train.networks.network import load_tokenizer
+from train.networks.tokenizers import load_tokenizer, set_up
 from train.rundir import files
 from train.rundir.finished import open_run
 from train.tasks import metrics
@@ -253,7 +253,9 @@ def test_pairs_and_truncation_reach_the_tokenizer(work):
     assert examples["token_type_ids"][0].tolist() == [0, 0, 0, 0, 1, 1, 1]
 
     left = SequenceClassification(text="one", max_length=4, truncation="left")
-    examples = TextClassification(left, ("0", "1"), tokenizer).encode(rows_of(one=["a b c film plot"], label=[0]))[""]
+    examples = TextClassification(left, ("0", "1"), set_up(tokenizer, left)).encode(
+        rows_of(one=["a b c film plot"], label=[0])
+    )[""]
     assert [tiny.VOCABULARY[i] for i in examples["input_ids"][0]] == ["[CLS]", "film", "plot", "[SEP]"]
 
 
@@ -319,7 +321,8 @@ def test_ordered_batches_hold_every_example_once_in_few_shapes():
 
 
 def language_model(work: Path, **config: Any) -> LanguageModel:
-    return LanguageModel(CausalLM(**config), load_tokenizer(str(work / "decoder")))
+    task = CausalLM(**config)
+    return LanguageModel(task, set_up(load_tokenizer(str(work / "decoder")), task))
 
 
 def words_with_loss(examples: batches.Examples, row: int = 0) -> list[str]:
@@ -390,7 +393,7 @@ def test_a_language_model_learns_and_continues(language_run):
     assert code == 0, printed
     assert [line for line in printed.splitlines() if line.startswith("> ")] == ["> 1 + 1 =", "> 2 +"]
     code, printed = program("predict", str(folder), "--text", "x")
-    assert code == 2 and "was not trained on texts to be labelled" in printed
+    assert code == 2 and "was not trained to label texts; see `generate`" in printed
 
 
 def test_conversations_are_packed_and_trained_on(work, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from train.compute.layouts import Jit
 from train.compute.optimizer import make_optimizer, make_schedule
 from train.compute.step import init_state, make_step
 from train.config import (
+    EVERYTHING,
+    NEW_HEAD,
     ComputeConfig,
     ConfigError,
     DataConfig,
@@ -38,8 +41,8 @@ from train.data import tables as data
 from train.experiment import run
 from train.job import encoded
 from train.loop.evaluate import make_measure
-from train.networks import network as networks
-from train.networks.network import EVERYTHING, NEW_HEAD
+from train.networks.registry import make_network
+from train.networks.scratch import patches
 from train.pretrain import identity, publish
 from train.rundir import files
 from train.tasks.registry import make_task, resolved
@@ -81,7 +84,7 @@ def tables(config):
 @pytest.fixture(scope="session")
 def task(config, tables):
     config = resolved(config, tables)
-    return make_task(config, networks.make_network(config))
+    return make_task(config, make_network(config))
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +97,7 @@ def images(task, tables) -> dict[str, dict[str, batches.Examples]]:
 @pytest.fixture(scope="session")
 def network(config, tables):
     """(forward, params) of the toy network, untrained."""
-    made = networks.make_network(resolved(config, tables))
+    made = make_network(resolved(config, tables))
     return made.forward, made.init(jax.random.key(0))
 
 
@@ -124,19 +127,19 @@ def test_the_run_directory_holds_all_that_the_run_made(summaries, mode):
     assert (config["mode"], config["lora"]["rank"], config["fit"]["epochs"]) == (mode, 2, 2)
     assert files.to_json(files.from_json(TrainConfig, config)) == config
 
-    told = records(run_dir)
-    ends = [(record["phase"], record["epoch"], record["step"]) for record in told if "epoch" in record]
+    written = records(run_dir)
+    ends = [(record["phase"], record["epoch"], record["step"]) for record in written if "epoch" in record]
     assert ends == [
         ("base", 1, 37),
         ("base", 2, 74),
         ("fit", 1, 37),
         ("fit", 2, 74),
     ]
-    assert all(np.isfinite(record["loss"]) for record in told)
-    assert told[-1]["shifted_accuracy"] == accuracy(summary, "adapted", "shifted")
+    assert all(np.isfinite(record["loss"]) for record in written)
+    assert written[-1]["shifted_accuracy"] == accuracy(summary, "adapted", "shifted")
 
 
-def test_a_run_that_was_killed_while_it_wrote_its_figures_writes_them_again(summaries, cache_dir, tmp_path):
+def test_a_run_that_was_killed_before_its_summary_writes_it_again(summaries, cache_dir, tmp_path):
     folder = shutil.copytree(summaries["lora"]["run_dir"], tmp_path / "run")
     (folder / "summary.json").unlink()
     before = (folder / "metrics.jsonl").read_bytes()
@@ -187,7 +190,7 @@ def test_training_helps(summaries):
         assert accuracy(summaries[mode], "adapted", "shifted") > accuracy(summaries[mode], "base", "shifted") + 0.1
 
 
-def test_modes_train_what_they_say(summaries):
+def test_modes_train_their_parameters(summaries):
     total = summaries["full"]["total"]
     assert summaries["full"]["trainable"] == total
     assert summaries["head"]["trainable"] == 16 * 10 + 10
@@ -201,7 +204,7 @@ def test_the_base_is_trained_once(summaries):
 
 
 def test_a_base_is_known_by_what_determines_it(config):
-    """Training anew only when the base would be another: not for what happens after it."""
+    """The base is trained again only if it would differ, not for changes of what comes after it."""
     same = [
         {"mode": "full"},
         {"lora": jlora.LoraConfig(rank=1)},
@@ -232,7 +235,7 @@ def test_two_runs_may_publish_the_same_base(tmp_path):
 
 
 def test_a_run_is_a_pure_function_of_its_configuration(summaries, cache_dir, tmp_path):
-    """The same configuration, base trained anew: the same records but for the time."""
+    """The same configuration with the base trained again gives the same records, but for times."""
     run(parse([*TINY, "--cache-dir", str(tmp_path / "cache"), "--run-dir", str(tmp_path / "run")]))
     first, second = (records(directory) for directory in (Path(summaries["lora"]["run_dir"]), tmp_path / "run"))
     assert first == second
@@ -280,7 +283,7 @@ def test_domains_turn_and_invert(images):
 
 def test_patches_are_squares_of_the_image():
     image = jnp.arange(16.0).reshape(1, 4, 4, 1)
-    assert networks.patches(image, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert patches(image, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
 # The step
@@ -393,18 +396,18 @@ def test_overrides_reach_every_part():
     assert (config.lora.rank, config.fit.clip, config.task.side, config.mode) == (3, None, 8, "head")
 
 
-def test_all_problems_are_told_at_once(tmp_path, capsys):
+def test_all_problems_are_reported_at_once(tmp_path, capsys):
     used = tmp_path / "used"
     used.touch()
     argv = "--fit.epochs 0 --model.width 97 --learning-rate.lora -1 --data.limit 0".split()
     assert main([*argv, "--run-dir", str(used)]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: 5 problems in the configuration:",
+        "  model.width: got 97, expected a multiple of model.heads = 4; pass --model.width 96",
         "  data.limit: got 0, expected a whole number >= 1, or None; pass --data.limit 1000",
         "  fit.epochs: got 0, expected a whole number >= 1; pass --fit.epochs 20",
-        "  learning_rate.lora: got -1.0, expected a number > 0; pass --learning-rate.lora 0.002",
-        f"  run_dir: got {used}, expected a directory, or a path where there is none yet; pass --run-dir runs/mine",
-        "  model.width: got 97, expected a multiple of model.heads = 4; pass --model.width 96",
+        "  learning_rate.lora: got -1.0, expected a number > 0; pass --learning-rate.lora 0.001",
+        f"  run_dir: got {used}, expected a directory or a new path, or None; pass --run-dir runs/mine",
     ]
 
 
@@ -423,7 +426,7 @@ def test_a_target_that_matches_nothing_is_refused_before_training(cache_dir, tmp
 @pytest.mark.parametrize(
     ("argv", "nearest"), [(["--fit.epoch", "3"], "--fit.epochs"), (["--lora.rnk", "3"], "--lora.rank")]
 )
-def test_a_misspelt_flag_is_told_the_nearest(argv, nearest, capsys):
+def test_the_error_of_a_misspelt_flag_names_the_nearest(argv, nearest, capsys):
     with pytest.raises(SystemExit) as error:
         main(argv)
     assert error.value.code == 2
@@ -453,7 +456,7 @@ def test_a_config_file_that_fails_says_where_and_why(tmp_path, text, message):
         parse([str(file)])
 
 
-def test_a_config_file_that_does_not_exist_is_told_what_there_is(capsys):
+def test_the_error_of_a_missing_config_file_names_those_that_exist(capsys):
     assert main(["configs/digit.py"]) == 2
     names = ", ".join(sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")))
     assert capsys.readouterr().err == f"error: no config file at configs/digit.py; there are: {names}\n"
@@ -466,3 +469,37 @@ def test_help_shows_how_to_call_and_every_field(capsys):
     shown = capsys.readouterr().out
     assert "usage: python -m train [fit] [CONFIG.py]" in shown
     assert all(flag in shown for flag in ("--mode {lora,full,head}", "--lora.rank", "--fit.epochs", "--run-dir"))
+
+
+@pytest.mark.parametrize("config", ["digits", "mnist_mlp", "sst2_minilm", "instruct_llama"])
+def test_help_says_what_every_field_is(config, capsys):
+    """Whatever its type: a sentence, and the default."""
+    with pytest.raises(SystemExit):
+        main([f"configs/{config}.py", "--help"])
+    fields = re.split(r"\n\W{1,3}(?=--[a-z])", capsys.readouterr().out)[1:]
+    assert len(fields) > 50
+    for field in fields:
+        assert re.search(r"[A-Za-z]+ [a-z]+", field.split("\n", 1)[1].split("(default:")[0]), field
+
+
+def test_a_field_is_checked_by_what_it_declares():
+    """Wherever it stands in the configuration, and whatever the file says; a value of another type is a problem too."""
+    config = parse([])
+    domain = {"a": Domain(-1)}
+    wrong = dataclasses.replace(
+        config,
+        task=dataclasses.replace(config.task, domains=domain, class_weights={"a": 0.0, "b": 1.0}, labels=("a", "a")),
+        fit=FitConfig(epochs=True, warmup=1.0, clip=float("nan")),
+        log=("stdout",),  # pyright: ignore[reportArgumentType]
+        data="digits.csv",  # pyright: ignore[reportArgumentType]
+        mode="LoRA",  # pyright: ignore[reportArgumentType]
+    )
+    with pytest.raises(ConfigError) as error:
+        wrong.check()
+    found = [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]]
+    assert found == [
+        "task.labels", "task.class_weights", "task.domains.a.quarter_turns", "data", "mode", "fit.epochs",
+        "fit.warmup", "fit.clip", "log",
+    ]  # fmt: skip
+    assert "data: got 'digits.csv', expected a DataConfig; write data = DataConfig(...)" in str(error.value)
+    assert "mode: got 'LoRA', expected one of lora, full, head; pass --mode lora" in str(error.value)

@@ -130,7 +130,7 @@ def test_adamw_is_that_of_optax(linear):
 # When something is due
 
 
-def test_the_pace_of_epochs_and_steps():
+def test_the_intervals_of_epochs_and_steps():
     intervals = Intervals.of(2, 10, log_every=None, eval_every=1, eval_every_steps=None)
     assert (intervals.steps, intervals.line) == (20, 1)
     assert [done for done in range(1, 21) if intervals.is_eval_due(done)] == [10, 20]
@@ -152,7 +152,7 @@ def test_evaluation_by_steps_is_in_the_records(work, tmp_path):
 # Speed
 
 
-def test_a_window_tells_the_speed_of_the_steps_that_were_timed():
+def test_a_window_averages_the_steps_that_were_timed():
     window = Window()
     for i in range(4):
         window.add({"loss": float(i)})
@@ -215,7 +215,7 @@ def test_tensorboard_is_written_where_it_is_asked_for(work, tmp_path):
     assert list((tmp_path / "run/tensorboard/fit").glob("events.*"))
 
 
-def test_a_writer_that_is_not_installed_is_told_before_anything_is_read(monkeypatch, capsys, tmp_path):
+def test_a_missing_writer_is_an_error_before_anything_is_read(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     code, printed = program("--log", "wandb", "--data.train", "nowhere.jsonl", "--run-dir", str(tmp_path / "run"))
     assert (code, "pip install -e '.[wandb]'" in printed) == (2, True), printed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -12,17 +12,21 @@ import tyro
 
 import jlora
 from jlora import models
-from train.commands.inputs import Inputs, RunPath, read_inputs, refuse_rows, text_of
+from train.commands.inputs import Inputs, RunPath, check_no_errors, read_inputs, text_of
 from train.commands.results import check_new, write_results
 from train.config import ConfigError
 from train.data.batches import Ragged, batch_of, ordered_rows
 from train.networks.network import check_tokens
 from train.rundir.finished import FinishedRun, open_run
+from train.tasks.chat import Message
 from train.tasks.conversations import messages_of, tools_of
 from train.tasks.language import LanguageModel
 
-STEP = 32
+LENGTH_STEP = 32
 """Prompts are padded to multiples of so many tokens, so that few shapes are compiled."""
+BATCH_SIZE = 16
+
+Prompt: TypeAlias = str | list[Message]
 
 
 def generate(
@@ -36,81 +40,63 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Print each prompt's continuation by the adapted language model, until its end token.
+    """Print each prompt and its completion by the adapted language model.
 
     Args:
-      run: a run directory.
-      prompt: a prompt; give the flag several times for several.
-      file: a file of prompts instead: .txt with one on each line, a table (jsonl, json, csv, tsv, parquet), or - for
-        the lines of the standard input. Blank lines keep their place.
-      column: of a table, by default the run's column of messages, prompts or texts. Of messages, the last one is left
-        out if it is the assistant's. Tools are read from the run's column of tools, where the table has it.
-      out: write a new .jsonl file instead: prompt, completion and row (from 1), in the order of the input.
-      max_new_tokens: the length of a continuation, at most.
-      temperature: 0 takes the likeliest token each time; higher is more random.
-      top_p: sample from the likeliest tokens that together have this probability.
-      seed: of the sampling.
+      run: Run directory.
+      prompt: Prompt to continue.
+      file: File of prompts: .txt with a prompt on each line, a table (jsonl, json, csv, tsv, parquet), or - for the
+        lines of the standard input. Blank lines keep their place in the output.
+      column: Column of a table. Default: the run's column of messages, prompts or texts. A last message of the
+        assistant is dropped. Tools are read from the run's column of tools, if the table has it.
+      out: Write to this new .jsonl file instead: prompt, completion and row (from 1), in the order of the input.
+      max_new_tokens: Maximum number of tokens to generate.
+      temperature: Sampling temperature; 0 is greedy decoding.
+      top_p: Sample from the most likely tokens with this total probability.
+      seed: Sampling seed.
     """
     check_new(out)
     opened = open_run(run)
     task, model = opened.task, opened.network.model
     if not isinstance(task, LanguageModel) or model is None:
-        raise ConfigError(f"generate: {run} was not trained as a language model; see `predict`")
-    config = task.config
-    own = config.messages or config.prompt or config.text
-    assert own is not None
-    try:
-        inputs = read_inputs(
-            prompt,
-            file,
-            (column or own,),
-            opened.config,
-            flag="--prompt",
-            chosen=column is not None,
-            beside=config.tools,
-        )
-        messages = config.messages is not None and column in (None, config.messages) and inputs.unit == "row"
-        prompts = [
-            None if row is None else _prompt(row[0], inputs.where(i), task, messages)
-            for i, row in enumerate(inputs.rows)
-        ]
-        tokens = _tokens(model, task, inputs, prompts, max_new_tokens)
-    except ConfigError as error:
-        raise ConfigError(f"generate: {error}") from error
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    found = dict(zip(inputs.asked, continued(opened, task, tokens, jax.random.key(seed), **sampling), strict=True))
-    answers = [found.get(i, "") for i in range(len(prompts))]
-    if out is None:
-        for one, answer in zip(prompts, answers, strict=True):
-            print(f"{_quoted(one)}\n{answer}\n")
-        return
-    write_results(
-        out,
-        (
-            {"messages" if isinstance(one, list) else "prompt": one or "", "completion": answer, "row": i + 1}
-            for i, (one, answer) in enumerate(zip(prompts, answers, strict=True))
-        ),
+        raise ConfigError(f"{run} was not trained as a language model; see `predict`")
+    default = task.config.messages or task.config.prompt or task.config.text
+    assert default is not None
+    inputs = read_inputs(
+        prompt,
+        file,
+        (column or default,),
+        opened.config,
+        flag="--prompt",
+        by_column=column is not None,
+        extra=task.config.tools,
     )
+    prompts = _prompts(inputs, task, messages=column in (None, task.config.messages))
+    tokens = _tokens(model, task, inputs, prompts, max_new_tokens)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    found = completions(opened, task, tokens, jax.random.key(seed), **sampling)
+    by_row = dict(zip(inputs.not_blank, found, strict=True))
+    _write(out, prompts, [by_row.get(i, "") for i in range(len(prompts))])
 
 
-def continued(
-    opened: FinishedRun, task: LanguageModel, tokens: Sequence[list[int]], key: Any, **sampling: Any
+def completions(
+    run: FinishedRun, task: LanguageModel, tokens: Sequence[list[int]], key: Any, **sampling: Any
 ) -> list[str]:
-    """What follows each prompt, as text."""
-    model: Any = opened.network.model
+    """The completion of each prompt, as text."""
+    model: Any = run.network.model
     examples = {
         "input_ids": Ragged(tokens, task.pad, left=True),
         "attention_mask": Ragged([[1] * len(one) for one in tokens], 0, left=True),
     }
-    check_tokens(opened.network, {"": examples})
+    check_tokens(run.network, {"": examples})
     ends, closing = end_of_answers(model, task)
     apply = jlora.lora(model.apply)
-    answers = [""] * len(tokens)
-    for i, (rows, own) in enumerate(ordered_rows(examples, min(len(tokens), 16))):
-        batch = batch_of(examples, rows, range(STEP, max(map(len, tokens)) + STEP, STEP))
+    found = [""] * len(tokens)
+    for i, (rows, own) in enumerate(ordered_rows(examples, min(len(tokens), BATCH_SIZE))):
+        batch = batch_of(examples, rows, range(LENGTH_STEP, max(map(len, tokens)) + LENGTH_STEP, LENGTH_STEP))
         new = models.generate(
             model,
-            opened.tree,
+            run.tree,
             batch["input_ids"],
             batch["attention_mask"],
             key=jax.random.fold_in(key, i),
@@ -119,18 +105,18 @@ def continued(
             apply=apply,
             **sampling,
         )
-        for row, line in zip(rows[:own], np.asarray(new)[:own].tolist(), strict=True):
-            end = next((place for place, token in enumerate(line) if token in ends), len(line))
-            answer = task.tokenizer.decode(line[:end], skip_special_tokens=True)
-            answers[row] = answer.split(closing)[0].rstrip() if closing else answer
-    return answers
+        for row, ids in zip(rows[:own], np.asarray(new)[:own].tolist(), strict=True):
+            end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+            text = task.tokenizer.decode(ids[:end], skip_special_tokens=True)
+            found[row] = text.split(closing)[0].rstrip() if closing else text
+    return found
 
 
 def end_of_answers(model: Any, task: LanguageModel) -> tuple[set[int], str]:
-    """After what an answer has ended: tokens, and a text, which may be empty.
+    """The tokens that end an answer, and a text that does, which may be empty.
 
-    The tokens are the task's and the model's own. Where the chat template closes an answer with no special token, the
-    text is what does.
+    The tokens are the task's and the model's own. The text is what closes an answer in a chat template that has no
+    special token there.
     """
     ends = {*task.ends, *model.config.end_tokens}
     if task.chat is None or task.chat.end is not None:
@@ -139,14 +125,23 @@ def end_of_answers(model: Any, task: LanguageModel) -> tuple[set[int], str]:
     talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
         _, shown, closing = task.chat.whole(talk).text.rpartition(answer)
-    except ConfigError:  # one that wants other messages
+    except ConfigError:  # a template for other messages
         return ends, ""
     return ends, closing.strip() if shown else ""
 
 
-def _prompt(value: Any, where: str, task: LanguageModel, messages: bool) -> str | list[dict[str, Any]]:
-    """A text, or the messages of a conversation that are to be answered."""
-    if not messages and not isinstance(value, list):
+def _prompts(inputs: Inputs, task: LanguageModel, *, messages: bool) -> list[Prompt | None]:
+    """The prompts; None for blank inputs. ``messages``: whether the column of a table holds conversations."""
+    conversations = messages and task.config.messages is not None and inputs.unit == "row"
+    return [
+        None if row is None else _prompt(row[0], inputs.where(i), task, conversations)
+        for i, row in enumerate(inputs.rows)
+    ]
+
+
+def _prompt(value: Any, where: str, task: LanguageModel, conversation: bool) -> Prompt:
+    """A text, or the messages of a conversation up to those that the assistant is to answer."""
+    if not conversation and not isinstance(value, list):
         return text_of(value, where)
     if task.chat is None:
         raise ConfigError(f"{where}: got {value!r:.80}; expected a text: the run was not trained on conversations")
@@ -161,28 +156,43 @@ def _prompt(value: Any, where: str, task: LanguageModel, messages: bool) -> str 
 
 
 def _tokens(
-    model: Any, task: LanguageModel, inputs: Inputs, prompts: Sequence[str | list[dict[str, Any]] | None], new: int
+    model: Any, task: LanguageModel, inputs: Inputs, prompts: Sequence[Prompt | None], new: int
 ) -> list[list[int]]:
-    """The tokens of the prompts that there are; raises if the network has not enough positions for them."""
-    found, faults = [], {}
+    """The tokens of the prompts that are not blank; raises if the network has too few positions for one."""
+    found, errors = [], {}
     most = model.config.max_length
-    for i, one in enumerate(prompts):
-        if one is None:
+    for i, prompt in enumerate(prompts):
+        if prompt is None:
             continue
         try:
-            found.append(task.prompt_tokens(one, tools_of(inputs.beside[i])))
+            found.append(task.prompt_tokens(prompt, tools_of(inputs.extra[i])))
         except ConfigError as error:
             raise ConfigError(f"{inputs.where(i)}: {error}") from error
         if not found[-1]:
-            faults[i] = "the tokenizer makes no token of it"
+            errors[i] = "the tokenizer makes no token of it"
         elif most is not None and len(found[-1]) + new > most:
-            faults[i] = f"{len(found[-1])} prompt and {new} new tokens; the network has {most} positions"
-    refuse_rows(faults, inputs, "Expected shorter prompts; or pass a smaller --max-new-tokens")
+            errors[i] = f"{len(found[-1])} prompt and {new} new tokens; the network has {most} positions"
+    check_no_errors(errors, inputs, "Expected shorter prompts; or pass a smaller --max-new-tokens")
     return found
 
 
-def _quoted(prompt: str | list[dict[str, Any]] | None) -> str:
-    """A prompt behind ``> ``, line by line."""
+def _write(out: Path | None, prompts: Sequence[Prompt | None], answers: Sequence[str]) -> None:
+    """Print the prompts and their completions, or write them to a new file."""
+    if out is None:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            print(f"{_quoted(prompt)}\n{answer}\n")
+        return
+    write_results(
+        out,
+        (
+            {"messages" if isinstance(prompt, list) else "prompt": prompt or "", "completion": answer, "row": i + 1}
+            for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        ),
+    )
+
+
+def _quoted(prompt: Prompt | None) -> str:
+    """A prompt, each line after ``> ``."""
     if isinstance(prompt, list):
         prompt = "\n".join(f"{one['role']}: {one.get('content', '')}" for one in prompt)
     return "\n".join(f"> {line}" for line in (prompt or "").split("\n"))

@@ -14,23 +14,23 @@ from train.config import ConfigError
 
 
 def inspect(
-    checkpoint: Annotated[str, tyro.conf.Positional],
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
     lora: jlora.LoraConfig = jlora.LoraConfig(),  # noqa: B008  (frozen)
     task: models.TaskName | None = None,
     labels: int | None = None,
     revision: str | None = None,
 ) -> None:
-    """Show what of a checkpoint would be adapted, from its config.json alone.
+    """Show what of a checkpoint would be adapted. Reads config.json, and no weights.
 
     Args:
-      checkpoint: a folder, or the id of a model on the hub.
-      lora: what would be adapted, and how.
-      task: what the network ends in; by default that of the checkpoint.
-      labels: of a classifier, how many.
-      revision: of a model on the hub.
+      checkpoint: Folder, or id of a model on the hub.
+      lora: What is adapted, and how.
+      task: Task of the network. Default: the checkpoint's.
+      labels: Number of classes of a classifier.
+      revision: Branch, tag or commit of a model on the hub.
     """
     if (folder := Path(checkpoint)).is_dir() and not (folder / hub_files.CONFIG).is_file():
-        raise ConfigError(f"inspect: {checkpoint} has no {hub_files.CONFIG}; expected the folder of a checkpoint")
+        raise ConfigError(f"{checkpoint} has no {hub_files.CONFIG}; expected the folder of a checkpoint")
     model = models.build(checkpoint, task=task, labels=labels, revision=revision)
     params = models.abstract(model)
     try:

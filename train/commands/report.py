@@ -16,20 +16,19 @@ Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="
 
 
 def report(runs: Runs, out: Path = Path("report.html")) -> None:
-    """Write a page that compares runs, finished or not: figures, curves, what differs in their configurations, plans.
+    """Write a page that compares runs, finished or not: metrics, curves, differences of their configurations, plans.
 
     Args:
-      runs: run directories, 8 at most.
-      out: the file to write: .html for the page, which needs no other file and no network, or .png for a picture of the
-        curves and the main figures.
+      runs: Run directories, at most 8.
+      out: File to write: .html for a self-contained page, .png for a picture of curves and main metrics.
     """
     if not 1 <= len(runs) <= len(COLOURS):
         raise ConfigError(
-            f"report: got {len(runs)} runs, expected 1 to {len(COLOURS)} run directories, such as runs/*; "
+            f"got {len(runs)} runs, expected 1 to {len(COLOURS)} run directories, such as runs/*; "
             "pass them as `python -m train report RUN [RUN...]`"
         )
     if out.suffix not in (".html", ".png"):
-        raise ConfigError(f"report: got --out {out}, expected a file whose name ends in .html or .png")
+        raise ConfigError(f"got --out {out}, expected a file whose name ends in .html or .png")
     _check_matplotlib()
     found = read_runs(runs)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -44,4 +43,4 @@ def _check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f'report: curves need matplotlib ({error}); run: pip install -e ".[plots]"') from error
+        raise ConfigError(f'curves need matplotlib ({error}); run: pip install -e ".[plots]"') from error

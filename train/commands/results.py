@@ -1,4 +1,4 @@
-"""Results in a file: a line of JSON for each input, in the order of the inputs."""
+"""Results of predict and generate in a file: a line of JSON for each input, in the order of the inputs."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 from train.config import ConfigError
 
 _SEPARATORS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})
-"""What some programs take for the end of a line."""
+"""Characters that some programs take for the end of a line."""
 
 
 def check_new(out: Path | None) -> None:
-    """Raises a ConfigError if results cannot be written to a new file ``out``: before they are made, not after."""
+    """Raises a ConfigError if results could not be written to a new file ``out``; called before they are computed."""
     if out is None:
         return
     if out.suffix != ".jsonl":
-        raise ConfigError(f"out: got {out}, expected a file whose name ends in .jsonl: a line of JSON for each input")
+        raise ConfigError(f"got --out {out}, expected a file whose name ends in .jsonl: a line of JSON for each input")
     if out.exists():
-        raise ConfigError(f"out: {out} is there already; remove it, or pass --out with a new file")
+        raise ConfigError(f"{out} already exists; remove it, or pass --out with a new file")
     if not out.parent.is_dir():
-        raise ConfigError(f"out: there is no folder {out.parent}; make it, or pass --out with a file elsewhere")
+        raise ConfigError(f"got --out {out}, and there is no folder {out.parent}; create it, or pass another --out")
 
 
 def write_results(out: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write the records so that ``out`` holds all of them or is not there, and say so."""
+    """Write the records, all of them or none, and print where."""
     texts = [json.dumps(record, ensure_ascii=False).translate(_SEPARATORS) for record in records]
     draft = out.with_name(f"{out.name}.draft")
     draft.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")

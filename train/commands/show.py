@@ -1,127 +1,115 @@
-"""The command that shows what a run would learn from."""
+"""The command that shows what a run would train on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.commands.sheet import write_sheet
+from train.commands.contact_sheet import write_contact_sheet
 from train.config import ConfigError, ImageClassification, TrainConfig
 from train.data.batches import Examples, size, truncation_of
 from train.job import TrainingData, training_data
-from train.report import examples as look
-
-MANY = 12
-"""Labels up to which each one is counted."""
+from train.report import examples as shown
+from train.tasks import labels
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Show what a run would learn from: examples as they are learnt, their lengths, their labels.
+class ShowOptions:
+    """Show what a run would train on: examples with the tokens that carry loss marked, their lengths, their labels.
 
-    The data are read and encoded as `python -m train CONFIG.py` does, with the same flags, which its --help lists. No
-    weights are read.
-
-    Attributes:
-      examples: how many are shown, the first ones; of images, how many of each label.
-      tokens: put a bar between tokens.
-      out: of images, the PNG to write, by default examples.png.
+    Reads and encodes the data as `python -m train CONFIG.py` does, and takes the same flags; see its --help. Reads no
+    weights.
     """
 
+    #: Number of examples to show, the first ones; of images, for each label.
     examples: int = 3
+    #: Put a bar between tokens.
     tokens: bool = False
+    #: PNG to write, for images. Default: examples.png.
     out: Path | None = None
 
 
-def show(config: TrainConfig, asked: Asked) -> None:
-    """Print, and for images draw, what a configuration's run would learn from.
+def show(config: TrainConfig, options: ShowOptions) -> None:
+    """Print what a run of a configuration would train on; draw a contact sheet of images.
 
     Raises:
-      ConfigError: as a run does, of its configuration and data; and if what is asked for does not fit them.
+      ConfigError: as a run, for the configuration and the data; or if an option does not apply to them.
     """
     images = isinstance(config.task, ImageClassification)
-    if asked.examples < 1:
-        raise ConfigError(f"show: got --examples {asked.examples}, expected a whole number >= 1")
-    if asked.tokens if images else asked.out is not None:
+    if options.examples < 1:
+        raise ConfigError(f"got --examples {options.examples}, expected a whole number >= 1")
+    if options.tokens if images else options.out is not None:
         flag, kind = ("--tokens", "texts") if images else ("--out", "images")
-        raise ConfigError(f"show: got {flag}, which is for {kind}; leave it out")
-    found = training_data(config)
+        raise ConfigError(f"got {flag}, which is for {kind}; omit it")
+    data = training_data(config)
     print(f"{config.name}: {type(config.task).__name__}\n")
-    for name, sets in (("train", found.train), ("validation", found.test)):
-        print("\n".join(summary(name, found, sets)))
+    sets = {"train": list(data.train.values())[-1], "validation": list(data.test.values())[-1]}
+    for name, examples in sets.items():
+        print("\n".join(_summary(name, data, examples)))
+    if names := getattr(data.task, "labels", ()):
+        counts = {name: labels.class_counts(np.asarray(one["label"]), names) for name, one in sets.items()}
+        print(f"\n{labels.counts_table(counts, getattr(data.config.task, 'class_weights', None))}")
     if images:
-        _draw(asked.out or Path("examples.png"), found, asked.examples)
+        _draw(options.out or Path("examples.png"), data, options.examples)
     else:
-        _print(found, asked.examples, bars=asked.tokens)
+        _print_examples(data, sets["train"], options.examples, bars=options.tokens)
 
 
-def _print(found: TrainingData, count: int, *, bars: bool) -> None:
-    learnt = found.train[list(found.train)[-1]]
-    for row in range(min(count, size(learnt))):
-        print(f"\nexample {row + 1} of {size(learnt):,}: {look.about(found.task, learnt, row)}")
-        parts = look.pieces(found.task, learnt, row, every=bars)
-        print("\n-- packed behind it --\n".join(look.marked(one, bars=bars) for one in parts))
-
-
-def summary(name: str, found: TrainingData, sets: Mapping[str, Examples]) -> Iterator[str]:
-    """Lines about the training or the validation examples: how many, how long, of which labels."""
-    task: Any = found.config.task
-    examples = sets[list(sets)[-1]]
-    if "input_ids" in examples:
-        long, learnt = counts(examples)
-        cut = truncation_of(examples)
-        packed = f", packed into {size(examples):,} rows of at most {task.max_length:,} tokens"
-        yield f"{name}: {len(long):,} examples{packed if 'segment_ids' in examples else ''}"
-        yield f"  tokens  {_spread(long)}"
-        if cut is not None and cut.cut + cut.dropped:
-            yield f"  {cut.describe('cut')}"
-        if "loss_mask" in examples:
-            share = learnt.sum() / long.sum()
-            yield f"  learnt  {_spread(learnt)}; {learnt.sum():,} of {long.sum():,} tokens ({share:.1%})"
-    else:
-        domains = f", shown as {' and '.join(sets)}" if len(sets) > 1 else ""
+def _summary(name: str, data: TrainingData, examples: Examples) -> Iterator[str]:
+    """Lines about the training or the validation examples: how many they are, their lengths, how many carry loss."""
+    task: Any = data.config.task
+    if "input_ids" not in examples:
+        domains = f", shown as {' and '.join(data.train)}" if len(data.train) > 1 else ""
         yield f"{name}: {size(examples):,} images of {' x '.join(map(str, examples['image'][0].shape))}{domains}"
-    if "label" in examples:
-        yield f"  labels  {_labels(getattr(found.task, 'labels', ()), np.asarray(examples['label']))}"
+        return
+    tokens, with_loss = token_counts(examples)
+    packed = f", packed into {size(examples):,} rows of at most {task.max_length:,} tokens"
+    yield f"{name}: {len(tokens):,} examples{packed if 'segment_ids' in examples else ''}"
+    yield f"  tokens  {_range(tokens)}"
+    if (cut := truncation_of(examples)) is not None and cut.cut + cut.dropped:
+        yield f"  {cut.describe('cut')}"
+    if "loss_mask" in examples:
+        fraction = with_loss.sum() / tokens.sum()
+        yield (
+            f"  tokens with loss  {_range(with_loss)}; {with_loss.sum():,} of {tokens.sum():,} tokens ({fraction:.1%})"
+        )
+    if getattr(task, "regression", False):
+        values = np.asarray(examples["label"])
+        yield f"  labels  {values.min():g} to {values.max():g}, median {np.median(values):g}"
 
 
-def counts(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
-    """Of each example, also of those that are packed: how many tokens it has, and how many are learnt; int [n] both."""
-    long, learnt = [], []
+def token_counts(examples: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of each example, and how many of them carry loss, int [n] both; packed examples count one by one."""
+    tokens, with_loss = [], []
     for row, ids in enumerate(examples["input_ids"]):
         segments = examples["segment_ids"][row] if "segment_ids" in examples else np.ones(len(ids), np.int32)
-        marks = look.loss_mask_of(examples, row) if "loss_mask" in examples else np.zeros(len(ids), bool)
-        long += np.bincount(segments)[1:].tolist()
-        learnt += np.bincount(segments, marks)[1:].astype(int).tolist()
-    return np.asarray(long), np.asarray(learnt)
+        mask = shown.loss_mask_of(examples, row) if "loss_mask" in examples else np.zeros(len(ids), bool)
+        tokens += np.bincount(segments)[1:].tolist()
+        with_loss += np.bincount(segments, mask)[1:].astype(int).tolist()
+    return np.asarray(tokens), np.asarray(with_loss)
 
 
-def _spread(values: np.ndarray) -> str:
+def _range(values: np.ndarray) -> str:
     return f"{values.min():,} to {values.max():,}, median {np.median(values):,.0f}"
 
 
-def _labels(names: Sequence[str], values: np.ndarray) -> str:
-    """How often there is each label; of many, the most frequent ones and the rarest; of numbers, their range."""
-    if not names:
-        return f"{values.min():g} to {values.max():g}, median {np.median(values):g}"
-    often = np.bincount(values, minlength=len(names))
-    order = range(len(names)) if len(names) <= MANY else np.argsort(-often, kind="stable")
-    shown = [f"{names[i]}: {often[i]:,} ({often[i] / len(values):.1%})" for i in order]
-    if len(names) > MANY:
-        shown = [*shown[: MANY - 1], f"{len(names) - MANY} more", shown[-1]]
-    return ", ".join(shown)
+def _print_examples(data: TrainingData, examples: Examples, count: int, *, bars: bool) -> None:
+    for row in range(min(count, size(examples))):
+        print(f"\nexample {row + 1} of {size(examples):,}: {shown.about(data.task, examples, row)}")
+        parts = shown.pieces(data.task, examples, row, every=bars)
+        print("\n-- packed behind it --\n".join(shown.marked(one, bars=bars) for one in parts))
 
 
-def _draw(out: Path, found: TrainingData, each: int) -> None:
-    network, names = found.network, getattr(found.task, "labels", ())
+def _draw(out: Path, data: TrainingData, each: int) -> None:
+    network, names = data.network, getattr(data.task, "labels", ())
     pixels = {
         domain: np.clip(examples["image"] * np.asarray(network.std) + np.asarray(network.mean), 0, 1)
-        for domain, examples in found.train.items()
+        for domain, examples in data.train.items()
     }
-    labels = np.asarray(next(iter(found.train.values()))["label"])
-    write_sheet(out, pixels, labels, names, each)
+    numbers = np.asarray(next(iter(data.train.values()))["label"])
+    write_contact_sheet(out, pixels, numbers, names, each)
     print(f"\nwritten to {out}: images as the network sees them")

@@ -19,9 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import named_leaves
-from train.checks import refuse
 from train.compute.step import Step, TrainState
-from train.config import ComputeConfig, ConfigError, TrainConfig
+from train.config import ComputeConfig, ConfigError, TrainConfig, refuse
 from train.data.batches import Batch
 
 RowFunction: TypeAlias = Callable[[Any, Any, Any], dict[str, jax.Array]]

@@ -9,10 +9,10 @@ from typing import Any
 import jlora
 from jlora.files.json_files import read_json
 from jlora.models import TensorError
-from train.checks import validate
 from train.compute.keys import random_key
 from train.config import ConfigError, TrainConfig
-from train.networks.network import Network, make_network
+from train.networks.network import Network
+from train.networks.registry import make_network
 from train.pretrain import cached_at, identity, load_params
 from train.rundir import files
 from train.rundir.directory import read_summary
@@ -88,7 +88,7 @@ def read_config(file: Path, written: dict[str, Any]) -> TrainConfig:
     """
     try:
         config = files.from_json(TrainConfig, written)
-        validate(config)
+        config.check()
     except ValueError as error:
         raise ConfigError(f"{file} is no configuration of this version: {error}") from error
     return config

@@ -79,7 +79,6 @@ class Texts:
     def __init__(self, config: SequenceClassification, labels: Sequence[str], tokenizer: Any):
         self.config, self.labels, self.tokenizer = config, list(labels), tokenizer
         self.weights = weight_vector(config.class_weights, labels)
-        tokenizer.truncation_side = config.truncation
 
     def encode(self, table: Table) -> dict[str, Examples]:
         """``input_ids``, ``attention_mask``, if the tokenizer has them ``token_type_ids``; and ``label``."""

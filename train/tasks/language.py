@@ -30,8 +30,6 @@ class LanguageModel:
 
     def __init__(self, config: CausalLM, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer
-        if config.template is not None:
-            tokenizer.chat_template = config.template
         self.chat = Chat(tokenizer, config.system) if config.chat or config.messages else None
         if self.chat and tokenizer.chat_template is None:
             raise ConfigError(

@@ -10,7 +10,8 @@ from typing import Any
 from train.config import CausalLM, ConfigError, Pretrained, SequenceClassification, TrainConfig
 from train.data.lines import decode
 from train.data.tables import Table
-from train.networks.network import Network, checkpoint_side
+from train.networks.network import Network
+from train.networks.pretrained import checkpoint_side
 from train.tasks.base import Measured, Task
 from train.tasks.classify import TextClassification, TextRegression
 from train.tasks.images import Images, first_side

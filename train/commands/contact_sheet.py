@@ -10,59 +10,51 @@ import numpy as np
 
 from train.config import ConfigError
 
-TILE, GAP, FONT = 64, 6, 14
-"""Pixels: the side of an image at least (and at most twice that), the space around it, and the size of letters."""
-
-MANY = 20
+TILE, GAP, FONT_SIZE = 64, 6, 14
+"""Pixels: the least side of an image (the most is twice that), the space around it, and the size of letters."""
+MAX_LABELS = 20
 """Labels that have a row."""
-
-WIDEST = 28
+MAX_NAME = 28
 """Characters of a label that are shown."""
-
 INK, PAPER = (32, 33, 36), (236, 238, 241)
 
 
-def write_sheet(
+def write_contact_sheet(
     out: Path, images: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequence[str], each: int
 ) -> None:
     """Write a PNG with a row for each label: its name, how many images have it, and the first of them.
 
     Args:
-      out: the file; what is there is replaced.
+      out: the file; an existing one is replaced.
       images: by the name of their domain, float [n, side, side, channels] from 0 to 1.
       labels: int [n].
       names: of the labels.
       each: images of a label, in every domain.
 
     Raises:
-      ConfigError: if there is no Pillow, or no such folder.
+      ConfigError: if Pillow is not installed, or ``out`` is not a .png in an existing folder.
     """
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
-        raise ConfigError(f"show: pictures need Pillow ({error}); run: pip install pillow") from error
+        raise ConfigError(f"pictures need Pillow ({error}); run: pip install pillow") from error
     if out.suffix != ".png" or not out.parent.is_dir():
-        raise ConfigError(f"show: got --out {out}, expected a file whose name ends in .png, in a folder that there is")
+        raise ConfigError(f"got --out {out}, expected a file whose name ends in .png, in an existing folder")
     font = _font(ImageFont)
-    often = np.bincount(labels, minlength=len(names))
-    # Where there are too many labels, those of the most images and of the fewest.
-    order: list[int] = np.argsort(-often, kind="stable").tolist()
-    if len(names) > MANY:
-        order = [i for i in order if often[i]]
-    kept = sorted(order if len(order) <= MANY else [*order[: MANY // 2], *order[-MANY // 2 :]])
-    heads = [f"{_drawable(_short(names[i]), font)}\n{often[i]:,} image{'s' if often[i] != 1 else ''}" for i in kept]
-    rows = {i: np.flatnonzero(labels == i)[:each] for i in kept}
+    counts = np.bincount(labels, minlength=len(names))
+    kept = _kept(counts)
+    heads = [f"{_drawable(_short(names[i]), font)}\n{counts[i]:,} image{'s' if counts[i] != 1 else ''}" for i in kept]
+    rows = [np.flatnonzero(labels == i)[:each] for i in kept]
 
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = max(int(pen.multiline_textbbox((0, 0), head, font=font)[2]) for head in heads) + 2 * GAP
     side = _side(next(iter(images.values())).shape[1])
-    columns = max(map(len, rows.values()))
-    block = columns * (side + GAP) + 2 * GAP
-    top = GAP + (2 * FONT if len(images) > 1 else 0)
-    bottom = 2 * FONT if len(kept) < len(names) else 0
+    block = max(map(len, rows)) * (side + GAP) + 2 * GAP
+    top = GAP + (2 * FONT_SIZE if len(images) > 1 else 0)
+    bottom = 2 * FONT_SIZE if len(kept) < len(names) else 0
     sheet = Image.new("RGB", (left + len(images) * block, top + len(rows) * (side + GAP) + bottom), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for row, (head, found) in enumerate(zip(heads, rows.values(), strict=True)):
+    for row, (head, found) in enumerate(zip(heads, rows, strict=True)):
         y = top + row * (side + GAP)
         pen.multiline_text((GAP, y + side // 2), head, INK, font, anchor="lm")
         for i, pictures in enumerate(images.values()):
@@ -72,12 +64,21 @@ def write_sheet(
         for i, domain in enumerate(images):
             pen.text((left + i * block, GAP), _drawable(domain, font), INK, font)
     if bottom:
-        pen.text((GAP, sheet.height - 2 * FONT), f"and {len(names) - len(kept):,} labels more", INK, font)
+        pen.text((GAP, sheet.height - 2 * FONT_SIZE), f"and {len(names) - len(kept):,} more labels", INK, font)
     sheet.save(out)
 
 
+def _kept(counts: np.ndarray) -> list[int]:
+    """The labels that have a row: where there are too many, those of the most images and of the fewest."""
+    order: list[int] = np.argsort(-counts, kind="stable").tolist()
+    if len(order) > MAX_LABELS:
+        order = [i for i in order if counts[i]]
+    half = MAX_LABELS // 2
+    return sorted(order if len(order) <= MAX_LABELS else [*order[:half], *order[-half:]])
+
+
 def _side(own: int) -> int:
-    """The side of an image on the sheet: small ones are shown in whole multiples, so that each pixel stays one."""
+    """The side of an image on the sheet; small images are shown in whole multiples, so that pixels stay squares."""
     return own * -(-TILE // own) if own < TILE else min(own, 2 * TILE)
 
 
@@ -88,21 +89,21 @@ def _tile(pixels: np.ndarray, side: int, library: Any) -> Any:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= WIDEST else f"{name[: WIDEST - 1]}\u2026"
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}\u2026"
 
 
 def _font(library: Any) -> Any:
-    """The font of matplotlib where it is installed, which has most alphabets; Pillow's own has Latin letters alone."""
+    """The font of matplotlib where it is installed, which has most alphabets; Pillow's own has Latin letters only."""
     try:
         import matplotlib
     except ImportError:
-        return library.load_default(FONT)
-    return library.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), FONT)
+        return library.load_default(FONT_SIZE)
+    return library.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), FONT_SIZE)
 
 
 def _drawable(text: str, font: Any) -> str:
-    """A text with escapes in place of characters that the font does not have."""
-    nothing = bytes(font.getmask("\U0010ffff"))
+    """A text with escapes for characters that the font does not have."""
+    missing = bytes(font.getmask("\U0010ffff"))
     return "".join(
-        one.encode("unicode_escape").decode("ascii") if bytes(font.getmask(one)) == nothing else one for one in text
+        one.encode("unicode_escape").decode("ascii") if bytes(font.getmask(one)) == missing else one for one in text
     )

@@ -1,8 +1,9 @@
-"""The command that measures a run."""
+"""The command that evaluates a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from jlora.messages import bullets
 from train.commands.inputs import RunPath
@@ -10,6 +11,7 @@ from train.compute.layouts import Jit
 from train.config import ConfigError
 from train.data import tables
 from train.data.batches import Examples, truncation_of
+from train.data.tables import Table
 from train.job import bucket_lengths
 from train.loop.evaluate import make_measure
 from train.networks.network import check_tokens
@@ -20,32 +22,26 @@ from train.tasks.base import Task
 
 
 def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) -> None:
-    """Print the figures of the adapted model on validation examples.
+    """Print the adapted model's metrics on validation examples.
 
     Args:
-      run: a run directory.
-      source: other examples than the run's own validation examples: a file, a folder or a dataset's name.
-      limit: use so many, the first ones.
+      run: Run directory.
+      source: File, folder or dataset to evaluate on. Default: the run's own validation examples.
+      limit: Maximum number of examples, the first ones.
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"eval: got --limit {limit}, expected a whole number >= 1")
+        raise ConfigError(f"got --limit {limit}, expected a whole number >= 1")
     opened = open_run(run)
-    config = opened.config
-    if source is None:
-        table = tables.load(config.data, config.cache_dir)["validation"]
-    else:
-        table = tables.read(source, config.cache_dir, "source", quoted_tsv=config.data.quoted_tsv)
-    table = table if limit is None else table.keep(range(min(limit, len(table))), f"beyond the limit of {limit:,}")
+    table = _table(opened, source)
+    if limit is not None:
+        table = table.keep(range(min(limit, len(table))), f"beyond the limit of {limit:,}")
     sets = {name or "validation": examples for name, examples in opened.task.encode(table).items()}
-    if table.provenance is not None:
-        print(table.provenance.describe())
-        if source is None and (differing := changes(run, {"validation": table.provenance.to_json()})):
-            print(f"these are not the examples of the run:{bullets(differing)}")
+    _print_source(run, table, own=source is None)
     for name, examples in sets.items():
         if (cut := truncation_of(examples)) is not None and cut.cut + cut.dropped:
             print(cut.describe(name, training=False))
-    for name, figures in measured(opened, sets).items():
-        print(f"{name}: {console.figures_line(figures)}")
+    for name, metrics in measured(opened, sets).items():
+        print(f"{name}: {console.figures_line(metrics)}")
 
 
 def measured(run: FinishedRun, sets: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
@@ -56,3 +52,19 @@ def measured(run: FinishedRun, sets: Mapping[str, Examples]) -> dict[str, dict[s
         Jit(), run.network.forward, task, run.config.eval_batch_size, bucket_lengths(run.config, sets)
     )
     return {name: task.metrics(measure(run.params, run.adapters, examples)) for name, examples in sets.items()}
+
+
+def _table(run: FinishedRun, source: str | None) -> Table:
+    config = run.config
+    if source is None:
+        return tables.load(config.data, config.cache_dir)["validation"]
+    return tables.read(source, config.cache_dir, "source", quoted_tsv=config.data.quoted_tsv)
+
+
+def _print_source(run: Path, table: Table, *, own: bool) -> None:
+    """Where the examples are from, and whether the run's own have changed since."""
+    if table.provenance is None:
+        return
+    print(table.provenance.describe())
+    if own and (differing := changes(run, {"validation": table.provenance.to_json()})):
+        print(f"these are not the examples of the run:{bullets(differing)}")

@@ -1,0 +1,29 @@
+"""The command that trains."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from jlora.models import ModelError, TensorError
+from train.compute.processes import leave
+from train.config import ConfigError, TrainConfig
+from train.experiment import run
+from train.loop.checkpoints import CheckpointError
+from train.loop.stop import Stopped
+
+
+def fit(config: TrainConfig) -> int:
+    """Train, and return the exit code; see `train.__main__.main`."""
+    try:
+        run(config)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
+    except (ConfigError, CheckpointError, ModelError, TensorError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return leave(2)
+    except Exception:  # printed as Python does; but other processes must not wait for this one
+        traceback.print_exc()
+        return leave(1)
+    return 0

@@ -1,0 +1,59 @@
+"""The configuration of a run, the schema of the files in ``configs/``.
+
+``fields``    types with constraints, and the walk that checks every field
+``tasks``     classification, regression, language modelling
+``networks``  checkpoints, and networks trained from scratch
+``training``  data, training, devices, checkpoints; `TrainConfig` holds all of them
+
+A field is declared in one place: its type with its constraint, its default, and below it the text of ``--help``. What
+must hold between fields is in the method `conflicts` of their dataclass.
+"""
+
+from pathlib import Path
+
+from jlora import LoraConfig
+from train.config.fields import ConfigError, refuse
+from train.config.networks import Mlp, NetworkConfig, PatchTransformer, Pretrained
+from train.config.tasks import CausalLM, Domain, ImageClassification, SequenceClassification, TaskConfig
+from train.config.training import (
+    EVERYTHING,
+    NEW_HEAD,
+    ComputeConfig,
+    DataConfig,
+    FitConfig,
+    LearningRates,
+    ProcessesConfig,
+    Remat,
+    SaveConfig,
+    Schedule,
+    TrainConfig,
+)
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+__all__ = [
+    "ASSETS",
+    "EVERYTHING",
+    "NEW_HEAD",
+    "CausalLM",
+    "ComputeConfig",
+    "ConfigError",
+    "DataConfig",
+    "Domain",
+    "FitConfig",
+    "ImageClassification",
+    "LearningRates",
+    "LoraConfig",
+    "Mlp",
+    "NetworkConfig",
+    "PatchTransformer",
+    "Pretrained",
+    "ProcessesConfig",
+    "Remat",
+    "SaveConfig",
+    "Schedule",
+    "SequenceClassification",
+    "TaskConfig",
+    "TrainConfig",
+    "refuse",
+]

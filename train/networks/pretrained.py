@@ -1,0 +1,103 @@
+"""Networks of `jlora.models` with the weights of a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import models
+from jlora.files.json_files import read_json
+from jlora.models import ModelError, Remat, TensorError
+from train.config import CausalLM, ConfigError, ImageClassification, Pretrained, SequenceClassification, TaskConfig
+from train.networks.network import Inputs, Network
+from train.networks.tokenizers import load_tokenizer, set_up
+
+TASKS: dict[type, models.TaskName] = {
+    SequenceClassification: "sequence-classification",
+    CausalLM: "causal-lm",
+    ImageClassification: "image-classification",
+}
+
+
+def pretrained(config: Pretrained, task: TaskConfig, remat: Remat) -> Network:
+    """The network of a checkpoint, with a new head where the task needs one. Its weights are not read yet.
+
+    Raises:
+      ConfigError: if the task does not fit the network, or there is no tokenizer.
+      ModelError, TensorError: if the checkpoint cannot be used.
+    """
+    options = _options(config, task)
+    model: Any = models.build(
+        config.path, **options, param_dtype=jnp.dtype(config.param_dtype or "float32"), remat=remat
+    )
+
+    def forward(params: Any, inputs: Inputs, key: jax.Array | None = None) -> Any:
+        if key is None or not config.dropout:
+            return model.apply(params, **inputs)
+        return model.apply(params, **inputs, deterministic=False, rngs={"dropout": key})
+
+    def load(key: jax.Array | None, shardings: Any = None) -> Any:
+        return _load(config, options, key, shardings)
+
+    def init(key: jax.Array) -> Any:
+        return {"params": model.init(key, models.example_inputs(model))["params"]}
+
+    network = {"load": load, "model": model, "source": config.path}
+    if isinstance(task, ImageClassification):
+        return Network(forward, init, models.sharding_rules(model), **network, **_image_format(config))
+    _check_length(task, model)
+    tokenizer = set_up(load_tokenizer(config.path, config.revision), task)
+    return Network(forward, init, models.sharding_rules(model), **network, tokenizer=tokenizer)
+
+
+def checkpoint_side(config: Pretrained) -> int:
+    """The side of the images that a checkpoint was trained on."""
+    model: Any = models.build(config.path, task="image-classification", labels=1, revision=config.revision)
+    return model.config.image_size
+
+
+def _options(config: Pretrained, task: TaskConfig) -> dict[str, Any]:
+    """The arguments that `models.build` and `models.load` share."""
+    return {
+        "task": TASKS[type(task)],
+        # A regression has one output, and no names for it.
+        "labels": None if isinstance(task, CausalLM) else task.labels or 1,
+        "dtype": jnp.dtype(config.dtype),
+        "revision": config.revision,
+        "untie": config.untie,
+    }
+
+
+def _load(config: Pretrained, options: dict[str, Any], key: jax.Array | None, shardings: Any) -> Any:
+    has_head = options["labels"] is not None
+    dtype = None if config.param_dtype is None else jnp.dtype(config.param_dtype)
+    try:
+        return models.load(
+            config.path, **options, param_dtype=dtype, key=key if has_head else None, shardings=shardings
+        )[1]
+    except (ModelError, TensorError) as error:
+        advice = "\nA new head has to be trained: --lora.train-also classifier" if has_head and key is None else ""
+        raise ConfigError(f"model.path: {error}{advice}") from error
+
+
+def _check_length(task: SequenceClassification | CausalLM, model: Any) -> None:
+    most = getattr(model.config, "max_length", None)
+    if most is not None and task.max_length > most:
+        raise ConfigError(
+            f"task.max_length: got {task.max_length}, expected at most {most}, the number of positions of the network; "
+            f"pass --task.max-length {most}"
+        )
+
+
+def _image_format(config: Pretrained) -> dict[str, Any]:
+    """How a checkpoint expects its images: mean and standard deviation of each channel, of values from 0 to 1."""
+    file = models.fetch(config.path, config.revision) / "preprocessor_config.json"
+    found = read_json(file) if file.is_file() else {}
+    normalized = found.get("do_normalize", True)
+    mean, std = (found.get("image_mean", 0.5), found.get("image_std", 0.5)) if normalized else (0.0, 1.0)
+    # The checkpoint's own are of values from 0 to 255 times its rescale_factor.
+    white = 255 * found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 255
+    return {"channels": 3, "mean": np.divide(mean, white), "std": np.divide(std, white)}

@@ -1,0 +1,79 @@
+"""Tokenizers of checkpoints: loaded, set up for a task, and exported as the checkpoint has them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jlora import models
+from jlora.files.hub_files import TOKENIZER_FILES
+from train.config import CausalLM, ConfigError, Pretrained, SequenceClassification, TaskConfig
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+      ConfigError: if there is none.
+    """
+    # transformers says at import that it found no torch, which it does not need here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+            # Without its files transformers makes a tokenizer that knows no word.
+            if set(tokenizer("a b c", add_special_tokens=False)["input_ids"]) <= set(tokenizer.all_special_ids):
+                raise ValueError("it knows no word")
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"model.path: {path} has no tokenizer that transformers can read ({str(error).splitlines()[0]}). "
+                "Expected the files that its save_pretrained writes, such as tokenizer.json, beside the weights"
+            ) from error
+    return tokenizer
+
+
+def set_up(tokenizer: Any, task: SequenceClassification | CausalLM) -> Any:
+    """The tokenizer, changed in place to what a task needs; nothing else changes it, and it is never exported."""
+    if isinstance(task, CausalLM):
+        if task.template is not None:
+            tokenizer.chat_template = task.template
+        return tokenizer
+    tokenizer.truncation_side = task.truncation
+    if tokenizer.pad_token_id is None:  # as GPT-2's; the attention mask tells padding from text
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+class CheckpointFiles(NamedTuple):
+    """The files of a checkpoint that belong to an export, in the place of a tokenizer in `jlora.models.export`.
+
+    Attributes:
+      model: the checkpoint.
+      template: the run's own chat template, or None. transformers and vLLM use its file before tokenizer_config.json.
+      pad_token_id: the token with which the run padded, for config.json, or None.
+    """
+
+    model: Pretrained
+    template: str | None
+    pad_token_id: int | None
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Copy the files of the tokenizer or image processor to ``folder``, byte for byte."""
+        source = models.fetch(self.model.path, self.model.revision, TOKENIZER_FILES)
+        for file in (source / name for name in TOKENIZER_FILES):
+            if file.is_file() and file.resolve() != (folder / file.name).resolve():
+                shutil.copyfile(file, folder / file.name)
+        if self.template is not None:
+            (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+
+
+def exported_files(model: Pretrained, task: TaskConfig, tokenizer: Any) -> CheckpointFiles:
+    """What an export of a run has from its checkpoint; ``tokenizer`` is the run's, or None."""
+    template = task.template if isinstance(task, CausalLM) else None
+    return CheckpointFiles(model, template, None if tokenizer is None else tokenizer.pad_token_id)

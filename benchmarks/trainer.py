@@ -27,15 +27,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 import jlora
 from benchmarks._measure import Bar, interleave, ratio, table
 from train.__main__ import ROOT, parse
 from train.compute.keys import random_key
-from train.compute.layouts import Jit
+from train.compute.layouts import Mesh, one_device
 from train.compute.optimizer import make_optimizer, make_schedule
 from train.compute.step import init_state, make_step
-from train.config import SaveConfig
+from train.config import ComputeConfig, SaveConfig
 from train.data import tables as data
 from train.data.batches import batch_of, size, training_rows
 from train.experiment import run
@@ -55,18 +56,21 @@ NETWORKS = {
 }
 
 
-class Warm(Jit):
-    """One device, for which every training's step is the same one and compiled already; it knows when it began."""
+class Warm(Mesh):
+    """One device, with one step for every training, compiled already; ``began`` is when its first call came."""
 
-    def __init__(self, step: Any):
-        self._step, self.began = step, 0.0
+    step: Any
+    began = 0.0
+
+    def __init__(self) -> None:
+        super().__init__(ComputeConfig(data=1), [("", P())])
 
     def compile_step(self, step: Any, state: Any) -> Callable[..., Any]:
         self.began = 0.0
 
         def stepped(*args: Any) -> Any:
             self.began = self.began or time.perf_counter()
-            return self._step(*args)
+            return self.step(*args)
 
         return stepped
 
@@ -80,7 +84,9 @@ def overhead(flags: str, rounds: int, steps: int, folder: Path) -> tuple[float, 
     task = make_task(config, network)
     train, _ = encoded(task, tables)
     examples = train["shifted"]
-    base = jax.jit(network.init)(jax.random.key(0))
+    layout = Warm()
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    base = layout.place_base(shapes, lambda places: jax.jit(network.init, out_shardings=places)(jax.random.key(0)))
     rows = [training_rows(size(examples), config.fit.batch_size, 0, i) for i in range(steps)]
     batches = [batch_of(examples, one) for one in rows]
     uses = jlora.trace(network.forward, base, task.inputs(batches[0]))
@@ -89,9 +95,9 @@ def overhead(flags: str, rounds: int, steps: int, folder: Path) -> tuple[float, 
         return jlora.init(jax.random.key(1), base, config.lora, uses)
 
     tx, schedule = make_optimizer(config.fit), make_schedule(config.fit, 1e-4, steps)
-    step = jax.jit(make_step(network.forward, task, tx, schedule), donate_argnums=0)
+    fresh = layout.make_state(lambda base: init_state(tx, start(base)), base)
+    step = layout.step = Mesh.compile_step(layout, make_step(network.forward, task, tx, schedule), fresh)
     key = random_key(0, "dropout")
-    layout = Warm(step)
     epoch = len(examples["label"]) // config.fit.batch_size
     training = Training(
         phase="fit",
@@ -109,8 +115,7 @@ def overhead(flags: str, rounds: int, steps: int, folder: Path) -> tuple[float, 
     )
 
     def bare() -> float:
-        state = init_state(tx, start(base))
-        jax.block_until_ready(state)
+        state = layout.make_state(lambda base: init_state(tx, start(base)), base)
         began = time.perf_counter()
         for batch in batches:
             state, _ = step(state, base, batch, key)
@@ -143,7 +148,7 @@ def saving(config: Any, adapters: Any, folder: Path) -> float:
     taken = []
     for i in range(1, 8):
         began = time.perf_counter()
-        checkpoints.save(Jit(), state._replace(step=jnp.int32(i)), Position(step=i), jax.random.key(0), {})
+        checkpoints.save(one_device(), state._replace(step=jnp.int32(i)), Position(step=i), jax.random.key(0), {})
         taken.append(time.perf_counter() - began)
         checkpoints.wait()
     checkpoints.close()

@@ -23,7 +23,6 @@ from jlora._src.config import HEADS
 from train.checks import validate
 from train.compute import flops, processes, throughput
 from train.compute.keys import random_key
-from train.compute.layouts import Jit
 from train.compute.processes import is_first, say
 from train.compute.step import init_state, make_step
 from train.config import TrainConfig
@@ -83,8 +82,8 @@ def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
         say(f"{name}: {count:,} images have one colour only\n")
     if (example := look.first(job.task, job.examples)) is not None:
         say(f"{example}\n")
-    if isinstance(job.layout, Jit) and jax.device_count() > 1:
-        say(f"{jax.device_count() - 1} devices are idle: --compute.layout mesh uses them all\n")
+    if config.compute.layout == "jit" and (idle := jax.device_count() - job.layout.devices):
+        say(f"{idle} devices are idle: --compute.layout mesh uses them all\n")
 
     with RunFiles(config, place, str(job.plan), job.intervals(config.fit, job.examples)) as kept:
         measure = make_measure(job.layout, job.network.forward, job.task, config.eval_batch_size, job.buckets, stop)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -319,7 +320,8 @@ def test_runs_that_go_on(runs: Path, reader: Any, tmp_path: Path) -> None:
     config = parse(flags(runs, runs / "new"))
     job = make_job(config, lambda: None)
     assert job.network.load is not None
-    base = job.network.load(random_key(0, "head"), None)
+    load = functools.partial(job.network.load, random_key(0, "head"))
+    base = job.layout.place_base(job.shapes, load)
     like = job.layout.make_state(
         lambda base: init_state(make_optimizer(config.fit), start_adapters(job.config, job.network, base, job.uses)),
         base,

@@ -18,7 +18,7 @@ import jlora
 from jlora.files.checksums import files_in, write_sums
 from tests import tiny
 from tests.runs import assert_same_run, compiled_once, content, program, records, stopping
-from train.compute.layouts import Jit
+from train.compute.layouts import one_device
 from train.compute.optimizer import make_optimizer
 from train.compute.step import init_state
 from train.config import ConfigError, FitConfig, SaveConfig
@@ -231,7 +231,7 @@ def test_a_checkpoint_of_an_earlier_version_tells_its_epochs_by_its_configuratio
     adapters = jlora.init(jax.random.key(0), {"w": jnp.ones((3, 4))}, jlora.LoraConfig(rank=2, targets=("w",)))
     state = init_state(make_optimizer(FitConfig()), adapters)
     checkpoints = Checkpoints(tmp_path, SaveConfig(), keep_best=False)
-    checkpoints.save(Jit(), state, Position(step=3), jax.random.key(0), {"fit": {"epochs": 7}})
+    checkpoints.save(one_device(), state, Position(step=3), jax.random.key(0), {"fit": {"epochs": 7}})
     checkpoints.wait()
     file = tmp_path / "3/position/metadata"
     written = json.loads(file.read_text())

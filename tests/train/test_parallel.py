@@ -23,7 +23,7 @@ from tests import tiny
 from tests.runs import free_port, program, records, start
 from train.__main__ import main
 from train.compute.keys import random_key
-from train.compute.layouts import Jit, Mesh, Pmap, parse_spec
+from train.compute.layouts import Mesh, Pmap, one_device, parse_spec
 from train.compute.optimizer import make_optimizer
 from train.compute.step import init_state, make_step
 from train.config import ComputeConfig, FitConfig
@@ -280,7 +280,7 @@ def test_the_optimizer_state_is_twice_the_adapters_and_lies_as_they_do(sharded):
 
 
 @pytest.mark.parametrize(
-    "layout", [Jit(), Pmap(), Mesh(ComputeConfig(layout="mesh", fsdp=4), [(r"", P(None, "fsdp"))])]
+    "layout", [one_device(), Pmap(), Mesh(ComputeConfig(layout="mesh", fsdp=4), [(r"", P(None, "fsdp"))])]
 )
 def test_what_is_placed_comes_back(layout):
     """Base, state and rows are the same on the host again, and on the way to a disk."""

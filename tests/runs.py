@@ -101,15 +101,15 @@ def compiled_once(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopping(after: int) -> Iterator[None]:
-    """Stop at the question after so many; it is asked after each step, and before each batch that is measured."""
+    """Request a stop after so many questions, which come after each step and before each batch of an evaluation."""
     calls = 0
 
-    def asked(self: Stop) -> bool:
+    def requested(self: Stop) -> bool:
         nonlocal calls
         calls += 1
         return calls > after
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stop, "asked", asked)
+        patch.setattr(Stop, "requested", requested)
         patch.setattr(Stop, "check", lambda self: None)
         yield

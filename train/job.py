@@ -20,7 +20,7 @@ from train.config import ConfigError, FitConfig, TrainConfig
 from train.data.batches import Examples, batch_of, cut_of, lengths, quarters, size
 from train.data.cuts import Cut, line
 from train.data.tables import Provenance, Table, load
-from train.loop.progress import Intervals
+from train.loop.state import Intervals, PrimaryMetric
 from train.networks.network import Network, check_tokens, make_network, what_to_train
 from train.rundir.files import flat, to_json
 from train.tasks.base import Task
@@ -89,9 +89,9 @@ class Job:
         """The examples as one domain shows them."""
         return {"train": self.examples, "validation": list(self.test.values())[-1]}
 
-    def figure(self, domain: str) -> tuple[str, int]:
-        """The figure that counts on the examples of a domain, and its sign: 1 if more is better, else -1."""
-        return f"{domain}_{self.task.primary}", 1 if self.task.higher_is_better else -1
+    def primary_metric(self, domain: str) -> PrimaryMetric:
+        """The task's primary metric on the test examples of a domain."""
+        return PrimaryMetric(f"{domain}_{self.task.primary}", self.task.higher_is_better)
 
     @property
     def cuts(self) -> dict[str, Cut]:

@@ -73,7 +73,7 @@ def expected(work) -> list[dict[str, Any]]:
 
 
 def assert_same_curve(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Losses and figures within 1e-5, of the same steps."""
+    """Losses and metrics within 1e-5, of the same steps."""
     assert [one["step"] for one in found] == [one["step"] for one in expected]
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
@@ -111,8 +111,8 @@ def lines(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(("layout", "found_by"), [("mesh --compute.fsdp 2", "flags"), ("pmap", "Slurm")])
-def test_two_processes_are_stopped_and_one_goes_on(work, expected, tmp_path, layout, found_by):
-    """Two processes of two devices train; one of them is asked to stop, and both do; one with four devices goes on."""
+def test_two_processes_are_stopped_and_one_resumes(work, expected, tmp_path, layout, found_by):
+    """Two processes of two devices train; one of them is asked to stop, and both do; one with four devices resumes."""
     folder, port = tmp_path / "run", free_port()
     argv = flags(work, folder, layout)
     if found_by == "flags":
@@ -133,11 +133,11 @@ def test_two_processes_are_stopped_and_one_goes_on(work, expected, tmp_path, lay
     stopped = [one.returncode for one in both]
     if lines(folder) < len(expected):
         assert stopped == [EXIT_CODE, EXIT_CODE], printed
-        assert "the same command goes on from there" in printed[0]
+        assert "the same command resumes from there" in printed[0]
     one = start(*argv, devices=4)
     printed = one.communicate(timeout=120)[0]
     assert one.returncode == 0, printed
-    assert "going on with" in printed or stopped == [0, 0]
+    assert "resuming " in printed or stopped == [0, 0]
     assert_same_curve(records(folder), expected)
 
 

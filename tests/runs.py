@@ -100,6 +100,22 @@ def compiled_once(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """A list with an entry for every program that XLA compiles in this context."""
+    seen: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@contextlib.contextmanager
 def stopping(after: int) -> Iterator[None]:
     """Request a stop after so many questions, which come after each step and before each batch of an evaluation."""
     calls = 0

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora import models
 from tests import tiny
-from tests.runs import free_port, program, records, start
+from tests.runs import compilations, free_port, program, records, start
 from train.__main__ import main
 from train.compute.keys import random_key
 from train.compute.layouts import Mesh, Pmap, one_device, parse_spec
@@ -279,9 +279,33 @@ def test_the_optimizer_state_is_twice_the_adapters_and_lies_as_they_do(sharded):
 # The parts of a layout
 
 
-@pytest.mark.parametrize(
-    "layout", [one_device(), Pmap(), Mesh(ComputeConfig(layout="mesh", fsdp=4), [(r"", P(None, "fsdp"))])]
-)
+PLACED = [one_device(), Pmap(), Mesh(ComputeConfig(layout="mesh", fsdp=4), [(r"", P(None, "fsdp"))])]
+
+
+@pytest.mark.parametrize("layout", PLACED, ids=str)
+def test_a_step_is_compiled_once_and_donates_its_state(layout):
+    """Whatever the shardings of its first state, and of the state that it returns."""
+    weights = {"w": np.ones((4, 8), np.float32)}
+    base = layout.place_base(weights, lambda places: jax.device_put(weights, places))
+    state = layout.make_state(lambda base: init_state(optax.adam(1.0), {"w": 2 * base["w"]}), base)
+
+    def step(state: Any, base: Any, batch: Any, key: Any) -> Any:
+        moved = jax.tree.map(lambda x: x + jnp.asarray(batch["x"].mean(), x.dtype), state)
+        return moved, {"loss": base["w"].sum() + jax.random.uniform(key)}
+
+    compiled, programs = layout.compile_step(step, state), []
+    for i in range(3):
+        with compilations() as seen:
+            before = jax.tree.leaves(state)
+            batch = layout.place_batch(lambda part, i=i: {"x": np.arange(16, dtype=np.float32)[part] + i}, 16)
+            state, metrics = compiled(state, base, batch, jax.random.key(i))
+            jax.block_until_ready((state, metrics))
+        assert all(leaf.is_deleted() for leaf in before)
+        programs.append(len(seen))
+    assert programs[0] and not any(programs[1:])
+
+
+@pytest.mark.parametrize("layout", PLACED, ids=str)
 def test_what_is_placed_comes_back(layout):
     """Base, state and rows are the same on the host again, and on the way to a disk."""
     base = {"w": np.arange(32, dtype=np.float32).reshape(4, 8)}

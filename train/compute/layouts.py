@@ -94,7 +94,8 @@ def _ahead(devices: int) -> int:
 class Pmap:
     """A copy of base and state on every device; each device computes its rows.
 
-    Placed arrays have a leading axis of this process's devices.
+    Placed arrays have a leading axis of this process's devices. All functions map the same axis name: it is part of the
+    shardings, and a step would compile again for a state with another one.
     """
 
     axis = "devices"
@@ -128,7 +129,7 @@ class Pmap:
         return stepped
 
     def compile_rows(self, fn: RowFunction) -> Callable[..., dict[str, np.ndarray]]:
-        mapped = jax.pmap(fn)
+        mapped = jax.pmap(fn, self.axis)
 
         def each(*args: Any) -> dict[str, np.ndarray]:
             own = {name: _local_rows(x) for name, x in mapped(*args).items()}
@@ -137,7 +138,7 @@ class Pmap:
         return each
 
     def call(self, fn: Callable[..., Any], *trees: Any) -> Any:
-        return jax.block_until_ready(jax.pmap(fn)(*trees))
+        return jax.block_until_ready(jax.pmap(fn, self.axis)(*trees))
 
     def to_host(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: np.asarray(_first_copy(x)), tree)
@@ -150,7 +151,8 @@ class Pmap:
         return self._replicated(state)
 
     def _replicated(self, tree: Any) -> Any:
-        return jax.block_until_ready(jax.pmap(lambda _, x: x, in_axes=(0, None))(np.arange(self._local), tree))
+        copy = jax.pmap(lambda _, x: x, self.axis, in_axes=(0, None))
+        return jax.block_until_ready(copy(np.arange(self._local), tree))
 
 
 def _first_copy(x: jax.Array) -> jax.Array:

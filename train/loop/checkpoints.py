@@ -29,6 +29,7 @@ from jlora._src.tree.save import differences, one_line, record_of
 from jlora.files.checksums import check_sums, files_in, write_sums
 from jlora.models import TensorError
 from train.compute.layouts import Layout
+from train.compute.processes import first_decides
 from train.compute.step import TrainState
 from train.config import SaveConfig
 from train.loop.state import LoopState
@@ -50,7 +51,8 @@ class Checkpoints:
         self.folder = folder
         self._policy = _Policy(config.max_to_keep, keep_best)
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it then raises
-        self._manager = self._open(read_only=True) if folder.is_dir() else None
+        # A process that comes here late may find the folder that the first one has made in `begin` meanwhile.
+        self._manager = self._open(read_only=True) if first_decides(folder.is_dir) else None
 
     def _open(self, *, read_only: bool) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(

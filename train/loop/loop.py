@@ -66,7 +66,7 @@ class Training:
 
     @property
     def rate_name(self) -> str:
-        """Of the peak learning rate in the configuration."""
+        """The name of the peak learning rate in the configuration."""
         return "base" if self.phase == "base" else self.job.config.mode
 
     @property

@@ -85,7 +85,7 @@ def finish(processes: Any, argv: list[str], printed: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(work, processes) -> Path:
-    """A run that nobody disturbed."""
+    """A run that was never interrupted."""
     finish(processes, flags(work, work / "whole"), work / "whole.txt")
     return work / "whole"
 

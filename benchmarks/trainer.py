@@ -2,17 +2,18 @@
 
     python -m benchmarks.trainer [--rounds 7] [--steps 200] [--starts 5] [--json FILE]
 
-- overhead: the time of so many steps by `train.loop.loop.fit` (batches built, metrics fetched and written, shown)
-  against the bare compiled step on batches that lie ready, for networks whose step takes about 1, 15 and 100 ms here.
-  Both run the same compiled function, in turn. What a checkpoint takes from the training is told beside.
-- starts: seconds from starting ``python -m train`` (configs/digits.py, its base in the cache) until the first step's
-  metrics are on disk, of a new run and of one that goes on from a checkpoint, in turn.
+- overhead: the time of `train.loop.loop.fit` (which builds batches, fetches, writes and prints metrics) for at least so
+  many steps, in whole epochs, against the bare compiled step on batches in memory, for networks whose step takes about
+  1, 15 and 100 ms here. Both run the same compiled function, in turn. The time that a checkpoint takes is beside it.
+- starts: seconds from starting ``python -m train`` (configs/digits.py, with a cached base) until the first step's
+  metrics are on disk, of a new run and of one that resumes from a checkpoint, in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -26,26 +27,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-import jlora
 from benchmarks._measure import Bar, interleave, ratio, table
 from train.__main__ import ROOT, parse
 from train.compute.keys import random_key
-from train.compute.layouts import Jit
+from train.compute.layouts import Mesh
 from train.compute.optimizer import make_optimizer, make_schedule
-from train.compute.step import init_state, make_step
-from train.config import SaveConfig
-from train.data import tables as data
+from train.compute.step import TrainState, init_state, make_step
+from train.config import ComputeConfig, FitConfig, SaveConfig
 from train.data.batches import batch_of, size, training_rows
 from train.experiment import run
-from train.job import encoded
+from train.job import make_job, start_adapters
 from train.loop.checkpoints import Checkpoints
 from train.loop.loop import Training, fit
-from train.loop.progress import Intervals, Position
-from train.networks.registry import make_network
+from train.loop.state import LoopState, PrimaryMetric
 from train.rundir.records import Records
-from train.tasks.registry import make_task, resolved
 
 MOST_OVERHEAD, MOST_START = 1.03, 1.2
 NETWORKS = {
@@ -55,62 +52,56 @@ NETWORKS = {
 }
 
 
-class Warm(Jit):
-    """One device, for which every training's step is the same one and compiled already; it knows when it began."""
+class Warm(Mesh):
+    """One device, with one step for every training, compiled already; ``began`` is when its first call came."""
 
-    def __init__(self, step: Any):
-        self._step, self.began = step, 0.0
+    step: Any
+    began = 0.0
+
+    def __init__(self) -> None:
+        super().__init__(ComputeConfig(data=1), [("", P())])
 
     def compile_step(self, step: Any, state: Any) -> Callable[..., Any]:
         self.began = 0.0
 
         def stepped(*args: Any) -> Any:
             self.began = self.began or time.perf_counter()
-            return self._step(*args)
+            return self.step(*args)
 
         return stepped
 
 
 def overhead(flags: str, rounds: int, steps: int, folder: Path) -> tuple[float, float, float]:
     """Seconds of a bare step, the trainer's time by the bare steps', and the seconds that a checkpoint takes."""
-    config = parse([*flags.split(), "--cache-dir", str(folder / "cache")])
-    tables = data.load(config.data, config.cache_dir)
-    config = resolved(config, tables)
-    network = make_network(config)
-    task = make_task(config, network)
-    train, _ = encoded(task, tables)
-    examples = train["shifted"]
-    base = jax.jit(network.init)(jax.random.key(0))
-    rows = [training_rows(size(examples), config.fit.batch_size, 0, i) for i in range(steps)]
-    batches = [batch_of(examples, one) for one in rows]
-    uses = jlora.trace(network.forward, base, task.inputs(batches[0]))
-
-    def start(base: Any) -> Any:
-        return jlora.init(jax.random.key(1), base, config.lora, uses)
-
-    tx, schedule = make_optimizer(config.fit), make_schedule(config.fit, 1e-4, steps)
-    step = jax.jit(make_step(network.forward, task, tx, schedule), donate_argnums=0)
-    key = random_key(0, "dropout")
-    layout = Warm(step)
-    epoch = len(examples["label"]) // config.fit.batch_size
+    own = f"--log-every {max(1, steps // 50)} --eval-every-steps {steps} --learning-rate.lora 1e-4"
+    job = make_job(parse([*flags.split(), *own.split(), "--cache-dir", str(folder / "cache")]), lambda: None)
+    job = dataclasses.replace(job, layout=(layout := Warm()))
+    epochs = -(-steps // job.intervals(job.config.fit, job.examples).epoch)
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, fit=FitConfig(epochs=epochs)))
+    network, fit_config = job.network, job.config.fit
     training = Training(
-        phase="fit",
-        forward=network.forward,
-        task=task,
-        examples=examples,
-        config=config.fit,
-        learning_rate=1e-4,
-        rate_flag="",
-        seed=0,
-        intervals=Intervals(epoch, steps, max(1, steps // 50), steps),
+        job,
+        "fit",
+        job.examples,
+        start=lambda base: start_adapters(job.config, network, base, job.plan),
         evaluate=lambda _: {"accuracy": 0.0},
-        figure=("accuracy", 1),
+        metric=PrimaryMetric("accuracy", True),
         log=Records(folder / "metrics.jsonl").write,
     )
+    steps = training.intervals.steps
+    base = layout.place_base(job.shapes, lambda places: jax.jit(network.init, out_shardings=places)(jax.random.key(0)))
+    tx, schedule = make_optimizer(fit_config), make_schedule(fit_config, 1e-4, steps)
+    rows = [training_rows(size(job.examples), fit_config.batch_size, 0, i) for i in range(steps)]
+    batches = [batch_of(job.examples, one) for one in rows]
+    key = random_key(0, "dropout")
+
+    def fresh() -> Any:
+        return layout.make_state(lambda base: init_state(tx, training.start(base)), base)
+
+    step = layout.step = Mesh.compile_step(layout, make_step(network.forward, job.task, tx, schedule), fresh())
 
     def bare() -> float:
-        state = init_state(tx, start(base))
-        jax.block_until_ready(state)
+        state = fresh()
         began = time.perf_counter()
         for batch in batches:
             state, _ = step(state, base, batch, key)
@@ -119,7 +110,7 @@ def overhead(flags: str, rounds: int, steps: int, folder: Path) -> tuple[float, 
 
     def trained() -> float:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            jax.block_until_ready(fit(training, layout, base, start)[0])
+            jax.block_until_ready(fit(training, base).adapters)
         return time.perf_counter() - layout.began
 
     taken: dict[str, list[float]] = {"bare": [], "trainer": []}
@@ -132,18 +123,18 @@ def overhead(flags: str, rounds: int, steps: int, folder: Path) -> tuple[float, 
     return (
         statistics.median(taken["bare"]) / steps,
         ratio(taken, "trainer", "bare"),
-        saving(config, start(base), folder),
+        saving(layout, fresh(), folder),
     )
 
 
-def saving(config: Any, adapters: Any, folder: Path) -> float:
-    """Seconds that a checkpoint keeps the training waiting, where the one before is long on disk."""
+def saving(layout: Mesh, state: TrainState, folder: Path) -> float:
+    """Seconds that a checkpoint keeps the training waiting, with the one before long on disk."""
     checkpoints = Checkpoints(folder / "checkpoints", SaveConfig(), keep_best=False)
-    state = init_state(make_optimizer(config.fit), adapters)
+    checkpoints.begin(0)
     taken = []
     for i in range(1, 8):
         began = time.perf_counter()
-        checkpoints.save(Jit(), state._replace(step=jnp.int32(i)), Position(step=i), jax.random.key(0), {})
+        checkpoints.save(layout, state, LoopState(step=i), jax.random.key(0), {})
         taken.append(time.perf_counter() - began)
         checkpoints.wait()
     checkpoints.close()

@@ -100,16 +100,32 @@ def compiled_once(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """A list with an entry for every program that XLA compiles in this context."""
+    seen: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@contextlib.contextmanager
 def stopping(after: int) -> Iterator[None]:
-    """Stop at the question after so many; it is asked after each step, and before each batch that is measured."""
+    """Request a stop after so many questions, which come after each step and before each batch of an evaluation."""
     calls = 0
 
-    def asked(self: Stop) -> bool:
+    def requested(self: Stop) -> bool:
         nonlocal calls
         calls += 1
         return calls > after
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stop, "asked", asked)
+        patch.setattr(Stop, "requested", requested)
         patch.setattr(Stop, "check", lambda self: None)
         yield

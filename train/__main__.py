@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before all that takes its time to import
-    from train.loop.stop import watch
+    from train.loop.stop import watch_ctrl_c
 
-    watch()
+    watch_ctrl_c()
 
 import dataclasses
 import difflib

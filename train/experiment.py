@@ -22,16 +22,15 @@ import jlora
 from jlora import HEADS
 from train.compute import flops, processes, throughput
 from train.compute.keys import random_key
-from train.compute.layouts import Jit
 from train.compute.processes import is_first, say
 from train.compute.step import init_state, make_step
 from train.config import TrainConfig
 from train.data.batches import batch_of, size
 from train.job import Job, make_job, start_adapters
-from train.loop.evaluate import Measure, compare, make_measure
-from train.loop.loop import Fitted, Training, fit
+from train.loop.evaluate import Measure, evaluate_models, make_measure
+from train.loop.loop import FitResult, Training, fit
 from train.loop.run_files import RunFiles
-from train.loop.stop import BEFORE, Stop, at_once
+from train.loop.stop import BEFORE, Stop, on_ctrl_c
 from train.networks.registry import make_network
 from train.pretrain import Base, base
 from train.report import console, writers
@@ -56,7 +55,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
       CheckpointError: if a checkpoint cannot be written or read.
       Stopped: if it was asked to stop, and did.
     """
-    with Stop() as stop, at_once(BEFORE):
+    with Stop() as stop, on_ctrl_c(BEFORE):
         return _run(config, stop)
 
 
@@ -83,16 +82,20 @@ def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
         say(f"{name}: {count:,} images have one colour only\n")
     if (example := look.first(job.task, job.examples)) is not None:
         say(f"{example}\n")
-    if isinstance(job.layout, Jit) and jax.device_count() > 1:
-        say(f"{jax.device_count() - 1} devices are idle: --compute.layout mesh uses them all\n")
+    if config.compute.layout == "jit" and (idle := jax.device_count() - job.layout.devices):
+        say(f"{idle} devices are idle: --compute.layout mesh uses them all\n")
 
     with RunFiles(config, place, str(job.plan), job.intervals(config.fit, job.examples)) as kept:
+        if kept.state.step:
+            say(f"{kept.note}\n")
+        else:
+            kept.begin()
         measure = make_measure(job.layout, job.network.forward, job.task, config.eval_batch_size, job.buckets, stop)
         start = frozen(job, measure, kept, stop)
         fitted = trained(job, start, measure, kept, stop)
-        with at_once("stopped before all was measured, as asked; the same command measures it"):
+        with on_ctrl_c("stopped before the final evaluation was done; the same command finishes it"):
             jlora.save(kept.path / "adapters", job.layout.to_host(fitted.adapters))
-            summary = figures(job, start, fitted, measure, kept)
+            summary = summarize(job, start, fitted, measure, kept)
             summary["seconds"] = round(time.perf_counter() - begun, 2)
             if is_first():
                 told(job, summary, kept)
@@ -112,33 +115,24 @@ def frozen(job: Job, measure: Measure, kept: RunFiles, stop: Stop) -> Base:
     return Base(job.layout.place_base(job.shapes, lambda shardings: load(key, shardings)), None, cached=False)
 
 
-def trained(job: Job, start: Base, measure: Measure, kept: RunFiles, stop: Stop) -> Fitted:
+def trained(job: Job, start: Base, measure: Measure, kept: RunFiles, stop: Stop) -> FitResult:
     """The adapters that are kept, and how their training ended."""
-    config = job.config
 
     def evaluate(adapters: dict[str, Any]) -> dict[str, float]:
         found = {name: job.task.metrics(measure(start.params, adapters, one)) for name, one in job.test.items()}
         return {f"{name}_{metric}": value for name, all_of in found.items() for metric, value in all_of.items()}
 
     training = Training(
-        phase="fit",
-        forward=job.network.forward,
-        task=job.task,
-        examples=job.examples,
-        config=config.fit,
-        learning_rate=getattr(config.learning_rate, config.mode),
-        rate_flag=f"--learning-rate.{config.mode}",
-        seed=config.seed,
-        intervals=job.intervals(config.fit, job.examples),
+        job,
+        "fit",
+        job.examples,
+        start=lambda params: start_adapters(job.config, job.network, params, job.plan),
         evaluate=evaluate,
-        figure=job.figure(list(job.test)[-1]),
-        log=kept.records.write,
-        buckets=job.buckets,
-        accumulate=config.compute.accumulate,
+        metric=job.primary_metric(list(job.test)[-1]),
+        log=kept.log,
         ideal_seconds=ideal_seconds(job),
     )
-    make = lambda params: start_adapters(config, job.network, params, job.plan)  # noqa: E731
-    return fit(training, job.layout, start.params, make, saving=kept.saving, stop=stop)
+    return fit(training, start.params, files=kept, stop=stop)
 
 
 def ideal_seconds(job: Job) -> Callable[[tuple[int, ...]], float]:
@@ -162,9 +156,9 @@ def ideal_seconds(job: Job) -> Callable[[tuple[int, ...]], float]:
     return seconds
 
 
-def figures(job: Job, start: Base, fitted: Fitted, measure: Measure, kept: RunFiles) -> dict[str, Any]:
-    """What became of it, measured; the merged parameters of a network trained from scratch are kept too."""
-    config, task, layout, adapters, position = job.config, job.task, job.layout, fitted.adapters, fitted.position
+def summarize(job: Job, start: Base, fitted: FitResult, measure: Measure, kept: RunFiles) -> dict[str, Any]:
+    """The summary, with the metrics of all models; merged parameters of a network trained from scratch are saved."""
+    config, task, layout, adapters, state = job.config, job.task, job.layout, fitted.adapters, fitted.state
     models = {"base": (start.params, None), "adapted": (start.params, adapters)}
     if job.network.load is None:
         merged = layout.call(jlora.merge, start.params, adapters)
@@ -173,7 +167,7 @@ def figures(job: Job, start: Base, fitted: Fitted, measure: Measure, kept: RunFi
             files.save_tree(kept.path / "merged", plain)
         bare = layout.call(lambda params, adapters: jlora.detach(jlora.attach(params, adapters))[0], *models["adapted"])
         models |= {"merged": (merged, None), "detached": (bare, None)}
-    measured, differing = compare(task, models, measure, job.test)
+    measured, differing = evaluate_models(task, models, measure, job.test)
     pairs = (("merged", "adapted"), ("detached", "base"))
     return {
         "name": config.name,
@@ -187,16 +181,16 @@ def figures(job: Job, start: Base, fitted: Fitted, measure: Measure, kept: RunFi
         "labels": job.label_counts,
         "blank_images": job.blank_images,
         "cut": {name: cut._asdict() for name, cut in job.cuts.items()},
-        "steps": position.step,
+        "steps": state.step,
         "planned_steps": job.intervals(config.fit, job.examples).steps,
         "ended": fitted.ended,
-        "figure": job.figure(list(job.test)[-1])[0],
-        "kept": "best" if kept.saving.keep_best else "last",
+        "primary_metric": job.primary_metric(list(job.test)[-1]).name,
+        "kept": "best" if kept.keep_best else "last",
         "kept_step": fitted.kept_step,
-        "kept_figure": fitted.figure,
-        "best_step": position.best_step,
-        "best_figure": fitted.best,
-        "epochs_planned": position.planned,
+        "kept_metric": fitted.kept_metric,
+        "best_step": state.best_step,
+        "best_metric": state.best_metric,
+        "epochs_planned": state.planned_epochs,
         "trainable": job.plan.trainable,
         "total": job.plan.total,
         "base": {"path": str(start.path or job.network.source), "cached": start.cached},
@@ -204,7 +198,7 @@ def figures(job: Job, start: Base, fitted: Fitted, measure: Measure, kept: RunFi
         "layout": str(layout),
         **throughput.speed(kept.records.read()),
         "peak_memory_bytes": throughput.peak_memory(),
-        "training_seconds": round(position.seconds, 2),
+        "training_seconds": round(state.seconds, 2),
     }
 
 

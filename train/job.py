@@ -18,7 +18,7 @@ from train.data.batches import Examples, batch_of, default_buckets, lengths, siz
 from train.data.sources import Provenance
 from train.data.tables import Table, load
 from train.data.truncation import Truncation
-from train.loop.progress import Intervals
+from train.loop.state import Intervals, PrimaryMetric
 from train.networks.network import Network, check_tokens
 from train.networks.registry import make_network
 from train.rundir.files import flat, to_json
@@ -86,9 +86,9 @@ class Job:
         """The examples as one domain shows them."""
         return {"train": self.examples, "validation": list(self.test.values())[-1]}
 
-    def figure(self, domain: str) -> tuple[str, int]:
-        """The figure that counts on the examples of a domain, and its sign: 1 if more is better, else -1."""
-        return f"{domain}_{self.task.primary}", 1 if self.task.higher_is_better else -1
+    def primary_metric(self, domain: str) -> PrimaryMetric:
+        """The task's primary metric on the test examples of a domain."""
+        return PrimaryMetric(f"{domain}_{self.task.primary}", self.task.higher_is_better)
 
     @property
     def cuts(self) -> dict[str, Truncation]:

@@ -78,23 +78,17 @@ def base(job: Job, measure: Measure, log: Callable[[Record], None], stop: Stop) 
 
     key = random_key(config.seed, "model")
     start = layout.place_base(job.shapes, lambda shardings: jax.jit(network.init, out_shardings=shardings)(key))
-    training = Training(
-        phase="base",
-        forward=network.forward,
-        task=job.task,
-        examples=examples,
-        config=config.base,
-        learning_rate=config.learning_rate.base,
-        rate_flag="--learning-rate.base",
-        seed=config.seed,
-        intervals=job.intervals(config.base, examples),
-        evaluate=evaluate,
-        figure=job.figure(domain),
-        log=note,
-        accumulate=config.compute.accumulate,
-    )
     whole = random_key(config.seed, "base")
-    fitted = fit(training, layout, start, lambda base: jlora.init(whole, base, EVERYTHING), stop=stop)
+    training = Training(
+        job,
+        "base",
+        examples,
+        start=lambda base: jlora.init(whole, base, EVERYTHING),
+        evaluate=evaluate,
+        metric=job.primary_metric(domain),
+        log=note,
+    )
+    fitted = fit(training, start, stop=stop)
     params = layout.to_host(layout.call(jlora.merge, start, fitted.adapters))
     if is_first():
         publish(path, params, records, made_of)

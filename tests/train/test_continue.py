@@ -10,23 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import chex
-import jax
-import jax.numpy as jnp
 import pytest
 
 import jlora
-from jlora.files.checksums import files_in, write_sums
 from tests import tiny
 from tests.runs import assert_same_run, compiled_once, content, program, records, stopping
-from train.compute.layouts import Jit
-from train.compute.optimizer import make_optimizer
-from train.compute.step import init_state
-from train.config import ConfigError, FitConfig, SaveConfig
-from train.loop.checkpoints import Checkpoints
-from train.loop.extend import go_on
-from train.loop.progress import Intervals, Position
+from train.__main__ import parse
+from train.config import ConfigError, FitConfig
+from train.loop.extend import extend
+from train.loop.run_files import RunFiles
+from train.loop.state import Intervals, LoopState
 from train.loop.stop import EXIT_CODE
-from train.rundir.directory import LATER
+from train.rundir.directory import LATER, RunDirectory
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,9 +73,12 @@ def copy(two, tmp_path) -> Path:
 
 
 def test_a_finished_run_that_is_trained_further_is_the_one_that_was_planned_so(work, four, copy):
-    """With a constant schedule, bit for bit: adapters, records, figures; told before it trains."""
+    """With a constant schedule, bit for bit: adapters, records, metrics; said before it trains."""
     printed = ran(*flags(work, copy, "--fit.epochs 4 --resume auto"))
-    assert "fit.epochs is 4 and was 2: step 17 of 32 is next. All learning rates are those of a run" in printed
+    assert (
+        "fit.epochs is 4 and was 2: step 17 of 32 is next. All learning rates, and so the result, are those of a run"
+        in printed
+    )
     assert_same_run(copy, four)
     assert json.loads((copy / "config.json").read_text())["fit"]["epochs"] == 4
     assert (summary(copy)["epochs_planned"], summary(four)["epochs_planned"]) == ([[0, 2], [16, 4]], [[0, 4]])
@@ -116,7 +114,7 @@ def test_an_older_checkpoint_of_a_finished_run_is_gone_on_from(work, four, copy)
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_falling_schedule_stretches_over_the_new_steps_and_it_is_told(work, tmp_path, schedule):
-    """From the step on at which it goes on, its learning rates are those of the longer run."""
+    """From the step at which it is resumed, its learning rates are those of the longer run."""
     shape = f"--fit.schedule {schedule} --fit.warmup 0.1"
     ran(*flags(work, tmp_path / "run", f"--fit.epochs 1 {shape}"))
     printed = ran(*flags(work, tmp_path / "run", f"--fit.epochs 2 {shape}"))
@@ -126,9 +124,7 @@ def test_a_falling_schedule_stretches_over_the_new_steps_and_it_is_told(work, tm
     )
     assert [found[step] for step in range(9, 17)] == [planned[step] for step in range(9, 17)]
     assert found[8] != planned[8]
-    told = re.search(
-        r"Its learning rate, (\S+), .* in step (\d+) (\S+) instead of (\S+): what is learnt differs", printed
-    )
+    told = re.search(r"learning rate, (\S+), .* step (\d+) (\S+) instead of (\S+), so the result differs", printed)
     assert told, printed
     step = int(told[2])
     expected = [f"{rate:.2e}" for rate in (planned[9], found[step], planned[step])]
@@ -143,18 +139,18 @@ def test_what_is_told_is_what_the_schedules_are(name, warmup):
     fit = FitConfig(schedule=name, warmup=warmup, epochs=6)
     intervals = Intervals.of(6, 10, log_every=1, eval_every=1, eval_every_steps=None)
     for planned in ([[0, 3]], [[0, 4], [10, 3]], [[0, 6], [20, 2]], [[0, 6], [25, 3], [30, 3]]):
-        position = Position(step=30, planned=[list(one) for one in planned])
-        told = go_on(fit, 1e-3, intervals, position, finished=False)
-        assert position.planned == [one for one in planned if one[0] < 30] + [[30, 6]]
+        state = LoopState(step=30, planned_epochs=[list(one) for one in planned])
+        told = extend(fit, 1e-3, intervals, state, finished=False)
+        assert state.planned_epochs == [one for one in planned if one[0] < 30] + [[30, 6]]
         exact = name == "constant" and round(warmup * 60) == round(warmup * 10 * planned[0][1])
-        assert ("so is what it learns" in told) == exact, (planned, told)
-    assert go_on(fit, 1e-3, intervals, Position(step=30, planned=[[0, 6]]), finished=False) == ""
+        assert ("and so the result" in told) == exact, (planned, told)
+    assert extend(fit, 1e-3, intervals, LoopState(step=30, planned_epochs=[[0, 6]]), finished=False) == ""
 
 
 def test_a_measurement_that_a_longer_run_would_not_have_is_told(work, tmp_path):
     ran(*flags(work, tmp_path / "run", "--fit.epochs 1 --eval-every 2"))
     printed = ran(*flags(work, tmp_path / "run", "--fit.epochs 2 --eval-every 2"))
-    assert "Step 8 was measured, as the last one; such a run would not have measured it" in printed
+    assert "Step 8 was evaluated as the last one, which that run would not do" in printed
 
 
 def test_a_run_is_found_by_asking_for_it(work, tmp_path, monkeypatch):
@@ -165,7 +161,7 @@ def test_a_run_is_found_by_asking_for_it(work, tmp_path, monkeypatch):
     ran(*argv, "--fit.epochs", "1")
     first = next(Path("runs").iterdir())
     printed = ran(*argv, "--fit.epochs", "2", "--resume", "auto", "--eval-every", "2")
-    assert f"going on with {first} after step 8\nfit.epochs is 2 and was 1" in printed
+    assert f"resuming {first} after step 8\nfit.epochs is 2 and was 1" in printed
     assert [one for one in Path("runs").iterdir()] == [first]
     ran(*argv, "--fit.epochs", "3", "--eval-every", "2")
     assert len(list(Path("runs").iterdir())) == 2
@@ -212,7 +208,7 @@ def test_an_earlier_checkpoint_is_the_way_to_fewer_epochs(work, tmp_path):
 def test_a_damaged_or_stripped_run_is_refused(work, copy):
     shutil.rmtree(copy / "checkpoints")
     code, printed = program(*flags(work, copy, "--fit.epochs 4"))
-    assert (code, "has no checkpoint to go on from" in printed) == (2, True), printed
+    assert (code, "has no checkpoint to resume from" in printed) == (2, True), printed
     with (copy / "metrics.jsonl").open("ab") as stream:
         stream.write(b"{}\n")
     code, printed = program(*flags(work, copy, "--fit.epochs 4"))
@@ -226,28 +222,23 @@ def test_the_fields_that_may_be_others_later_are_those():
     )  # fmt: skip
 
 
-def test_a_checkpoint_of_an_earlier_version_tells_its_epochs_by_its_configuration(tmp_path):
-    """It has no plans in its position."""
-    adapters = jlora.init(jax.random.key(0), {"w": jnp.ones((3, 4))}, jlora.LoraConfig(rank=2, targets=("w",)))
-    state = init_state(make_optimizer(FitConfig()), adapters)
-    checkpoints = Checkpoints(tmp_path, SaveConfig(), keep_best=False)
-    checkpoints.save(Jit(), state, Position(step=3), jax.random.key(0), {"fit": {"epochs": 7}})
-    checkpoints.wait()
-    file = tmp_path / "3/position/metadata"
-    written = json.loads(file.read_text())
-    for name in ("planned", "figure"):
-        written.pop(name)
-    file.write_text(json.dumps(written))
-    write_sums(tmp_path / "3", {name: one for name, one in files_in(tmp_path / "3").items() if "/" in name})
-    assert checkpoints.position(3) == Position(step=3, planned=[[0, 7]])
-    checkpoints.close()
+def test_opening_the_files_of_a_run_changes_nothing(work, copy):
+    """Metrics and checkpoints are as they were, and so is what an interrupted save left, until the run resumes."""
+    (copy / "checkpoints/17.orbax-checkpoint-tmp").mkdir()
+    (copy / "metrics.jsonl").write_bytes((copy / "metrics.jsonl").read_bytes() + b"{}\n")
+    before = content(copy), sorted(copy.rglob("*"))
+    config = parse(flags(work, copy, "--fit.epochs 4 --resume 10"))
+    intervals = Intervals.of(4, 8, log_every=1, eval_every=1, eval_every_steps=None)
+    with RunFiles(config, RunDirectory(copy, True, True, None), "", intervals) as files:
+        assert (files.state.step, files.state.planned_epochs) == (10, [[0, 2], [10, 4]])
+    assert (content(copy), sorted(copy.rglob("*"))) == before
 
 
 # The end
 
 
 def test_patience_keeps_the_best_and_says_so(work, tmp_path):
-    """The last adapters were kept, whatever their figure. Asked for, they are, and the end tells of the better ones."""
+    """Unless --keep last says otherwise; then the end of the run names the better step."""
     found, argv = {}, flags(work, None, "--fit.epochs 9 --eval-every-steps 3 --seed 2")
     argv[argv.index("--learning-rate") + 1] = "0.04"  # which is too much
     for keep in ("", "--keep best", "--keep last"):
@@ -259,10 +250,10 @@ def test_patience_keeps_the_best_and_says_so(work, tmp_path):
         last = max(measured)
         assert measured[last] < measured[best] and last - best == 6 and told["steps"] == last < 72
         kept = last if keep == "--keep last" else best
-        assert (told["kept_step"], told["kept_figure"]) == (kept, pytest.approx(measured[kept]))
-        assert (told["best_step"], told["best_figure"]) == (best, pytest.approx(measured[best]))
+        assert (told["kept_step"], told["kept_metric"]) == (kept, pytest.approx(measured[kept]))
+        assert (told["best_step"], told["best_metric"]) == (best, pytest.approx(measured[best]))
         assert told["metrics"]["adapted"]["validation"]["accuracy"] == pytest.approx(measured[kept])
-        assert f"ended at step {last} of 72: 2 measurements in a row had no better validation_accuracy" in printed
+        assert f"ended at step {last} of 72: 2 evaluations in a row had no better validation_accuracy" in printed
         which = "last" if kept == last else "best"
         assert f"kept: step {kept}, the {which} one, validation_accuracy {measured[kept]:.4f}" in printed
         assert (f"(step {best} had {measured[best]:.4f}; --keep best keeps it)" in printed) == (kept == last)
@@ -272,7 +263,7 @@ def test_patience_keeps_the_best_and_says_so(work, tmp_path):
     argv += ["--run-dir", str(tmp_path / "run")]
     before = content(tmp_path / "run")
     code, printed = program(*argv, "--fit.patience", "1")
-    assert (code, "fit.patience: got 1, and the run ended after 2 measurements in a row" in printed) == (2, True)
+    assert (code, "fit.patience: got 1, and the run ended after 2 evaluations in a row" in printed) == (2, True)
     assert content(tmp_path / "run") == before
     ran(*argv, "--fit.patience", "3")  # the way out
     assert summary(tmp_path / "run")["steps"] > summary(tmp_path / "run--keep best")["steps"]
@@ -281,10 +272,11 @@ def test_patience_keeps_the_best_and_says_so(work, tmp_path):
 def test_going_on_needs_something_to_train():
     intervals = Intervals.of(2, 8, log_every=1, eval_every=1, eval_every_steps=None)
     with pytest.raises(ConfigError, match=r"fit.epochs: got 2.*pass --fit.epochs 3 or more"):
-        go_on(FitConfig(epochs=2), 1e-3, intervals, Position(step=20, planned=[[0, 4]]), finished=False)
+        extend(FitConfig(epochs=2), 1e-3, intervals, LoopState(step=20, planned_epochs=[[0, 4]]), finished=False)
     with pytest.raises(ConfigError, match=r"fit.patience: got 2.*pass --fit.patience 5 or more, or None"):
-        go_on(
-            FitConfig(epochs=2, patience=2), 1e-3, intervals, Position(step=8, stale=4, planned=[[0, 2]]), finished=True
-        )
-    # One that was killed before it wrote its figures only has to write them.
-    assert go_on(FitConfig(epochs=2), 1e-3, intervals, Position(step=16, planned=[[0, 2]]), finished=False) == ""
+        state = LoopState(step=8, evals_since_best=4, planned_epochs=[[0, 2]])
+        extend(FitConfig(epochs=2, patience=2), 1e-3, intervals, state, finished=True)
+    # One that was killed before it wrote its summary only has to write that.
+    assert (
+        extend(FitConfig(epochs=2), 1e-3, intervals, LoopState(step=16, planned_epochs=[[0, 2]]), finished=False) == ""
+    )

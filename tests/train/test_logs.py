@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ import pytest
 from tests import tiny
 from tests.runs import ROOT, program, records, stopping
 from train.loop import loop
-from train.loop.progress import Forecast, Intervals, Position, StepCounts, Window
+from train.loop.state import Averages, Intervals, LoopState, StepCounts, TimeEstimate
 from train.loop.stop import EXIT_CODE, INTERRUPTED
 from train.report.console import Progress, ending
 
@@ -43,7 +44,7 @@ def flags(work: Path, run_dir: Path, more: str) -> list[str]:
 
 
 def test_a_log_without_a_terminal_has_a_line_for_all_that_is_due(work, tmp_path):
-    """By --log-every; those of measurements have their figures; each says what the records do."""
+    """By --log-every; those of evaluations have their metrics; each says what the records do."""
     code, printed = program(*flags(work, tmp_path / "run", "--fit.epochs 2 --log-every 3 --eval-every-steps 4"))
     assert code == 0 and "\r" not in printed
     assert "fit  16 of 16 steps, 8 in an epoch; logged every 3, evaluated every 4\n" in printed
@@ -80,7 +81,7 @@ def shown(monkeypatch: Any, out: io.StringIO, err: io.StringIO) -> tuple[str, st
     monkeypatch.setattr(sys, "stderr", err)
     line = {"step": 5, "loss": 0.51234, "learning_rate": 9.1e-4, "tokens_per_second": 1234.5, "padding": 0.18}
     end = {"epoch": 1, "step": 10, "loss": 0.4, "learning_rate": 8e-4, "examples_per_second": 3.25, "test_f1": 0.75}
-    with Progress("fit", Intervals(epoch=10, steps=40, line=5, eval=10), 0) as progress:
+    with Progress("fit", Intervals(epoch=10, steps=40, log=5, eval=10), 0) as progress:
         for _ in range(5):
             progress.advance()
         progress.show(line, (), 3661.2)
@@ -130,50 +131,50 @@ def test_lines_are_flushed(monkeypatch):
 def test_there_are_as_many_lines_as_asked_for_whatever_an_epoch_is():
     """With epochs shorter than a line, too; the records of epochs are beside them."""
     intervals = Intervals.of(500, 2, log_every=None, eval_every=1, eval_every_steps=None)
-    assert [done for done in range(1, 101) if intervals.is_line_due(done)] == [20, 40, 60, 80, 100]
+    assert [done for done in range(1, 101) if intervals.is_log_due(done)] == [20, 40, 60, 80, 100]
     intervals = Intervals.of(3, 8, log_every=10, eval_every=3, eval_every_steps=None)
-    assert [done for done in range(1, 25) if intervals.is_line_due(done)] == [10, 20]
+    assert [done for done in range(1, 25) if intervals.is_log_due(done)] == [10, 20]
     intervals = Intervals.of(3, 8, log_every=8, eval_every=3, eval_every_steps=None)
-    assert not any(intervals.is_line_due(done) for done in range(1, 25))  # the epochs' records are the same
+    assert not any(intervals.is_log_due(done) for done in range(1, 25))  # the epochs' records are the same
 
 
-# Figures of a line
+# What a line says
 
 
-def test_the_time_left_is_that_of_steps_and_measurements():
+def test_the_time_left_is_that_of_steps_and_evaluations():
     intervals = Intervals.of(3, 10, log_every=None, eval_every=1, eval_every_steps=7)
     for done in range(31):
         assert intervals.evals_after(done) == sum(intervals.is_eval_due(step) for step in range(done + 1, 31))
-    forecast = Forecast()
-    assert forecast.left(5, intervals) is None
+    estimate = TimeEstimate()
+    assert estimate.left(5, intervals) is None
     for seconds in (1.0, 3.0):
-        forecast.add(seconds)
-    assert forecast.left(20, intervals) == 20.0
-    forecast.measuring = 5.0
-    assert forecast.left(20, intervals) == 20.0 + 3 * 5.0  # after 21, 28 and 30
-    assert forecast.left(30, intervals) == 0
+        estimate.add(seconds)
+    assert estimate.left(20, intervals) == 20.0
+    estimate.eval_seconds = 5.0
+    assert estimate.left(20, intervals) == 20.0 + 3 * 5.0  # after 21, 28 and 30
+    assert estimate.left(30, intervals) == 0
 
 
-def test_a_window_has_the_newest_learning_rate_and_the_share_of_padding():
+def test_averages_have_the_newest_learning_rate_and_the_share_of_padding():
     """Of all steps, compiled or not, and through a checkpoint."""
-    position = Position()
+    state = LoopState()
     for rate in (0.1, 0.2, 0.4):
-        position.line.add({"loss": 1.0, "learning_rate": rate}, StepCounts(8, 30, 0.0, places=40))
-        position = Position.from_json(position.to_json())
-    averages = position.line.averages()
+        state.since_log.add({"loss": 1.0, "learning_rate": rate}, StepCounts(8, 30, 0.0, padded_tokens=40))
+        state = LoopState.from_json(json.loads(json.dumps(state.to_json())))
+    averages = state.since_log.compute()
     assert (averages["learning_rate"], averages["padding"], averages["loss"]) == (0.4, 0.25, 1.0)
-    assert "padding" not in Window(1).averages()
+    assert "padding" not in Averages(1).compute()
 
 
 def test_an_ending_says_what_was_kept():
     told: dict[str, Any] = {
-        "steps": 9, "planned_steps": 24, "ended": "so it is", "figure": "test_f1", "kept": "last", "kept_step": 9,
-        "kept_figure": 0.25, "best_step": 3, "best_figure": 0.75,
+        "steps": 9, "planned_steps": 24, "ended": "so it is", "primary_metric": "test_f1", "kept": "last",
+        "kept_step": 9, "kept_metric": 0.25, "best_step": 3, "best_metric": 0.75,
     }  # fmt: skip
     first = "ended at step 9 of 24: so it is\nkept: step 9, the last one"
     assert ending(told) == f"{first}, test_f1 0.2500 (step 3 had 0.7500; --keep best keeps it)"
-    assert ending(told | {"best_figure": 0.25}) == f"{first}, test_f1 0.2500"
-    assert ending(told | {"kept_figure": None, "best_step": None, "best_figure": None}) == first
+    assert ending(told | {"best_metric": 0.25}) == f"{first}, test_f1 0.2500"
+    assert ending(told | {"kept_metric": None, "best_step": None, "best_metric": None}) == first
 
 
 # Ctrl-C
@@ -216,18 +217,16 @@ def test_ctrl_c_ends_a_run_that_compiles(work, tmp_path):
     argv = flags(work, tmp_path / "run", FOREVER)
     code, out, err, took = interrupted(argv, lambda folder, since: (folder / "plan.txt").is_file())
     assert (code, err.count("\n")) == (INTERRUPTED, 1), err
-    assert "stopped" in err and "as asked" in err and took < 2
+    assert "stopped" in err and took < 2
     assert "trainable: " in out
 
 
-def test_ctrl_c_saves_a_run_that_trains_and_it_goes_on(work, tmp_path):
+def test_ctrl_c_saves_a_run_that_trains_and_it_resumes(work, tmp_path):
     """Within two seconds of a step, with the exit code of Ctrl-C; what was not asked for is not printed."""
     argv = flags(work, tmp_path / "run", FOREVER)
     trained = lambda folder, _: (folder / "metrics.jsonl").is_file() and bool(records(folder))  # noqa: E731
     code, out, err, took = interrupted(argv, trained)
-    found = re.fullmatch(
-        r"fit: stopped after step (\d+) of 800000, as asked; the same command goes on from there\n", err
-    )
+    found = re.fullmatch(r"fit: stopped after step (\d+) of 800000; the same command resumes from there\n", err)
     assert found and code == INTERRUPTED, err
     assert took < 20  # of a machine that does much else: to save, and to leave Python; alone it takes two or three
     assert (tmp_path / "run/checkpoints" / found[1]).is_dir()
@@ -253,4 +252,4 @@ def test_ctrl_c_ends_a_command(work, tmp_path):
     one = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     time.sleep(0.5)
     one.send_signal(signal.SIGINT)
-    assert (one.communicate(timeout=20)[1], one.returncode) == ("stopped, as asked\n", INTERRUPTED)
+    assert (one.communicate(timeout=20)[1], one.returncode) == ("stopped\n", INTERRUPTED)

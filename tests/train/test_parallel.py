@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora import models
 from tests import tiny
-from tests.runs import free_port, program, records, start
+from tests.runs import compilations, free_port, program, records, start
 from train.__main__ import main
 from train.compute.keys import random_key
-from train.compute.layouts import Jit, Mesh, Pmap, parse_spec
+from train.compute.layouts import Mesh, Pmap, one_device, parse_spec
 from train.compute.optimizer import make_optimizer
 from train.compute.step import init_state, make_step
 from train.config import ComputeConfig, FitConfig
@@ -73,7 +73,7 @@ def expected(work) -> list[dict[str, Any]]:
 
 
 def assert_same_curve(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Losses and figures within 1e-5, of the same steps."""
+    """Losses and metrics within 1e-5, of the same steps."""
     assert [one["step"] for one in found] == [one["step"] for one in expected]
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
@@ -111,8 +111,8 @@ def lines(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(("layout", "found_by"), [("mesh --compute.fsdp 2", "flags"), ("pmap", "Slurm")])
-def test_two_processes_are_stopped_and_one_goes_on(work, expected, tmp_path, layout, found_by):
-    """Two processes of two devices train; one of them is asked to stop, and both do; one with four devices goes on."""
+def test_two_processes_are_stopped_and_one_resumes(work, expected, tmp_path, layout, found_by):
+    """Two processes of two devices train; one of them is asked to stop, and both do; one with four devices resumes."""
     folder, port = tmp_path / "run", free_port()
     argv = flags(work, folder, layout)
     if found_by == "flags":
@@ -133,11 +133,11 @@ def test_two_processes_are_stopped_and_one_goes_on(work, expected, tmp_path, lay
     stopped = [one.returncode for one in both]
     if lines(folder) < len(expected):
         assert stopped == [EXIT_CODE, EXIT_CODE], printed
-        assert "the same command goes on from there" in printed[0]
+        assert "the same command resumes from there" in printed[0]
     one = start(*argv, devices=4)
     printed = one.communicate(timeout=120)[0]
     assert one.returncode == 0, printed
-    assert "going on with" in printed or stopped == [0, 0]
+    assert "resuming " in printed or stopped == [0, 0]
     assert_same_curve(records(folder), expected)
 
 
@@ -282,9 +282,33 @@ def test_the_optimizer_state_is_twice_the_adapters_and_lies_as_they_do(sharded):
 # The parts of a layout
 
 
-@pytest.mark.parametrize(
-    "layout", [Jit(), Pmap(), Mesh(ComputeConfig(layout="mesh", fsdp=4), [(r"", P(None, "fsdp"))])]
-)
+PLACED = [one_device(), Pmap(), Mesh(ComputeConfig(layout="mesh", fsdp=4), [(r"", P(None, "fsdp"))])]
+
+
+@pytest.mark.parametrize("layout", PLACED, ids=str)
+def test_a_step_is_compiled_once_and_donates_its_state(layout):
+    """Whatever the shardings of its first state, and of the state that it returns."""
+    weights = {"w": np.ones((4, 8), np.float32)}
+    base = layout.place_base(weights, lambda places: jax.device_put(weights, places))
+    state = layout.make_state(lambda base: init_state(optax.adam(1.0), {"w": 2 * base["w"]}), base)
+
+    def step(state: Any, base: Any, batch: Any, key: Any) -> Any:
+        moved = jax.tree.map(lambda x: x + jnp.asarray(batch["x"].mean(), x.dtype), state)
+        return moved, {"loss": base["w"].sum() + jax.random.uniform(key)}
+
+    compiled, programs = layout.compile_step(step, state), []
+    for i in range(3):
+        with compilations() as seen:
+            before = jax.tree.leaves(state)
+            batch = layout.place_batch(lambda part, i=i: {"x": np.arange(16, dtype=np.float32)[part] + i}, 16)
+            state, metrics = compiled(state, base, batch, jax.random.key(i))
+            jax.block_until_ready((state, metrics))
+        assert all(leaf.is_deleted() for leaf in before)
+        programs.append(len(seen))
+    assert programs[0] and not any(programs[1:])
+
+
+@pytest.mark.parametrize("layout", PLACED, ids=str)
 def test_what_is_placed_comes_back(layout):
     """Base, state and rows are the same on the host again, and on the way to a disk."""
     base = {"w": np.arange(32, dtype=np.float32).reshape(4, 8)}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -18,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+from tests.runs import compilations
 from tests.toys import (
     FULLY_SHARDED,
     MLP,
@@ -30,22 +29,6 @@ from tests.toys import (
 )
 
 # Compilations.
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Fills its list with an entry for every program that XLA compiles meanwhile."""
-    seen: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize("on_a_mesh", [False, True])

@@ -542,7 +542,7 @@ def test_a_run_reports_its_data_and_resumes_with_the_same_only(work, tmp_path):
     assert program(*flags)[0] == 2
     (tmp_path / "test.jsonl").write_text(kept)
     code, printed = program(*flags)
-    assert code == 0 and "going on with" in printed
+    assert code == 0 and "resuming " in printed
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"] == summary["metrics"]
     code, printed = program("eval", str(tmp_path / "run"))
     assert code == 0 and "not the examples of the run" not in printed

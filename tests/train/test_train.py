@@ -21,7 +21,7 @@ import jlora
 from tests.runs import records
 from train.__main__ import DEFAULT_CONFIG, ROOT, load_config, main, parse
 from train.compute.keys import random_key
-from train.compute.layouts import Jit
+from train.compute.layouts import one_device
 from train.compute.optimizer import make_optimizer, make_schedule
 from train.compute.step import init_state, make_step
 from train.config import (
@@ -177,7 +177,7 @@ def test_the_files_are_enough_to_predict_again(summaries, mode, task, images, ne
     adapters = jlora.load(run_dir / "adapters", like=jlora.init(jax.random.key(0), base, config, uses))
 
     test = images["test"]["shifted"]
-    measure = make_measure(Jit(), forward, task, 600)
+    measure = make_measure(one_device(), forward, task, 600)
     found = task.predictions(measure(base, adapters, test))
     np.testing.assert_array_equal(found, task.predictions(measure(merged, None, test)))
     assert np.mean(found == test["label"]) == accuracy(summary, "adapted", "shifted")

@@ -24,7 +24,7 @@ from train.compute.optimizer import make_optimizer
 from train.compute.step import init_state, make_step
 from train.config import FitConfig
 from train.experiment import run
-from train.loop.progress import Intervals, StepCounts, Window
+from train.loop.state import Averages, Intervals, StepCounts
 from train.rundir.finished import open_run
 
 
@@ -132,11 +132,11 @@ def test_adamw_is_that_of_optax(linear):
 
 def test_the_intervals_of_epochs_and_steps():
     intervals = Intervals.of(2, 10, log_every=None, eval_every=1, eval_every_steps=None)
-    assert (intervals.steps, intervals.line) == (20, 1)
+    assert (intervals.steps, intervals.log) == (20, 1)
     assert [done for done in range(1, 21) if intervals.is_eval_due(done)] == [10, 20]
     intervals = Intervals.of(2, 10, log_every=4, eval_every=1, eval_every_steps=7)
     assert [done for done in range(1, 21) if intervals.is_eval_due(done)] == [7, 14, 20]
-    assert [done for done in range(1, 21) if intervals.is_line_due(done)] == [4, 7, 8, 12, 14, 16, 20]
+    assert [done for done in range(1, 21) if intervals.is_log_due(done)] == [4, 7, 8, 12, 14, 16, 20]
     assert [done for done in range(1, 21) if intervals.is_epoch_end(done)] == [10, 20]
 
 
@@ -152,13 +152,11 @@ def test_evaluation_by_steps_is_in_the_records(work, tmp_path):
 # Speed
 
 
-def test_a_window_averages_the_steps_that_were_timed():
-    window = Window()
+def test_averages_have_the_speed_of_the_steps_that_were_timed():
+    averages = Averages()
     for i in range(4):
-        window.add({"loss": float(i)})
-        if i:
-            window.add_time(0.5, StepCounts(examples=8, tokens=100, ideal_seconds=0.1))
-    assert window.averages() == {
+        averages.add({"loss": float(i)}, StepCounts(8, tokens=100, ideal_seconds=0.1), 0.5 if i else None)
+    assert averages.compute() == {
         "loss": 1.5, "step_seconds": 0.5, "examples_per_second": 16.0, "tokens_per_second": 200.0,
         "mfu": pytest.approx(0.2),
     }  # fmt: skip

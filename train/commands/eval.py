@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jlora.messages import bullets
 from train.commands.inputs import RunPath
-from train.compute.layouts import Jit
+from train.compute.layouts import one_device
 from train.config import ConfigError
 from train.data import tables
 from train.data.batches import Examples, truncation_of
@@ -49,7 +49,7 @@ def measured(run: FinishedRun, sets: Mapping[str, Examples]) -> dict[str, dict[s
     task: Task = run.task
     check_tokens(run.network, sets)
     measure = make_measure(
-        Jit(), run.network.forward, task, run.config.eval_batch_size, bucket_lengths(run.config, sets)
+        one_device(), run.network.forward, task, run.config.eval_batch_size, bucket_lengths(run.config, sets)
     )
     return {name: task.metrics(measure(run.params, run.adapters, examples)) for name, examples in sets.items()}
 

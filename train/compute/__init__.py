@@ -4,7 +4,7 @@
 ``optimizer``   schedule and optimizer
 ``step``        one pure training step
 ``layouts``     one device (jit), copies (pmap), sharded weights (mesh)
-``processes``   several processes: how they find each other, and what they agree on
-``flops``       what a step computes, and the peaks of devices
+``processes``   several processes: how they join, and what they agree on
+``flops``       the FLOPs of a step, and the peaks of devices
 ``throughput``  speed and memory
 """

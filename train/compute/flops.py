@@ -1,11 +1,12 @@
-"""What a step computes, and how much of its devices it uses.
+"""The FLOPs of a step, and how much of its devices it uses.
 
-``count(step, *args)`` are the floating point operations of a step's matrix products. Its model FLOPs utilization (MFU,
-PaLM, Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B) is the share of what its devices could do::
+``count(step, *args)`` counts the floating point operations of a step's matrix products. Model FLOPs utilization (MFU,
+PaLM, Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B) is their share of what the devices could
+compute in the step's time::
 
     count(step, *args) / (seconds * devices * peak(device))
 
-Model FLOPs are those of the forward and the backward pass. Recomputation (`jax.checkpoint`) is no progress: count the
+Model FLOPs are those of the forward and the backward pass. They leave recomputation (`jax.checkpoint`) out: count the
 step without it, and time the one with it.
 """
 
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
-# Dense and per JAX device, from the vendors' datasheets, which give a GPU's often with 2:4 sparsity: twice as much.
+# Dense, per JAX device, from the vendors' datasheets. Those of GPUs often state peaks with 2:4 sparsity, twice as high.
 # NVIDIA: nvidia.com/en-us/data-center, a page for each product; B200 and GB200 as parts of HGX B200 and GB200 NVL72.
 # TPU: docs.cloud.google.com/tpu/docs, a page for each version; a chip of v2, v3 or 7x is two JAX devices, one per core.
 PEAKS: dict[str, float] = {
@@ -53,14 +54,14 @@ PEAKS: dict[str, float] = {
     "B200": 2250e12,
     "GB200": 2500e12,
 }
-"""Peak bfloat16 FLOP/s by words of a device's kind, as JAX reports it; the first that it contains counts."""
+"""Peak bfloat16 FLOP/s by words of `jax.Device.device_kind`; the first match counts."""
 
 
 def peak(device: Any) -> float | None:
-    """What a `jax.Device` can do at most, multiplying bfloat16 matrices, in FLOP/s; None where that is not known, as of
-    a CPU or a slice of a GPU (MIG).
+    """The peak of a `jax.Device` in bfloat16 matrix products, in FLOP/s; None if unknown, as for a CPU or a slice of a
+    GPU (MIG).
 
-    It is bfloat16's whatever a program computes in: in float32 a utilization of 1 is out of reach.
+    It is bfloat16's peak whatever a program computes in: float32 cannot reach a utilization of 1.
     """
     if "MIG" in device.device_kind:
         return None
@@ -68,13 +69,13 @@ def peak(device: Any) -> float | None:
 
 
 def count(fn: Callable[..., Any], *args: Any) -> float:
-    """The floating point operations of ``fn(*args)`` in products of matrices and convolutions; nothing is computed.
+    """Count the floating point operations of ``fn(*args)`` in matrix products and convolutions, by tracing it.
 
-    A multiplication and the addition of its result are two operations. All else is left out, so is what no result
-    depends on, and what JAX cannot look into: the kernels of pallas and of vendors (cuDNN's attention). What a scan
-    does counts once per iteration, what a ``shard_map`` does once per device. Of a ``cond`` the most expensive branch
-    counts; a ``while_loop``, which does not tell how often it runs, counts once. Ragged products count as if every row
-    belonged to a group.
+    A multiplication and the addition of its result are two operations. Everything else is left out, as are products
+    that no result depends on, and kernels that JAX cannot look into: Pallas's and vendors' (cuDNN's attention). The
+    body of a scan counts once per iteration, and that of a ``shard_map`` once per device. The most expensive branch of
+    a ``cond`` counts. A ``while_loop``, whose number of iterations is unknown, counts once. Ragged products count as
+    if every row belonged to a group.
 
     Args:
       fn: a function of pytrees of arrays, such as a training step.
@@ -132,8 +133,8 @@ def _sizes(names: Iterable[Any], operands: Iterable[Any]) -> dict[Any, int]:
 
 
 def _of_dot(eqn: Any, numbers: Any, groups: tuple[int, ...]) -> int:
-    """Every element of the left operand meets every column of the right one; ``groups`` are the right one's axes of
-    which a row of the left one meets one element."""
+    """Every element of the left operand is multiplied with every column of the right one. ``groups`` are axes of the
+    right one, of which each row of the left one uses one element."""
     lhs, rhs = (v.aval for v in eqn.invars[:2])
     (_, contracted), (_, batch) = numbers
     columns = [n for axis, n in enumerate(rhs.shape) if axis not in (*contracted, *batch, *groups)]
@@ -141,8 +142,8 @@ def _of_dot(eqn: Any, numbers: Any, groups: tuple[int, ...]) -> int:
 
 
 def _of_conv(eqn: Any) -> int:
-    """Exact: what is multiplied with padding, or with the zeros between the elements of a dilated input, is left out.
-    So each of a convolution's two gradients, which are convolutions too, counts as much as the convolution."""
+    """Exact: products with padding, or with the zeros between the elements of a dilated input, are left out. So each of
+    a convolution's two gradients, which are convolutions too, counts as much as the convolution."""
     lhs, rhs, out = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
     lhs_spec, rhs_spec, out_spec = eqn.params["dimension_numbers"]
     taps = math.prod(

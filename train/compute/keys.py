@@ -1,4 +1,4 @@
-"""Random keys: one for each purpose of a run."""
+"""Random keys, one for each purpose of a run."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import jlora
 
 
 def random_key(seed: int, purpose: str) -> jax.Array:
-    """The key for one purpose of a run. Purposes do not share randomness, and a new one does not change the others."""
+    """The key for one purpose of a run. Keys of different purposes are independent, and a new one changes no other."""
     return jlora.path_key(jax.random.key(seed), purpose)

@@ -1,7 +1,7 @@
-"""Where a step is computed: one device, `jax.pmap` over copies, or a mesh with sharded weights.
+"""Where a step is computed: on one device (jit), on copies (pmap), or on a mesh with sharded weights.
 
-A `Layout` places things and compiles pure functions; the step, the loop and the measurements are the same for all of
-them, and so are the numbers, but for rounding and for the masks of dropout under pmap.
+A `Layout` places the base, the state and batches, and compiles pure functions. The step, the loop and the metrics are
+the same for all of them, up to rounding and, under pmap, dropout's masks.
 """
 
 from __future__ import annotations
@@ -24,61 +24,60 @@ from train.config import ComputeConfig, ConfigError, TrainConfig, refuse
 from train.data.batches import Batch
 
 RowFunction: TypeAlias = Callable[[Any, Any, Any], dict[str, jax.Array]]
-"""``fn(base, adapters, batch)``: for each row of the batch what is measured."""
+"""``fn(base, adapters, batch)``: arrays with a leading axis of the batch's rows."""
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
 
 
 class Layout(Protocol):
-    """Places the base, the state and batches, and compiles what works on them.
+    """Places the base, the state and batches, and compiles functions of them.
 
     Attributes:
-      axis: for `train.compute.step.make_step`.
-      devices: how many compute.
-      parts: into how many a batch is divided; its rows are a multiple.
-      ahead: how many steps may be under way at once.
+      axis: the mapped axis that `train.compute.step.make_step` reduces over; None if XLA divides the batch.
+      devices: the number of devices that compute.
+      parts: the number of parts that a batch's rows are divided into; the batch size is a multiple.
+      ahead: how many steps may be dispatched before the host waits for one.
     """
-
-    devices: int
-    parts: int
 
     @property
     def axis(self) -> str | None: ...
 
-    @property
-    def ahead(self) -> int: ...
+    devices: int
+    parts: int
+    ahead: int
 
     def place_base(self, shapes: Any, load: Callable[[Any], Any]) -> Any:
-        """The base at its place. ``load(shardings)`` makes it; these are None, or a tree like ``shapes``."""
+        """The base on its devices: ``load(shardings)``, where these are a tree like ``shapes``, or None for one device
+        of this process."""
         ...
 
     def make_state(self, make: Callable[[Any], TrainState], base: Any) -> TrainState:
-        """``make(base)`` at its place."""
+        """``make(base)`` on its devices."""
         ...
 
     def place_batch(self, build: Callable[[slice], Batch], count: int) -> Any:
-        """A batch of ``count`` rows, of which each process builds those that its devices compute."""
+        """A batch of ``count`` rows. Each process builds the rows that its devices compute."""
         ...
 
     def compile_step(self, step: Step, state: TrainState) -> Callable[..., Any]:
-        """``step``, for states that lie as ``state`` does. It takes over the memory of the state that it is given."""
+        """``step``, compiled for states sharded as ``state`` is. It donates the state that it is called with."""
         ...
 
     def compile_rows(self, fn: RowFunction) -> Callable[..., dict[str, np.ndarray]]:
-        """``fn``, whose results for all rows come to every process."""
+        """``fn``, compiled; the results for all rows are returned in every process."""
         ...
 
     def call(self, fn: Callable[..., Any], *trees: Any) -> Any:
-        """A pure function of trees at their places, such as a merge of base and adapters."""
+        """A pure function of placed trees, such as a merge of base and adapters."""
         ...
 
     def to_host(self, tree: Any) -> Any:
-        """NumPy arrays, whole, in every process."""
+        """Whole NumPy arrays, in every process."""
         ...
 
     def to_disk(self, state: TrainState) -> TrainState:
-        """The state as orbax saves it, from all processes at once."""
+        """The state in the form in which orbax saves it, from all processes together."""
         ...
 
     def from_disk(self, state: TrainState) -> TrainState:
@@ -87,72 +86,29 @@ class Layout(Protocol):
 
 
 def _ahead(devices: int) -> int:
-    # On jax 0.10 several steps under way on emulated devices wait for each other's threads, for ever.
+    # On jax 0.10, several steps in flight on emulated devices deadlock: each waits for the others' threads.
     return 1 if devices > 1 and jax.default_backend() == "cpu" else 16
 
 
-class Jit:
-    """One device."""
-
-    axis, devices, parts = None, 1, 1
-
-    def __str__(self) -> str:
-        return f"jit on 1 of {_all_devices()}" if jax.device_count() > 1 else f"jit on {_all_devices()}"
-
-    @property
-    def ahead(self) -> int:
-        return _ahead(1)
-
-    def place_base(self, shapes: Any, load: Callable[[Any], Any]) -> Any:
-        return load(None)
-
-    def make_state(self, make: Callable[[Any], TrainState], base: Any) -> TrainState:
-        return jax.jit(make)(base)
-
-    def place_batch(self, build: Callable[[slice], Batch], count: int) -> Any:
-        return build(slice(0, count))
-
-    def compile_step(self, step: Step, state: TrainState) -> Callable[..., Any]:
-        return jax.jit(step, donate_argnums=0)
-
-    def compile_rows(self, fn: RowFunction) -> Callable[..., dict[str, np.ndarray]]:
-        compiled = jax.jit(fn)
-        return lambda *args: jax.device_get(compiled(*args))
-
-    def call(self, fn: Callable[..., Any], *trees: Any) -> Any:
-        return jax.jit(fn)(*trees)
-
-    def to_host(self, tree: Any) -> Any:
-        return jax.device_get(tree)
-
-    def to_disk(self, state: TrainState) -> TrainState:
-        return state
-
-    def from_disk(self, state: TrainState) -> TrainState:
-        return state
-
-
 class Pmap:
-    """A copy of base and state on every device, each of which computes its rows.
+    """A copy of base and state on every device; each device computes its rows.
 
-    At their places, arrays have a leading axis of this process's devices.
+    Placed arrays have a leading axis of this process's devices. All functions map the same axis name: it is part of the
+    shardings, and a step would compile again for a state with another one.
     """
 
     axis = "devices"
 
     def __init__(self) -> None:
         self.devices = self.parts = jax.device_count()
+        self.ahead = _ahead(self.devices)
         self._local = jax.local_device_count()
 
     def __str__(self) -> str:
         return f"pmap on {_all_devices()}"
 
-    @property
-    def ahead(self) -> int:
-        return _ahead(self.devices)
-
     def place_base(self, shapes: Any, load: Callable[[Any], Any]) -> Any:
-        return self._copied(load(None))
+        return self._replicated(load(None))
 
     def make_state(self, make: Callable[[Any], TrainState], base: Any) -> TrainState:
         return self.call(make, base)
@@ -172,7 +128,7 @@ class Pmap:
         return stepped
 
     def compile_rows(self, fn: RowFunction) -> Callable[..., dict[str, np.ndarray]]:
-        mapped = jax.pmap(fn)
+        mapped = jax.pmap(fn, self.axis)
 
         def each(*args: Any) -> dict[str, np.ndarray]:
             own = {name: _local_rows(x) for name, x in mapped(*args).items()}
@@ -181,24 +137,25 @@ class Pmap:
         return each
 
     def call(self, fn: Callable[..., Any], *trees: Any) -> Any:
-        return jax.block_until_ready(jax.pmap(fn)(*trees))
+        return jax.block_until_ready(jax.pmap(fn, self.axis)(*trees))
 
     def to_host(self, tree: Any) -> Any:
         return jax.tree.map(lambda x: np.asarray(_first_copy(x)), tree)
 
     def to_disk(self, state: TrainState) -> TrainState:
-        # To orbax, arrays of this process alone are no arrays of the run; numbers on the host are.
+        # orbax takes arrays of one process's devices for incomplete ones; it saves host arrays from the first process.
         return self.to_host(state)
 
     def from_disk(self, state: TrainState) -> TrainState:
-        return self._copied(state)
+        return self._replicated(state)
 
-    def _copied(self, tree: Any) -> Any:
-        return jax.block_until_ready(jax.pmap(lambda _, x: x, in_axes=(0, None))(np.arange(self._local), tree))
+    def _replicated(self, tree: Any) -> Any:
+        copy = jax.pmap(lambda _, x: x, self.axis, in_axes=(0, None))
+        return jax.block_until_ready(copy(np.arange(self._local), tree))
 
 
 def _first_copy(x: jax.Array) -> jax.Array:
-    """One of the copies. It is read where it lies: ``x[0]`` would gather it from all devices."""
+    """One of the copies, read on its device; ``x[0]`` would gather it from all of them."""
     return x.addressable_data(0)[0]
 
 
@@ -209,7 +166,7 @@ def _local_rows(x: jax.Array) -> np.ndarray:
 
 
 class Mesh:
-    """A mesh of devices. Weights lie as the network's rules say, and what is trained as the weights that it adapts."""
+    """A mesh of one or more devices. Sharding rules place the weights, and adapters are sharded like their weights."""
 
     axis = None
 
@@ -229,28 +186,28 @@ class Mesh:
                 "be used: leave compute.data out"
             )
         self.parts = sizes["data"] * sizes["fsdp"]
+        self.ahead = _ahead(self.devices)
         self.mesh = jax.make_mesh(
             tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[: self.devices]
         )
+        self._name = config.layout
         self._own = [(pattern, parse_spec(spec)) for pattern, spec in config.rules.items()]
         self._rules = rules
         self._rows, self._whole = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
 
     def __str__(self) -> str:
+        if self._name == "jit":
+            return f"jit on 1 of {_all_devices()}" if jax.device_count() > 1 else f"jit on {_all_devices()}"
         shape = "x".join(str(size) for size in self.mesh.shape.values())
         return f"mesh {shape} on {_all_devices()}"
 
-    @property
-    def ahead(self) -> int:
-        return _ahead(self.devices)
-
     def shardings(self, shapes: Any) -> Any:
-        """Where each leaf of the base lies.
+        """The sharding of each leaf of the base.
 
         Raises:
           ConfigError: if the rules do not fit the base.
         """
-        # Rules of the network that are left without a leaf by the user's own are no mistake.
+        # The user's rules may cover every leaf that one of the network's rules matches; that is not an error.
         left = [path for path in named_leaves(shapes)[0] if not any(re.search(own, path) for own, _ in self._own)]
         rules = [rule for rule in self._rules if any(re.search(rule[0], path) for path in left)]
         try:
@@ -262,20 +219,23 @@ class Mesh:
         return load(self.shardings(shapes))
 
     def make_state(self, make: Callable[[Any], TrainState], base: Any) -> TrainState:
-        shapes: Any = jax.eval_shape(make, base)
+        shapes: Any = jax.eval_shape(jax.jit(make), base)  # jit keeps the trace for the second call below
         adapters = jlora.adapter_shardings(shapes.adapters, jax.tree.map(lambda x: x.sharding, base))
-        like_them = jax.tree.structure(shapes.adapters)
+        structure = jax.tree.structure(shapes.adapters)
 
-        def place(part: Any) -> Any:
-            return adapters if jax.tree.structure(part) == like_them else self._whole
+        def is_moment(part: Any) -> bool:
+            return jax.tree.structure(part) == structure
 
-        moments = jax.tree.map(place, shapes.opt_state, is_leaf=lambda part: jax.tree.structure(part) == like_them)
-        # Without out_shardings the moments, which depend on no input, would all lie whole on every device.
-        places: Any = (self._whole, adapters, moments)
-        made = jax.jit(make, out_shardings=TrainState(*places))(base)
-        return jax.block_until_ready(made)
+        opt_state = jax.tree.map(
+            lambda x: adapters if is_moment(x) else self._whole, shapes.opt_state, is_leaf=is_moment
+        )
+        # Without out_shardings the moments, which depend on no input, would be replicated on every device.
+        places: Any = (self._whole, adapters, opt_state)
+        return jax.block_until_ready(jax.jit(make, out_shardings=TrainState(*places))(base))
 
     def place_batch(self, build: Callable[[slice], Batch], count: int) -> Any:
+        if self.devices == 1:
+            return build(slice(0, count))  # jit copies NumPy arrays to the device itself, and sooner
         parts: dict[tuple[int, int], Batch] = {}
 
         def part(index: Any) -> Batch:
@@ -295,19 +255,20 @@ class Mesh:
 
     def compile_step(self, step: Step, state: TrainState) -> Callable[..., Any]:
         places = jax.tree.map(lambda x: x.sharding, state)
-        # Pinned: the compiler may prefer others for the results, and then the second step would be compiled anew.
+        # Pinned: the compiler could choose other shardings for the new state, and the second step would compile again.
         return jax.jit(step, donate_argnums=0, out_shardings=(places, self._whole))
 
     def compile_rows(self, fn: RowFunction) -> Callable[..., dict[str, np.ndarray]]:
         compiled = jax.jit(fn, out_shardings=self._whole)
-        return lambda *args: {name: np.asarray(x.addressable_data(0)) for name, x in compiled(*args).items()}
+        return lambda *args: jax.device_get(compiled(*args))
 
     def call(self, fn: Callable[..., Any], *trees: Any) -> Any:
         return jax.block_until_ready(jax.jit(fn)(*trees))
 
     def to_host(self, tree: Any) -> Any:
-        whole = jax.jit(lambda x: x, out_shardings=self._whole)(tree)
-        return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), whole)
+        if not all(x.is_fully_replicated for x in jax.tree.leaves(tree)):
+            tree = jax.jit(lambda x: x, out_shardings=self._whole)(tree)
+        return jax.device_get(tree)
 
     def to_disk(self, state: TrainState) -> TrainState:
         return state
@@ -316,14 +277,19 @@ class Mesh:
         return state
 
 
+def one_device() -> Mesh:
+    """The first device alone: a mesh of one, which prints as jit."""
+    return Mesh(ComputeConfig(layout="jit", data=1), [("", P())])
+
+
 def make_layout(config: TrainConfig, rules: jlora.ShardingRules) -> Layout:
-    """The layout that a configuration asks for, on the devices that there are.
+    """The layout of a configuration on this run's devices.
 
     Args:
-      rules: the network's own, for a mesh.
+      rules: the network's sharding rules, for a mesh.
 
     Raises:
-      ConfigError: if it does not fit the devices, or they do not divide the batches.
+      ConfigError: if it does not fit the devices, or its parts do not divide the batches.
     """
     compute = config.compute
     if compute.layout == "jit" and jax.process_count() > 1:
@@ -331,7 +297,7 @@ def make_layout(config: TrainConfig, rules: jlora.ShardingRules) -> Layout:
             f"compute.layout: got 'jit', which computes on one device, in {jax.process_count()} processes; expected "
             "pmap or mesh; pass --compute.layout mesh"
         )
-    layout: Layout = {"jit": Jit, "pmap": Pmap}[compute.layout]() if compute.layout != "mesh" else Mesh(compute, rules)
+    layout: Layout = {"jit": one_device, "pmap": Pmap, "mesh": lambda: Mesh(compute, rules)}[compute.layout]()
     multiple = layout.parts * compute.accumulate
     phases: Mapping[str, Any] = {"base": config.base, "fit": config.fit}
     refuse(

@@ -1,4 +1,4 @@
-"""The learning rate's schedule, and the optimizer that it steers."""
+"""The learning rate schedule and the optimizer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from train.config import FitConfig
 
 
 def make_schedule(config: FitConfig, peak: float, steps: int) -> optax.Schedule:
-    """The learning rate by the number of updates done, so that the first step has that of 0.
+    """The learning rate by the number of updates done: the first step's is that of 0.
 
-    In a warm-up of w = ``config.warmup`` of the ``steps`` it rises from ``peak`` / w to ``peak`` in equal parts, so
-    that every step learns; the step after has ``peak`` too, and the rest goes as ``config.schedule`` says.
+    Warm-up takes the share ``config.warmup`` of the ``steps``. In its w steps the rate rises linearly from ``peak`` / w
+    to ``peak``, so that no step has a rate of 0. The next step has ``peak`` too, and ``config.schedule`` the rest.
     """
     warmup = round(config.warmup * steps)
     rest = max(1, steps - warmup)
@@ -28,10 +28,10 @@ def make_schedule(config: FitConfig, peak: float, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: FitConfig) -> optax.GradientTransformation:
-    """AdamW's direction from the clipped gradient, for adapters; the step goes along it by minus the learning rate.
+    """AdamW of the clipped gradient, without the learning rate: the step scales its updates by minus that.
 
-    The rate is a function of the step that the state counts already, so the optimizer keeps two moments of what is
-    trained, one counter, and nothing else. With LoRA+ B goes ``lora_plus`` times as far as A.
+    The learning rate is a function of the step that `TrainState` counts, so the optimizer's state is two moments of
+    what is trained and one counter. With LoRA+, the updates of B are scaled by ``lora_plus``.
     """
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
     parts = [clip, optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay)]

@@ -1,4 +1,4 @@
-"""Several processes that train together: how they find each other, and what they agree on."""
+"""Several processes that train together: how they join, and what they agree on."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 
 def join(config: ProcessesConfig) -> None:
-    """Find the other processes, if there are any. Must come before anything touches a device.
+    """Join the other processes, if there are any. Call this before anything touches a device.
 
     Raises:
-      ConfigError: if they cannot be found.
+      ConfigError: if they cannot be joined.
     """
     if jax.distributed.is_initialized():
         return
-    if config.coordinator is None and not config.auto and not _environment_tells():
+    if config.coordinator is None and not config.auto and not _is_in_environment():
         return
     try:
         jax.distributed.initialize(config.coordinator, config.count, config.index)
@@ -34,12 +34,12 @@ def join(config: ProcessesConfig) -> None:
         raise ConfigError(
             f"processes: they could not be joined ({str(error).splitlines()[0]}). Expected the same command on every "
             "host, started within five minutes of each other, with --processes.coordinator HOST:PORT "
-            "--processes.count N --processes.index I, or --processes.auto where the environment tells of them"
+            "--processes.count N --processes.index I, or --processes.auto where the environment describes them"
         ) from error
 
 
-def _environment_tells() -> bool:
-    """Whether this process was started as one of several, by Slurm or on a TPU slice."""
+def _is_in_environment() -> bool:
+    """Whether Slurm or a TPU slice started this process as one of several."""
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
         return True
     return (
@@ -53,57 +53,56 @@ def is_first() -> bool:
 
 
 def say(text: str = "") -> None:
-    """Print, once for all processes."""
+    """Print in the first process only."""
     if is_first():
         print(text, flush=True)
 
 
-def first_decides(decide: Callable[[], str]) -> str:
-    """What ``decide`` returned in the first process, in all of them; it is called in no other.
+def first_decides(decide: Callable[[], T]) -> T:
+    """What ``decide`` returns in the first process, in all of them; no other process calls it.
+
+    Args:
+      decide: returns what JSON can hold.
 
     Raises:
-      ConfigError: in all, if it raised one in the first.
+      ConfigError: in all processes, if it raised one in the first.
     """
     if jax.process_count() == 1:
         return decide()
-    answer, failed = "", False
+    answer = {}
     if is_first():
         try:
-            answer = decide()
+            answer = {"value": decide()}
         except ConfigError as error:
-            answer, failed = str(error), True
-    told = np.frombuffer(answer.encode(), np.uint8)
-    length, failed = (int(x) for x in multihost_utils.broadcast_one_to_all(np.array([len(told), failed])))
-    text = np.zeros(length, np.uint8)
-    text[:] = told if is_first() else 0
-    answer = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))).decode()
-    if failed:
-        raise ConfigError(answer)
-    return answer
+            answer = {"error": str(error)}
+    own = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.array(own.size)))
+    text = multihost_utils.broadcast_one_to_all(np.resize(own, length))  # what the others send is ignored
+    answer = json.loads(bytes(np.asarray(text)))
+    if "error" in answer:
+        raise ConfigError(answer["error"])
+    return answer["value"]
 
 
 def check_same(value: Mapping[str, Any], what: str) -> None:
-    """Raises a ConfigError in all processes if ``value`` is another in one of them; that one names the differences."""
+    """Raises a ConfigError in all processes if ``value`` differs in one of them, which lists the differences."""
     if jax.process_count() == 1:
         return
-    own = json.dumps(value, sort_keys=True)
+    own = json.loads(json.dumps(value))
     first = first_decides(lambda: own)
     if all_agree(own == first):
         return
-    mine, other = json.loads(own), json.loads(first)
     wrong = [
-        f"{name}: {other.get(name)!r} in process 0, {one!r} here"
-        for name, one in mine.items()
-        if one != other.get(name)
+        f"{name}: {first.get(name)!r} in process 0, {one!r} here" for name, one in own.items() if one != first.get(name)
     ]
     raise ConfigError(
-        f"processes: {what} is not the same in all of them:{bullets(wrong or ['another process names what differs'])}\n"
+        f"processes: {what} is not the same in all of them:{bullets(wrong or ['another process lists what differs'])}\n"
         "Expected the same command and data everywhere; start all of them again"
     )
 
 
 def leave(code: int) -> int:
-    """End this process at once if there are others, which wait for it: JAX would wait for them at its exit."""
+    """Exit at once if there are other processes: JAX's own exit would wait for them, and they for this one."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -117,6 +116,6 @@ def all_agree(answer: bool) -> bool:
 
 
 def wait_for_all(what: str) -> None:
-    """Return when every process has come here."""
+    """Return when every process has called this."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

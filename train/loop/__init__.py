@@ -1,10 +1,11 @@
 """The training loop.
 
-``progress``     when something is due, and where a training is
-``evaluate``     a model's measurements on all examples
-``checkpoints``  what a training goes on from, on the same devices or on others
-``stop``         SIGTERM and Ctrl-C: a question that the loop asks
-``loop``         steps, with metrics, evaluations and checkpoints on the way
-``extend``       a run that goes on with more epochs than it was planned with
-``run_files``    the files of a run while it trains
+``state``        when something is due, averages, and the loop's part of a checkpoint
+``stop``         Ctrl-C and SIGTERM
+``evaluate``     metrics of a model on all examples
+``checkpoints``  what a training is resumed from, on the same devices or on others
+``extend``       a run with more epochs than it was planned with
+``feed``         the batch of each step
+``run_files``    the metrics and checkpoints of a run in training
+``loop``         a step, and what is due after it
 """

@@ -1,16 +1,16 @@
-"""Checkpoints of a training: what it goes on from after it was stopped, on the same devices or on others.
+"""Checkpoints of a training, from which it is resumed on the same devices or on others.
 
     checkpoints/120/
       adapters/     what is trained, never the base
       opt_state/    of the optimizer
-      rng/          the key from which dropout is drawn
-      position/     JSON: step, sums of metrics, best figure; the same on any number of devices
+      rng/          the key that dropout's keys are folded from
+      loop/         JSON: step, averages, best metric; the same on any number of devices
       factors/      JSON: scale, axes and rate of each adapter
       config/       JSON: the run's configuration
-      SHA256SUMS    of all files of these
+      SHA256SUMS    of all these files
 
-orbax writes them beside the training, in the background; one that was not finished does not count, and one of which a
-bit changed since is refused.
+orbax writes them in the background, while training continues. An unfinished checkpoint is ignored, and one with a
+changed bit is refused.
 """
 
 from __future__ import annotations
@@ -30,89 +30,96 @@ from jlora.files.checksums import check_sums, files_in, write_sums
 from jlora.messages import one_line
 from jlora.models import TensorError
 from train.compute.layouts import Layout
+from train.compute.processes import first_decides
 from train.compute.step import TrainState
 from train.config import SaveConfig
-from train.loop.progress import Position
+from train.loop.state import LoopState
 
-ITEMS = ("adapters", "opt_state", "rng", "position", "factors", "config")
+ITEMS = ("adapters", "opt_state", "rng", "loop", "factors", "config")
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be written or read; the message says which, why, and which others there are."""
+    """A checkpoint cannot be written or read; the message says which and why, and lists the others."""
 
 
 class Checkpoints:
-    """The checkpoints in a folder; as many as the configuration says are kept, and the best one if that is wanted.
+    """The checkpoints in a folder: the newest ones, as many as the configuration keeps, and the best one if wanted.
 
-    All processes call each method.
+    They are opened to be read; `begin` opens them to be written. All processes call each method.
     """
 
     def __init__(self, folder: Path, config: SaveConfig, *, keep_best: bool):
         self.folder = folder
         self._policy = _Policy(config.max_to_keep, keep_best)
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it then raises
+        # A process that comes here late may find the folder that the first one has made in `begin` meanwhile.
+        self._manager = self._open(read_only=True) if first_decides(folder.is_dir) else None
+
+    def _open(self, *, read_only: bool) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy,
+            read_only=read_only,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            enable_async_checkpointing=not read_only,
+            async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
         try:
-            self._manager = ocp.CheckpointManager(
-                folder.resolve(),
-                item_names=ITEMS,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=self._policy,
-                    cleanup_tmp_directories=True,
-                    enable_async_checkpointing=True,
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
-                ),
-            )
+            return ocp.CheckpointManager(self.folder.resolve(), item_names=ITEMS, options=options)
         except Exception as error:  # orbax and tensorstore have no common class for what a disk may do
             raise CheckpointError(
-                f"{folder}: no checkpoints can be kept here ({one_line(error)}); expected a directory that is writable"
+                f"{self.folder}: checkpoints cannot be kept here ({one_line(error)}); expected a writable directory"
             ) from error
 
-    def steps(self) -> list[int]:
-        """The steps of which there are whole checkpoints, in order."""
-        return sorted(self._manager.all_steps())
-
-    def position(self, step: int) -> Position:
-        """Where the training was.
+    def begin(self, step: int) -> None:
+        """Open the folder to write checkpoints after ``step``, and delete later ones and unfinished ones.
 
         Raises:
-          CheckpointError: if that cannot be read.
+          CheckpointError: if it cannot be written.
+        """
+        self.close()
+        self._manager = self._open(read_only=False)
+        for later in [one for one in self.steps() if one > step]:
+            self._manager.delete(later)
+
+    def steps(self) -> list[int]:
+        """The steps of the finished checkpoints, in order."""
+        return sorted(self._manager.all_steps()) if self._manager is not None else []
+
+    def loop_state(self, step: int) -> LoopState:
+        """The loop's state in a checkpoint.
+
+        Raises:
+          CheckpointError: if it cannot be read.
         """
 
-        def read() -> Position:
-            items = {name: ocp.args.JsonRestore() for name in ("position", "config")}
-            found = self._manager.restore(step, args=ocp.args.Composite(**items))
-            position = Position.from_json(found["position"])
-            # Those of earlier versions do not tell how many epochs were planned; their configuration does.
-            position.planned = position.planned or [[0, found["config"]["fit"]["epochs"]]]
-            return position
+        def read() -> LoopState:
+            return LoopState.from_json(self._restore(step, loop=ocp.args.JsonRestore())["loop"])
 
         return self._guarded(step, read)
 
     def restore(self, step: int, layout: Layout, like: TrainState, key: jax.Array) -> tuple[TrainState, jax.Array]:
-        """The state and the key.
+        """The training state and the key.
 
         Args:
-          like: a state that lies where the restored one shall lie.
-          key: of the kind that was saved.
+          like: a state with the shapes, dtypes and shardings to restore.
+          key: of the same kind as the saved one.
 
         Raises:
-          CheckpointError: if it cannot be read, or is of other adapters.
+          CheckpointError: if they cannot be read, or belong to other adapters.
         """
-
         target = jax.tree.map(_target, layout.to_disk(like))
 
         def read() -> Any:
-            found = self._manager.restore(step, args=ocp.args.Composite(factors=ocp.args.JsonRestore()))
+            found = self._restore(step, factors=ocp.args.JsonRestore())
             expected = {path: record_of(value) for path, value in target.adapters.items()}
             if wrong := differences(found["factors"], expected):
                 raise ValueError(f"it holds other adapters: {'; '.join(wrong)}")
-            return self._manager.restore(
+            return self._restore(
                 step,
-                args=ocp.args.Composite(
-                    adapters=ocp.args.StandardRestore(target.adapters),
-                    opt_state=ocp.args.StandardRestore(target.opt_state),
-                    rng=ocp.args.StandardRestore(_key_data(key)),
-                ),
+                adapters=ocp.args.StandardRestore(target.adapters),
+                opt_state=ocp.args.StandardRestore(target.opt_state),
+                rng=ocp.args.StandardRestore(_key_data(key)),
             )
 
         found = self._guarded(step, read)
@@ -122,58 +129,54 @@ class Checkpoints:
         state = TrainState(count, found["adapters"], found["opt_state"])
         return layout.from_disk(state), jax.random.wrap_key_data(found["rng"]["key"])
 
-    def save(self, layout: Layout, state: TrainState, position: Position, key: jax.Array, config: Any) -> None:
-        """Write a checkpoint in the background; the state may be changed when this returns.
+    def save(self, layout: Layout, state: TrainState, loop: LoopState, key: jax.Array, config: Any) -> None:
+        """Write a checkpoint in the background; the state may be donated when this returns.
 
         Raises:
           CheckpointError: if this one, or the one before, could not be written.
         """
-        self._policy.best_step = position.best_step
+        self._policy.best_step = loop.best_step
         kept = layout.to_disk(state)
-        factors = {path: record_of(value) for path, value in kept.adapters.items()}
-
-        def write() -> None:
-            self._manager.save(
-                position.step,
-                args=ocp.args.Composite(
-                    adapters=ocp.args.StandardSave(kept.adapters),
-                    opt_state=ocp.args.StandardSave(kept.opt_state),
-                    rng=ocp.args.StandardSave(_key_data(key)),
-                    position=ocp.args.JsonSave(position.to_json()),
-                    factors=ocp.args.JsonSave(factors),
-                    config=ocp.args.JsonSave(config),
-                ),
-            )
-
-        self._writing(write)
+        items = ocp.args.Composite(
+            adapters=ocp.args.StandardSave(kept.adapters),
+            opt_state=ocp.args.StandardSave(kept.opt_state),
+            rng=ocp.args.StandardSave(_key_data(key)),
+            loop=ocp.args.JsonSave(loop.to_json()),
+            factors=ocp.args.JsonSave({path: record_of(value) for path, value in kept.adapters.items()}),
+            config=ocp.args.JsonSave(config),
+        )
+        self._writing(lambda manager: manager.save(loop.step, args=items))
 
     def wait(self) -> None:
-        """Return when all that was saved is on disk; raises as `save`."""
-        self._writing(self._manager.wait_until_finished)
-
-    def delete_after(self, step: int) -> None:
-        """Give up the checkpoints of later steps."""
-        for later in [one for one in self.steps() if one > step]:
-            self._manager.delete(later)
+        """Return when all saved checkpoints are on disk; raises as `save`."""
+        self._writing(lambda manager: manager.wait_until_finished())
 
     def close(self) -> None:
-        """Let go of the folder; what could not be written was told when it was saved, or waited for."""
-        with contextlib.suppress(Exception):
-            self._manager.close()
+        """Close the folder. Errors of writing were raised by `save` or `wait`."""
+        if self._manager is not None:
+            with contextlib.suppress(Exception):
+                self._manager.close()
 
     def _seal(self) -> None:
-        """Keep the sums of a checkpoint's files; orbax calls this, in the first process, before it calls it whole."""
+        """Write the sums of a checkpoint's files. orbax calls this in the first process before it renames the draft."""
         for draft in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            # What lies beside the items is orbax's, which writes it once more.
+            # Files beside the items are orbax's own, which it will write again.
             write_sums(draft, {name: file for name, file in files_in(draft).items() if "/" in name})
 
-    def _writing(self, write: Callable[[], Any]) -> None:
+    def _restore(self, step: int, **items: Any) -> Any:
+        assert self._manager is not None, "steps() has the checkpoints that can be restored"
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _writing(self, write: Callable[[ocp.CheckpointManager], Any]) -> None:
+        assert self._manager is not None, "begin() comes first"
         try:
-            write()
+            write(self._manager)
         except Exception as error:  # as above
+            with contextlib.suppress(OSError):
+                self._manager.reload()
             raise CheckpointError(
-                f"{self.folder}: a checkpoint could not be written ({one_line(error)}). {_usable(self._whole())} Make "
-                "room or give the right to write, and run the same command again: it goes on from the newest"
+                f"{self.folder}: a checkpoint could not be written ({one_line(error)}). {_usable(self.steps())} Free "
+                "space or allow writing, and run the same command again: it resumes from the newest"
             ) from error
 
     def _guarded(self, step: int, read: Callable[[], Any]) -> Any:
@@ -184,21 +187,15 @@ class Checkpoints:
             reason = f": {error}\n" if isinstance(error, TensorError) else f" ({one_line(error)}). "
             others = [one for one in self.steps() if one != step]
             older = [one for one in others if one < step]
-            advice = f"pass --resume {max(older)} to go on from there" if older else "pass another --run-dir"
+            advice = f"pass --resume {max(older)} to resume from there" if older else "pass another --run-dir"
             raise CheckpointError(
                 f"{self.folder / str(step)}: the checkpoint cannot be read{reason}{_usable(others)} Nothing was "
                 f"changed; {advice}"
             ) from error
 
-    def _whole(self) -> Sequence[int]:
-        try:
-            return self._manager.all_steps(read=True)
-        except OSError:
-            return self.steps()
-
 
 class _Policy:
-    """The newest ones are kept, and the best one. It goes by the position, so that of equal figures the first is it."""
+    """Keeps the newest checkpoints and the best one. `LoopState` knows the best step: the first of equal metrics."""
 
     def __init__(self, newest: int, keep_best: bool):
         self._newest, self._keep_best = newest, keep_best
@@ -210,7 +207,7 @@ class _Policy:
 
 
 def _target(x: Any) -> Any:
-    """What orbax is to restore: an array of the same shape at the same place, or numbers on the host."""
+    """What orbax restores: an array with the same shape and sharding, or a NumPy array."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x
 
 
@@ -219,4 +216,4 @@ def _key_data(key: jax.Array) -> dict[str, np.ndarray]:
 
 
 def _usable(steps: Sequence[int]) -> str:
-    return f"Usable: {', '.join(f'step {step}' for step in steps)}." if steps else "There is no other."
+    return f"Usable: {', '.join(f'step {step}' for step in steps)}." if steps else "There are no others."

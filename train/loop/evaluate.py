@@ -1,4 +1,4 @@
-"""What a model makes of all examples: figures, and predictions to compare."""
+"""Metrics and predictions of a model on all examples."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 import jlora
 from train.compute.layouts import Layout
 from train.data.batches import Batch, Examples, batch_of, bucket_of, ordered_rows, size
-from train.loop.stop import Stop
+from train.loop.stop import Stop, Stopped
 from train.networks.network import Forward
 from train.tasks.base import Measured, Task
 
 Measure: TypeAlias = Callable[[Any, Any, Examples], Measured]
-"""``measure(params, adapters, examples)``, of the plain model where the adapters are None."""
+"""``measure(params, adapters, examples)``; adapters of None mean the plain model."""
 
 
 def make_measure(
@@ -27,14 +27,14 @@ def make_measure(
     buckets: Sequence[int] = (),
     stop: Stop | None = None,
 ) -> Measure:
-    """``measure(params, adapters, examples)``: what `Task.measure` finds of every example, in the examples' order.
+    """``measure(params, adapters, examples)``: `Task.measure` of every example, in the examples' order.
 
-    Compiled once for each structure of its arguments and each bucket.
+    It is compiled once for each structure of its arguments and each bucket.
 
     Args:
-      layout: where params and adapters lie.
-      batch_size: examples at once; rounded up so that the layout can divide them.
-      stop: asked after each batch; measuring then ends with a `train.loop.stop.Stopped`.
+      layout: of params and adapters.
+      batch_size: examples at once; rounded up to a multiple of the layout's parts.
+      stop: asked before each batch; a request raises `train.loop.stop.Stopped`.
     """
     adapted = jlora.lora(forward)
     batch_size = -(-batch_size // layout.parts) * layout.parts
@@ -49,8 +49,8 @@ def make_measure(
     def measure(params: Any, adapters: Any, examples: Examples) -> Measured:
         found: dict[str, np.ndarray] = {}
         for rows, own in ordered_rows(examples, batch_size):
-            if stop is not None and stop.asked():
-                raise stop.stopped("stopped while it was measured, as asked; the same command measures it again")
+            if stop is not None and stop.requested():
+                raise Stopped("stopped during an evaluation; the same command evaluates again", stop.code)
             bucket = bucket_of(examples, rows, buckets)
             batch = layout.place_batch(
                 lambda part, rows=rows, bucket=bucket: batch_of(examples, rows[part], bucket), len(rows)
@@ -63,17 +63,17 @@ def make_measure(
     return measure
 
 
-def compare(
+def evaluate_models(
     task: Task, models: Mapping[str, tuple[Any, Any]], measure: Measure, test: Mapping[str, Examples]
 ) -> tuple[dict[str, dict[str, dict[str, float]]], Callable[[str, str], int]]:
     """Several models on every set of test examples.
 
     Args:
-      models: by name, parameters and adapters, or None.
+      models: parameters and adapters (or None) by the model's name.
       test: examples by the name of their set.
 
     Returns:
-      The figures by model and set, and a function of two models' names: how many of their predictions differ.
+      The metrics by model and set, and a function of two models' names: how many of their predictions differ.
     """
     found = {
         model: {name: measure(params, adapters, examples) for name, examples in test.items()}
@@ -84,5 +84,5 @@ def compare(
         pairs = ((task.predictions(found[first][name]), task.predictions(found[second][name])) for name in test)
         return sum(int(np.sum(one != other)) for one, other in pairs)
 
-    figures = {model: {name: task.metrics(one) for name, one in sets.items()} for model, sets in found.items()}
-    return figures, differing
+    metrics = {model: {name: task.metrics(one) for name, one in sets.items()} for model, sets in found.items()}
+    return metrics, differing

@@ -1,8 +1,8 @@
-"""A run that is trained further than it was planned: it is told, exact where the schedule allows, or refused.
+"""A run that is trained with more or fewer epochs than it was planned with.
 
-The order of the data and dropout's masks are functions of the step, so that they are those of a run that was planned
-with these epochs. The learning rate depends on the number of all steps: from the step on at which a run goes on, it is
-that of the new plan. A position keeps which epochs were planned from which step on.
+The order of the data and dropout's masks are functions of the step and do not depend on the number of epochs. The
+learning rate does: from the step at which a run is resumed, it follows the new number. `LoopState` keeps which number
+of epochs was planned from which step on, so that the learning rates of all steps are known and can be compared.
 """
 
 from __future__ import annotations
@@ -11,60 +11,63 @@ import numpy as np
 
 from train.compute.optimizer import make_schedule
 from train.config import ConfigError, FitConfig
-from train.loop.progress import Intervals, Position
+from train.loop.state import Intervals, LoopState
 
 
-def go_on(fit: FitConfig, peak: float, intervals: Intervals, position: Position, *, finished: bool) -> str:
-    """Note in ``position`` that the training goes on as ``fit`` and ``intervals`` say.
+def extend(fit: FitConfig, peak: float, intervals: Intervals, state: LoopState, *, finished: bool) -> str:
+    """Add the number of epochs of ``fit`` to those that ``state`` was planned with.
 
     Args:
-      peak: of the learning rate.
-      finished: whether it had come to its end.
+      peak: learning rate.
+      finished: whether the run was trained to its end.
 
     Returns:
-      What a person should know of it; empty where it goes on as it was planned.
+      How the result compares with a run of these epochs from the start; empty if their number did not change.
 
     Raises:
       ConfigError: if nothing is left to train.
     """
-    step = position.step
+    step = state.step
     if step > intervals.steps or finished and step == intervals.steps:
         raise ConfigError(
             f"fit.epochs: got {fit.epochs}, which are {intervals.steps} steps, and the run is at step {step}: nothing "
             f"is left to train; pass --fit.epochs {step // intervals.epoch + 1} or more, or --resume STEP for an "
             "earlier one"
         )
-    if finished and fit.patience is not None and position.stale >= fit.patience:
+    if finished and fit.patience is not None and state.evals_since_best >= fit.patience:
         raise ConfigError(
-            f"fit.patience: got {fit.patience}, and the run ended after {position.stale} measurements in a row without "
-            f"a better one: nothing is left to train; pass --fit.patience {position.stale + 1} or more, or None"
+            f"fit.patience: got {fit.patience}, and the run ended after {state.evals_since_best} evaluations in a row "
+            f"without a better one: nothing is left to train; pass --fit.patience {state.evals_since_best + 1} or "
+            "more, or None"
         )
-    trained = [[start, epochs] for start, epochs in position.planned if start < step]
+    trained = [[start, epochs] for start, epochs in state.planned_epochs if start < step]
     former = trained[-1][1] if trained else fit.epochs
-    position.planned = trained if trained and former == fit.epochs else [*trained, [step, fit.epochs]]
-    return "" if former == fit.epochs else _told(fit, peak, intervals, step, trained)
+    state.planned_epochs = trained if trained and former == fit.epochs else [*trained, [step, fit.epochs]]
+    return "" if former == fit.epochs else _comparison(fit, peak, intervals, step, trained)
 
 
-def _told(fit: FitConfig, peak: float, intervals: Intervals, step: int, trained: list[list[int]]) -> str:
+def _comparison(fit: FitConfig, peak: float, intervals: Intervals, step: int, trained: list[list[int]]) -> str:
     text = f"fit.epochs is {fit.epochs} and was {trained[-1][1]}: step {step + 1} of {intervals.steps} is next. "
-    had = _rates(fit, peak, intervals, trained, step)
-    planned = _rates(fit, peak, intervals, [[0, fit.epochs]], step + 1)
-    most = int(np.abs(had - planned[:-1]).argmax())
-    if had[most] == planned[most]:
-        text += "All learning rates are those of a run that was planned so, and so is what it learns"
+    actual = _learning_rates(fit, peak, intervals, trained, step)
+    planned = _learning_rates(fit, peak, intervals, [[0, fit.epochs]], step + 1)
+    worst = int(np.abs(actual - planned[:-1]).argmax())
+    if actual[worst] == planned[worst]:
+        text += f"All learning rates, and so the result, are those of a run of {fit.epochs} epochs from the start"
     else:
         text += (
-            f"Its learning rate, {planned[-1]:.2e}, and the later ones are those of a run that was planned so. The "
-            f"earlier ones were others, in step {most + 1} {had[most]:.2e} instead of {planned[most]:.2e}: what is "
-            "learnt differs from such a run; with --fit.schedule constant and --fit.warmup 0 it would not"
+            f"From there the learning rate, {planned[-1]:.2e}, is that of a run of {fit.epochs} epochs from the start. "
+            f"Earlier steps had another one, step {worst + 1} {actual[worst]:.2e} instead of {planned[worst]:.2e}, so "
+            "the result differs from that run's; with --fit.schedule constant and --fit.warmup 0 it would not"
         )
     if step == trained[-1][1] * intervals.epoch and not intervals.is_eval_due(step):
-        text += f". Step {step} was measured, as the last one; such a run would not have measured it"
+        text += f". Step {step} was evaluated as the last one, which that run would not do"
     return text
 
 
-def _rates(fit: FitConfig, peak: float, intervals: Intervals, planned: list[list[int]], steps: int) -> np.ndarray:
-    """The learning rates of the first ``steps``, float32, where so many epochs were planned from these steps on."""
+def _learning_rates(
+    fit: FitConfig, peak: float, intervals: Intervals, planned: list[list[int]], steps: int
+) -> np.ndarray:
+    """The learning rates of the first ``steps``, float32, with ``[step, epochs]`` planned."""
     found = np.zeros(steps, np.float32)
     for start, epochs in planned:
         schedule = make_schedule(fit, peak, epochs * intervals.epoch)

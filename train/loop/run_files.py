@@ -1,13 +1,16 @@
-"""What is kept of a run while it trains: records and checkpoints."""
+"""The files of a run while it trains: metrics and checkpoints."""
 
 from __future__ import annotations
 
-from train.compute.processes import is_first, say
+import jax
+
+from train.compute.layouts import Layout
+from train.compute.processes import is_first
+from train.compute.step import TrainState
 from train.config import ConfigError, TrainConfig
 from train.loop.checkpoints import Checkpoints
-from train.loop.extend import go_on
-from train.loop.loop import Checkpointing
-from train.loop.progress import Intervals, Position
+from train.loop.extend import extend
+from train.loop.state import Intervals, LoopState
 from train.report import writers
 from train.rundir import files
 from train.rundir.directory import RunDirectory, reopen
@@ -15,85 +18,106 @@ from train.rundir.records import Record, Records
 
 
 class RunFiles:
-    """The files of a run that trains, from where it goes on; a context that closes them.
+    """The metrics and checkpoints of a run; a context that closes them.
+
+    Opening only reads. The directory changes with `begin`, for a new run, or `resume`, for one with a checkpoint.
 
     Attributes:
       path: the run directory.
-      records: its metrics.
-      saving: its checkpoints, and where the training goes on.
+      config: of the run.
+      state: of the loop, at the step that training starts from.
+      note: what to print about a resumed run; empty for a new one.
+      keep_best: whether the best adapters are kept rather than the last ones.
+      records: the metrics.
+      checkpoints: of the training.
+      command: the command that resumes the run, for messages.
     """
 
-    def __init__(self, config: TrainConfig, place: RunDirectory, plan: str, intervals: Intervals):
-        """Open them; ``plan`` is kept beside, and ``intervals`` is the training's.
+    def __init__(self, config: TrainConfig, directory: RunDirectory, plan: str, intervals: Intervals):
+        """Open the files of a run.
+
+        Args:
+          plan: written to plan.txt.
+          intervals: of the training.
 
         Raises:
-          ConfigError: if there is no checkpoint of the step that the configuration asks for, or nothing is left
-            to train.
+          ConfigError: if the configuration asks for a step without a checkpoint, or nothing is left to train.
           CheckpointError: if the checkpoint cannot be read.
         """
-        self.path, self._lock = place.path, place.lock
-        keep_best = config.keep == "best" or config.keep is None and config.fit.patience is not None
-        checkpoints = Checkpoints(place.path / "checkpoints", config.save, keep_best=keep_best)
-        position = _resumed(config, place, checkpoints, keep_best)
+        self.path, self.config, self._directory, self._plan = directory.path, config, directory, plan
+        self.keep_best = config.keep == "best" or config.keep is None and config.fit.patience is not None
+        again = "" if config.resume in (None, "auto") else " with --resume auto"
+        self.command = f"the same command{again}"
+        self.records = Records(self.path / "metrics.jsonl")
+        self.checkpoints = Checkpoints(self.path / "checkpoints", config.save, keep_best=self.keep_best)
+        self._identity, self._writers = files.to_json(config), writers.Writers(())
+        self.state, notes = self._stored_state(), []
+        if self.keep_best and self.state.best_step not in (None, *self.checkpoints.steps()):
+            notes.append(f"the best checkpoint, of step {self.state.best_step}, is gone: the best one after it is kept")
+            self.state.best_metric, self.state.best_step, self.state.evals_since_best = None, None, 0
         peak = getattr(config.learning_rate, config.mode)
-        told = go_on(config.fit, peak, intervals, position, finished=place.further)
-        self._resumed = position.step > 0
-        if self._resumed:
-            say(f"going on with {place.path} after step {position.step}" + (f"\n{told}" if told else "") + "\n")
-        identity = files.to_json(config)
-        self._writers = writers.open_writers(config.log if is_first() else (), place.path, identity, position.step + 1)
-        self.records = Records(place.path / "metrics.jsonl", self._writers.write)
-        if not self._resumed:
-            self.records.cut(0)
-
-        def begin() -> None:
-            if place.further and is_first():
-                reopen(place.path, config)
-            checkpoints.delete_after(position.step)
-            if self._resumed:
-                self.records.cut(position.metrics_bytes, position.metrics_digest)
-
-        self.saving = Checkpointing(
-            checkpoints,
-            config.save,
-            position,
-            identity,
-            begin,
-            self.records.sync,
-            keep_best=keep_best,
-            again="the same command" if config.resume in (None, "auto") else "the same command with --resume auto",
-        )
-        if is_first():
-            (place.path / "plan.txt").write_text(plan + "\n")
+        extension = extend(config.fit, peak, intervals, self.state, finished=directory.further)
+        if self.state.step:
+            notes += [f"resuming {self.path} after step {self.state.step}", extension]
+        self.note = "\n".join(note for note in notes if note)
 
     def __enter__(self) -> RunFiles:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._writers.close(failed=error is not None)
-        self.saving.checkpoints.close()
-        if self._lock is not None:
-            self._lock.release()
+        self.checkpoints.close()
+        if self._directory.lock is not None:
+            self._directory.lock.release()
+
+    def _stored_state(self) -> LoopState:
+        """The loop's state in the checkpoint that the configuration asks for, or that of a new run."""
+        steps, asked = self.checkpoints.steps(), self.config.resume
+        step = asked if isinstance(asked, int) else max(steps, default=0)
+        if step not in (0, *steps):
+            raise ConfigError(
+                f"resume: got step {step}, and there are checkpoints of {', '.join(map(str, steps)) or 'no step'};"
+                " pass one of these, 0 to start over, or --resume auto for the newest"
+            )
+        if self._directory.further and not steps:
+            raise ConfigError(f"run_dir: {self.path} has no checkpoint to resume from; pass another --run-dir")
+        return self.checkpoints.loop_state(step) if step else LoopState()
+
+    def begin(self) -> None:
+        """Start a new run: without metrics, and without the checkpoints that an earlier one may have left."""
+        self._open_to_write()
+        self.records.cut(0)
+
+    def resume(self, layout: Layout, like: TrainState, key: jax.Array) -> tuple[TrainState, jax.Array]:
+        """Restore the checkpoint, and then drop the metrics and checkpoints that came after it.
+
+        Arguments, results and errors are those of `Checkpoints.restore`; after an error, all files are as they were.
+        """
+        restored = self.checkpoints.restore(self.state.step, layout, like, key)
+        self._open_to_write()
+        self.records.cut(self.state.metrics_bytes, self.state.metrics_digest)
+        return restored
+
+    def _open_to_write(self) -> None:
+        step = self.state.step
+        if is_first():
+            self._writers = writers.open_writers(self.config.log, self.path, self._identity, step + 1)
+            if self._directory.further:
+                reopen(self.path, self.config)
+            (self.path / "plan.txt").write_text(self._plan + "\n")
+        self.checkpoints.begin(step)
+
+    def log(self, record: Record) -> None:
+        """Append a record to the metrics, and pass it to TensorBoard and Weights & Biases."""
+        self.records.write(record)
+        self._writers.write(record)
 
     def log_base(self, record: Record) -> None:
-        """Keep a record of the base's training; a run that goes on has them."""
-        if not self._resumed:
-            self.records.write(record)
+        """`log` a record of the base's training, which a resumed run has already."""
+        if not self.state.step:
+            self.log(record)
 
-
-def _resumed(config: TrainConfig, place: RunDirectory, checkpoints: Checkpoints, keep_best: bool) -> Position:
-    """Where the training goes on."""
-    steps = checkpoints.steps()
-    step = config.resume if isinstance(config.resume, int) else max(steps, default=0)
-    if step not in (0, *steps):
-        raise ConfigError(
-            f"resume: got step {step}, and there are checkpoints of {', '.join(map(str, steps)) or 'no step'};"
-            " pass one of these, 0 to begin anew, or --resume auto for the newest"
-        )
-    if place.further and not steps:
-        raise ConfigError(f"run_dir: {place.path} has no checkpoint to go on from; pass another --run-dir")
-    position = checkpoints.position(step) if step else Position()
-    if keep_best and position.best_step not in (None, *steps):
-        say(f"the best checkpoint by then, of step {position.best_step}, is gone: the best one is looked for anew")
-        position.best, position.best_step, position.stale = None, None, 0
-    return position
+    def save(self, layout: Layout, train_state: TrainState, key: jax.Array) -> None:
+        """Write a checkpoint in the background, with `state` as the loop's; raises as `Checkpoints.save`."""
+        self.state.metrics_bytes, self.state.metrics_digest = self.records.sync()
+        self.checkpoints.save(layout, train_state, self.state, key, self._identity)

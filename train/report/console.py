@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from jlora.messages import table
 from train.compute.processes import is_first
-from train.loop.progress import Intervals
+from train.loop.state import Intervals
 
 
 class Progress:
@@ -45,7 +45,7 @@ class Progress:
         if left > 0:
             self._say(
                 f"{left} of {intervals.steps} steps, {intervals.epoch} in an epoch; "
-                f"logged every {intervals.line}, evaluated every {intervals.eval}"
+                f"logged every {intervals.log}, evaluated every {intervals.eval}"
             )
         return self
 
@@ -60,7 +60,7 @@ class Progress:
 
         The records of epochs in which nothing was measured are left out where lines tell the same.
         """
-        if "epoch" in record and not figures and self._pace.line != self._pace.epoch:
+        if "epoch" in record and not figures and self._pace.log != self._pace.epoch:
             return
         parts, measured = self._parts(record, left), [f"{name} {record[name]:.4f}" for name in figures]
         self._figures = "  ".join(measured) or self._figures  # a bar goes on showing the newest ones
@@ -101,10 +101,10 @@ def ending(summary: Mapping[str, Any]) -> str:
     kept, best = summary["kept_step"], summary["best_step"]
     text = f"ended at step {summary['steps']} of {summary['planned_steps']}: {summary['ended']}\n"
     text += f"kept: step {kept}, the {summary['kept']} one"
-    if summary["kept_figure"] is not None:  # a checkpoint of an earlier version does not tell the last one's
-        text += f", {summary['figure']} {summary['kept_figure']:.4f}"
-    if summary["kept"] == "last" and best is not None and summary["best_figure"] != summary["kept_figure"]:
-        text += f" (step {best} had {summary['best_figure']:.4f}; --keep best keeps it)"
+    if summary["kept_metric"] is not None:
+        text += f", {summary['primary_metric']} {summary['kept_metric']:.4f}"
+    if summary["kept"] == "last" and best is not None and summary["best_metric"] != summary["kept_metric"]:
+        text += f" (step {best} had {summary['best_metric']:.4f}; --keep best keeps it)"
     return text
 
 

@@ -1,0 +1,228 @@
+"""What the loop counts: when something is due, averages over steps, the time left, the state in a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+DEFAULT_LOGS = 50
+"""How often a training logs its metrics by default, at least."""
+
+
+class PrimaryMetric(NamedTuple):
+    """The metric that decides which adapters are the best.
+
+    Attributes:
+      name: in the records, such as ``validation_accuracy``.
+      higher_is_better: whether larger values are better.
+    """
+
+    name: str
+    higher_is_better: bool
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Whether ``value`` is better than the best so far; anything is better than none and than NaN."""
+        return best is None or math.isnan(best) or (value > best if self.higher_is_better else value < best)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """When something is due, by the number of steps done so far.
+
+    Attributes:
+      epoch: steps of an epoch.
+      steps: of the whole training.
+      log: steps between two records of metrics.
+      eval: steps between two evaluations.
+    """
+
+    epoch: int
+    steps: int
+    log: int
+    eval: int
+
+    @staticmethod
+    def of(
+        epochs: int, steps_per_epoch: int, *, log_every: int | None, eval_every: int, eval_every_steps: int | None
+    ) -> Intervals:
+        """The intervals of a training of ``epochs``; ``eval_every`` counts epochs, the other two count steps."""
+        steps = epochs * steps_per_epoch
+        log = log_every or max(1, steps // DEFAULT_LOGS)
+        return Intervals(steps_per_epoch, steps, log, eval_every_steps or eval_every * steps_per_epoch)
+
+    def is_epoch_end(self, done: int) -> bool:
+        return done % self.epoch == 0
+
+    def is_eval_due(self, done: int) -> bool:
+        return done % self.eval == 0 or done == self.steps
+
+    def is_log_due(self, done: int) -> bool:
+        """Records within epochs. Those that would only repeat the epochs' own are left out."""
+        inside = self.is_eval_due(done) and not self.is_epoch_end(done)
+        return inside or self.log != self.epoch and done % self.log == 0
+
+    def evals_after(self, done: int) -> int:
+        """How many evaluations are still due after ``done`` steps."""
+        last = done < self.steps and self.steps % self.eval != 0
+        return self.steps // self.eval - done // self.eval + last
+
+
+class StepCounts(NamedTuple):
+    """What one step computes.
+
+    Attributes:
+      examples, tokens: in its batch, without padding; no tokens where there are no texts.
+      ideal_seconds: the time that it would take at the devices' peak; 0 if that is unknown.
+      padded_tokens: tokens with the padding.
+    """
+
+    examples: int
+    tokens: int
+    ideal_seconds: float
+    padded_tokens: int = 0
+
+
+@dataclass
+class Averages:
+    """Averages over steps: metrics over all of them, speed over those that were timed.
+
+    Attributes:
+      steps: number of steps.
+      sums: of each metric.
+      learning_rate: of the newest step; None before the first one.
+      tokens, padded_tokens: in all steps, see `StepCounts`.
+      timed_steps, timed_examples, timed_tokens: in the steps that were timed, which are those that compiled nothing.
+      seconds, ideal_seconds: that the timed steps took, and would take at the devices' peak.
+    """
+
+    steps: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    learning_rate: float | None = None
+    tokens: int = 0
+    padded_tokens: int = 0
+    timed_steps: int = 0
+    timed_examples: int = 0
+    timed_tokens: int = 0
+    seconds: float = 0.0
+    ideal_seconds: float = 0.0
+
+    def add(self, metrics: Mapping[str, Any], counts: StepCounts, seconds: float | None = None) -> None:
+        """Add a step; ``seconds`` is None if it was not timed."""
+        self.steps += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        self.learning_rate = metrics.get("learning_rate", self.learning_rate)
+        self.tokens += counts.tokens
+        self.padded_tokens += counts.padded_tokens
+        if seconds is not None:
+            self.timed_steps += 1
+            self.timed_examples += counts.examples
+            self.timed_tokens += counts.tokens
+            self.seconds += seconds
+            self.ideal_seconds += counts.ideal_seconds
+
+    def compute(self) -> dict[str, float]:
+        """The metrics' means, the newest learning rate, the share of padding, and the speed."""
+        found = {name: total / self.steps for name, total in self.sums.items()}
+        if self.learning_rate is not None:
+            found["learning_rate"] = self.learning_rate
+        if self.padded_tokens:
+            found["padding"] = 1 - self.tokens / self.padded_tokens
+        if self.timed_steps and self.seconds > 0:
+            found["step_seconds"] = self.seconds / self.timed_steps
+            found["examples_per_second"] = self.timed_examples / self.seconds
+            if self.timed_tokens:
+                found["tokens_per_second"] = self.timed_tokens / self.seconds
+            if self.ideal_seconds:
+                found["mfu"] = self.ideal_seconds / self.seconds
+        return found
+
+
+@dataclass
+class TimeEstimate:
+    """An estimate of the time left, from what this process has timed.
+
+    Attributes:
+      seconds, steps: of all timed steps, and their number.
+      eval_seconds: of the newest evaluation; 0 before the first one, which compiles.
+    """
+
+    seconds: float = 0.0
+    steps: int = 0
+    eval_seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Add a timed step."""
+        self.seconds += seconds
+        self.steps += 1
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The mean time of a step; None before one was timed."""
+        return self.seconds / self.steps if self.steps else None
+
+    def left(self, done: int, intervals: Intervals) -> float | None:
+        """Seconds of the steps and evaluations after step ``done``; None before a step was timed."""
+        if self.step_seconds is None:
+            return None
+        return self.step_seconds * (intervals.steps - done) + self.eval_seconds * intervals.evals_after(done)
+
+
+@dataclass
+class LoopState:
+    """The loop's part of a checkpoint: JSON, the same on any number of devices and processes.
+
+    The order of the data, dropout and the learning rate are functions of the step and need no state.
+
+    Attributes:
+      step: number of updates done.
+      seconds: training time so far.
+      since_log, since_epoch: averages since the last record, and since the epoch began.
+      metric: the newest value of the primary metric; None before the first evaluation.
+      best_metric, best_step: its best value, and the step that it was measured at.
+      evals_since_best: evaluations after that one.
+      eval_pending: whether this step's evaluation was due and is not done.
+      metrics_bytes, metrics_digest: size and SHA-256 of metrics.jsonl.
+      planned_epochs: which number of epochs was planned from which step on, as ``[step, epochs]``; see
+        `train.loop.extend`.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    since_log: Averages = field(default_factory=Averages)
+    since_epoch: Averages = field(default_factory=Averages)
+    metric: float | None = None
+    best_metric: float | None = None
+    best_step: int | None = None
+    evals_since_best: int = 0
+    eval_pending: bool = False
+    metrics_bytes: int = 0
+    metrics_digest: str = ""
+    planned_epochs: list[list[int]] = field(default_factory=list)
+
+    def add_eval(self, metric: PrimaryMetric, value: float) -> bool:
+        """Add an evaluation, and return whether it is the best one."""
+        is_best = metric.is_better(value, self.best_metric)
+        self.metric = value
+        if is_best:
+            self.best_metric, self.best_step, self.evals_since_best = value, self.step, 0
+        else:
+            self.evals_since_best += 1
+        return is_best
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` takes."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> LoopState:
+        """The state that `to_json` wrote.
+
+        Raises:
+          KeyError, TypeError: if it is something else.
+        """
+        averages = {name: Averages(**value[name]) for name in ("since_log", "since_epoch")}
+        return LoopState(**{**value, **averages})

@@ -44,10 +44,10 @@ def test_its_claims_hold(ran: tuple[dict[str, Any], str]) -> None:
     np.testing.assert_allclose(n["served"], apply(attach(params, n["adapters"]), tokens), atol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, n["base"], params)
     np.testing.assert_allclose(n["answers"][0], n["served"], atol=1e-4)
-    jax.tree.map(np.testing.assert_array_equal, n["again"], n["loss_mask"])
+    jax.tree.map(np.testing.assert_array_equal, n["again"], n["learnt"])
     assert max(n["report"].values()) < 1e-3
     with pytest.raises(n["peft"].PeftError, match=r"vLLM(.|\n)*classifier/dense/kernel' is trained whole"):
-        n["peft"].save("nowhere", n["names"], n["weights"], n["loss_mask"], n["config"], uniform_rank=True)
+        n["peft"].save("nowhere", n["names"], n["weights"], n["learnt"], n["config"], uniform_rank=True)
     for one, place in zip(jax.tree.leaves(n["divided"]), jax.tree.leaves(n["own"]), strict=True):
         assert one.sharding == place
     assert any("fsdp" in place.spec for place in jax.tree.leaves(n["own"]))
@@ -90,12 +90,12 @@ def test_pytorch_opens_what_it_says_that_it_opens(ran: tuple[dict[str, Any], str
         warnings.simplefilter("ignore")
         auto = transformers.AutoModelForSequenceClassification
         base = auto.from_pretrained(folder)  # its head is a new one; that of the adapter takes its place
-        moved = {path: jax.tree.map(lambda x: x + 0.1, value) for path, value in n["loss_mask"].items()}
+        moved = {path: jax.tree.map(lambda x: x + 0.1, value) for path, value in n["learnt"].items()}
         n["peft"].save(f"{folder}/adapter", n["names"], n["weights"], moved, n["config"], task_type="SEQ_CLS")
         adapted = theirs.PeftModel.from_pretrained(base, f"{folder}/adapter")
         np.testing.assert_allclose(logits(adapted), expected(moved), atol=1e-5)
         merged = auto.from_pretrained(f"{folder}/merged")
-        np.testing.assert_allclose(logits(merged), expected(n["loss_mask"]), atol=1e-5)
+        np.testing.assert_allclose(logits(merged), expected(n["learnt"]), atol=1e-5)
         assert merged.config.id2label == {0: "bad", 1: "good"}
 
         config = theirs.LoraConfig(r=2, target_modules=["key"], init_lora_weights=False, task_type="SEQ_CLS")
@@ -103,10 +103,10 @@ def test_pytorch_opens_what_it_says_that_it_opens(ran: tuple[dict[str, Any], str
         adapted.save_pretrained(str(tmp_path))
         loaded, _ = n["peft"].load(tmp_path, n["names"], n["weights"])
         np.testing.assert_allclose(logits(adapted), expected(loaded), atol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, n["jlora"].load(f"{folder}/orbax"), n["loss_mask"])
+    jax.tree.map(np.testing.assert_array_equal, n["jlora"].load(f"{folder}/orbax"), n["learnt"])
 
 
 def test_there_are_exactly_two_set_up_commands() -> None:
     first = next(body for language, body in BLOCKS if language == "bash").strip().splitlines()
     commands = [line.split("#")[0].strip() for line in first]
-    assert commands == ["pip install -e . && python -m train", 'pip install -e ".[test]" && pytest']
+    assert commands == ['pip install -e ".[train]" && python -m train', 'pip install -e ".[test]" && pytest']

@@ -17,7 +17,11 @@ import traceback
 import warnings
 from pathlib import Path
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError as error:
+    print(f'error: {error}, which jlora alone does not need; run: pip install -e ".[train]"', file=sys.stderr)
+    sys.exit(2)
 
 from jlora.models import ModelError, TensorError
 from train import config as schema

@@ -96,12 +96,18 @@ def fetch(path: str | Path, revision: str | None = None, files: Sequence[str] = 
     """The folder of a checkpoint: ``path`` itself, or where the files of that id on the hub were put.
 
     Raises:
-      ModelError: if it is neither.
+      ModelError: if it is neither, or an id without huggingface_hub to download it.
     """
     if (folder := Path(path)).is_dir():
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"{str(path)!r} is not a folder here, and a download from the hub needs huggingface_hub; run: "
+            'pip install "jlora[hub]"'
+        ) from error
 
     try:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=list(files)))

@@ -147,7 +147,6 @@ def test_a_run_that_was_killed_while_it_wrote_its_figures_writes_them_again(summ
 
 
 def test_a_plot_is_drawn(summaries):
-    pytest.importorskip("matplotlib")
     assert (Path(summaries["lora"]["run_dir"]) / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -35,12 +35,10 @@ def write_sheet(
       each: images of a label, in every domain.
 
     Raises:
-      ConfigError: if there is no Pillow, or no such folder.
+      ConfigError: if there is no such folder.
     """
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError as error:
-        raise ConfigError(f"show: pictures need Pillow ({error}); run: pip install pillow") from error
+    from PIL import Image, ImageDraw, ImageFont
+
     if out.suffix != ".png" or not out.parent.is_dir():
         raise ConfigError(f"show: got --out {out}, expected a file whose name ends in .png, in a folder that there is")
     font = _font(ImageFont)
@@ -92,11 +90,9 @@ def _short(name: str) -> str:
 
 
 def _font(library: Any) -> Any:
-    """The font of matplotlib where it is installed, which has most alphabets; Pillow's own has Latin letters alone."""
-    try:
-        import matplotlib
-    except ImportError:
-        return library.load_default(FONT)
+    """Matplotlib's font, which covers most alphabets; Pillow's own has Latin letters only."""
+    import matplotlib
+
     return library.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), FONT)
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jlora._src.paths import bullets, check_kinds
@@ -41,6 +40,8 @@ def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
       ValueError: if there are no adapters, or arrays without entries, naming each. Nothing is written.
       TensorError: if ``folder`` is a file or holds anything but adapters. Nothing is written.
     """
+    import orbax.checkpoint as ocp  # here, because it would take half of the time of `import jlora`
+
     folder = Path(folder).resolve()
     _check_savable(folder, adapters)
     keys = {path: f"{i:04}" for i, path in enumerate(adapters)}
@@ -72,6 +73,8 @@ def load(
       TensorError: if there are none, or a file is missing or not, bit for bit, as it was written; all are named.
       ValueError: if they differ from ``like``, naming every path with what was got and expected.
     """
+    import orbax.checkpoint as ocp
+
     folder = Path(folder).resolve()
     if not (folder / "adapters.json").is_file():
         raise TensorError(f"{folder} holds no adapters: adapters.json is missing. Expected a folder of jlora.save.")

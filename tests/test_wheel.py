@@ -1,4 +1,4 @@
-"""The wheel holds `jlora` alone, typed, and works with its own dependencies: no extras, no other part of the project."""
+"""The wheel holds `jlora` alone, typed, and works without extras and without the rest of the project."""
 
 from __future__ import annotations
 

@@ -1,0 +1,28 @@
+"""The README and the pages of docs/ as programs: their blocks of Python in order, and what they print."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The language and body of each code block of ``page``, a path from the repository's root."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@functools.cache
+def ran(page: str, after: str | None = None) -> tuple[dict[str, Any], str]:
+    """The names that the program of ``page`` defines, and what it prints; it starts with the names of ``after``."""
+    names = dict(ran(after)[0]) if after else {}
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        for i, code in enumerate(body for language, body in blocks(page) if language == "python"):
+            exec(compile(code, f"{page}, block {i + 1}", "exec"), names)
+    return names, out.getvalue()

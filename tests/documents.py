@@ -14,7 +14,14 @@ ROOT = Path(__file__).parents[1]
 
 def blocks(page: str) -> list[tuple[str, str]]:
     """The language and body of each code block of ``page``, a path from the repository's root."""
-    return re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    text = re.sub(r'^--8<-- "(.*):(.*)"$', _section, (ROOT / page).read_text(), flags=re.MULTILINE)
+    return re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def _section(found: re.Match[str]) -> str:
+    """What a page includes of another one, as the site does."""
+    text = (ROOT / found[1]).read_text()
+    return text.split(f"[start:{found[2]}] -->")[1].split(f"<!-- --8<-- [end:{found[2]}]")[0]
 
 
 @functools.cache

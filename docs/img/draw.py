@@ -1,4 +1,4 @@
-"""The drawings of the pages, for light and dark backgrounds: ``python docs/img/draw.py`` writes them beside this file."""
+"""The drawings of the pages, for light and dark backgrounds; ``python docs/img/draw.py`` writes them here."""
 
 from __future__ import annotations
 

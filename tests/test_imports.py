@@ -91,6 +91,18 @@ def test_importing_starts_no_backend() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={"PATH": "", "JAX_PLATFORMS": "cpu"})
 
 
+def test_importing_loads_little_more_than_jax_optax_and_flax() -> None:
+    """Slow imports (orbax, huggingface_hub) happen where they are used. Modules are counted, as times vary."""
+    code = """if True:
+        import sys, jax, optax, flax
+        before = set(sys.modules)
+        import jlora
+        print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))
+    """
+    ran = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert set(ran.stdout.split()) <= {"jax", "jlora", "safetensors"}
+
+
 ROOMS = ["jlora", "jlora.fields", "jlora.messages", "jlora.models", "jlora.peft"]
 
 

@@ -1,46 +1,71 @@
-"""The wheel holds `jlora` alone, typed, and works where nothing else of the project is."""
+"""The wheel holds `jlora` alone, typed, and works without extras and without the rest of the project."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-FIVE_LINES = """
-import jax, jax.numpy as jnp, jlora
-params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
-model = lambda params, x: x @ params["w"]
-config = jlora.LoraConfig(rank=2)
-uses = jlora.trace(model, params, x)
-adapters = jlora.init(jax.random.key(0), params, config, uses)
-apply = jlora.lora(model)
-assert (apply(jlora.attach(params, adapters), x) == model(params, x)).all()
-assert "site" in jlora.__file__, jlora.__file__
+README = (ROOT / "README.md").read_text()
+BLOCK = """
+class Extras:
+    "Packages that `pip install jlora` does not bring."
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+
+import sys
+sys.meta_path.insert(0, Extras())
 """
+NO_DOWNLOAD = """
+assert "site" in jlora.__file__, jlora.__file__
+try:
+    models.load("someone/model")
+except models.ModelError as error:
+    assert 'pip install "jlora[hub]"' in str(error), error
+else:
+    raise AssertionError
+"""
+
+
+def brought(requirements: list[str]) -> set[str]:
+    """The distributions that pip installs for these, with what those need in turn."""
+    found, waiting = set(), [Requirement(line) for line in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = requirement.name.lower().replace("_", "-")
+        if name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found.add(name)
+            waiting += [Requirement(line) for line in metadata.requires(name) or ()]
+    return found
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(out),
-        str(ROOT),
-    ]
-    subprocess.run(command, check=True)
+    command = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(ROOT)]
+    subprocess.run([sys.executable, *command], check=True)
     (made,) = out.glob("*.whl")
     return made
+
+
+@pytest.fixture(scope="module")
+def extras(wheel: Path) -> set[str]:
+    """The importable names here that the wheel's own dependencies do not bring."""
+    text = zipfile.ZipFile(wheel).read(next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("METADATA")))
+    lines = [line for line in text.decode().splitlines() if line.startswith("Requires-Dist: ")]
+    installed = brought([line.removeprefix("Requires-Dist: ") for line in lines])
+    owners = metadata.packages_distributions().items()
+    return {name for name, of in owners if not {d.lower().replace("_", "-") for d in of} & installed} - {"jlora"}
 
 
 def test_it_holds_jlora_alone_and_is_typed(wheel: Path) -> None:
@@ -50,13 +75,22 @@ def test_it_holds_jlora_alone_and_is_typed(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_it_runs_the_five_lines_elsewhere(wheel: Path, tmp_path: Path) -> None:
-    """Installed into an empty folder, away from the checkout, the five lines run."""
+def test_it_runs_the_readme_elsewhere_without_any_extra(wheel: Path, extras: set[str], tmp_path: Path) -> None:
+    """Installed into an empty folder, away from the checkout, every block of the README runs with the dependencies of
+    jlora alone; a download asks for its extra."""
+    assert {"datasets", "huggingface_hub", "matplotlib", "transformers", "tyro", "sklearn", "chex"} <= extras
+    assert not {"jax", "flax", "optax", "orbax", "numpy", "safetensors"} & extras
     site = tmp_path / "site"
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)], check=True
     )
-    paths = f"import sys; sys.path[:0] = [{str(site)!r}]\n"
-    subprocess.run(
-        [sys.executable, "-I", "-c", paths + FIVE_LINES], check=True, cwd=tmp_path, env={"JAX_PLATFORMS": "cpu"}
-    )
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    program = f"{BLOCK.format(names=extras)}sys.path[:0] = [{str(site)!r}]\n" + "\n".join(blocks) + NO_DOWNLOAD
+    environment = {"JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-I", "-c", program], check=True, cwd=tmp_path, env=environment)
+
+
+def test_the_program_names_its_extra(extras: set[str]) -> None:
+    code = f"{BLOCK.format(names=extras)}import runpy; runpy.run_module('train', run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, 'pip install -e ".[train]"' in ended.stderr) == (2, True), ended.stderr

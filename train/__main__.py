@@ -19,7 +19,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError as error:
+    print(f'error: {error}, which jlora alone does not need; run: pip install -e ".[train]"', file=sys.stderr)
+    sys.exit(2)
 
 from jlora.models import ModelError, TensorError
 from jlora.peft import PeftError

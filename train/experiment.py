@@ -205,11 +205,9 @@ def summarize(job: Job, start: Base, fitted: FitResult, measure: Measure, kept: 
 def told(job: Job, summary: dict[str, Any], kept: RunFiles) -> None:
     """Draw and print it, and write the summary last: a run with one is finished."""
     shown = [f"{name}_{job.task.primary}" for name in job.test]
-    drawn = console.draw_curves(kept.path / "curves.png", kept.records.read(), shown)
+    console.draw_curves(kept.path / "curves.png", kept.records.read(), shown)
     finish(kept.path, summary)
     print(f"\n{console.ending(summary)}\n\n{console.comparison_table(summary)}\n")
     for name in job.test:
         print(f"adapted, {name}: {console.figures_line(summary['metrics']['adapted'][name])}")
     print(f"\n{throughput.line(summary)}\nwritten to {kept.path} in {summary['seconds']:.1f} s")
-    if not drawn:
-        print("curves.png needs matplotlib: pip install -e '.[plots]'")

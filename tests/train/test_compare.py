@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from train.__main__ import main
 from train.commands.report import report
 from train.config import ConfigError
 from train.report.curves import COLOURS
-
-pytest.importorskip("matplotlib")
 
 TEXTS = {"kind": "SequenceClassification", "text": "sentence", "regression": False}
 CHAT = {"kind": "CausalLM", "messages": "messages"}
@@ -307,8 +304,3 @@ def test_all_that_cannot_be_read_is_told_at_once(runs, tmp_path):
     expect(said, *(f"{tmp_path}/{name} is no run directory: it has no config.json" for name in ("none", "empty")))
     expect(said, f"{tmp_path}/checkpoint is no run directory: its config.json is of something else")
     assert not (tmp_path / "report.html").exists()
-
-
-def test_without_matplotlib_the_extra_is_named(runs, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    expect(message(ConfigError, lambda: page(*runs)), 'pip install -e ".[plots]"')

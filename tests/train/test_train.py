@@ -150,7 +150,6 @@ def test_a_run_that_was_killed_before_its_summary_writes_it_again(summaries, cac
 
 
 def test_a_plot_is_drawn(summaries):
-    pytest.importorskip("matplotlib")
     assert (Path(summaries["lora"]["run_dir"]) / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -32,12 +32,10 @@ def write_contact_sheet(
       each: images of a label, in every domain.
 
     Raises:
-      ConfigError: if Pillow is not installed, or ``out`` is not a .png in an existing folder.
+      ConfigError: if ``out`` is not a .png in an existing folder.
     """
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError as error:
-        raise ConfigError(f"pictures need Pillow ({error}); run: pip install pillow") from error
+    from PIL import Image, ImageDraw, ImageFont
+
     if out.suffix != ".png" or not out.parent.is_dir():
         raise ConfigError(f"got --out {out}, expected a file whose name ends in .png, in an existing folder")
     font = _font(ImageFont)
@@ -93,11 +91,9 @@ def _short(name: str) -> str:
 
 
 def _font(library: Any) -> Any:
-    """The font of matplotlib where it is installed, which has most alphabets; Pillow's own has Latin letters only."""
-    try:
-        import matplotlib
-    except ImportError:
-        return library.load_default(FONT_SIZE)
+    """Matplotlib's font, which covers most alphabets; Pillow's own has Latin letters only."""
+    import matplotlib
+
     return library.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), FONT_SIZE)
 
 

@@ -29,7 +29,6 @@ def report(runs: Runs, out: Path = Path("report.html")) -> None:
         )
     if out.suffix not in (".html", ".png"):
         raise ConfigError(f"got --out {out}, expected a file whose name ends in .html or .png")
-    _check_matplotlib()
     found = read_runs(runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
@@ -37,10 +36,3 @@ def report(runs: Runs, out: Path = Path("report.html")) -> None:
     else:
         out.write_text(page(found), encoding="utf-8")
     print(f"written to {out}")
-
-
-def _check_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f'curves need matplotlib ({error}); run: pip install -e ".[plots]"') from error

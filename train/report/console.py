@@ -133,16 +133,10 @@ def figures_line(figures: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
 
-def draw_curves(path: Path, records: Sequence[dict[str, Any]], figures: Sequence[str]) -> bool:
-    """Draw the loss, and ``figures`` of the records, over the steps of all phases, one after the other, as a PNG.
+def draw_curves(path: Path, records: Sequence[dict[str, Any]], figures: Sequence[str]) -> None:
+    """Draw the loss, and ``figures`` of the records, over the steps of all phases, one after the other, as a PNG."""
+    from matplotlib.figure import Figure
 
-    Returns:
-      Whether it was drawn: False without matplotlib (the extra `plots`).
-    """
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return False
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     loss, measured = figure.subplots(1, 2)
     before, named = 0, set()
@@ -168,4 +162,3 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]], figures: Sequence
         measured.set(ylim=(0, 1.02))
     measured.legend()
     figure.savefig(path, dpi=120)
-    return True

@@ -8,7 +8,7 @@
       checkpoints/     from which the training goes on when it was stopped; see `train.loop.checkpoints`
       adapters/        what is kept of what was trained, as `jlora.save` writes it
       merged/          of a network trained from scratch: plain parameters for the unmodified model (orbax)
-      curves.png       when matplotlib is installed
+      curves.png       loss and metrics over the steps
       summary.json     the figures
       SHA256SUMS       of what a finished run is used by: configuration, data, adapters, records, figures
       run.lock         held by the process that trains

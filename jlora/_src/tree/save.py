@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jlora._src.tree.checks import check_kinds
@@ -42,6 +41,8 @@ def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
       ValueError: if there are no adapters, or if arrays are empty, listing each. Nothing is written.
       TensorError: if ``folder`` is a file, or holds anything but adapters. Nothing is written.
     """
+    import orbax.checkpoint as ocp  # here, because it would take half of the time of `import jlora`
+
     folder = Path(folder).resolve()
     _check_savable(folder, adapters)
     keys = {path: f"{i:04}" for i, path in enumerate(adapters)}
@@ -74,6 +75,8 @@ def load(
       TensorError: if there are none, or files are missing or changed since they were written; all are listed.
       ValueError: if they differ from ``like``, listing every difference.
     """
+    import orbax.checkpoint as ocp
+
     folder = Path(folder).resolve()
     if not (folder / "adapters.json").is_file():
         raise TensorError(f"{folder} holds no adapters: adapters.json is missing. Expected a folder of jlora.save.")

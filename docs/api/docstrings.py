@@ -1,0 +1,23 @@
+"""Docstrings for the site: ``>>>`` examples become code blocks, and ``a, b: text`` an entry for each name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+EXAMPLE = re.compile(r"^( *)>>> .*(?:\n\1\S.*)*", re.MULTILINE)
+SEVERAL = re.compile(r"^( +)(\*{0,2}[a-z_]\w*(?:, \*{0,2}[a-z_]\w*)+): (.*(?:\n\1 +\S.*)*)", re.MULTILINE)
+
+
+def for_the_site(docstring: str) -> str:
+    """The docstring with each example, up to the next empty line, between fences, and one name an entry."""
+    docstring = EXAMPLE.sub(lambda found: f"{found[1]}```pycon\n{found[0]}\n{found[1]}```", docstring)
+    return SEVERAL.sub(lambda found: "\n".join(f"{found[1]}{n}: {found[3]}" for n in found[2].split(", ")), docstring)
+
+
+class Docstrings(griffe.Extension):
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = for_the_site(obj.docstring.value)

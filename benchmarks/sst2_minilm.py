@@ -170,7 +170,8 @@ def _jlora(config: Any, fixed: bool, rounds: int) -> tuple[list[Any], Callable[[
     order = np.random.default_rng(0).permutation(16_000)
     batches = [batch_of(train[""], order[i * 32 : i * 32 + 32], buckets)
                for i in range(rounds + 1)]  # fmt: skip
-    uses, _ = plan_of(config, network, task.inputs(batches[0]))
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    uses, _ = plan_of(config, network, shapes, task.inputs(batches[0]))
     assert network.load is not None
     base = network.load(random_key(0, "head"), None)
     tx, schedule = make_optimizer(config.fit), make_schedule(config.fit, config.learning_rate.lora, STEPS)

@@ -171,10 +171,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Write ``value`` as JSON with sorted keys; ``file`` holds all of it or what it held before."""
+def write_json(file: Path, value: Any, *, sort_keys: bool = True) -> None:
+    """Write ``value`` as JSON; ``file`` holds all of it or what it held before."""
     with _drafts([file]) as (draft,):
-        _dump(draft, value)
+        _dump(draft, value, sort_keys)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -234,8 +234,8 @@ def _drafts(files: Sequence[Path]) -> Iterator[list[Path]]:
             draft.unlink(missing_ok=True)
 
 
-def _dump(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+def _dump(file: Path, value: Any, sort_keys: bool = True) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
 
 
 def _dump_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -114,7 +114,7 @@ def test_a_page_shows_every_run_and_its_figures(runs, capsys):
 
 
 def test_only_fields_that_differ_are_shown(html):
-    shown = text(html).split("What differs in the configurations")[1].split("What is adapted")[0]
+    shown = text(html).split("Differences between the configurations")[1].split("Adapted weights")[0]
     expect(shown, "lora.rank 8 16", "seed 0 3")
     assert not [name for name in ("lora.alpha", "lora.targets", "task", "mode", "fit.epochs", "kind") if name in shown]
 
@@ -127,7 +127,7 @@ def test_how_a_run_is_computed_is_a_difference_and_where_it_is_kept_is_none(tmp_
     one = config(**aside("a", 1), compute={"kind": "ComputeConfig", "layout": "jit", "rules": {}})
     other = config(**aside("b", 2), compute={"kind": "ComputeConfig", "layout": "mesh", "rules": {"lm_head/*": "fsdp"}})
     folders = [write(tmp_path / c["run_dir"], c, records(), summary(0.5)) for c in (one, other)]
-    shown = text(page(*folders)).split("What differs in the configurations")[1].split("What is adapted")[0]
+    shown = text(page(*folders)).split("Differences between the configurations")[1].split("Adapted weights")[0]
     rows = "compute.layout jit mesh compute.rules {} – compute.rules.lm_head/* – fsdp"
     assert shown.strip().endswith(f"a b {rows}")
 
@@ -142,7 +142,7 @@ def test_a_field_that_a_run_lacks_and_another_kind_are_differences(tmp_path):
 def test_equal_configurations_are_said_to_be_equal(tmp_path):
     folders = [write(tmp_path / name, config(run_dir=name), records(), summary(0.5)) for name in ("one", "other")]
     expect(text(page(*folders)), "the runs have the same configuration")
-    assert "What differs" not in text(page(folders[0]))
+    assert "Differences between" not in text(page(folders[0]))
 
 
 def test_every_run_has_one_line_in_every_panel(html):
@@ -185,7 +185,7 @@ def test_plans_are_shown_once_for_all_runs_that_share_them(tmp_path):
     html = page(*folders)
     assert re.findall(r"<summary>(.*?)</summary>", html) == ["one, two", "three"]
     expect(html, f"<pre>{PLAN.strip()}</pre>", "<pre>another plan</pre>")
-    assert "What is adapted" not in page(folders[-1])
+    assert "Adapted weights" not in page(folders[-1])
 
 
 def test_names_are_told_apart_by_their_parents(tmp_path):
@@ -209,7 +209,7 @@ def test_an_unfinished_run_says_how_far_it_is(tmp_path):
     later = write(tmp_path / "later", config(), records()[:8])
     shown = text(page(begun, early, later))
     expect(shown, "unfinished, step 0 of ?", "unfinished, step 3 of ?", "unfinished, step 6 of 10", "0.2500 at step 5")
-    expect(text(page(begun)), "Nothing was logged yet")
+    expect(text(page(begun)), "Nothing has been logged yet")
     (begun / "metrics.jsonl").unlink()
     report((begun,), tmp_path / "report.png")
 
@@ -273,7 +273,9 @@ def test_the_command_line_takes_runs_and_a_file(runs, tmp_path, capsys):
 def test_the_command_line_refuses_a_folder_that_is_no_run(tmp_path, capsys):
     out = tmp_path / "mine.html"
     assert main(["report", str(tmp_path), "--out", str(out)]) == 2
-    expect(capsys.readouterr().err, "error: report: 1 problem(s)", f"{tmp_path} is no run directory", "no config.json")
+    expect(
+        capsys.readouterr().err, "error: report: 1 problem(s)", f"{tmp_path} is not a run directory", "no config.json"
+    )
     assert not out.exists()
 
 
@@ -304,8 +306,8 @@ def test_all_that_cannot_be_read_is_told_at_once(runs, tmp_path):
     said = message(ConfigError, lambda: page(*runs, tmp_path / "empty", tmp_path / "checkpoint", tmp_path / "none"))
     expect(said, "6 problem(s)", f"{one}/metrics.jsonl, line 3: got '{{oops'", f"line {len(good) + 2}: got", "delete")
     expect(said, f"{other}/summary.json", "line 2")
-    expect(said, *(f"{tmp_path}/{name} is no run directory: it has no config.json" for name in ("none", "empty")))
-    expect(said, f"{tmp_path}/checkpoint is no run directory: its config.json is of something else")
+    expect(said, *(f"{tmp_path}/{name} is not a run directory: it has no config.json" for name in ("none", "empty")))
+    expect(said, f"{tmp_path}/checkpoint is not a run directory: its config.json is of something else")
     assert not (tmp_path / "report.html").exists()
 
 

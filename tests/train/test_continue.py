@@ -26,7 +26,7 @@ from train.loop.checkpoints import Checkpoints
 from train.loop.extend import go_on
 from train.loop.progress import Intervals, Position
 from train.loop.stop import EXIT_CODE
-from train.rundir.directory import LATER
+from train.rundir.changes import LATER
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -259,8 +259,8 @@ def test_patience_keeps_the_best_and_says_so(work, tmp_path):
         last = max(measured)
         assert measured[last] < measured[best] and last - best == 6 and told["steps"] == last < 72
         kept = last if keep == "--keep last" else best
-        assert (told["kept_step"], told["kept_figure"]) == (kept, pytest.approx(measured[kept]))
-        assert (told["best_step"], told["best_figure"]) == (best, pytest.approx(measured[best]))
+        assert (told["kept_step"], told["kept_metric"]) == (kept, pytest.approx(measured[kept]))
+        assert (told["best_step"], told["best_metric"]) == (best, pytest.approx(measured[best]))
         assert told["metrics"]["adapted"]["validation"]["accuracy"] == pytest.approx(measured[kept])
         assert f"ended at step {last} of 72: 2 measurements in a row had no better validation_accuracy" in printed
         which = "last" if kept == last else "best"

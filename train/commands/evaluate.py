@@ -15,13 +15,14 @@ from train.job import bucket_lengths
 from train.loop.evaluate import make_measure
 from train.networks.network import check_tokens
 from train.report import console
-from train.rundir.directory import changes
+from train.rundir.changes import data_changes
+from train.rundir.directory import RunDirectory
 from train.rundir.finished import FinishedRun, open_run
 from train.tasks.base import Task
 
 
 def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) -> None:
-    """Print the figures of the adapted model on validation examples.
+    """Print the metrics of the adapted model on validation examples.
 
     Args:
       run: a run directory.
@@ -40,13 +41,15 @@ def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) 
     sets = {name or "validation": examples for name, examples in opened.task.encode(table).items()}
     if table.provenance is not None:
         print(table.provenance.line())
-        if source is None and (differing := changes(run, {"validation": table.provenance.to_json()})):
+        if source is None and (
+            differing := data_changes(RunDirectory(run), {"validation": table.provenance.to_json()})
+        ):
             print(f"these are not the examples of the run:{bullets(differing)}")
     for name, examples in sets.items():
         if (cut := cut_of(examples)) is not None and cut.cut + cut.dropped:
             print(line(name, cut, trains=False))
-    for name, figures in measured(opened, sets).items():
-        print(f"{name}: {console.figures_line(figures)}")
+    for name, metrics in measured(opened, sets).items():
+        print(f"{name}: {console.metrics_line(metrics)}")
 
 
 def measured(run: FinishedRun, sets: Mapping[str, Examples]) -> dict[str, dict[str, float]]:

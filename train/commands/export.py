@@ -12,7 +12,7 @@ from jlora import models, peft
 from train.commands.inputs import RunPath
 from train.config import ConfigError, Pretrained
 from train.networks.network import read_settings
-from train.rundir import files
+from train.rundir.arrays import save_tree
 from train.rundir.finished import FinishedRun, open_run
 
 
@@ -34,7 +34,7 @@ def export(
     if to == "orbax":
         if folder.exists():
             raise ConfigError(f"export: {folder} is there already; pass --out with a new folder")
-        files.save_tree(folder, jax.jit(jlora.merge)(opened.params, opened.adapters))
+        save_tree(folder, jax.jit(jlora.merge)(opened.params, opened.adapters))
     elif network.model is None:
         raise ConfigError(f"export: a {type(config.model).__name__} exists in JAX alone; pass --to orbax")
     elif to == "peft":

@@ -16,12 +16,12 @@ Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="
 
 
 def report(runs: Runs, out: Path = Path("report.html")) -> None:
-    """Write a page that compares runs, finished or not: figures, curves, what differs in their configurations, plans.
+    """Write a page that compares runs, finished or not: metrics, curves, differences in their configurations, plans.
 
     Args:
       runs: run directories, 8 at most.
       out: the file to write: .html for the page, which needs no other file and no network, or .png for a picture of the
-        curves and the main figures.
+        curves and the main metrics.
     """
     if not 1 <= len(runs) <= len(COLOURS):
         raise ConfigError(

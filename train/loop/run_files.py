@@ -9,8 +9,8 @@ from train.loop.extend import go_on
 from train.loop.loop import Checkpointing
 from train.loop.progress import Intervals, Position
 from train.report import writers
-from train.rundir import files
-from train.rundir.directory import RunDirectory, reopen
+from train.rundir.claim import ClaimedDirectory
+from train.rundir.codec import to_json
 from train.rundir.records import Record, Records
 
 
@@ -23,7 +23,7 @@ class RunFiles:
       saving: its checkpoints, and where the training goes on.
     """
 
-    def __init__(self, config: TrainConfig, place: RunDirectory, plan: str, intervals: Intervals):
+    def __init__(self, config: TrainConfig, place: ClaimedDirectory, plan: str, intervals: Intervals):
         """Open them; ``plan`` is kept beside, and ``intervals`` is the training's.
 
         Raises:
@@ -31,24 +31,24 @@ class RunFiles:
             to train.
           CheckpointError: if the checkpoint cannot be read.
         """
-        self.path, self._lock = place.path, place.lock
+        self.path = place.path
         keep_best = config.keep == "best" or config.keep is None and config.fit.patience is not None
-        checkpoints = Checkpoints(place.path / "checkpoints", config.save, keep_best=keep_best)
+        checkpoints = Checkpoints(place.checkpoints, config.save, keep_best=keep_best)
         position = _resumed(config, place, checkpoints, keep_best)
         peak = getattr(config.learning_rate, config.mode)
-        told = go_on(config.fit, peak, intervals, position, finished=place.further)
+        told = go_on(config.fit, peak, intervals, position, finished=place.extends)
         self._resumed = position.step > 0
         if self._resumed:
             say(f"going on with {place.path} after step {position.step}" + (f"\n{told}" if told else "") + "\n")
-        identity = files.to_json(config)
+        identity = to_json(config)
         self._writers = writers.open_writers(config.log if is_first() else (), place.path, identity, position.step + 1)
-        self.records = Records(place.path / "metrics.jsonl", self._writers.write)
+        self.records = Records(place.metrics, self._writers.write)
         if not self._resumed:
             self.records.cut(0)
 
         def begin() -> None:
-            if place.further and is_first():
-                reopen(place.path, config)
+            if place.extends and is_first():
+                place.reopen(config)
             checkpoints.delete_after(position.step)
             if self._resumed:
                 self.records.cut(position.metrics_bytes, position.metrics_digest)
@@ -64,7 +64,7 @@ class RunFiles:
             again="the same command" if config.resume in (None, "auto") else "the same command with --resume auto",
         )
         if is_first():
-            (place.path / "plan.txt").write_text(plan + "\n")
+            place.write_plan(plan)
 
     def __enter__(self) -> RunFiles:
         return self
@@ -72,8 +72,6 @@ class RunFiles:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._writers.close(failed=error is not None)
         self.saving.checkpoints.close()
-        if self._lock is not None:
-            self._lock.release()
 
     def log_base(self, record: Record) -> None:
         """Keep a record of the base's training; a run that goes on has them."""
@@ -81,7 +79,7 @@ class RunFiles:
             self.records.write(record)
 
 
-def _resumed(config: TrainConfig, place: RunDirectory, checkpoints: Checkpoints, keep_best: bool) -> Position:
+def _resumed(config: TrainConfig, place: ClaimedDirectory, checkpoints: Checkpoints, keep_best: bool) -> Position:
     """Where the training goes on."""
     steps = checkpoints.steps()
     step = config.resume if isinstance(config.resume, int) else max(steps, default=0)
@@ -90,7 +88,7 @@ def _resumed(config: TrainConfig, place: RunDirectory, checkpoints: Checkpoints,
             f"resume: got step {step}, and there are checkpoints of {', '.join(map(str, steps)) or 'no step'};"
             " pass one of these, 0 to begin anew, or --resume auto for the newest"
         )
-    if place.further and not steps:
+    if place.extends and not steps:
         raise ConfigError(f"run_dir: {place.path} has no checkpoint to go on from; pass another --run-dir")
     position = checkpoints.position(step) if step else Position()
     if keep_best and position.best_step not in (None, *steps):

@@ -3,7 +3,8 @@
 ``__main__``    the command line: a config file, overrides, errors that name the way out
 ``config``      what can be configured, and ``checks``, what of it is refused before anything is built
 ``experiment``  a run, from its configuration to its summary
-``job``         a configuration: all that it is made of, the data, network, task, layout and plan
+``job``         what a run is made of: examples, network, task, layout and plan
+``summary``     what a run prints at its start and end, and its summary
 ``data/``       sources: tables, then batches of few shapes
 ``networks/``   the networks, as functions of their parameters
 ``tasks/``      tables: examples; the loss, the metrics
@@ -11,7 +12,7 @@
 ``pretrain``    the base of a network without a checkpoint, trained once and cached
 ``loop/``       steps, with metrics, evaluations and checkpoints on the way; SIGTERM and Ctrl-C
 ``rundir/``     what a run directory holds
-``report/``     what a person sees: progress, tables, curves, pages
+``report/``     progress, tables, curves, pages
 ``commands/``   one file each: show, predict, generate, eval, export, report, inspect
 
 The program imports jlora; jlora never imports it. Every room says in its ``__init__`` what is in it.

@@ -35,10 +35,6 @@ class ClaimedDirectory(RunDirectory):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Let other runs use it."""
         if self._lock is not None:
             self._lock.release()
 

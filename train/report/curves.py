@@ -94,8 +94,8 @@ def _draw_lines(axes: Axes, title: str, lines: Sequence[Points], last: int) -> N
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: _tick(value))
     axes.set(title=title, xlabel="step", xlim=(0, 1.02 * last))
-    if title.endswith("per second"):
-        axes.set_ylim(bottom=0)
+    if title.endswith("per second") and values:
+        axes.set_ylim(0, 1.05 * max(values))
     axes.grid(True)
 
 

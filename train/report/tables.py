@@ -34,7 +34,7 @@ def main_metrics(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
     for primary in _in_order(run.primary for run in runs):
         for name in _sets(runs, primary):
             columns[f"{name}\n{_words(primary)}"] = [_metric(run, "adapted", name, primary) for run in runs]
-    columns["parameters\ntrained"] = [_number(run.summary.get("trainable"), "{:,}") for run in runs]
+    columns["trained\nparameters"] = [_number(run.summary.get("trainable"), "{:,}") for run in runs]
     columns["state"] = [_state(run) for run in runs]
     return columns
 
@@ -152,14 +152,14 @@ TRAINING: dict[str, Callable[[ReportedRun], str]] = {
     "state": _state,
     "mode": lambda run: str(run.config.get("mode", "")),
     "seed": lambda run: str(run.config.get("seed", "")),
-    "step kept": lambda run: _number(run.summary.get("kept_step"), "{:,}"),
+    "kept step": lambda run: _number(run.summary.get("kept_step"), "{:,}"),
     "ended": lambda run: str(run.summary.get("ended") or ""),
-    "parameters trained": _trained,
+    "trained parameters": _trained,
     "time, h:mm:ss": _duration,
 }
 SPEED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "layout": lambda summary: str(summary.get("layout") or ""),
-    "time of a step": _scaled("step_seconds", 1e3, "{:,.1f} ms"),
+    "time per step": _scaled("step_seconds", 1e3, "{:,.1f} ms"),
     "examples per second": _scaled("examples_per_second", 1, "{:,.0f}"),
     "tokens per second": _scaled("tokens_per_second", 1, "{:,.0f}"),
     "share of the devices' peak": _scaled("mfu", 1, "{:.1%}"),

@@ -78,7 +78,9 @@ def _train(job: Job, directory: ClaimedDirectory, stop: Stop, began: float) -> d
                 "seconds": round(time.perf_counter() - began, 2),
             }
             if is_first():
-                drawn = console.draw_curves(directory.curves, files.records.read(), job.main_metrics)
+                drawn = console.draw_curves(
+                    directory.curves, files.records.read(), [name for name, _ in job.primary_metrics]
+                )
                 directory.finish(summary)
                 print_summary(summary, drawn=drawn)
     return summary
@@ -117,7 +119,7 @@ def fit_adapters(job: Job, base: Any, measure: Measure, files: RunFiles, stop: S
         seed=config.seed,
         intervals=job.intervals(config.fit, job.examples),
         evaluate=evaluate,
-        figure=job.metric(),
+        figure=job.primary_metrics[-1],
         log=files.records.write,
         buckets=job.buckets,
         accumulate=config.compute.accumulate,

@@ -88,14 +88,13 @@ class TrainingData:
         return {name: cut for name, cut in found.items() if cut is not None}
 
     @property
-    def main_metrics(self) -> list[str]:
-        """The task's main metric on each set of test examples, as records name them."""
-        return [f"{name}_{self.task.primary}" for name in self.test]
+    def primary_metrics(self) -> list[tuple[str, int]]:
+        """`primary_metric` of each domain; the last one decides which adapters are the best."""
+        return [self.primary_metric(domain) for domain in self.test]
 
-    def metric(self, domain: str | None = None) -> tuple[str, int]:
-        """The metric by which the best step on a domain, by default the last one, is chosen; and 1 if more is better,
-        else -1."""
-        return f"{domain or list(self.test)[-1]}_{self.task.primary}", 1 if self.task.higher_is_better else -1
+    def primary_metric(self, domain: str) -> tuple[str, int]:
+        """The task's primary metric on the test examples of a domain, and 1 if more is better, else -1."""
+        return f"{domain}_{self.task.primary}", 1 if self.task.higher_is_better else -1
 
     @property
     def _sets(self) -> dict[str, Examples]:

@@ -97,7 +97,7 @@ def _train(job: Job, cached: Path, measure: Measure, log: Callable[[Record], Non
         seed=config.seed,
         intervals=job.intervals(config.base, examples),
         evaluate=evaluate,
-        figure=job.metric(domain),
+        figure=job.primary_metric(domain),
         log=note,
         accumulate=config.compute.accumulate,
     )

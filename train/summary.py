@@ -51,7 +51,7 @@ def make_summary(job: Job, base: Base, fitted: Fitted, records: Sequence[Record]
         "steps": position.step,
         "planned_steps": job.intervals(config.fit, job.examples).steps,
         "ended": fitted.ended,
-        "metric": job.metric()[0],
+        "primary_metric": job.primary_metrics[-1][0],
         "kept": "best" if keep_best else "last",
         "kept_step": fitted.kept_step,
         "kept_metric": fitted.figure,

@@ -167,8 +167,8 @@ def test_a_window_has_the_newest_learning_rate_and_the_share_of_padding():
 
 def test_an_ending_says_what_was_kept():
     told: dict[str, Any] = {
-        "steps": 9, "planned_steps": 24, "ended": "so it is", "metric": "test_f1", "kept": "last", "kept_step": 9,
-        "kept_metric": 0.25, "best_step": 3, "best_metric": 0.75,
+        "steps": 9, "planned_steps": 24, "ended": "so it is", "primary_metric": "test_f1", "kept": "last",
+        "kept_step": 9, "kept_metric": 0.25, "best_step": 3, "best_metric": 0.75,
     }  # fmt: skip
     first = "ended at step 9 of 24: so it is\nkept: step 9, the last one"
     assert ending(told) == f"{first}, test_f1 0.2500 (step 3 had 0.7500; --keep best keeps it)"

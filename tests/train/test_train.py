@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import jlora
-from tests.runs import records, stopping
+from tests.runs import content, records, stopping
 from train.__main__ import DEFAULT_CONFIG, ROOT, load_config, main, parse
 from train.compute.keys import random_key
 from train.compute.layouts import Jit
@@ -44,7 +44,9 @@ from train.networks.network import EVERYTHING, NEW_HEAD
 from train.pretrain import identity
 from train.rundir.arrays import load_tree
 from train.rundir.bases import load_base, save_base
+from train.rundir.claim import claim
 from train.rundir.codec import from_json, to_json
+from train.rundir.directory import RunDirectory
 from train.tasks.registry import make_task, resolved
 
 MODES = ("lora", "full", "head")
@@ -261,6 +263,24 @@ def test_a_run_keeps_its_base(summaries, tmp_path, monkeypatch, capsys):
         file.write_bytes(b"")
     assert main(["eval", str(tmp_path / "run")]) == 2
     assert "manifest.ocdbt differs" in capsys.readouterr().err
+
+
+def test_claiming_a_directory_changes_no_file(config, tmp_path):
+    """`begin` does."""
+    directory = RunDirectory(tmp_path)
+    directory.write_config(config)
+    directory.write_data({})
+    before = content(tmp_path)
+    later = dataclasses.replace(config, run_dir=tmp_path, log_every=3)
+    with claim(later, {}) as claimed:
+        assert content(tmp_path) == before | {"run.lock": b""}
+        with pytest.raises(ConfigError, match="is in use by another process"):
+            claim(later, {})
+        claimed.begin(later, {})
+    assert directory.read_config() == later
+    with pytest.raises(ConfigError, match=r"seed: the run has 0, got 1"):
+        claim(dataclasses.replace(later, seed=1), {})
+    claim(later, {}).__exit__()
 
 
 def test_a_cached_base_serves_runs_that_log_and_evaluate_at_other_steps(summaries, cache_dir, tmp_path, capsys):

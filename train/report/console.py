@@ -106,14 +106,14 @@ def ending(summary: Mapping[str, Any]) -> str:
     text = f"ended at step {summary['steps']} of {summary['planned_steps']}: {summary['ended']}\n"
     text += f"kept: step {kept}, the {summary['kept']} one"
     if summary["kept_metric"] is not None:  # checkpoints of earlier versions do not have the last one
-        text += f", {summary['metric']} {summary['kept_metric']:.4f}"
+        text += f", {summary['primary_metric']} {summary['kept_metric']:.4f}"
     if summary["kept"] == "last" and best is not None and summary["best_metric"] != summary["kept_metric"]:
         text += f" (step {best} had {summary['best_metric']:.4f}; --keep best keeps it)"
     return text
 
 
 def comparison_table(summary: dict[str, Any]) -> str:
-    """The main metric of a run's models on every set of examples, and how many of their predictions differ."""
+    """The primary metric of a run's models on every set of examples, and how many of their predictions differ."""
     sets, primary = summary["examples"], summary["primary"]
     differ = f"of {sum(sets.values()):,} predictions differ from"
     differing = summary["differing_predictions"]

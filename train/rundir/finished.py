@@ -51,14 +51,13 @@ def open_run(folder: Path) -> FinishedRun:
       ConfigError: if there is none, the run is unfinished, or a file of it is damaged, was changed or is missing.
     """
     directory = RunDirectory(folder)
-    directory.read_config_json()  # first of all, whether this is a run
+    config = directory.read_config()
     if not directory.is_finished:
         raise ConfigError(
             f"{folder} has no {directory.summary.name}: the run did not finish. Resume it with the same command, or "
             f"with --run-dir {folder}"
         )
     directory.check_sums()
-    config = directory.read_config()
     network = make_network(config)
     try:
         adapters = jlora.load(directory.adapters)

@@ -1,4 +1,4 @@
-"""Finished runs that nobody trained: a configuration's network with random adapters, for tests of what uses a run."""
+"""Finished runs without a training: a configuration's network with random adapters, for tests of what uses a run."""
 
 from __future__ import annotations
 

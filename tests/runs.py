@@ -1,4 +1,4 @@
-"""What tests of runs share: the program, in this process or in another, and a run's records without its times."""
+"""Helpers for tests of runs: the program, in this process or another one, and a run's records without times."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIMES = ("seconds", "step_seconds", "examples_per_second", "tokens_per_second", 
 
 
 def program(*argv: str) -> tuple[int, str]:
-    """Exit code of the program and what it printed."""
+    """The exit code of the program, and what it printed."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         code = main(list(argv))
@@ -35,7 +35,7 @@ def program(*argv: str) -> tuple[int, str]:
 
 
 def start(*argv: str, devices: int = 1, **environment: str) -> subprocess.Popen[str]:
-    """The program in a process of its own, with so many emulated devices."""
+    """Start the program in a new process with emulated devices."""
     known = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     return subprocess.Popen(
         [sys.executable, "-m", "train", *argv],
@@ -48,14 +48,14 @@ def start(*argv: str, devices: int = 1, **environment: str) -> subprocess.Popen[
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port of this machine."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]
 
 
 def records(folder: Path, phase: str | None = None) -> list[dict[str, Any]]:
-    """A run's records, or those of a phase, without what depends on the machine's speed."""
+    """A run's records, or those of one phase, without times and speeds."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {name: value for name, value in one.items() if name not in TIMES}
@@ -81,7 +81,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 @contextlib.contextmanager
 def compiled_once(folder: Path) -> Iterator[None]:
-    """Programs are compiled once, for this process and for those that it starts, and kept in ``folder``."""
+    """Cache compiled programs in ``folder``, for this process and those that it starts."""
     options = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,

@@ -3,7 +3,8 @@
 ``__main__``    the command line: a config file, flags, commands, exit codes
 ``config/``     the schema of a configuration: each field with its type, constraint, default and help
 ``experiment``  a run, from its configuration to its summary
-``job``         a configuration: all that it is made of, the data, network, task, layout and plan
+``job``         what a run is made of: examples, network, task, layout and plan
+``summary``     what a run prints at its start and end, and its summary
 ``data/``       sources: tables, then batches of few shapes
 ``networks/``   the networks, as functions of their parameters
 ``tasks/``      tables: examples; the loss, the metrics

@@ -1,18 +1,27 @@
-"""What a run is made of before anything is trained: data, network, task, layout, plan."""
+"""What a run is made of before anything is trained: examples, network, task, layout, plan.
+
+A configuration that `TrainConfig.check` accepted is checked here against what it names: the data and the checkpoint
+in `training_data`, the devices, the targets and the other processes in `make_job`. No weight is read.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 import jlora
+from train.compute import flops
 from train.compute.keys import random_key
 from train.compute.layouts import Layout, Mesh, make_layout
 from train.compute.processes import check_same, say
+from train.compute.step import init_state, make_step
 from train.config import ConfigError, FitConfig, TrainConfig
 from train.data.batches import Examples, batch_of, default_buckets, lengths, size, truncation_of
 from train.data.sources import Provenance
@@ -21,7 +30,7 @@ from train.data.truncation import Truncation
 from train.loop.state import Intervals, PrimaryMetric
 from train.networks.network import Network, check_tokens
 from train.networks.registry import make_network
-from train.rundir.files import flat, to_json
+from train.rundir.codec import flat, to_json
 from train.tasks.base import Task
 from train.tasks.classify import Classification
 from train.tasks.images import Images, count_blank
@@ -29,77 +38,91 @@ from train.tasks.labels import class_counts
 from train.tasks.registry import make_task, resolved
 
 OWN = ("cache_dir", "processes", "run_dir")
-"""Fields that each process may have for itself; of the run directory the first one's counts."""
+"""Fields that may differ between processes; the run directory is the first one's."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """A configuration, and what was made of it.
+class TrainingData:
+    """The examples of a configuration, encoded.
 
     Attributes:
-      config: completed with what it takes from its data.
-      network, task, layout: as it says. No weight is read yet.
-      train, test: the examples by the name of their domain; the last one is learnt, the first one by a base.
-      data: what is told of the training and the validation examples.
-      buckets: the lengths to which batches are padded.
-      shapes: of the base's parameters, as the network makes them.
-      plan: which of them are trained, and how.
+      config: with what it takes from its data, such as the names of the labels.
+      data: where the training and the validation examples were read.
+      network, task: as the configuration says.
+      train, test: the examples by the name of their domain; adapters are trained on the last one, a base on the first.
     """
 
     config: TrainConfig
+    data: Mapping[str, Provenance]
     network: Network
     task: Task
-    layout: Layout
     train: Mapping[str, Examples]
     test: Mapping[str, Examples]
-    data: Mapping[str, Provenance]
-    buckets: tuple[int, ...]
-    shapes: Any
-    plan: jlora.Plan
 
     @property
     def examples(self) -> Examples:
-        """The training examples."""
-        return self.train[list(self.train)[-1]]
+        """The examples that adapters are trained on."""
+        return list(self.train.values())[-1]
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What is told of the data, as JSON."""
+        """Where the examples were read, as JSON."""
         return {name: provenance.to_json() for name, provenance in self.data.items()}
 
     @property
     def label_counts(self) -> dict[str, dict[str, int]]:
-        """How many examples of each set have each label; nothing of a task without classes."""
+        """The number of examples of each label, by set; empty for a task without classes."""
         names = self.task.labels if isinstance(self.task, Classification) else ()
-        return (
-            {name: class_counts(np.asarray(one["label"]), names) for name, one in self._sets.items()} if names else {}
-        )
+        if not names:
+            return {}
+        return {name: class_counts(np.asarray(one["label"]), names) for name, one in self._sets.items()}
 
     @property
     def blank_images(self) -> dict[str, int]:
-        """How many images of each set have one colour only, in the sets that have some."""
+        """The number of images that have one colour only, by set; without the sets that have none."""
         sets = self._sets.items() if isinstance(self.task, Images) else ()
         return {name: n for name, one in sets if (n := count_blank(np.asarray(one["image"])))}
 
     @property
-    def _sets(self) -> dict[str, Examples]:
-        """The examples as one domain shows them."""
-        return {"train": self.examples, "validation": list(self.test.values())[-1]}
+    def cuts(self) -> dict[str, Truncation]:
+        """How many texts were cut, by set."""
+        sets = {"train": self.examples, **self.test}
+        found = {name: truncation_of(examples) for name, examples in sets.items()}
+        return {name: cut for name, cut in found.items() if cut is not None}
+
+    @property
+    def primary_metrics(self) -> list[PrimaryMetric]:
+        """`primary_metric` of each domain; the last one decides which adapters are the best."""
+        return [self.primary_metric(domain) for domain in self.test]
 
     def primary_metric(self, domain: str) -> PrimaryMetric:
         """The task's primary metric on the test examples of a domain."""
         return PrimaryMetric(f"{domain}_{self.task.primary}", self.task.higher_is_better)
 
     @property
-    def cuts(self) -> dict[str, Truncation]:
-        """What was cut of each set of texts."""
-        found = {"train": truncation_of(self.examples)} | {
-            name: truncation_of(examples) for name, examples in self.test.items()
-        }
-        return {name: cut for name, cut in found.items() if cut is not None}
+    def _sets(self) -> dict[str, Examples]:
+        """The examples in their last domain."""
+        return {"train": self.examples, "validation": list(self.test.values())[-1]}
+
+
+@dataclass(frozen=True)
+class Job(TrainingData):
+    """A configuration, and all that was made of it.
+
+    Attributes:
+      layout: where it is computed.
+      shapes: the shapes and dtypes of the base's parameters.
+      buckets: the lengths to which batches are padded.
+      plan: which of them are adapted, and how.
+    """
+
+    layout: Layout
+    shapes: Any
+    buckets: tuple[int, ...]
+    plan: jlora.Plan
 
     def intervals(self, fit: FitConfig, examples: Examples) -> Intervals:
-        """When something is due in a training on some examples."""
+        """How often metrics, evaluations and epochs are due in a training on ``examples``."""
         return Intervals.of(
             fit.epochs,
             size(examples) // fit.batch_size,
@@ -109,29 +132,11 @@ class Job:
         )
 
 
-class TrainingData(NamedTuple):
-    """What a run learns, before anything is said of how.
-
-    Attributes:
-      config: completed with what it takes from its data.
-      tables: the data, by ``train`` and ``validation``.
-      network, task: as it says. No weight is read yet.
-      train, test: the examples by the name of their domain.
-    """
-
-    config: TrainConfig
-    tables: Mapping[str, Table]
-    network: Network
-    task: Task
-    train: Mapping[str, Examples]
-    test: Mapping[str, Examples]
-
-
 def training_data(config: TrainConfig, check: Callable[[], None] = lambda: None) -> TrainingData:
-    """The examples that a valid configuration names, encoded; ``check`` is called between the steps.
+    """Read and encode the examples of a valid configuration; ``check`` is called between the steps.
 
     Raises:
-      ConfigError: if the data or the checkpoint are not as it says.
+      ConfigError: if the data or the checkpoint do not fit the configuration.
     """
     tables = load(config.data, config.cache_dir)
     check()
@@ -141,46 +146,50 @@ def training_data(config: TrainConfig, check: Callable[[], None] = lambda: None)
     train, test = encoded(task, tables)
     check()
     check_tokens(network, train, test)
-    return TrainingData(config, tables, network, task, train, test)
+    data = {name: table.provenance for name, table in tables.items() if table.provenance is not None}
+    return TrainingData(config, data, network, task, train, test)
 
 
 def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
-    """All that a valid configuration says, ready to be trained; ``check`` is called between its parts.
-
-    Shapes are all that the plan needs: what does not fit the model is refused before anything is read or trained.
+    """Make all that a valid configuration describes; ``check`` is called between the parts.
 
     Raises:
-      ConfigError: if data, checkpoint, targets or devices are not as it says, or not the same in all processes.
+      ConfigError: if data, checkpoint, targets or devices do not fit it, or are not the same in all processes.
     """
-    config, tables, network, task, train, test = training_data(config, check)
-    learnt = train[list(train)[-1]]
-    config.check_examples(size(learnt))
+    found = training_data(config, check)
+    config, network = found.config, found.network
+    config.check_examples(size(found.examples))
     layout = make_layout(config, network.rules)
-    buckets = bucket_lengths(config, train, test)
+    buckets = bucket_lengths(config, found.train, found.test)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
-    plan = plan_of(config, network, shapes, task.inputs(batch_of(learnt, np.arange(1), buckets)))
-    data = {name: table.provenance for name, table in tables.items() if table.provenance is not None}
-    job = Job(config, network, task, layout, train, test, data, buckets, shapes, plan)
+    plan = plan_of(config, network, shapes, found.task.inputs(batch_of(found.examples, np.arange(1), buckets)))
+    parts = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    job = Job(**parts, layout=layout, shapes=shapes, buckets=buckets, plan=plan)
     for name, cut in job.cuts.items():
         say(cut.describe(name))
     if isinstance(layout, Mesh):
-        layout.shardings(job.shapes)  # refused here, before there is a run directory
-    told = {name: value for name, value in flat(to_json(config)).items() if name.split(".")[0] not in OWN}
-    examples = {name: size(one) for sets in (train, test) for name, one in sets.items()}
-    told |= {f"data.{name}": f"{one.source}, sha256 {one.digest}" for name, one in data.items()}
-    check_same({**told, "examples": examples, "plan": str(plan), "buckets": buckets}, "the configuration")
+        layout.shardings(shapes)  # raises if the weights cannot be divided so
+    _check_processes(job)
     check()
     return job
 
 
+def _check_processes(job: Job) -> None:
+    """Raises a ConfigError if configuration, examples or plan are not the same in all processes."""
+    made = {name: value for name, value in flat(to_json(job.config)).items() if name.split(".")[0] not in OWN}
+    made |= {f"data.{name}": f"{one.source}, sha256 {one.digest}" for name, one in job.data.items()}
+    made["examples"] = {name: size(examples) for sets in (job.train, job.test) for name, examples in sets.items()}
+    check_same({**made, "plan": str(job.plan), "buckets": job.buckets}, "the configuration")
+
+
 def encoded(task: Task, tables: Mapping[str, Table]) -> tuple[dict[str, Examples], dict[str, Examples]]:
-    """Training and validation examples by the name of their domain; where there is one, it is ``validation``."""
+    """Training and validation examples by the name of their domain; a single domain is called ``validation``."""
     train, test = task.encode(tables["train"]), task.encode(tables["validation"])
     return train, {name or "validation": examples for name, examples in test.items()}
 
 
 def bucket_lengths(config: TrainConfig, *sets: Mapping[str, Examples]) -> tuple[int, ...]:
-    """The lengths to which batches of texts are padded: those configured, as far as the longest example needs them."""
+    """The lengths to which batches of texts are padded: the configured ones that the examples need."""
     found = [long for examples in sets for one in examples.values() if (long := lengths(one)) is not None]
     if not found:
         return ()
@@ -193,7 +202,11 @@ def bucket_lengths(config: TrainConfig, *sets: Mapping[str, Examples]) -> tuple[
 
 
 def plan_of(config: TrainConfig, network: Network, shapes: Any, inputs: Mapping[str, Any]) -> jlora.Plan:
-    """What the mode of a configuration trains, of parameters of these shapes."""
+    """Which weights are adapted, and how.
+
+    Raises:
+      ConfigError: if what the configuration adapts does not fit the network.
+    """
     uses = jlora.trace(network.forward, shapes, inputs)
     try:
         return jlora.plan(shapes, config.adapted, uses)
@@ -202,9 +215,30 @@ def plan_of(config: TrainConfig, network: Network, shapes: Any, inputs: Mapping[
 
 
 def start_adapters(config: TrainConfig, network: Network, params: Any, plan: jlora.Plan) -> dict[str, Any]:
-    """Fresh adapters; with the mode ``head``, a freshly initialized head."""
+    """Fresh adapters; with mode ``head``, a newly initialized head."""
     adapters: dict[str, Any] = jlora.init(random_key(config.seed, "adapters"), params, plan)
     if config.mode != "head":
         return adapters
     drawn, _ = jlora.named_leaves(network.init(random_key(config.seed, "head")))
     return {path: drawn[path].astype(value.dtype) for path, value in adapters.items()}
+
+
+def ideal_seconds(job: Job) -> Callable[[tuple[int, ...]], float]:
+    """For the shape of a batch, the time of a step at the devices' peak; 0 on devices whose peak is unknown.
+
+    This counts the products of the forward and the backward pass, without those that ``compute.remat`` recomputes.
+    """
+    peak, config = flops.peak(jax.devices()[0]), job.config
+    if peak is None:
+        return lambda _: 0.0
+    network = make_network(dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat="none")))
+    tx = optax.identity()
+    step = make_step(network.forward, job.task, tx, optax.constant_schedule(0.0))
+    state = jax.eval_shape(lambda base: init_state(tx, start_adapters(config, network, base, job.plan)), job.shapes)
+
+    @functools.cache
+    def seconds(shape: tuple[int, ...]) -> float:
+        batch = batch_of(job.examples, np.zeros(shape[0], np.int64), shape[1:])
+        return flops.count(step, state, job.shapes, batch, jax.random.key(0)) / (peak * job.layout.devices)
+
+    return seconds

@@ -31,7 +31,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jlora
 from jlora import models, peft
 from jlora.files.checksums import SUMS
-from jlora.files.json_files import read_json
 from tests import peft_cases, tiny
 from tests.damage import STRANGE, WAYS, Damage, damage
 from tests.runs import program
@@ -45,9 +44,10 @@ from train.config import ConfigError, TrainConfig
 from train.job import make_job, start_adapters
 from train.loop.checkpoints import CheckpointError
 from train.loop.run_files import RunFiles
-from train.rundir import files
-from train.rundir.directory import open_run_dir
-from train.rundir.finished import open_run, read_config
+from train.rundir.claim import claim
+from train.rundir.codec import flat, to_json
+from train.rundir.directory import RunDirectory
+from train.rundir.finished import open_run
 
 ASKED = os.environ.get("JLORA_DAMAGES")
 COUNT = int(ASKED or 30)
@@ -332,20 +332,13 @@ def test_runs_that_go_on(runs: Path, reader: Any, tmp_path: Path) -> None:
         (tmp_path / name / SUMS).unlink()
 
     def go_on(folder: Path) -> Any:
-        place = open_run_dir(dataclasses.replace(job.config, run_dir=folder), job.provenance)
-        try:
-            with RunFiles(job.config, place, str(job.plan), job.intervals(job.config.fit, job.examples)) as kept:
-                state, key = kept.resume(job.layout, like, random_key(0, "x"))
-                print(kept.note)
-                return (
-                    dataclasses.asdict(kept.state),
-                    state,
-                    jax.random.key_data(key),
-                    (folder / "metrics.jsonl").read_bytes(),
-                )
-        finally:
-            assert place.lock is not None
-            place.lock.release()
+        with (
+            claim(dataclasses.replace(job.config, run_dir=folder), job.provenance) as directory,
+            RunFiles(job.config, directory, str(job.plan), job.intervals(job.config.fit, job.examples)) as kept,
+        ):
+            state, key = kept.resume(job.layout, like, random_key(0, "x"))
+            print(kept.note)
+            return dataclasses.asdict(kept.state), state, jax.random.key_data(key), directory.metrics.read_bytes()
 
     whole: list[Any] = []
 
@@ -402,16 +395,15 @@ def test_configurations_as_json(runs: Path, reader: Any, tmp_path: Path) -> None
         shutil.copy(runs / name / "config.json", tmp_path / name)
 
     def read(folder: Path) -> TrainConfig:
-        file = folder / "config.json"
-        return read_config(file, read_json(file))
+        return RunDirectory(folder).read_config()
 
     def judge(folder: Path, done: Damage, outcome: Outcome) -> str:
         assert not outcome.printed
         if outcome.error is not None:
             named(outcome.error, done)
             return "refused"
-        told = files.flat(json.loads((tmp_path / "copy" / "config.json").read_text()))
-        found = files.flat(json.loads(json.dumps(files.to_json(outcome.value))))
+        told = flat(json.loads((tmp_path / "copy" / "config.json").read_text()))
+        found = flat(json.loads(json.dumps(to_json(outcome.value))))
         assert told.items() <= found.items()
         return "as it was" if outcome.value == read(folder) else "another valid configuration"
 

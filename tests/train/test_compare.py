@@ -1,4 +1,4 @@
-"""Laws of the page that compares runs, on run directories written by hand."""
+"""The page that compares runs, on run directories written by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def records(metric: str = "accuracy", **changes: float) -> list[dict[str, Any]]:
-    """A base's training, and two epochs of five steps with lines between the ends."""
+    """The training of a base, and two epochs of five steps with a record for each step."""
     found: list[dict[str, Any]] = [{"phase": "base", "step": 1, "loss": 9.0, "epoch": 1, "seconds": 1.0}]
     for step in range(1, 11):
         speed = {"step_seconds": 0.01, "examples_per_second": 100.0, "tokens_per_second": 6400.0, "mfu": 0.2}
@@ -85,25 +85,25 @@ def page(*runs: Path) -> str:
 
 
 def text(html: str) -> str:
-    """What a reader sees, outside the curves."""
+    """The visible text, without the curves."""
     return " ".join(unescape(re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]*>", " ", html, flags=re.S)).split())
 
 
 def titles(html: str) -> list[str]:
-    """Of the curves' panels."""
+    """The titles of the curves' panels."""
     found = re.findall(r"<text[^>]*>([a-z][^<]*)</text>", html)
     return [title for title in found if title != "step"]
 
 
 def lines(html: str, colour: str) -> list[str]:
-    """The paths of a run's curves that have more than one point."""
+    """The curves in this colour that have more than one point."""
     return re.findall(rf'<path d="M[^"]*L[^"]*" [^>]*stroke: {colour}', html)
 
 
 # The page
 
 
-def test_a_page_shows_every_run_and_its_figures(runs, capsys):
+def test_a_page_shows_every_run_and_its_metrics(runs, capsys):
     html = page(*runs)
     expect(text(html), "2 runs compared", "one", "other", "0.8125", "0.6875", "0.1250", "validation, f1", "0.2500")
     expect(text(html), "1,234 of 56,789 (2.17%)", "1:02:03", "finished")
@@ -111,12 +111,12 @@ def test_a_page_shows_every_run_and_its_figures(runs, capsys):
 
 
 def test_only_fields_that_differ_are_shown(html):
-    shown = text(html).split("What differs in the configurations")[1].split("What is adapted")[0]
+    shown = text(html).split("Differences between the configurations")[1].split("Adapted weights")[0]
     expect(shown, "lora.rank 8 16", "seed 0 3")
     assert not [name for name in ("lora.alpha", "lora.targets", "task", "mode", "fit.epochs", "kind") if name in shown]
 
 
-def test_how_a_run_is_computed_is_a_difference_and_where_it_is_kept_is_none(tmp_path):
+def test_how_a_run_is_computed_is_a_difference_and_where_it_is_kept_is_not(tmp_path):
     def aside(name: str, every: int) -> dict[str, Any]:
         save = {"kind": "SaveConfig", "every_steps": every}
         return {"run_dir": name, "cache_dir": name, "log": [name], "resume": every, "processes": None, "save": save}
@@ -124,7 +124,7 @@ def test_how_a_run_is_computed_is_a_difference_and_where_it_is_kept_is_none(tmp_
     one = config(**aside("a", 1), compute={"kind": "ComputeConfig", "layout": "jit", "rules": {}})
     other = config(**aside("b", 2), compute={"kind": "ComputeConfig", "layout": "mesh", "rules": {"lm_head/*": "fsdp"}})
     folders = [write(tmp_path / c["run_dir"], c, records(), summary(0.5)) for c in (one, other)]
-    shown = text(page(*folders)).split("What differs in the configurations")[1].split("What is adapted")[0]
+    shown = text(page(*folders)).split("Differences between the configurations")[1].split("Adapted weights")[0]
     rows = "compute.layout jit mesh compute.rules {} – compute.rules.lm_head/* – fsdp"
     assert shown.strip().endswith(f"a b {rows}")
 
@@ -136,10 +136,10 @@ def test_a_field_that_a_run_lacks_and_another_kind_are_differences(tmp_path):
     expect(shown, "task SequenceClassification CausalLM task.text sentence – task.regression False – task.messages –")
 
 
-def test_equal_configurations_are_said_to_be_equal(tmp_path):
+def test_equal_configurations_are_reported_as_equal(tmp_path):
     folders = [write(tmp_path / name, config(run_dir=name), records(), summary(0.5)) for name in ("one", "other")]
     expect(text(page(*folders)), "the runs have the same configuration")
-    assert "What differs" not in text(page(folders[0]))
+    assert "Differences between" not in text(page(folders[0]))
 
 
 def test_every_run_has_one_line_in_every_panel(html):
@@ -182,10 +182,10 @@ def test_plans_are_shown_once_for_all_runs_that_share_them(tmp_path):
     html = page(*folders)
     assert re.findall(r"<summary>(.*?)</summary>", html) == ["one, two", "three"]
     expect(html, f"<pre>{PLAN.strip()}</pre>", "<pre>another plan</pre>")
-    assert "What is adapted" not in page(folders[-1])
+    assert "Adapted weights" not in page(folders[-1])
 
 
-def test_names_are_told_apart_by_their_parents(tmp_path):
+def test_parents_distinguish_runs_of_the_same_name(tmp_path):
     folders = [
         write(tmp_path / name, config(), records(), summary(0.5)) for name in ("a/x/run", "b/x/run", "b/y/run", "mine")
     ]
@@ -193,7 +193,7 @@ def test_names_are_told_apart_by_their_parents(tmp_path):
 
 
 def test_the_page_depends_on_the_runs_alone(runs, html):
-    """Not on the time, nor on where they lie; and a folder that is given twice counts once."""
+    """Not on the time or their location; a folder that is given twice counts once."""
     assert page(*runs, runs[0], runs[0].parent / "other" / ".." / "one") == html
 
 
@@ -206,7 +206,7 @@ def test_an_unfinished_run_says_how_far_it_is(tmp_path):
     later = write(tmp_path / "later", config(), records()[:8])
     shown = text(page(begun, early, later))
     expect(shown, "unfinished, step 0 of ?", "unfinished, step 3 of ?", "unfinished, step 6 of 10", "0.2500 at step 5")
-    expect(text(page(begun)), "Nothing was logged yet")
+    expect(text(page(begun)), "Nothing has been logged yet")
     (begun / "metrics.jsonl").unlink()
     report((begun,), tmp_path / "report.png")
 
@@ -267,21 +267,23 @@ def test_the_command_line_takes_runs_and_a_file(runs, tmp_path, capsys):
     assert capsys.readouterr().out == f"written to {out}\n"
 
 
-def test_the_command_line_refuses_a_folder_that_is_no_run(tmp_path, capsys):
+def test_the_command_line_refuses_a_folder_that_is_not_a_run(tmp_path, capsys):
     out = tmp_path / "mine.html"
     assert main(["report", str(tmp_path), "--out", str(out)]) == 2
-    expect(capsys.readouterr().err, "error: report: 1 problem(s)", f"{tmp_path} is no run directory", "no config.json")
+    expect(
+        capsys.readouterr().err, "error: report: 1 problem(s)", f"{tmp_path} is not a run directory", "no config.json"
+    )
     assert not out.exists()
 
 
-def test_the_help_shows_what_is_to_be_given(capsys):
+def test_the_help_shows_the_arguments(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["report", "--help"])
     expect(capsys.readouterr().out, "python -m train report", "RUN", "--out")
 
 
 @pytest.mark.parametrize("count", [0, 9])
-def test_so_many_runs_can_be_compared(tmp_path, count):
+def test_between_1_and_8_runs_can_be_compared(tmp_path, count):
     argv = [str(tmp_path / f"run{i}") for i in range(count)]
     said = message(ConfigError, lambda: tyro.cli(report, args=argv))
     expect(said, f"got {count} runs", "expected 1 to 8", "python -m train report RUN")
@@ -291,7 +293,7 @@ def test_other_files_than_pages_and_pictures_are_refused(runs):
     expect(message(ConfigError, lambda: report(runs, Path("a.pdf"))), "--out a.pdf", ".html or .png")
 
 
-def test_all_that_cannot_be_read_is_told_at_once(runs, tmp_path):
+def test_every_problem_is_listed_at_once(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "checkpoint", {"model_type": "bert"}, [])
     one, other = runs
@@ -301,6 +303,6 @@ def test_all_that_cannot_be_read_is_told_at_once(runs, tmp_path):
     said = message(ConfigError, lambda: page(*runs, tmp_path / "empty", tmp_path / "checkpoint", tmp_path / "none"))
     expect(said, "6 problem(s)", f"{one}/metrics.jsonl, line 3: got '{{oops'", f"line {len(good) + 2}: got", "delete")
     expect(said, f"{other}/summary.json", "line 2")
-    expect(said, *(f"{tmp_path}/{name} is no run directory: it has no config.json" for name in ("none", "empty")))
-    expect(said, f"{tmp_path}/checkpoint is no run directory: its config.json is of something else")
+    expect(said, *(f"{tmp_path}/{name} is not a run directory: it has no config.json" for name in ("none", "empty")))
+    expect(said, f"{tmp_path}/checkpoint is not a run directory: its config.json is of something else")
     assert not (tmp_path / "report.html").exists()

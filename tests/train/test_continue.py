@@ -21,7 +21,8 @@ from train.loop.extend import extend
 from train.loop.run_files import RunFiles
 from train.loop.state import Intervals, LoopState
 from train.loop.stop import EXIT_CODE
-from train.rundir.directory import LATER, RunDirectory
+from train.rundir.changes import LATER
+from train.rundir.claim import ClaimedDirectory
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -229,7 +230,7 @@ def test_opening_the_files_of_a_run_changes_nothing(work, copy):
     before = content(copy), sorted(copy.rglob("*"))
     config = parse(flags(work, copy, "--fit.epochs 4 --resume 10"))
     intervals = Intervals.of(4, 8, log_every=1, eval_every=1, eval_every_steps=None)
-    with RunFiles(config, RunDirectory(copy, True, True, None), "", intervals) as files:
+    with RunFiles(config, ClaimedDirectory(copy, finished=True, extends=True, lock=None), "", intervals) as files:
         assert (files.state.step, files.state.planned_epochs) == (10, [[0, 2], [10, 4]])
     assert (content(copy), sorted(copy.rglob("*"))) == before
 

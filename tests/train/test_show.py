@@ -71,8 +71,7 @@ def test_examples_are_shown_with_the_tokens_that_carry_loss(work):
     second = "<user> : 0 + 1 = <end> <assistant> :⟦ 2 <end>⟧"
     third = "<user> : 0 + 2 = <end> <assistant> :⟦ 2 <end>⟧"
     rows = "\n-- packed behind it --\n".join((first, second, third))
-    assert re.search(r"\nexample 1 of 5: 33 tokens, 6 [a-z ]+ \(in ⟦ ⟧\), 3 examples packed\n", printed)
-    assert printed.endswith(f" packed\n{rows}\n")
+    assert printed.endswith(f"\nexample 1 of 5: 33 tokens, 6 with loss (in ⟦ ⟧), 3 examples packed\n{rows}\n")
     assert "train: 12 examples, packed into 5 rows of at most 40 tokens\n" in printed
     assert "\n  tokens  11 to 14, median 12\n" in printed
     assert "\n  tokens with loss  2 to 5, median 4; 42 of 150 tokens (28.0%)\n" in printed
@@ -80,7 +79,7 @@ def test_examples_are_shown_with_the_tokens_that_carry_loss(work):
 
     code, printed = language(work, "--task.no-pack", "--examples", "2", "--tokens")
     assert code == 0, printed
-    assert re.search(r"example 2 of 12: 11 tokens, 2 [a-z ]+ \(in ⟦ ⟧\)\n", printed) and "example 3" not in printed
+    assert "example 2 of 12: 11 tokens, 2 with loss (in ⟦ ⟧)\n" in printed and "example 3" not in printed
     assert printed.endswith("\n<user>│ :│ 0│ +│ 1│ =│ <end>│ <assistant>│ :│⟦ 2⟧│⟦ <end>⟧\n")
 
 
@@ -219,7 +218,7 @@ def test_the_first_token_of_a_text_is_not_marked(work):
     (examples,) = task.encode(tables(t=["a film", "the plot"])).values()
     shown = [look.marked(one) for one in look.pieces(task, examples, 0)]
     assert shown == ["[CLS]⟦ a film [SEP]⟧", "[CLS]⟦ the plot [SEP]⟧"]
-    assert re.fullmatch(r"8 tokens, 6 [a-z ]+ \(in ⟦ ⟧\), 2 examples packed", look.about(task, examples, 0))
+    assert look.about(task, examples, 0) == "8 tokens, 6 with loss (in ⟦ ⟧), 2 examples packed"
     total, count = task.loss(np.zeros((1, 8, len(tiny.VOCABULARY))), {n: c[0][None] for n, c in examples.items()})  # pyright: ignore[reportArgumentType]
     assert int(count) == look.loss_mask_of(examples, 0).sum()
 
@@ -229,8 +228,7 @@ def test_the_first_example_of_a_run_is_short_and_on_one_line(work):
     task = LanguageModel(CausalLM(prompt="q", completion="a"), tokenizer)
     (examples,) = task.encode(tables(q=["film " * 200], a=["plot " * 200])).values()
     text = look.first(task, examples)
-    assert text is not None
-    assert re.match(r"first example, 402 tokens, 201 [a-z ]+ \(in ⟦ ⟧\):\n  \[CLS\] film", text)
+    assert text is not None and text.startswith("first example, 402 tokens, 201 with loss (in ⟦ ⟧):\n  [CLS] film")
     assert len(text) < 400 and text.count("\n") == 1 and "⟦ plot" in text and text.endswith("[SEP]⟧")
     assert text.count(" ... ") == 2
 

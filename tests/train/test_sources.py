@@ -28,7 +28,8 @@ from train.data import lines
 from train.data import tables as data
 from train.data.lines import decode
 from train.data.tables import Table, column, texts
-from train.rundir import directory, files
+from train.rundir.claim import claim
+from train.rundir.directory import RunDirectory
 
 BOM = "\ufeff"
 CELLS = {
@@ -484,14 +485,13 @@ def test_a_run_on_other_data_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     config = parse([])
     folder = Path("runs") / f"{config.name}-{config.mode}-seed{config.seed}-20260101-000000"
     (folder / "checkpoints" / "5").mkdir(parents=True)
-    files.write_json(folder / "config.json", files.to_json(config))
+    RunDirectory(folder).write_config(config)
     now = {"train": {"source": "a.csv", "digest": "1" * 64}, "validation": {"source": "b.csv", "digest": "2" * 64}}
 
     def choose() -> tuple[Path, str]:
-        place = directory.open_run_dir(config, now)
-        assert place.lock is not None
-        place.lock.release()
-        return place.path, capsys.readouterr().out
+        with claim(config, now) as directory:
+            directory.begin(config, now)
+            return directory.path, capsys.readouterr().out
 
     assert choose() == (folder, "")  # of an earlier version, which did not write data.json
     assert json.loads((folder / "data.json").read_text()) == now
@@ -499,7 +499,9 @@ def test_a_run_on_other_data_is_left_as_it_is(tmp_path, monkeypatch, capsys):
     now["train"]["digest"] = "3" * 64
     path, printed = choose()
     assert (
-        path != folder and f"{folder} is left as it is" in printed and "data.train: a.csv has the sha256 333" in printed
+        path != folder
+        and f"{folder} is not resumed, its data changed" in printed
+        and "data.train: a.csv has the sha256 333" in printed
     )
     assert "data.validation" not in printed
 

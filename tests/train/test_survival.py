@@ -23,7 +23,9 @@ from tests import tiny
 from tests.runs import assert_same_run, compiled_once, content, program, records, stopping
 from train.__main__ import main, parse
 from train.loop.stop import EXIT_CODE, Stop
-from train.rundir import directory
+from train.rundir.changes import HOW
+from train.rundir.claim import _new_below_runs
+from train.rundir.directory import RunDirectory
 
 KILLS = 20
 STEPS = 320
@@ -282,7 +284,7 @@ def test_another_configuration_is_refused_field_by_field(work, copy):
     assert code == 2
     assert "holds a run with another configuration:\n  - fit.clip: the run has 1.0, got null\n" in printed
     assert "  - lora.rank: the run has 2, got 3\n" in printed
-    assert directory.HOW == ("cache_dir", "compute", "log", "processes", "resume", "run_dir", "save")
+    assert HOW == ("cache_dir", "compute", "log", "processes", "resume", "run_dir", "save")
 
 
 def test_a_run_resumes_in_another_layout(work, short, copy):
@@ -305,7 +307,7 @@ def test_a_run_resumes_in_another_layout(work, short, copy):
 
 
 def test_a_run_directory_belongs_to_one_run_at_a_time(work, copy):
-    with filelock.FileLock(copy / directory.LOCK):
+    with filelock.FileLock(RunDirectory(copy).lock_file):
         code, printed = program(*flags(work, copy, *SHORT))
     assert (code, "is in use by another process that trains in it" in printed) == (2, True)
 
@@ -349,7 +351,7 @@ def test_the_same_command_finds_its_unfinished_run(work, short, tmp_path, monkey
     assert_same_run(folders[0], short)
     assert len(folders) == 2
     assert folders[1].name.startswith(folders[0].name[:-6])
-    names = [directory._new_below_runs(parse([*argv])).name for _ in range(3)]
+    names = [_new_below_runs(parse([*argv])).name for _ in range(3)]
     assert len(set(names)) == 3
 
 

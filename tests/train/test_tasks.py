@@ -27,7 +27,7 @@ from train.data import tables as data
 from train.data.batches import Ragged
 from train.job import bucket_lengths
 from train.networks.tokenizers import load_tokenizer, set_up
-from train.rundir import files
+from train.rundir.arrays import load_tree
 from train.rundir.finished import open_run
 from train.tasks import metrics
 from train.tasks.classify import TextClassification, TextRegression
@@ -194,7 +194,7 @@ def test_exports_are_the_adapted_model(text_run, work):
     assert json.loads((folder / "hf/config.json").read_text())["id2label"] == {"0": "negative", "1": "positive"}
     assert "jlora" in (folder / "hf/README.md").read_text()
 
-    merged = files.load_tree(folder / "orbax", run.params)
+    merged = load_tree(folder / "orbax", run.params)
     np.testing.assert_allclose(run.network.forward(merged, inputs), expected, atol=1e-5)
 
 
@@ -387,8 +387,10 @@ def test_a_language_model_learns_and_continues(language_run):
     assert "perplexity" in printed
     cut = json.loads((folder / "summary.json").read_text())["cut"]["train"]
     assert cut["lost"] == cut["ends"] == cut["dropped"] == 0 and cut["tokens"] > 20
-    first = r"\nfirst example, 11 tokens, 2 .*:\n  <user> : 0 \+ 0 = <end> <assistant> :⟦ 0 <end>⟧\n"
-    assert re.search(first, printed), printed
+    assert (
+        "\nfirst example, 11 tokens, 2 with loss (in ⟦ ⟧):\n  <user> : 0 + 0 = <end> <assistant> :⟦ 0 <end>⟧\n"
+        in printed
+    )
     code, printed = program("generate", str(folder), "--prompt", "1 + 1 =", "--prompt", "2 +", "--max-new-tokens", "3")
     assert code == 0, printed
     assert [line for line in printed.splitlines() if line.startswith("> ")] == ["> 1 + 1 =", "> 2 +"]
@@ -566,7 +568,7 @@ def test_a_template_that_fails_is_an_error(work):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["predict", "{0}/nowhere", "--text", "a"], "is no run directory.*text-run"),
+        (["predict", "{0}/nowhere", "--text", "a"], "is not a run directory.*text-run"),
         (["predict", "{0}/text-run"], "no text; pass --text"),
         (["generate", "{0}/text-run", "--prompt", "a"], "was not trained as a language model; see `predict`"),
         (["predict", "{0}/text-run", "--text", "a", "--file", "b.txt"], "got --text and --file"),

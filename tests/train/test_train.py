@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import jlora
-from tests.runs import records
+from tests.runs import content, records, stopping
 from train.__main__ import DEFAULT_CONFIG, ROOT, load_config, main, parse
 from train.compute.keys import random_key
 from train.compute.layouts import one_device
@@ -41,10 +41,15 @@ from train.data import tables as data
 from train.experiment import run
 from train.job import encoded
 from train.loop.evaluate import make_measure
+from train.loop.stop import EXIT_CODE
 from train.networks.registry import make_network
 from train.networks.scratch import patches
-from train.pretrain import identity, publish
-from train.rundir import files
+from train.pretrain import identity
+from train.rundir.arrays import load_tree
+from train.rundir.bases import load_base, save_base
+from train.rundir.claim import claim
+from train.rundir.codec import from_json, to_json
+from train.rundir.directory import RunDirectory
 from train.tasks.registry import make_task, resolved
 
 MODES = ("lora", "full", "head")
@@ -117,7 +122,7 @@ def test_the_run_directory_holds_all_that_the_run_made(summaries, mode):
     summary = summaries[mode]
     run_dir = Path(summary["run_dir"])
     expected = {
-        "config.json", "data.json", "plan.txt", "metrics.jsonl", "checkpoints", "adapters", "merged", "summary.json",
+        "config.json", "data.json", "plan.txt", "metrics.jsonl", "checkpoints", "adapters", "base", "summary.json",
         "run.lock", "SHA256SUMS",
     }  # fmt: skip
     found = {path.name for path in run_dir.iterdir()}
@@ -125,7 +130,7 @@ def test_the_run_directory_holds_all_that_the_run_made(summaries, mode):
 
     config = json.loads((run_dir / "config.json").read_text())
     assert (config["mode"], config["lora"]["rank"], config["fit"]["epochs"]) == (mode, 2, 2)
-    assert files.to_json(files.from_json(TrainConfig, config)) == config
+    assert to_json(from_json(TrainConfig, config)) == config
 
     written = records(run_dir)
     ends = [(record["phase"], record["epoch"], record["step"]) for record in written if "epoch" in record]
@@ -163,13 +168,14 @@ def test_merging_changes_no_prediction_and_detaching_restores_the_base(summaries
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_files_are_enough_to_predict_again(summaries, mode, task, images, network):
-    """base + adapters, as read back from disk, predict what the merged parameters on disk predict."""
+def test_the_files_are_enough_to_predict_again(summaries, mode, task, images, network, tmp_path):
+    """base + adapters, as read back from disk, predict what the exported merged parameters predict."""
     forward, like = network
     summary = summaries[mode]
     run_dir = Path(summary["run_dir"])
-    base = files.load_tree(Path(summary["base"]["path"]) / "params", like)
-    merged = files.load_tree(run_dir / "merged", like)
+    base = load_base(run_dir / "base", like)
+    assert main(["export", str(run_dir), "--to", "orbax", "--out", str(tmp_path / "merged")]) == 0
+    merged = load_tree(tmp_path / "merged", like)
 
     config = {"lora": jlora.LoraConfig(rank=2, alpha=8), "full": EVERYTHING, "head": NEW_HEAD}[mode]
     uses = jlora.trace(forward, like, {"images": np.zeros((1, 8, 8, 1), np.float32)})
@@ -210,6 +216,8 @@ def test_a_base_is_known_by_what_determines_it(config):
         {"fit": FitConfig(epochs=9)},
         {"compute": ComputeConfig(layout="pmap")},
         {"task": in_domains(config, upright=Domain(), shifted=Domain(2))},
+        {"eval_every_steps": 5},  # its records are what they are
+        {"log_every": 5},
     ]
     other = [
         {"seed": 1},
@@ -217,8 +225,6 @@ def test_a_base_is_known_by_what_determines_it(config):
         {"base": FitConfig(epochs=9)},
         {"task": in_domains(config, upright=Domain(2), shifted=Domain())},
         {"data": DataConfig(train=config.data.train, limit=99)},
-        {"eval_every_steps": 5},
-        {"log_every": 5},
     ]
     for change in same:
         assert identity(dataclasses.replace(config, **change)) == identity(config), change
@@ -226,11 +232,64 @@ def test_a_base_is_known_by_what_determines_it(config):
         assert identity(dataclasses.replace(config, **change)) != identity(config), change
 
 
-def test_two_runs_may_publish_the_same_base(tmp_path):
+def test_two_runs_may_save_the_same_base(tmp_path):
     for _ in range(2):
-        publish(tmp_path / "bases" / "entry", {"w": jnp.ones(3)}, [], {})
+        save_base(tmp_path / "bases" / "entry", {"w": jnp.ones(3)}, [], {})
     assert [path.name for path in (tmp_path / "bases").iterdir()] == ["entry"]
-    assert files.load_tree(tmp_path / "bases" / "entry" / "params", {"w": jnp.zeros(3)})["w"].tolist() == [1, 1, 1]
+    assert load_base(tmp_path / "bases" / "entry", {"w": jnp.zeros(3)})["w"].tolist() == [1, 1, 1]
+
+
+def test_a_run_keeps_its_base(summaries, tmp_path, monkeypatch, capsys):
+    """Without the cache, and after the code has changed: it is resumed, evaluated, exported, reported, extended."""
+    argv = [*TINY, "--cache-dir", str(tmp_path / "cache"), "--run-dir", str(tmp_path / "run"), "--log-every", "10"]
+    with stopping(74 + 10):  # in the fit, after the base
+        assert main(argv) == EXIT_CODE
+    assert "base: trained and cached at" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr("train.pretrain.identity", lambda config: {"sources": "others"})
+
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert f"base: loaded from {tmp_path}/run/base\n" in printed and "\nbase  step" not in printed
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["metrics"] == summaries["lora"]["metrics"]
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    found = f"accuracy {accuracy(summary, 'adapted', 'shifted'):.4f}"
+    assert found in capsys.readouterr().out.split("shifted: ")[1]
+    assert main(["export", str(tmp_path / "run"), "--to", "orbax"]) == 0
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")]) == 0
+    assert main([*argv, "--fit.epochs", "3"]) == 0
+    assert "\nbase  step" not in capsys.readouterr().out
+
+    for file in (tmp_path / "run" / "base").rglob("manifest.ocdbt"):
+        file.write_bytes(b"")
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    assert "manifest.ocdbt differs" in capsys.readouterr().err
+
+
+def test_claiming_a_directory_changes_no_file(config, tmp_path):
+    """`begin` does."""
+    directory = RunDirectory(tmp_path)
+    directory.write_config(config)
+    directory.write_data({})
+    before = content(tmp_path)
+    later = dataclasses.replace(config, run_dir=tmp_path, log_every=3)
+    with claim(later, {}) as claimed:
+        assert content(tmp_path) == before | {"run.lock": b""}
+        with pytest.raises(ConfigError, match="is in use by another process"):
+            claim(later, {})
+        claimed.begin(later, {})
+    assert directory.read_config() == later
+    with pytest.raises(ConfigError, match=r"seed: the run has 0, got 1"):
+        claim(dataclasses.replace(later, seed=1), {})
+    claim(later, {}).__exit__()
+
+
+def test_a_cached_base_serves_runs_that_log_and_evaluate_at_other_steps(summaries, cache_dir, tmp_path, capsys):
+    argv = [*TINY, "--cache-dir", str(cache_dir), "--run-dir", str(tmp_path / "run")]
+    assert main([*argv, "--log-every", "9", "--eval-every", "1"]) == 0
+    assert f"base: loaded from {summaries['lora']['base']['path']}\n" in capsys.readouterr().out
+    assert records(tmp_path / "run", "base") == records(Path(summaries["lora"]["run_dir"]), "base")
 
 
 def test_a_run_is_a_pure_function_of_its_configuration(summaries, cache_dir, tmp_path):

@@ -1,4 +1,4 @@
-"""Laws of the writers: every number of every record is there, once, at its step; what is not asked for is not there."""
+"""The writers log every number of every record once, at its step, and only those asked for are imported."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_without_names_nothing_is_imported_or_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_absent_packages_are_told_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("tensorboardX", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
     check(())
@@ -61,7 +61,7 @@ def test_absent_packages_are_told_with_the_command_that_installs_them(monkeypatc
 
 
 def events(folder: Path) -> Iterator[Any]:
-    """The events of a folder as TensorBoard reads them, file by file: length, its checksum, event, its checksum."""
+    """The events of a folder as TensorBoard reads them, file by file: length, checksum, event, checksum."""
     from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
     for path in sorted(folder.iterdir()):
@@ -73,7 +73,7 @@ def events(folder: Path) -> Iterator[Any]:
 
 
 def scalars(run_dir: Path) -> list[tuple[str, int, float]]:
-    """What TensorBoard shows of a run: a start of a session hides all that was written before from its step on."""
+    """What TensorBoard shows of a run: the start of a session hides earlier events from its step on."""
     from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
     shown: list[tuple[str, int, float]] = []
@@ -107,7 +107,7 @@ def test_a_resumed_run_shows_no_step_twice_and_keeps_its_base(tmp_path: Path) ->
     assert len(scalars(tmp_path)) == len(EXPECTED)
 
 
-def test_what_is_no_finite_number_does_no_harm(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_numbers_do_no_harm(tmp_path: Path) -> None:
     odd = {"phase": "fit", "step": 1, "loss": math.nan, "norm": math.inf, "accuracy": None, "name": "x", "count": 3}
     with open_writers(["tensorboard"], tmp_path, {}) as writers:
         writers.write(odd)
@@ -120,7 +120,7 @@ def test_what_is_no_finite_number_does_no_harm(tmp_path: Path) -> None:
 
 
 class Recorder(ModuleType):
-    """Stands in for the package wandb, and for its run: notes all calls."""
+    """Stands in for the package wandb and its run, and records all calls."""
 
     class Error(Exception):
         """As wandb's own."""
@@ -177,7 +177,7 @@ def test_wandb_has_every_number_of_every_record_over_the_steps_of_its_phase(wand
     assert wandb.named("finish") == [((), {"exit_code": 0})]
 
 
-def test_wandb_knows_a_resumed_run_again_and_no_other(wandb: Recorder, tmp_path: Path) -> None:
+def test_wandb_continues_a_resumed_run_and_no_other(wandb: Recorder, tmp_path: Path) -> None:
     one, other = tmp_path / "one" / "run", tmp_path / "other" / "run"
     for run_dir, first_step in ((one, 1), (one, 7), (other, 1)):
         open_writers(["wandb"], run_dir, {}, first_step).close()
@@ -187,19 +187,19 @@ def test_wandb_knows_a_resumed_run_again_and_no_other(wandb: Recorder, tmp_path:
     assert first["id"] != another["id"]
 
 
-def test_wandb_is_told_that_a_run_failed(wandb: Recorder, tmp_path: Path) -> None:
+def test_a_failed_run_is_marked_in_wandb(wandb: Recorder, tmp_path: Path) -> None:
     with pytest.raises(ConfigError), open_writers(["wandb"], tmp_path, {}):
         raise ConfigError("the loss is nan")
     assert wandb.named("finish") == [((), {"exit_code": 1})]
 
 
-def test_a_refusal_of_wandb_names_the_way_out(wandb: Recorder, tmp_path: Path) -> None:
+def test_an_error_of_wandb_names_the_way_out(wandb: Recorder, tmp_path: Path) -> None:
     wandb.refusal = "No API key configured. Use `wandb login` to log in."
     text = message(ConfigError, lambda: open_writers(["wandb"], tmp_path, {}))
     expect(text, "wandb login", "WANDB_MODE=offline", str(tmp_path))
 
 
-def test_both_at_once(wandb: Recorder, tmp_path: Path) -> None:
+def test_both_writers_work_together(wandb: Recorder, tmp_path: Path) -> None:
     with open_writers(["tensorboard", "wandb"], tmp_path, {}) as writers:
         writers.write(RECORDS[0])
     assert len(scalars(tmp_path)) == 2

@@ -16,7 +16,8 @@ from train.job import bucket_lengths
 from train.loop.evaluate import make_measure
 from train.networks.network import check_tokens
 from train.report import console
-from train.rundir.directory import changes
+from train.rundir.changes import data_changes
+from train.rundir.directory import RunDirectory
 from train.rundir.finished import FinishedRun, open_run
 from train.tasks.base import Task
 
@@ -41,7 +42,7 @@ def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) 
         if (cut := truncation_of(examples)) is not None and cut.cut + cut.dropped:
             print(cut.describe(name, training=False))
     for name, metrics in measured(opened, sets).items():
-        print(f"{name}: {console.figures_line(metrics)}")
+        print(f"{name}: {console.metrics_line(metrics)}")
 
 
 def measured(run: FinishedRun, sets: Mapping[str, Examples]) -> dict[str, dict[str, float]]:
@@ -66,5 +67,5 @@ def _print_source(run: Path, table: Table, *, own: bool) -> None:
     if table.provenance is None:
         return
     print(table.provenance.describe())
-    if own and (differing := changes(run, {"validation": table.provenance.to_json()})):
+    if own and (differing := data_changes(RunDirectory(run), {"validation": table.provenance.to_json()})):
         print(f"these are not the examples of the run:{bullets(differing)}")

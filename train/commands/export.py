@@ -12,7 +12,7 @@ from jlora import models, peft
 from train.commands.inputs import RunPath
 from train.config import ConfigError, Pretrained
 from train.networks.tokenizers import exported_files
-from train.rundir import files
+from train.rundir.arrays import save_tree
 from train.rundir.finished import FinishedRun, open_run
 
 TASK_TYPES = {"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM"}
@@ -49,7 +49,7 @@ def export(
 def _export_orbax(run: FinishedRun, folder: Path) -> None:
     if folder.exists():
         raise ConfigError(f"{folder} already exists; pass --out with a new folder")
-    files.save_tree(folder, jax.jit(jlora.merge)(run.params, run.adapters))
+    save_tree(folder, jax.jit(jlora.merge)(run.params, run.adapters))
 
 
 def _export_peft(run: FinishedRun, folder: Path, uniform_rank: bool) -> None:

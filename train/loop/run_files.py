@@ -12,8 +12,8 @@ from train.loop.checkpoints import Checkpoints
 from train.loop.extend import extend
 from train.loop.state import Intervals, LoopState
 from train.report import writers
-from train.rundir import files
-from train.rundir.directory import RunDirectory, reopen
+from train.rundir.claim import ClaimedDirectory
+from train.rundir.codec import to_json
 from train.rundir.records import Record, Records
 
 
@@ -33,7 +33,7 @@ class RunFiles:
       command: the command that resumes the run, for messages.
     """
 
-    def __init__(self, config: TrainConfig, directory: RunDirectory, plan: str, intervals: Intervals):
+    def __init__(self, config: TrainConfig, directory: ClaimedDirectory, plan: str, intervals: Intervals):
         """Open the files of a run.
 
         Args:
@@ -48,15 +48,15 @@ class RunFiles:
         self.keep_best = config.keep == "best" or config.keep is None and config.fit.patience is not None
         again = "" if config.resume in (None, "auto") else " with --resume auto"
         self.command = f"the same command{again}"
-        self.records = Records(self.path / "metrics.jsonl")
-        self.checkpoints = Checkpoints(self.path / "checkpoints", config.save, keep_best=self.keep_best)
-        self._identity, self._writers = files.to_json(config), writers.Writers(())
+        self.records = Records(directory.metrics)
+        self.checkpoints = Checkpoints(directory.checkpoints, config.save, keep_best=self.keep_best)
+        self._identity, self._writers = to_json(config), writers.Writers(())
         self.state, notes = self._stored_state(), []
         if self.keep_best and self.state.best_step not in (None, *self.checkpoints.steps()):
             notes.append(f"the best checkpoint, of step {self.state.best_step}, is gone: the best one after it is kept")
             self.state.best_metric, self.state.best_step, self.state.evals_since_best = None, None, 0
         peak = getattr(config.learning_rate, config.mode)
-        extension = extend(config.fit, peak, intervals, self.state, finished=directory.further)
+        extension = extend(config.fit, peak, intervals, self.state, finished=directory.extends)
         if self.state.step:
             notes += [f"resuming {self.path} after step {self.state.step}", extension]
         self.note = "\n".join(note for note in notes if note)
@@ -67,8 +67,6 @@ class RunFiles:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._writers.close(failed=error is not None)
         self.checkpoints.close()
-        if self._directory.lock is not None:
-            self._directory.lock.release()
 
     def _stored_state(self) -> LoopState:
         """The loop's state in the checkpoint that the configuration asks for, or that of a new run."""
@@ -79,7 +77,7 @@ class RunFiles:
                 f"resume: got step {step}, and there are checkpoints of {', '.join(map(str, steps)) or 'no step'};"
                 " pass one of these, 0 to start over, or --resume auto for the newest"
             )
-        if self._directory.further and not steps:
+        if self._directory.extends and not steps:
             raise ConfigError(f"run_dir: {self.path} has no checkpoint to resume from; pass another --run-dir")
         return self.checkpoints.loop_state(step) if step else LoopState()
 
@@ -102,9 +100,9 @@ class RunFiles:
         step = self.state.step
         if is_first():
             self._writers = writers.open_writers(self.config.log, self.path, self._identity, step + 1)
-            if self._directory.further:
-                reopen(self.path, self.config)
-            (self.path / "plan.txt").write_text(self._plan + "\n")
+            if self._directory.extends:
+                self._directory.reopen(self.config)
+            self._directory.write_plan(self._plan)
         self.checkpoints.begin(step)
 
     def log(self, record: Record) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows: progress, tables, curves."""
+"""What a run shows: its progress, tables of metrics, and the plot of its curves."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from train.loop.state import Intervals
 
 
 class Progress:
-    """A bar where stderr is a terminal; a line on stdout for every record that is due, unless the bar shows it there.
+    """The progress of a training: a bar if stderr is a terminal, and a line on stdout for each record, unless both are
+    the same terminal.
 
-    Of several processes the first one shows it.
-
-    Use as a context manager: `advance` after every step, `show` after every record.
+    Only the first of several processes shows it. Use as a context manager: `advance` after every step, `show` after
+    every record.
 
     Args:
       phase: the name of the training.
       intervals: of the training.
-      done: how many of its steps were done before.
+      done: the number of steps done before.
     """
 
     def __init__(self, phase: str, intervals: Intervals, done: int):
-        self._phase, self._pace, self._done = phase, intervals, done
+        self._phase, self._intervals, self._done = phase, intervals, done
         self._bar = tqdm(
             total=intervals.steps,
             initial=done,
@@ -38,10 +38,10 @@ class Progress:
             bar_format="{desc} {percentage:3.0f}%|{bar}| step {n_fmt} of {total_fmt}{postfix}",
         )
         self._plain = is_first() and (bool(self._bar.disable) or not sys.stdout.isatty())
-        self._figures = ""
+        self._metrics = ""
 
     def __enter__(self) -> Progress:
-        intervals, left = self._pace, self._pace.steps - self._done
+        intervals, left = self._intervals, self._intervals.steps - self._done
         if left > 0:
             self._say(
                 f"{left} of {intervals.steps} steps, {intervals.epoch} in an epoch; "
@@ -55,23 +55,27 @@ class Progress:
     def advance(self) -> None:
         self._bar.update()
 
-    def show(self, record: Mapping[str, Any], figures: Sequence[str] = (), left: float | None = None) -> None:
-        """Show a record, of which ``figures`` were measured; ``left`` are the seconds that the rest will take.
+    def show(self, record: Mapping[str, Any], metrics: Sequence[str] = (), left: float | None = None) -> None:
+        """Show a record.
 
-        The records of epochs in which nothing was measured are left out where lines tell the same.
+        The record at the end of an epoch is left out if nothing was evaluated and other lines say the same.
+
+        Args:
+          metrics: the names of those of its values that an evaluation added.
+          left: the seconds until the training ends, if known.
         """
-        if "epoch" in record and not figures and self._pace.log != self._pace.epoch:
+        if "epoch" in record and not metrics and self._intervals.log != self._intervals.epoch:
             return
-        parts, measured = self._parts(record, left), [f"{name} {record[name]:.4f}" for name in figures]
-        self._figures = "  ".join(measured) or self._figures  # a bar goes on showing the newest ones
+        parts, measured = self._parts(record, left), [f"{name} {record[name]:.4f}" for name in metrics]
+        self._metrics = "  ".join(measured) or self._metrics  # the bar keeps the newest ones
         if not self._bar.disable:
-            self._bar.set_postfix_str("  ".join([*parts, self._figures]).rstrip())
-        width = len(str(self._pace.steps))
-        self._say("  ".join([f"step {record['step']:>{width}} of {self._pace.steps}", *parts, *measured]))
+            self._bar.set_postfix_str("  ".join([*parts, self._metrics]).rstrip())
+        width = len(str(self._intervals.steps))
+        self._say("  ".join([f"step {record['step']:>{width}} of {self._intervals.steps}", *parts, *measured]))
 
     def _parts(self, record: Mapping[str, Any], left: float | None) -> list[str]:
-        """What a line and the bar say of a record, but for its step and its figures."""
-        intervals = self._pace
+        """What a line and the bar show of a record besides its step and the evaluated metrics."""
+        intervals = self._intervals
         epoch = f"epoch {-(-record['step'] // intervals.epoch)} of {intervals.steps // intervals.epoch}"
         whole = "epoch" in record
         parts = [f"{epoch} done" if whole else epoch, f"{'mean ' if whole else ''}loss {record['loss']:.4f}"]
@@ -97,7 +101,7 @@ def _clock(seconds: float) -> str:
 
 
 def ending(summary: Mapping[str, Any]) -> str:
-    """Why a run ended, and which of its steps was kept, for a person."""
+    """Why a run ended, and which step was kept, as text."""
     kept, best = summary["kept_step"], summary["best_step"]
     text = f"ended at step {summary['steps']} of {summary['planned_steps']}: {summary['ended']}\n"
     text += f"kept: step {kept}, the {summary['kept']} one"
@@ -109,7 +113,7 @@ def ending(summary: Mapping[str, Any]) -> str:
 
 
 def comparison_table(summary: dict[str, Any]) -> str:
-    """A run's models on every set of examples, by the metric that counts, and how many predictions tell them apart."""
+    """The primary metric of a run's models on every set of examples, and how many of their predictions differ."""
     sets, primary = summary["examples"], summary["primary"]
     differ = f"of {sum(sets.values()):,} predictions differ from"
     differing = summary["differing_predictions"]
@@ -120,21 +124,21 @@ def comparison_table(summary: dict[str, Any]) -> str:
         "detached": ("detached", f"{differing.get('detached_vs_base')} {differ} the base's"),
     }
     rows = [
-        [labels[model][0], *(f"{figures[name][primary]:.4f}" for name in sets), labels[model][1]]
-        for model, figures in summary["metrics"].items()
+        [labels[model][0], *(f"{metrics[name][primary]:.4f}" for name in sets), labels[model][1]]
+        for model, metrics in summary["metrics"].items()
     ]
     if not differing:
         return table([primary, *sets], [row[:-1] for row in rows], right=range(1, 1 + len(sets)))
     return table([primary, *sets, ""], rows, right=range(1, 1 + len(sets)))
 
 
-def figures_line(figures: dict[str, float]) -> str:
-    """All metrics of one set of examples, for a person."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+def metrics_line(metrics: dict[str, float]) -> str:
+    """All metrics of one set of examples, as text."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-def draw_curves(path: Path, records: Sequence[dict[str, Any]], figures: Sequence[str]) -> None:
-    """Draw the loss, and ``figures`` of the records, over the steps of all phases, one after the other, as a PNG."""
+def draw_curves(path: Path, records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> None:
+    """Draw the loss, and ``metrics`` of the records, over the steps of all phases, one after the other, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -142,11 +146,11 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]], figures: Sequence
     before, named = 0, set()
     for number, phase in enumerate(dict.fromkeys(record["phase"] for record in records)):
         of_phase = [record for record in records if record["phase"] == phase]
-        # Where there are lines between the epochs' ends, they tell the loss in more detail.
+        # Records between the ends of epochs show the loss in more detail.
         lines = [record for record in of_phase if "epoch" not in record] or of_phase
         steps = [before + record["step"] for record in lines]
         loss.plot(steps, [record["loss"] for record in lines], color="black")
-        for colour, name in enumerate(figures):
+        for colour, name in enumerate(metrics):
             points = [(before + record["step"], record[name]) for record in of_phase if name in record]
             if points:
                 label = None if name in named else name.replace("_", " ")
@@ -158,7 +162,7 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]], figures: Sequence
         before = max(before + record["step"] for record in of_phase)
     loss.set(xlabel="step", ylabel="training loss", yscale="log", xlim=(0, before))
     measured.set(xlabel="step", xlim=(0, before * 1.02))
-    if all(name.endswith("accuracy") for name in figures):
+    if all(name.endswith("accuracy") for name in metrics):
         measured.set(ylim=(0, 1.02))
     measured.legend()
     figure.savefig(path, dpi=120)

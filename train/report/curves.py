@@ -1,4 +1,4 @@
-"""From points to curves, drawn with matplotlib, which is imported only then."""
+"""Curves and the picture of a report, drawn with matplotlib, which is imported only when something is drawn."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.report.figures import curves, main_figures
 from train.report.reading import Points, ReportedRun
+from train.report.tables import curves, main_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c", "#a08a00")
-"""Of the runs in their order, after Okabe and Ito: told apart with any colour vision, on light and on dark."""
+"""Of the runs in their order, after Okabe and Ito: distinct for any colour vision, on light and dark pages."""
 
 LINES = ("solid",) * 4 + ("dashed",) * 4
 """Of the runs in their order, in the page's CSS and in matplotlib."""
 
 INK = "#5b6472"
-"""Of axes and labels; in the page they take the colour of its text instead."""
+"""Of axes and labels; in the page these take the colour of its text instead."""
 
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": INK,
@@ -35,18 +35,18 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.2,
     "grid.color": INK,
     "svg.fonttype": "none",
-    "svg.hashsalt": "jlora",  # the same runs make the same page
+    "svg.hashsalt": "jlora",  # so that the same runs make the same page
     "text.color": INK,
-    "text.parse_math": False,  # a $ in a name is a $
+    "text.parse_math": False,  # a $ in a name stays a $
     "xtick.color": INK,
     "ytick.color": INK,
 }
 SVG_METADATA = ("Creator", "Date", "Format", "Type")
-"""What matplotlib would write into an SVG: addresses, and the time."""
+"""Metadata that matplotlib would write into an SVG: web addresses, and the time."""
 
 
 def svg(runs: Sequence[ReportedRun]) -> str:
-    """The curves as an element of a page; empty if there are none."""
+    """The curves as an SVG element; empty if there are none."""
     if not curves(runs):
         return ""
     drawn = _saved(runs, table=False, format="svg", transparent=True, metadata=dict.fromkeys(SVG_METADATA)).decode()
@@ -54,7 +54,7 @@ def svg(runs: Sequence[ReportedRun]) -> str:
 
 
 def picture(runs: Sequence[ReportedRun]) -> bytes:
-    """The main figures and the curves as a PNG."""
+    """The main metrics and the curves, as a PNG."""
     return _saved(runs, table=True, format="png", dpi=150, facecolor="white")
 
 
@@ -78,7 +78,7 @@ def _saved(runs: Sequence[ReportedRun], *, table: bool, **how: Any) -> bytes:
 
 
 def _draw_lines(axes: Axes, title: str, lines: Sequence[Points], last: int) -> None:
-    """Draw a panel, over the steps until ``last``."""
+    """Draw one panel, over the steps from 0 to ``last``."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     few = max(map(len, lines)) <= 30
@@ -94,20 +94,20 @@ def _draw_lines(axes: Axes, title: str, lines: Sequence[Points], last: int) -> N
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: _tick(value))
     axes.set(title=title, xlabel="step", xlim=(0, 1.02 * last))
-    if title.endswith("per second"):
-        axes.set_ylim(bottom=0)
+    if title.endswith("per second") and values:
+        axes.set_ylim(0, 1.05 * max(values))
     axes.grid(True)
 
 
 def _tick(value: float) -> str:
-    """Four digits at most, never as a power of ten."""
+    """At most four digits, never a power of ten."""
     return f"{value:,.0f}" if abs(value) >= 1000 else np.format_float_positional(value, 4, fractional=False, trim="-")
 
 
 def _draw_table(axes: Axes, runs: Sequence[ReportedRun]) -> None:
-    """The adapted models' main figures, a row for each run with a sample of its line."""
+    """Draw the adapted models' main metrics: a row for each run, with a sample of its line."""
     columns = {"": ["\u2501\u2501" if line == "solid" else "\u254d\u254d" for line in LINES[: len(runs)]]}
-    columns |= main_figures(runs)
+    columns |= main_metrics(runs)
     widths = [max(map(len, (*title.split("\n"), *cells))) + 2 for title, cells in columns.items()]
     table = axes.table(
         [list(row) for row in zip(*columns.values(), strict=True)],

@@ -1,4 +1,4 @@
-"""Examples as they are learnt, as text: decoded, with the tokens marked that carry loss."""
+"""Training examples as text: decoded, with the tokens that carry loss marked."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SHORT = 300
 
 
 class Piece(NamedTuple):
-    """Tokens in a row that are all learnt, or all not."""
+    """Consecutive tokens that all carry loss, or all do not."""
 
     text: str
-    learnt: bool
+    loss: bool
 
 
 class Marks(NamedTuple):
-    """What stands before and after tokens that carry loss, how a reader is told, and what stands between tokens."""
+    """What is put before and after tokens that carry loss, in words how these are marked, and what separates tokens."""
 
     before: str
     after: str
@@ -34,7 +34,7 @@ class Marks(NamedTuple):
 
 
 def marks() -> Marks:
-    """Bold green on a terminal that has colours, otherwise brackets."""
+    """Bold green on a terminal with colours, otherwise brackets."""
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         return Marks("\x1b[1;32m", "\x1b[0m", "bold", "\x1b[2m│\x1b[0m")
     try:
@@ -45,7 +45,7 @@ def marks() -> Marks:
 
 
 def first(task: Task, examples: Examples) -> str | None:
-    """The first example of a task on texts, on a few lines and cut; None of other tasks."""
+    """The first example of a task on texts, shortened to a few lines; None for other tasks."""
     if getattr(task, "tokenizer", None) is None:
         return None
     parts = _cut(pieces(task, examples, 0)[0], SHORT)
@@ -54,11 +54,11 @@ def first(task: Task, examples: Examples) -> str | None:
 
 
 def about(task: Task, examples: Examples, row: int) -> str:
-    """How long an example is, how much of it is learnt, and its label."""
+    """The length of an example, how many of its tokens carry loss, and its label."""
     long = len(examples["input_ids"][row])
     facts = [f"{long:,} token{'s' if long != 1 else ''}"]
     if "loss_mask" in examples:
-        facts.append(f"{loss_mask_of(examples, row).sum():,} learnt ({marks().legend})")
+        facts.append(f"{loss_mask_of(examples, row).sum():,} with loss ({marks().legend})")
     if "segment_ids" in examples and (packed := len(np.unique(examples["segment_ids"][row]))) > 1:
         facts.append(f"{packed:,} examples packed")
     if "label" in examples:
@@ -67,7 +67,7 @@ def about(task: Task, examples: Examples, row: int) -> str:
 
 
 def label(task: Task, value: Any) -> str:
-    """A label by its name, with its number where that tells more."""
+    """A label by its name, with its number if that is another one."""
     names: Sequence[str] = getattr(task, "labels", ())
     if not names:
         return f"label {value:g}"
@@ -75,25 +75,25 @@ def label(task: Task, value: Any) -> str:
 
 
 def loss_mask_of(examples: Examples, row: int) -> np.ndarray:
-    """Which tokens of an example carry loss, bool [length]: the first one has nothing that it is predicted from."""
+    """Which tokens of an example carry loss, bool [length]; never the first, which nothing can predict."""
     found = np.asarray(examples["loss_mask"][row], bool).copy()
     found[:1] = False
     return found
 
 
 def pieces(task: Any, examples: Examples, row: int, *, every: bool = False) -> list[list[Piece]]:
-    """The text of an example, or of each packed in it, in parts that are learnt and parts that are not, or by token.
+    """The text of an example, or of each example packed in it, in parts that carry loss and parts that do not.
 
     Args:
-      every: whether each token is a part.
+      every: whether each token is a part of its own.
     """
     ids = examples["input_ids"][row]
-    learnt = loss_mask_of(examples, row) if "loss_mask" in examples else np.zeros(len(ids), bool)
+    mask = loss_mask_of(examples, row) if "loss_mask" in examples else np.zeros(len(ids), bool)
     segments = examples["segment_ids"][row] if "segment_ids" in examples else np.zeros(len(ids), int)
     found = []
     for number in dict.fromkeys(segments.tolist()):
         own = segments == number
-        mine = learnt[own]
+        mine = mask[own]
         borders = range(1, len(mine)) if every else (np.flatnonzero(np.diff(mine)) + 1).tolist()
         texts = split_text(task.tokenizer, ids[own].tolist(), borders)
         starts = [0, *borders]
@@ -102,9 +102,9 @@ def pieces(task: Any, examples: Examples, row: int, *, every: bool = False) -> l
 
 
 def split_text(tokenizer: Any, ids: Sequence[int], borders: Sequence[int]) -> list[str]:
-    """The text of some tokens, cut before those at ``borders``; a character of several tokens goes to the later part.
+    """The text of some tokens, split before those at ``borders``; a character of several tokens goes to the later part.
 
-    Whole beginnings are decoded: what a token says depends on those before it, such as the space before a word.
+    Each part is decoded with all tokens before it, since these can change its text, such as the space before a word.
     """
     whole = _decoded(tokenizer, ids)
     ends = [len(_decoded(tokenizer, ids[:border]).rstrip("\ufffd")) for border in borders]
@@ -113,18 +113,18 @@ def split_text(tokenizer: Any, ids: Sequence[int], borders: Sequence[int]) -> li
 
 
 def marked(parts: Sequence[Piece], *, bars: bool = False) -> str:
-    """A text with what is learnt of it marked, and with bars between its parts if they are asked for."""
+    """A text with the parts that carry loss marked, and optionally with bars between all parts."""
     marks_ = marks()
     bar = marks_.bar if bars else ""
     texts = []
-    for learnt, group in itertools.groupby(parts, lambda part: part.learnt):
+    for loss, group in itertools.groupby(parts, lambda part: part.loss):
         shown = [visible(part.text) for part in group]
-        texts.append(bar.join(f"{marks_.before}{one}{marks_.after}" if learnt else one for one in shown))
+        texts.append(bar.join(f"{marks_.before}{one}{marks_.after}" if loss else one for one in shown))
     return bar.join(texts)
 
 
 def visible(text: str) -> str:
-    """A text in which what cannot be seen is written as an escape: control characters, odd spaces, joiners."""
+    """A text with invisible characters as escapes: control characters, unusual spaces, joiners."""
     return "".join(
         one if one in "\n\t" or one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text
     )
@@ -135,7 +135,7 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _cut(parts: Sequence[Piece], most: int) -> list[Piece]:
-    """The parts, each cut in its middle, so that together they have about ``most`` characters and each is seen."""
+    """The parts, each shortened in its middle, so that all are visible and together have about ``most`` characters."""
     share = max(most // max(len(parts), 1), 40)
     found: list[Piece] = []
     for part in parts:

@@ -1,4 +1,4 @@
-"""The page of several runs: `page.html`, filled in."""
+"""The page of ``python -m train report``, rendered from the template `page.html`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import jinja2
 
 from train.report.curves import COLOURS, LINES, svg
-from train.report.figures import differing_fields, figure_tables, plans
 from train.report.reading import ReportedRun
+from train.report.tables import differing_fields, metric_tables, plans
 
 
 def page(runs: Sequence[ReportedRun]) -> str:
@@ -24,7 +24,7 @@ def page(runs: Sequence[ReportedRun]) -> str:
     return environment.get_template("page.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         heads=list(zip([run.name for run in runs], COLOURS, LINES, strict=False)),
-        tables=figure_tables(runs),
+        tables=metric_tables(runs),
         curves=svg(runs),
         fields=differing_fields(runs),
         plans=plans(runs),

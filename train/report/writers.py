@@ -1,11 +1,11 @@
-"""Where a run's records go beside ``metrics.jsonl``: TensorBoard, and Weights & Biases.
+"""Writers that send a run's records to TensorBoard and to Weights & Biases.
 
-Every number of a record is drawn as ``phase/name`` (``fit/loss``) over the steps of its phase. What is not asked for is
-not imported.
+Every number of a record is logged as ``phase/name`` (``fit/loss``) over the steps of its phase. A writer that is not
+configured is not imported.
 
     runs/digits-lora-seed0-20261122-120000/
       tensorboard/base, tensorboard/fit   event files: tensorboard --logdir runs
-      wandb/                              what Weights & Biases keeps here; id says as which run it knows this one
+      wandb/                              files of Weights & Biases; id is the id of the run there
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any, Protocol
 from train.config import ConfigError
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-"""The package that each writer needs; an extra of the writer's name installs it."""
+"""The package that each writer needs; the extra with the writer's name installs it."""
 
 
 class Writers:
-    """Takes a run's records as they come. Use as a context manager, or `close` it."""
+    """Writes a run's records. Use as a context manager, or `close` it."""
 
     def __init__(self, writers: Sequence[_Writer]):
         self._writers = writers
@@ -36,7 +36,7 @@ class Writers:
         self.close(failed=error is not None)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write the numbers of ``record``: ``phase``, ``step`` (of the phase, from 1) and what was measured there."""
+        """Write the numbers of ``record``."""
         phase, step = record["phase"], record["step"]
         numbers = {
             f"{phase}/{name}": float(value)
@@ -47,13 +47,13 @@ class Writers:
             writer.write(phase, step, numbers)
 
     def close(self, failed: bool = False) -> None:
-        """Write what is still waiting; the run has ended, or ``failed``."""
+        """Write what is still buffered; the run has ended, or ``failed``."""
         for writer in self._writers:
             writer.close(failed)
 
 
 def check(names: Sequence[str]) -> None:
-    """Whether all writers of these ``names`` can be opened here.
+    """Check that all writers of these ``names`` can be opened.
 
     Raises:
       ConfigError: if packages are missing, with the command that installs them.
@@ -68,11 +68,11 @@ def open_writers(names: Sequence[str], run_dir: Path, config: Mapping[str, Any],
     """The writers of these ``names`` ("tensorboard", "wandb"), after `check`.
 
     Args:
-      run_dir: of the run; its name is the run's.
-      config: what the run was told, as JSON could hold it; shown by Weights & Biases.
-      first_step: the first step that will be trained now: 1, or of a run that is resumed the one after the last that
-        was saved. TensorBoard hides what a killed process wrote from there on. Weights & Biases cannot: there it
-        stands twice, at the same steps.
+      run_dir: the run directory, whose name is the run's.
+      config: the run's configuration as JSON, which Weights & Biases shows.
+      first_step: the first step that will be trained now: 1, or the one after the checkpoint that a run is resumed
+        from. TensorBoard hides what a killed process wrote from there on. Weights & Biases cannot: there these steps
+        appear twice.
 
     Raises:
       ConfigError: if Weights & Biases refuses, as it does without an account.
@@ -101,8 +101,8 @@ class _Writer(Protocol):
 class _TensorBoard:
     """Event files by tensorboardX, which needs neither TensorFlow nor PyTorch.
 
-    Each phase has a folder of its own: hiding steps (``purge_step``) reaches all that is in the folder, and the base,
-    whose steps count from 1 as well, is not trained again when the fit is resumed.
+    Each phase has a folder of its own: ``purge_step`` hides steps of the whole folder, and the base, whose steps count
+    from 1 too, is not trained again when the fit is resumed.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -126,16 +126,16 @@ class _TensorBoard:
             str(self._folder / phase),
             purge_step=self._first_step,
             flush_secs=10,
-            # Files are named after the second in which they are opened: a second one would overwrite the first.
+            # Files are named after the second in which they are opened: without a suffix, one could overwrite another.
             filename_suffix=f".{time.time_ns()}",
         )
 
 
 class _Wandb:
-    """A run of Weights & Biases, the same one for a run directory however often it is resumed.
+    """A run of Weights & Biases; the same one each time that a run directory is resumed.
 
-    Its own steps must not fall, but those of a phase do when the next phase starts or a run is resumed. So each phase
-    has its step as a metric, over which the others are drawn.
+    Its own steps must not decrease, but ours do when the next phase starts or a run is resumed. So each phase has its
+    step as a metric, over which the others are drawn.
     """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]):
@@ -151,8 +151,8 @@ class _Wandb:
                 config=dict(config),
             )
         except wandb.Error as error:
-            why = str(error).rstrip(".")
-            raise ConfigError(f"wandb: {why}. Or set WANDB_MODE=offline to keep its files in {run_dir}") from error
+            reason = str(error).rstrip(".")
+            raise ConfigError(f"wandb: {reason}. Or set WANDB_MODE=offline to keep its files in {run_dir}") from error
         self._phases: set[str] = set()
 
     def write(self, phase: str, step: int, numbers: Mapping[str, float]) -> None:
@@ -167,7 +167,7 @@ class _Wandb:
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """RunFiles in the directory: so it moves and goes with it, and another directory of this name is another run."""
+    """The id of the run, kept in its directory: another directory of the same name is another run."""
     path = run_dir / "wandb" / "id"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

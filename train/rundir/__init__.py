@@ -1,7 +1,11 @@
-"""What a run directory holds.
+"""What a run directory holds. Other rooms ask here for the names and the content of its files.
 
-``files``      arrays and JSON, written whole or not at all
+``directory``  the names of its files, and how each is read and written
 ``records``    ``metrics.jsonl``
-``directory``  the directory: found again or made, held by one run at a time
+``bases``      bases that were trained from scratch
+``arrays``     trees of arrays on disk
+``codec``      configurations as JSON
+``changes``    what of a configuration and its data may change when a run is resumed
+``claim``      the directory that a run resumes, or a new one, locked
 ``finished``   a finished run, opened again
 """

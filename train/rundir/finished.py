@@ -1,4 +1,4 @@
-"""A finished run, opened again: its network with what it learnt."""
+"""A finished run, opened again: its network with the trained adapters."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import jlora
-from jlora.files.json_files import read_json
-from jlora.models import TensorError
+from jlora.files.errors import TensorError
 from train.compute.keys import random_key
 from train.config import ConfigError, TrainConfig
 from train.networks.network import Network
 from train.networks.registry import make_network
-from train.pretrain import cached_at, identity, load_params
-from train.rundir import files
-from train.rundir.directory import read_summary
+from train.rundir.bases import load_base
+from train.rundir.directory import RunDirectory
 from train.tasks.base import Task
 from train.tasks.registry import make_task
 
@@ -25,8 +25,8 @@ class FinishedRun:
     """A finished run.
 
     Attributes:
-      folder: where it was written.
-      config: of the run, completed with what it took from its data.
+      folder: the run directory.
+      config: of the run, with what it took from its data.
       network, task: as the configuration says.
       params: of the base.
       adapters: that were kept.
@@ -46,59 +46,33 @@ class FinishedRun:
 
 
 def open_run(folder: Path) -> FinishedRun:
-    """The run in ``folder``.
+    """The finished run in ``folder``.
 
     Raises:
-      ConfigError: if there is none, it is unfinished, a file of it is damaged or was changed, or its base is gone.
+      ConfigError: if there is none, the run is unfinished, or a file of it is damaged, was changed or is missing.
     """
-    if not (folder / "config.json").is_file():
-        found = sorted(str(file.parent) for file in folder.parent.glob("*/summary.json"))
+    directory = RunDirectory(folder)
+    config = directory.read_config()
+    if not directory.is_finished:
         raise ConfigError(
-            f"{folder} is no run directory: it has no config.json"
-            + (f"; beside it there are {', '.join(found)}" if found else "; python -m train makes one below runs/")
+            f"{folder} has no {directory.summary.name}: the run did not finish. Resume it with the same command, or "
+            f"with --run-dir {folder}"
         )
-    try:
-        written = read_json(folder / "config.json")
-    except TensorError as error:
-        raise ConfigError(str(error)) from error
-    if written.get("kind") != TrainConfig.__name__:
-        raise ConfigError(f"{folder} is no run directory: its config.json is of something else, such as a checkpoint")
-    if not (folder / "summary.json").is_file():
-        raise ConfigError(
-            f"{folder} has no summary.json: the run did not finish. Start it again with the same command, or with "
-            f"--run-dir {folder}, and it goes on"
-        )
-    summary = read_summary(folder)
-    config = read_config(folder / "config.json", written)
+    directory.check_sums()
     network = make_network(config)
     try:
-        adapters = jlora.load(folder / "adapters")
+        adapters = jlora.load(directory.adapters)
     except TensorError as error:
         raise ConfigError(str(error)) from error
     return FinishedRun(
-        folder, config, network, make_task(config, network), _params(folder, config, network, summary), adapters
+        folder, config, network, make_task(config, network), _params(directory, config, network), adapters
     )
 
 
-def read_config(file: Path, written: dict[str, Any]) -> TrainConfig:
-    """The configuration in a run's ``file``, which holds ``written``.
-
-    Raises:
-      ConfigError: naming the field of which it is none of this version.
-    """
-    try:
-        config = files.from_json(TrainConfig, written)
-        config.check()
-    except ValueError as error:
-        raise ConfigError(f"{file} is no configuration of this version: {error}") from error
-    return config
-
-
-def _params(folder: Path, config: TrainConfig, network: Network, summary: dict[str, Any]) -> Any:
+def _params(directory: RunDirectory, config: TrainConfig, network: Network) -> Any:
     if network.load is not None:
         return network.load(random_key(config.seed, "head"), None)
-    recorded = Path(summary["base"]["path"])
-    for path in (recorded, cached_at(config, identity(config))):
-        if (path / "params").is_dir():
-            return load_params(path, network)
-    raise ConfigError(f"{folder}: its base, {recorded}, is gone. Train it again with `python -m train`")
+    # Runs of earlier versions have their base in the cache only.
+    cached = Path(directory.read_summary()["base"]["path"])
+    path = cached if cached.is_dir() and not directory.base.is_dir() else directory.base
+    return load_base(path, jax.eval_shape(network.init, jax.random.key(0)))

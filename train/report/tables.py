@@ -1,4 +1,4 @@
-"""From what the files of runs tell to what is shown of it: rows of tables, and points of curves."""
+"""What is shown of runs: rows of tables, and points of curves."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from datetime import timedelta
 from typing import Any
 
 from train.report.reading import Points, ReportedRun, is_number
-from train.rundir.directory import ASIDE
+from train.rundir.changes import ASIDE
 
 Rows = list[tuple[str, list[str]]]
-"""Rows of a table: what they tell, and a cell for each run."""
+"""Rows of a table: a label, and a cell for each run."""
 
 RATES = ("tokens_per_second", "examples_per_second")
-"""The first of these that a run tells is drawn."""
+"""Of these the first that a run has is drawn."""
 
 
-def figure_tables(runs: Sequence[ReportedRun]) -> dict[str, Rows]:
-    """Tables of the runs' figures by their titles, without the rows of which no run knows anything."""
+def metric_tables(runs: Sequence[ReportedRun]) -> dict[str, Rows]:
+    """Tables of the runs' metrics by title, without rows in which every cell would be empty."""
     primaries = _in_order(run.primary for run in runs)
     tables = {primary: _of_models(runs, primary) for primary in primaries}
-    tables["other figures, adapted"] = _others(runs, primaries)
-    tables["training"] = [(label, [tell(run) for run in runs]) for label, tell in TRAINING.items()]
-    tables["speed and memory"] = [(label, [tell(run.summary) for run in runs]) for label, tell in SPEED.items()]
+    tables["other metrics, adapted"] = _others(runs, primaries)
+    tables["training"] = [(label, [cell(run) for run in runs]) for label, cell in TRAINING.items()]
+    tables["speed and memory"] = [(label, [cell(run.summary) for run in runs]) for label, cell in SPEED.items()]
     tables = {title: [row for row in rows if any(row[1])] for title, rows in tables.items()}
     return {_words(title): rows for title, rows in tables.items() if rows}
 
 
-def main_figures(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
-    """The adapted models' main figures as columns by their titles, of two lines at most; a cell for each run."""
+def main_metrics(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
+    """The adapted models' main metrics: columns by title (at most two lines), with a cell for each run."""
     columns = {"run": [run.name for run in runs]}
     for primary in _in_order(run.primary for run in runs):
         for name in _sets(runs, primary):
-            columns[f"{name}\n{_words(primary)}"] = [_figure(run, "adapted", name, primary) for run in runs]
-    columns["parameters\ntrained"] = [_number(run.summary.get("trainable"), "{:,}") for run in runs]
+            columns[f"{name}\n{_words(primary)}"] = [_metric(run, "adapted", name, primary) for run in runs]
+    columns["trained\nparameters"] = [_number(run.summary.get("trainable"), "{:,}") for run in runs]
     columns["state"] = [_state(run) for run in runs]
     return columns
 
 
 def differing_fields(runs: Sequence[ReportedRun]) -> Rows:
-    """The fields in which the configurations differ, but for `ASIDE`; empty cells where a run has no such field."""
+    """The fields, except `ASIDE`, in which the configurations differ; a cell is empty if the run has no such field."""
     names = _in_order(name for run in runs for name in run.config if name.split(".")[0] not in ASIDE)
     parts = _in_order(name.split(".")[0] for name in names)
     names.sort(key=lambda name: parts.index(name.split(".")[0]))
@@ -54,7 +54,7 @@ def differing_fields(runs: Sequence[ReportedRun]) -> Rows:
 
 
 def plans(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
-    """Each plan, and the names of the runs that have it."""
+    """The names of the runs, by their plan."""
     found: dict[str, list[str]] = {}
     for run in runs:
         found.setdefault(run.plan, []).append(run.name)
@@ -62,11 +62,11 @@ def plans(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
 
 
 def curves(runs: Sequence[ReportedRun]) -> dict[str, list[Points]]:
-    """Steps and values of every run (none where it has none), by the title of the panel that shows them."""
+    """The points of every run (no points if it has none), by the title of the panel that shows them."""
     measured = _in_order(f"{name}_{run.primary}" for run in runs for name in _sets([run], run.primary))
     speeds = _in_order(name for run in runs for name in [name for name in RATES if run.averages(name)][:1])
     found = {"training loss": [run.averages("loss") for run in runs]}
-    found |= {_words(name): [run.measurements(name) for run in runs] for name in measured}
+    found |= {_words(name): [run.evaluations(name) for run in runs] for name in measured}
     found |= {_words(name): [run.averages(name) for run in runs] for name in ("learning_rate", *speeds)}
     return {title: lines for title, lines in found.items() if any(lines)}
 
@@ -82,33 +82,35 @@ def _words(name: str) -> str:
 def _sets(runs: Sequence[ReportedRun], metric: str) -> list[str]:
     """The sets of examples on which a metric was measured."""
     ending = f"_{metric}"
-    ended = [name for run in runs for _, name, of_set in run.figures if of_set == metric]
+    ended = [name for run in runs for _, name, of_set in run.final_metrics if of_set == metric]
     way = [name for run in runs if run.primary == metric for record in run.records for name in record]
     return _in_order([*ended, *(name.removesuffix(ending) for name in way if name.endswith(ending))])
 
 
 def _of_models(runs: Sequence[ReportedRun], metric: str) -> Rows:
-    models = _in_order(["base", "adapted", *(model for run in runs for model, _, _ in run.figures)])
+    models = _in_order(["base", "adapted", *(model for run in runs for model, _, _ in run.final_metrics)])
     return [
-        (f"{name}, {model}", [_figure(run, model, name, metric) for run in runs])
+        (f"{name}, {model}", [_metric(run, model, name, metric) for run in runs])
         for name in _sets(runs, metric)
         for model in models
     ]
 
 
 def _others(runs: Sequence[ReportedRun], primaries: Sequence[str]) -> Rows:
-    keys = dict.fromkeys(key for run in runs for key in run.figures if key[0] == "adapted" and key[2] not in primaries)
+    keys = dict.fromkeys(
+        key for run in runs for key in run.final_metrics if key[0] == "adapted" and key[2] not in primaries
+    )
     return [
-        (f"{name}, {_words(metric)}", [_figure(run, model, name, metric) for run in runs])
+        (f"{name}, {_words(metric)}", [_metric(run, model, name, metric) for run in runs])
         for model, name, metric in keys
     ]
 
 
-def _figure(run: ReportedRun, model: str, name: str, metric: str) -> str:
-    """A model's figure; of an unfinished run's adapted model the newest one, and when it was measured."""
+def _metric(run: ReportedRun, model: str, name: str, metric: str) -> str:
+    """A model's metric; for the adapted model of an unfinished run the newest value, and the step it is from."""
     if run.summary or model != "adapted":
-        return _number(run.figures.get((model, name, metric)), "{:.4f}")
-    step, value = (run.measurements(f"{name}_{metric}") or [(0, None)])[-1]
+        return _number(run.final_metrics.get((model, name, metric)), "{:.4f}")
+    step, value = (run.evaluations(f"{name}_{metric}") or [(0, None)])[-1]
     return _number(value, f"{{:.4f}} at step {step:,}")
 
 
@@ -117,7 +119,7 @@ def _number(value: Any, form: str) -> str:
 
 
 def _scaled(name: str, scale: float, form: str) -> Callable[[Mapping[str, Any]], str]:
-    """Tells a number of a summary in another unit."""
+    """A function that shows a number of a summary in another unit."""
     return lambda summary: _number(summary[name] * scale if is_number(summary.get(name)) else None, form)
 
 
@@ -150,14 +152,14 @@ TRAINING: dict[str, Callable[[ReportedRun], str]] = {
     "state": _state,
     "mode": lambda run: str(run.config.get("mode", "")),
     "seed": lambda run: str(run.config.get("seed", "")),
-    "step kept": lambda run: _number(run.summary.get("kept_step"), "{:,}"),
+    "kept step": lambda run: _number(run.summary.get("kept_step"), "{:,}"),
     "ended": lambda run: str(run.summary.get("ended") or ""),
-    "parameters trained": _trained,
+    "trained parameters": _trained,
     "time, h:mm:ss": _duration,
 }
 SPEED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "layout": lambda summary: str(summary.get("layout") or ""),
-    "time of a step": _scaled("step_seconds", 1e3, "{:,.1f} ms"),
+    "time per step": _scaled("step_seconds", 1e3, "{:,.1f} ms"),
     "examples per second": _scaled("examples_per_second", 1, "{:,.0f}"),
     "tokens per second": _scaled("tokens_per_second", 1, "{:,.0f}"),
     "share of the devices' peak": _scaled("mfu", 1, "{:.1%}"),

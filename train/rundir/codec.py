@@ -1,81 +1,21 @@
-"""Files: array trees (orbax), JSON, and what a run directory holds.
-
-    runs/digits-lora-seed0-20261122-120000/
-      config.json      the whole configuration: defaults, overrides, and what was taken from the data
-      data.json        what was read: sources, files, rows, sums
-      plan.txt         what is adapted, and how
-      metrics.jsonl    a line for each epoch of each training, and some on the way
-      checkpoints/     from which the training goes on when it was stopped; see `train.loop.checkpoints`
-      adapters/        what is kept of what was trained, as `jlora.save` writes it
-      merged/          of a network trained from scratch: plain parameters for the unmodified model (orbax)
-      curves.png       loss and metrics over the steps
-      summary.json     the figures
-      SHA256SUMS       of what a finished run is used by: configuration, data, adapters, records, figures
-      run.lock         held by the process that trains
-
-The summary is written last: a run directory without one is unfinished.
-"""
+"""Configurations as JSON, and back."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
-
-import jax
-import orbax.checkpoint as ocp
 
 from jlora import LoraConfig
 from jlora.fields import expected, fits
 from jlora.messages import nearest, shown
 
 
-def save_tree(path: Path, tree: Any) -> None:
-    """Write a tree of this process's arrays to ``path``, instead of what is there; it appears whole or not at all."""
-    with _alone() as checkpointer:
-        checkpointer.save(path.resolve(), tree, force=True)
-
-
-def load_tree(path: Path, like: Any, shardings: Any = None) -> Any:
-    """Read a tree of arrays with the structure, shapes and dtypes of ``like`` (arrays or shape structs).
-
-    ``shardings`` is a tree like it, or None for one device of this process.
-    """
-    if shardings is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: device, like)
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
-    with _alone() as checkpointer:
-        return checkpointer.restore(path.resolve(), target)
-
-
-def _alone() -> ocp.StandardCheckpointer:
-    """orbax for this process, which does not wait for others."""
-    index = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
-    )
-    return ocp.StandardCheckpointer(multiprocessing_options=options)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` so that ``path`` holds all of it or what it held before."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text_of(value))
-    os.replace(draft, path)
-
-
-def text_of(value: Any) -> str:
-    """What `write_json` writes."""
-    return json.dumps(value, indent=2, default=str) + "\n"
-
-
 def to_json(value: Any) -> Any:
-    """A configuration as JSON can hold it; a dataclass says which one it is under ``kind``."""
+    """A configuration as JSON values; a dataclass becomes an object with its class name under ``kind``."""
     if isinstance(value, LoraConfig):
         return json.loads(value.to_json())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -89,7 +29,7 @@ def to_json(value: Any) -> Any:
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of a configuration, as `to_json` wrote it, by dotted names; which one a part is, by the part's name.
+    """The fields of a configuration in JSON, by dotted names; a part's own name holds its ``kind``.
 
     ``{"kind": "TrainConfig", "fit": {"kind": "FitConfig", "epochs": 2}}`` is ``{"fit": "FitConfig", "fit.epochs": 2}``.
     """
@@ -105,10 +45,10 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_json(kind: Any, value: Any, path: str = "") -> Any:
-    """The configuration of type ``kind`` that `to_json` wrote as ``value``; ``path`` is its place in the whole.
+    """The configuration of type ``kind`` that `to_json` wrote as ``value``; ``path`` is the field it belongs to.
 
     Raises:
-      ValueError: if it is none, naming the field.
+      ValueError: naming each field that is unknown, missing or of another type.
     """
     if get_origin(kind) in (Union, UnionType):
         options: list[Any] = [one for one in get_args(kind) if one is not type(None)]
@@ -138,7 +78,7 @@ def from_json(kind: Any, value: Any, path: str = "") -> Any:
 
 
 def _part(kind: type[Any], value: Any, prefix: str) -> Any:
-    """The dataclass ``kind`` that a configuration holds below ``prefix``."""
+    """The dataclass ``kind`` of the fields below ``prefix``."""
     hints, fields = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
     if not isinstance(value, Mapping) or value.get("kind", kind.__name__) != kind.__name__:
         raise ValueError(f"{prefix or 'the file'} = {shown(value)}; expected a {kind.__name__}")

@@ -1,0 +1,67 @@
+"""Bases that were trained from scratch. The cache and the run directories keep them in one form:
+
+params/          the parameters (orbax)
+records.json     the records of the training
+identity.json    what determines the base; see `train.pretrain`
+SHA256SUMS       of all of these files
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jlora.files.checksums import check_sums, write_sums
+from jlora.files.json_files import write_json
+from jlora.models import TensorError
+from train.config import ConfigError
+from train.rundir.arrays import load_tree, save_tree
+from train.rundir.directory import DRAFT
+from train.rundir.records import Record
+
+
+def save_base(path: Path, params: Any, records: list[Record], identity: dict[str, Any]) -> None:
+    """Write a base to ``path``, unless another run has put the same one there meanwhile."""
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}{DRAFT}")
+    draft.mkdir(parents=True)
+    try:
+        save_tree(draft / "params", params)
+        write_json(draft / "records.json", records, sort_keys=False)
+        write_json(draft / "identity.json", identity)
+        write_sums(draft)
+        draft.rename(path)
+    except OSError:
+        if not path.exists():
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def copy_base(source: Path, path: Path) -> None:
+    """Copy the base at ``source`` to ``path`` in a run directory, replacing what is there."""
+    draft = path.with_name(path.name + DRAFT)
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(source, draft)
+    shutil.rmtree(path, ignore_errors=True)
+    draft.rename(path)
+
+
+def load_base(path: Path, like: Any, shardings: Any = None) -> Any:
+    """The parameters of the base at ``path``, as `train.rundir.arrays.load_tree` reads them.
+
+    Raises:
+      ConfigError: naming each file that is damaged or missing.
+    """
+    try:
+        check_sums(path)
+    except TensorError as error:
+        raise ConfigError(f"{error}\nOr remove {path}: an unfinished run trains its base again.") from error
+    return load_tree(path / "params", like, shardings)
+
+
+def base_records(path: Path) -> list[Record]:
+    """The records of the training of the base at ``path``."""
+    return json.loads((path / "records.json").read_text())

@@ -1,0 +1,68 @@
+"""What may change between two starts of a run, and what did."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from train.config import TrainConfig
+from train.rundir.codec import flat, to_json
+from train.rundir.directory import RunDirectory
+
+HOW = ("cache_dir", "compute", "log", "processes", "resume", "run_dir", "save")
+"""Fields that set how a run is computed, watched and saved. They do not change what it learns, except for rounding and
+dropout masks."""
+
+ASIDE = tuple(name for name in HOW if name != "compute")
+"""Those of them that do not affect speed and memory either."""
+
+LATER = ("eval_batch_size", "eval_every", "eval_every_steps", "fit.epochs", "fit.patience", "keep", "log_every")
+"""Fields that may change when a run is resumed. They do not change what it learns, except for the learning rate (see
+`train.loop.extend`) and when it ends."""
+
+MORE = ("fit.epochs", "fit.patience")
+"""Those of them that extend a finished run."""
+
+
+def config_changes(written: Mapping[str, Any], config: TrainConfig) -> dict[str, str]:
+    """The fields, except `HOW`, in which ``config`` differs from a run's configuration in JSON, with a line for each.
+
+    A field that did not exist when the run was started counts as its default.
+    """
+    found, wanted = flat(written), flat(to_json(config))
+    found = {name: default for name in wanted if (default := _default(config, name)) is not None} | found
+    return {
+        name: f"{name}: the run has {_shown(found, name)}, got {_shown(wanted, name)}"
+        for name in sorted({*found, *wanted})
+        if name.split(".")[0] not in HOW and found.get(name) != wanted.get(name)
+    }
+
+
+def data_changes(directory: RunDirectory, data: Mapping[str, Any]) -> list[str]:
+    """A line for each source that has changed since the run was started.
+
+    Runs of earlier versions have no ``data.json``: nothing is known of their data.
+    """
+    then = flat(directory.read_data())
+    return [
+        f"data.{name}: {now['source']} has the sha256 {now['digest'][:12]}, and had {str(was)[:12]} ({directory.data})"
+        for name, now in data.items()
+        if then and (was := then.get(f"{name}.digest")) != now["digest"]
+    ]
+
+
+def _default(config: Any, name: str) -> Any:
+    """A field's default, as JSON; None also where there is no default."""
+    *parts, last = name.split(".")
+    for part in parts:
+        config = getattr(config, part, None)
+    if not dataclasses.is_dataclass(config):
+        return None
+    default = next((field.default for field in dataclasses.fields(config) if field.name == last), None)
+    return None if default is dataclasses.MISSING else to_json(default)
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name]) if name in values else "no such field"

@@ -27,6 +27,8 @@ import sys
 sys.meta_path.insert(0, Extras())
 """
 NO_DOWNLOAD = """
+import jlora
+from jlora import models
 assert "site" in jlora.__file__, jlora.__file__
 try:
     models.load("someone/model")
@@ -61,9 +63,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def extras(wheel: Path) -> set[str]:
     """The importable names here that the wheel's own dependencies do not bring."""
+    return missing(wheel)
+
+
+def missing(wheel: Path, *others: str) -> set[str]:
+    """The importable names here that neither the wheel's dependencies nor the ``others`` bring."""
     text = zipfile.ZipFile(wheel).read(next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("METADATA")))
     lines = [line for line in text.decode().splitlines() if line.startswith("Requires-Dist: ")]
-    installed = brought([line.removeprefix("Requires-Dist: ") for line in lines])
+    installed = brought([*(line.removeprefix("Requires-Dist: ") for line in lines), *others])
     owners = metadata.packages_distributions().items()
     return {name for name, of in owners if not {d.lower().replace("_", "-") for d in of} & installed} - {"jlora"}
 
@@ -75,9 +82,9 @@ def test_it_holds_jlora_alone_and_is_typed(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_it_runs_the_readme_elsewhere_without_any_extra(wheel: Path, extras: set[str], tmp_path: Path) -> None:
+def test_it_runs_the_readme_elsewhere_with_the_hub_alone(wheel: Path, extras: set[str], tmp_path: Path) -> None:
     """Installed into an empty folder, away from the checkout, every block of the README runs with the dependencies of
-    jlora alone; a download asks for its extra."""
+    jlora and its extra `hub`, of which the export's model card is made; a download asks for that extra."""
     assert {"datasets", "huggingface_hub", "matplotlib", "transformers", "tyro", "sklearn", "chex"} <= extras
     assert not {"jax", "flax", "optax", "orbax", "numpy", "safetensors"} & extras
     site = tmp_path / "site"
@@ -85,9 +92,10 @@ def test_it_runs_the_readme_elsewhere_without_any_extra(wheel: Path, extras: set
         [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)], check=True
     )
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    program = f"{BLOCK.format(names=extras)}sys.path[:0] = [{str(site)!r}]\n" + "\n".join(blocks) + NO_DOWNLOAD
     environment = {"JAX_PLATFORMS": "cpu", "TMPDIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-I", "-c", program], check=True, cwd=tmp_path, env=environment)
+    for names, program in ((missing(wheel, "huggingface_hub"), "\n".join(blocks)), (extras, NO_DOWNLOAD)):
+        program = f"{BLOCK.format(names=names)}sys.path[:0] = [{str(site)!r}]\n{program}"
+        subprocess.run([sys.executable, "-I", "-c", program], check=True, cwd=tmp_path, env=environment)
 
 
 def test_the_program_names_its_extra(extras: set[str]) -> None:

@@ -55,7 +55,8 @@ def test_labels_of_a_module_that_optax_calls_are_named(equinox: dict[str, Any]) 
     for tree in (equinox["attached"], jlora.attach(linear, start)):
         labels = jlora.labels(tree)
         text = message(TypeError, lambda labels=labels, tree=tree: optax.partition(transforms, labels).init(tree))
-        expect(text, "jlora.labels", "`jlora.labels` itself", "weight" if tree is equinox["attached"] else "kernel")
+        leaf = "weight" if tree is equinox["attached"] else "kernel"
+        expect(text, "jlora.labels", "pass the function `jlora.labels`", leaf)
         optax.partition(transforms, jlora.labels).init(eqx.filter(tree, eqx.is_array))
 
 

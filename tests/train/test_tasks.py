@@ -616,7 +616,7 @@ def test_configs_train_exactly_what_they_say(name, config, trainable):
     uses = jlora.trace(model.apply, params, models.example_inputs(model))
     with warnings.catch_warnings():
         # GPT-2's new head has two outputs and gets factors of rank 16 all the same, as in the tutorial.
-        warnings.filterwarnings("ignore", message="plan: the rank is above what 1 weight")
+        warnings.filterwarnings("ignore", message="plan: the rank exceeds that of 1 weight")
         plan = jlora.plan(params, wanted.lora, uses)
     assert plan.trainable == trainable
     assert f"of {plan.total:,}" in Path(f"configs/{name}.py").read_text()

@@ -29,6 +29,7 @@ def program(page: str) -> tuple[dict[str, Any], str]:
     return ran(page, START if "continues the program of [Start]" in (ROOT / page).read_text() else None)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("page", PROGRAMS)
 def test_every_page_runs_and_prints_what_it_says(page: str) -> None:
     assert program(page)[1] == "".join(body for language, body in blocks(page) if language == "text")

@@ -5,6 +5,7 @@ import pytest
 from benchmarks import gpu_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["flash", "members"])
 def test_a_part_runs_at_toy_size_and_its_losses_agree(part):
     figures = gpu_step.measure(part, gpu_step.SIZES["toy"], rounds=1)

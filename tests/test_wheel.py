@@ -82,6 +82,7 @@ def test_it_holds_jlora_alone_and_is_typed(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_it_runs_the_readme_elsewhere_with_the_hub_alone(wheel: Path, extras: set[str], tmp_path: Path) -> None:
     """Installed into an empty folder, away from the checkout, every block of the README runs with the dependencies of
     jlora and its extra `hub`, of which the export's model card is made; a download asks for that extra."""

@@ -17,6 +17,7 @@ def programs() -> dict[str, _measure.Program]:
     return step_time.make_steps(params, factors, _encoder.make_batch(SHAPE, "float32"))[0]
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_lora_by_hand(programs: dict[str, _measure.Program]) -> None:
     """The step does no more arithmetic than the factored one that everyone writes."""
     assert programs["jlora"].flops <= 1.02 * programs["factored"].flops

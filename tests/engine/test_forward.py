@@ -106,6 +106,7 @@ def derivatives(f: Callable[[Any], Any], at: Any, along: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives_are_those_of_the_merged_model(name: str) -> None:
     """With respect to the adapters, under jit; and with a jit of the adapted model inside."""
@@ -123,6 +124,7 @@ def test_derivatives_are_those_of_the_merged_model(name: str) -> None:
     agree(jitted, merged["jvp"])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["mlp", "stacked", "convolution", "dora, lookup", "ragged"])
 def test_without_jit_around(name: str) -> None:
     """jvp, linearize and jvp of grad outside of jit, of a function that may be jitted itself."""
@@ -136,6 +138,7 @@ def test_without_jit_around(name: str) -> None:
         agree(*pushed)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["mlp", "heads", "convolution", "remat", "dora"])
 def test_the_jacobian_in_the_inputs(name: str) -> None:
     """jacfwd, jacrev and the Hessian of a loss, with respect to arguments other than the adapters."""

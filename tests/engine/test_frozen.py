@@ -41,6 +41,7 @@ def in_vmap(loss: Callable[..., Any]) -> Callable[..., Any]:
 AROUND = {"plain": plain, "jit": jax.jit, "remat": jax.checkpoint, "scan": in_scan, "vmap": in_vmap}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
 @pytest.mark.parametrize("name", TOYS)
 def test_the_gradient_of_a_whole_tree_is_that_of_the_adapters(name: str, around: Any) -> None:

@@ -198,6 +198,7 @@ MODES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @hypothesis.settings(max_examples=4)
 @hypothesis.given(cases, st.sampled_from(sorted(METHODS)))

@@ -170,6 +170,7 @@ def test_all_linear_takes_every_matmul_weight_and_nothing_else(name: str) -> Non
     assert set(plan.left_out) == set(model.tables)
 
 
+@pytest.mark.sampled(14)
 @every_model
 def test_adapted_equals_merged(name: str) -> None:
     """Laws 1 and 2: fresh adapters change nothing; any adapters give the merged model's results and gradients."""

@@ -37,6 +37,7 @@ def first_step(loss: Any, adapters: Any, tx: Any) -> Any:
     return optax.apply_updates(adapters, updates)
 
 
+@pytest.mark.slow
 def test_equinox_modules_train_as_their_adapters_alone(equinox: dict[str, Any]) -> None:
     """freeze on a module that holds functions moves its adapters alone, as they move by themselves."""
     module, adapters = equinox["module"], equinox["adapters"]
@@ -60,6 +61,7 @@ def test_labels_of_a_module_that_optax_calls_are_named(equinox: dict[str, Any]) 
         optax.partition(transforms, jlora.labels).init(eqx.filter(tree, eqx.is_array))
 
 
+@pytest.mark.slow
 def test_nnx_optimizers_move_adapters_that_are_parameters(flax_nnx: dict[str, Any]) -> None:
     """As optax moves them alone, in every form that the page has; plain adapters are not seen."""
     start, params, apply, x, y = (flax_nnx[n] for n in ("adapters", "params", "apply", "x", "y"))

@@ -59,6 +59,7 @@ def kept_factored(fn: Any, adapters: Any, params: Any, *args: Any) -> None:
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * (1 + np.abs(want).max()))
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", sorted(WAYS))
 def test_a_normalized_weight_is_the_merged_one(name: str) -> None:
     """Law 2, through the norm: matrices used straight and transposed, a stack of them, and a scanned one."""
@@ -73,6 +74,7 @@ def test_a_normalized_weight_is_the_merged_one(name: str) -> None:
     kept_factored(fn, adapters_for(fn, params, x), params, x)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", sorted(over()))
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_normalized_kernel_is_the_merged_one(name: str, use_dora: bool) -> None:
@@ -122,6 +124,7 @@ def test_the_plan_says_what_stays_factored(fn: Callable[..., Any]) -> None:
     assert bool(told.materialized) == bool(use.materialized), (told.materialized, use)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=15)
 @hypothesis.given(chains(), st.booleans())
 def test_whatever_else_is_done_to_it(fn: Callable[..., Any], use_dora: bool) -> None:
@@ -268,6 +271,7 @@ MEMORY = {"dense, few tokens": 0.6, "dense, many tokens": 1.0, "convolution": 1.
 """What the factored form may keep, by what the materialized one keeps."""
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", sorted(standardized_weights.SMALL))
 def test_what_the_factored_form_saves(name: str) -> None:
     """Why the factored form is used: its FLOPs and memory in a step, against summing the weight in each step."""

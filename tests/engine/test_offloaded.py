@@ -100,6 +100,7 @@ FORWARD_ONLY = {"on the host", "looked up"}
 """JAX (0.10 to 0.12) does not differentiate through these in host memory, with or without adapters."""
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize("where", ["adapters on the device", "adapters on the host"])
 @pytest.mark.parametrize("name", MODELS)

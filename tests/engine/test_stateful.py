@@ -142,6 +142,7 @@ def trained(form: Any, compiled: Any, name: str) -> Any:
     return history
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("compiled", [lambda fn: fn, jax.jit, nnx.jit], ids=["plain", "jit", "nnx.jit"])
 @pytest.mark.parametrize("form", [returned, in_parts], ids=["returned", "in parts"])
 @pytest.mark.parametrize("name", NETS)

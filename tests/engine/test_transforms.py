@@ -66,6 +66,7 @@ AROUND: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", TOYS)
 @pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
 def test_a_transform_of_the_adapted_model_is_that_of_the_merged_one(around: Any, name: str) -> None:

@@ -289,6 +289,7 @@ print((resident("VmHWM") - before) / size, size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_loading_needs_little_more_than_the_parameters(tmp_path: Path) -> None:
     """The host's peak memory is below 1.3 times the parameters, with one file or several, and with a new head."""

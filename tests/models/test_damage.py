@@ -195,6 +195,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_checkpoints_of_hugging_face(reader: Any, tmp_path: Path) -> None:
     """Refused by name; or what is loaded is what the file says, and the tensors those that were saved."""
     folders = []
@@ -296,6 +297,7 @@ def flags(work: Path, run_dir: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_finished_runs(runs: Path, reader: Any, tmp_path: Path) -> None:
     """The file is named, or configuration and adapters are those of the run."""
     for name in ("whole", "other"):
@@ -314,6 +316,7 @@ def test_finished_runs(runs: Path, reader: Any, tmp_path: Path) -> None:
     reader(ConfigError).each([(tmp_path / "whole", tmp_path / "other", open_run)], judge)
 
 
+@pytest.mark.slow
 def test_runs_that_go_on(runs: Path, reader: Any, tmp_path: Path) -> None:
     """The file is named, or the training goes on from where it was; records that are lost are told."""
     config = parse(flags(runs, runs / "new"))
@@ -363,6 +366,7 @@ def test_runs_that_go_on(runs: Path, reader: Any, tmp_path: Path) -> None:
     one.each([(tmp_path / "whole", tmp_path / "other", go_on)], judge)
 
 
+@pytest.mark.slow
 def test_the_program_tells_it(runs: Path, tmp_path: Path, capfd: Any) -> None:
     """One line, and exit code 2."""
     shutil.copytree(runs / "whole", tmp_path / "run")

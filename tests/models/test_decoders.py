@@ -60,6 +60,7 @@ def test_it_computes_what_transformers_computes(name: str) -> None:
     assert_close(hidden[:-1], expected["hidden"][:-1], mask)
 
 
+@pytest.mark.sampled(4)
 @every_decoder
 def test_a_cache_gives_what_the_whole_gives(name: str) -> None:
     """A prompt, one row padded on the left, then token by token: the logits of one call, whatever the window."""
@@ -99,6 +100,7 @@ def test_a_token_sees_no_later_one_and_no_other_segment(name: str) -> None:
     assert_close(packed[7:], rolled[:5], tolerance=1e-5)
 
 
+@pytest.mark.sampled(4)
 @every_decoder
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     """A checkpoint of other weights loads; saved again, transformers computes the same, also at another length."""

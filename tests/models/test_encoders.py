@@ -55,6 +55,7 @@ def recorded(name: str) -> dict[str, tuple[dict[str, np.ndarray], dict[str, np.n
     return found
 
 
+@pytest.mark.sampled(4)
 @every_encoder
 def test_it_computes_what_transformers_computed(name: str) -> None:
     """Logits, pooled and every layer's states, for each length, padding, token types, positions; no torch needed."""
@@ -63,6 +64,7 @@ def test_it_computes_what_transformers_computed(name: str) -> None:
         assert farthest(forward(model, params, batch), expected, batch) < TOLERANCE, sort
 
 
+@pytest.mark.sampled(4)
 @needs_torch
 @every_encoder
 def test_it_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:

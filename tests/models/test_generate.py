@@ -39,6 +39,7 @@ def compiled() -> int:
     return program._cache_size()
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_most_probable_tokens_are_those_of_transformers(name: str) -> None:
     """With a full prompt and one padded on the left."""
@@ -98,6 +99,7 @@ def checkpoint(name: str, folder: Path, config: dict[str, Any], generation: dict
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama2", "gpt2"])
 def test_a_row_ends_at_the_model_s_own_end_tokens(name: str, tmp_path: Path) -> None:
     """Those of generation_config.json, else of config.json, as in transformers; None, or none stated, ends nowhere."""

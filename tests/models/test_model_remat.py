@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_same_gradient_for_less_memory(name: str) -> None:
     """With adapters and dropout: rematerialization changes no gradient, and keeps less the more it recomputes."""

@@ -50,6 +50,7 @@ from tests.peft_cases import (
 # ---- what peft wrote
 
 
+@pytest.mark.sampled(6)
 @every_case
 def test_an_adapter_of_peft_computes_the_same_here(case: str) -> None:
     """The logits of PyTorch, factored and merged; and they differ from those of the base."""

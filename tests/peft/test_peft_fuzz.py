@@ -118,6 +118,7 @@ def table(outcomes: dict[str, Counter[str]]) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 @needs_peft
 def test_drawn_adapters_agree_or_are_refused_by_name(tmp_path: Path) -> None:
     """For every draw the logits of both sides are equal, or one side refuses; and most are not refused."""
@@ -149,6 +150,7 @@ def test_drawn_adapters_agree_or_are_refused_by_name(tmp_path: Path) -> None:
             assert refused <= max(2, share * DRAWS), (direction, kind)
 
 
+@pytest.mark.sampled(1)
 @needs_peft
 @pytest.mark.parametrize("name", BASES)
 def test_the_class_of_the_model_is_known_without_a_task_type(name: str, tmp_path: Path) -> None:

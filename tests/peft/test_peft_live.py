@@ -69,6 +69,7 @@ def test_names_of_the_model_and_of_its_files() -> None:
     assert all(name.files == name.tensors for name in gpt2.values())
 
 
+@pytest.mark.slow
 @needs_peft
 def test_vit_in_both_directions(tmp_path: Path) -> None:
     import peft as theirs
@@ -166,6 +167,7 @@ def test_layers_trained_whole_and_by_factors(tmp_path: Path) -> None:
         assert_close(jax.jit(model.apply)(params, ids), expected)
 
 
+@pytest.mark.sampled(1)
 @needs_peft
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_head_with_factors_is_written_whole(use_dora: bool, tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ MERGED: dict[str, Any] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", MERGED)
 def test_what_is_merged_in_pytorch(name: str, tmp_path: Path) -> None:
     """Loaded again and merged, it computes what was trained."""
@@ -212,6 +213,7 @@ INITS: dict[str, tuple[dict[str, Any], Callable[..., None] | None]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("start", INITS)
 def test_starts_that_change_the_base(start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merged or converted in the process that trained it; LoftQ cannot be converted, and none can be loaded again."""
@@ -315,6 +317,7 @@ RESIZED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", RESIZED)
 def test_a_resized_vocabulary(case: str, tmp_path: Path) -> None:
     """The refusal names the tables and their sizes; the base that PEFT writes back is one that the adapter fits."""

@@ -96,6 +96,7 @@ def grown(folder: Path, kind: str, untie: bool, config: jlora.LoraConfig) -> dic
 # ---- checkpoints
 
 
+@pytest.mark.sampled(2)
 @every_kind
 def test_an_untied_network_computes_the_same(kind: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """It has one more leaf, the transposed table, and both are saved and loaded."""
@@ -165,6 +166,7 @@ def test_an_untied_network_is_read_into_its_shards(checkpoints: dict[str, Path])
 # ---- adapters, without PEFT
 
 
+@pytest.mark.sampled(4)
 @every_kind
 @pytest.mark.parametrize("whole", [False, True])
 def test_an_adapter_of_both_uses_is_written_for_both(
@@ -315,6 +317,7 @@ def live(kind: str) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.sampled(1)
 @needs_peft
 @every_kind
 def test_peft_and_we_agree_on_tied_pairs(kind: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_a_finished_run_that_is_trained_further_is_the_one_that_was_planned_so(w
     )
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_other_epochs_and_may_be_stopped_again(work, four, tmp_path):
     """From the middle of an epoch; from one to three to two to four, in either direction."""
     folder = tmp_path / "run"
@@ -99,6 +100,7 @@ def test_a_stopped_run_goes_on_with_other_epochs_and_may_be_stopped_again(work, 
     assert_same_run(folder, four)
 
 
+@pytest.mark.slow
 def test_one_that_was_killed_while_it_went_on_goes_on_again(work, four, copy):
     with stopping(3):
         code, printed = program(*flags(work, copy, "--fit.epochs 4"))
@@ -113,6 +115,7 @@ def test_an_older_checkpoint_of_a_finished_run_is_gone_on_from(work, four, copy)
     assert_same_run(copy, four)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_falling_schedule_stretches_over_the_new_steps_and_it_is_told(work, tmp_path, schedule):
     """From the step at which it is resumed, its learning rates are those of the longer run."""
@@ -148,12 +151,14 @@ def test_what_is_told_is_what_the_schedules_are(name, warmup):
     assert extend(fit, 1e-3, intervals, LoopState(step=30, planned_epochs=[[0, 6]]), finished=False) == ""
 
 
+@pytest.mark.slow
 def test_a_measurement_that_a_longer_run_would_not_have_is_told(work, tmp_path):
     ran(*flags(work, tmp_path / "run", "--fit.epochs 1 --eval-every 2"))
     printed = ran(*flags(work, tmp_path / "run", "--fit.epochs 2 --eval-every 2"))
     assert "Step 8 was evaluated as the last one, which that run would not do" in printed
 
 
+@pytest.mark.slow
 def test_a_run_is_found_by_asking_for_it(work, tmp_path, monkeypatch):
     """Below runs/, with --resume auto; without it the finished run is left alone, and a new one begins."""
     config = str(Path("configs/sst2_minilm.py").resolve())
@@ -196,6 +201,7 @@ def test_what_cannot_be_gone_on_with_is_refused_by_name_and_changes_nothing(work
     assert content(copy) == before
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_is_the_way_to_fewer_epochs(work, tmp_path):
     more = "--fit.epochs 1 --save.max-to-keep 9"
     ran(*flags(work, tmp_path / "run", f"{more} --fit.epochs 2"))
@@ -238,6 +244,7 @@ def test_opening_the_files_of_a_run_changes_nothing(work, copy):
 # The end
 
 
+@pytest.mark.slow
 def test_patience_keeps_the_best_and_says_so(work, tmp_path):
     """Unless --keep last says otherwise; then the end of the run names the better step."""
     found, argv = {}, flags(work, None, "--fit.epochs 9 --eval-every-steps 3 --seed 2")

@@ -377,6 +377,7 @@ def flags(work: Path, *more: str) -> list[str]:
     return tiny.sentiment_flags(work, None, "--fit.epochs 1", *more)
 
 
+@pytest.mark.slow
 def test_a_run_reports_its_labels_and_keeps_their_weights(work, tmp_path):
     """The balanced weights are in its config.json, and metrics are computed without them."""
     unbalanced = [row for i, row in enumerate(tiny.sentences(64)) if row["name"] == "bad" or i % 8 == 1]

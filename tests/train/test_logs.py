@@ -212,6 +212,7 @@ def test_ctrl_c_ends_a_run_that_starts(work, tmp_path, seconds):
     assert took < 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_that_compiles(work, tmp_path):
     """A compiler does not look up for minutes; nothing was trained that could be saved."""
     argv = flags(work, tmp_path / "run", FOREVER)
@@ -221,6 +222,7 @@ def test_ctrl_c_ends_a_run_that_compiles(work, tmp_path):
     assert "trainable: " in out
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_run_that_trains_and_it_resumes(work, tmp_path):
     """Within two seconds of a step, with the exit code of Ctrl-C; what was not asked for is not printed."""
     argv = flags(work, tmp_path / "run", FOREVER)
@@ -235,6 +237,7 @@ def test_ctrl_c_saves_a_run_that_trains_and_it_resumes(work, tmp_path):
     assert (code, f"after step {found[1]}\n" in out) == (INTERRUPTED, True), out
 
 
+@pytest.mark.slow
 def test_what_may_be_lost_is_saved_before_something_is_compiled(work, tmp_path, monkeypatch):
     """The first measurement compiles, after four steps: they are saved, with the measurement that is due."""
     monkeypatch.setattr(loop, "UNSAVED_SECONDS", -1)

@@ -82,6 +82,7 @@ def assert_same_curve(found: list[dict[str, Any]], expected: list[dict[str, Any]
             assert one[name] == pytest.approx(other[name], abs=slack, rel=slack), (name, one["step"])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_curve(work, expected, layout):
     """Sums and counts of masked losses are added before they are divided, so it does not matter how rows are dealt."""
@@ -110,6 +111,7 @@ def lines(folder: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "found_by"), [("mesh --compute.fsdp 2", "flags"), ("pmap", "Slurm")])
 def test_two_processes_are_stopped_and_one_resumes(work, expected, tmp_path, layout, found_by):
     """Two processes of two devices train; one of them is asked to stop, and both do; one with four devices resumes."""
@@ -141,6 +143,7 @@ def test_two_processes_are_stopped_and_one_resumes(work, expected, tmp_path, lay
     assert_same_curve(records(folder), expected)
 
 
+@pytest.mark.slow
 def test_a_single_process_that_was_joined_heeds_sigterm(work, tmp_path):
     """JAX takes the signal over as soon as processes are joined, also of one, which takes it back."""
     own = ["--processes.coordinator", f"localhost:{free_port()}", "--processes.count", "1", "--processes.index", "0"]
@@ -154,6 +157,7 @@ def test_a_single_process_that_was_joined_heeds_sigterm(work, tmp_path):
     assert one.returncode == EXIT_CODE, printed
 
 
+@pytest.mark.slow
 def test_processes_that_differ_are_told(work, tmp_path):
     """Each would train something else, and nobody would know: both end at once, and one names the field."""
     port = free_port()

@@ -115,6 +115,7 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path, suffix):
     assert found.where(2) == f"{file}, {'line' if suffix == '.txt' else 'row'} 3"
 
 
+@pytest.mark.slow
 def test_predict_says_of_a_file_what_it_says_of_flags(classifier, tmp_path):
     """By the run's column, or another one."""
     expected = ok("predict", "run", *(flag for text in WORDS for flag in ("--text", text)))
@@ -128,6 +129,7 @@ def test_predict_says_of_a_file_what_it_says_of_flags(classifier, tmp_path):
     assert "own.csv" in text and "closest: 'sentence'" in text and "pass --column" in text
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("command", ["predict", "generate"])
 def test_blank_lines_keep_their_place(command, classifier, continuer, tmp_path, monkeypatch):
     """Line i of the output is about line i of the input, from a file as from standard input, also in a table."""

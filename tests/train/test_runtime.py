@@ -252,6 +252,7 @@ USES: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", USES)
 def test_every_use_of_a_weight_drops_entries_of_its_own(name: str) -> None:
     """A weight that is used twice, or at every step of a loop, drops other entries each time, and the same at a call

@@ -26,6 +26,7 @@ def rates(name: Any, warmup: float, steps: int, peak: float = PEAK) -> np.ndarra
     return np.asarray(jax.jit(jax.vmap(lambda step: schedule(step) * np.float32(1)))(np.arange(steps + 1)))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", get_args(Schedule))
 def test_every_step_learns_and_the_peak_is_reached(name):
     """No step has a rate of 0, it rises in equal parts, and falls to where optax's schedules end."""

@@ -511,6 +511,7 @@ def work(tmp_path_factory) -> Path:
     return tiny.write_sentiment(tmp_path_factory.mktemp("sources"))
 
 
+@pytest.mark.slow
 def test_a_run_reports_its_data_and_resumes_with_the_same_only(work, tmp_path):
     for name in ("train", "validation"):
         shutil.copy(work / f"{name}.jsonl", tmp_path / ("test.jsonl" if name == "validation" else "train.jsonl"))

@@ -111,6 +111,7 @@ def is_saving(folder: Path) -> bool:
     return any("tmp" in one.name for one in folder.glob("checkpoints/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_ended_again_and_again_is_the_run_that_is_not(work, processes, whole, tmp_path, number):
     """At 20 random moments: while it starts, steps, measures, and saves; SIGTERM saves and says so by its exit code."""
@@ -157,6 +158,7 @@ def short(work) -> Path:
     return work / "short"
 
 
+@pytest.mark.slow
 def test_a_measurement_that_was_stopped_is_done_first(work, short, tmp_path):
     """The step is saved at once, however long its evaluation would take; the resumed run writes its record."""
     stopped(work, tmp_path / "run", after=8)  # 7 steps, and then the question before the first measured batch
@@ -209,6 +211,7 @@ DAMAGE = {
 
 
 # Reads that are under way when one fails end after the failure was told, and tensorstore complains of that.
+@pytest.mark.sampled(1)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_broken_checkpoint_is_told_and_the_older_ones_are_used(work, short, copy, damage):
@@ -287,6 +290,7 @@ def test_another_configuration_is_refused_field_by_field(work, copy):
     assert HOW == ("cache_dir", "compute", "log", "processes", "resume", "run_dir", "save")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_another_layout(work, short, copy):
     """To 1e-6; without dropout, which each device draws for its rows."""
     plain = ("--lora.dropout", "0", "--model.no-dropout")
@@ -358,6 +362,7 @@ def test_the_same_command_finds_its_unfinished_run(work, short, tmp_path, monkey
 # Disks
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_older_checkpoints_usable(work, processes, short, copy):
     before = steps(copy)
     one = launch(processes, flags(work, copy, *SHORT), copy.parent / "printed.txt", limit=size(copy) + 2000)
@@ -397,6 +402,7 @@ def test_a_training_that_diverges_is_stopped_before_it_is_saved(work, tmp_path):
     assert "on the training examples " in printed
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_when_nothing_became_better(work, tmp_path):
     """Two measurements without a new best after the first; a run that is stopped meanwhile counts on."""
     more = ("--learning-rate.lora", "1e-9", "--fit.patience", "2", "--eval-every-steps", "3", "--eval-every", "9")

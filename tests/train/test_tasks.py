@@ -198,6 +198,7 @@ def test_exports_are_the_adapted_model(text_run, work):
     np.testing.assert_allclose(run.network.forward(merged, inputs), expected, atol=1e-5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_after_warm_up_nothing_is_compiled(work, tmp_path, accumulate):
     """Sentences of many lengths make few shapes: the second epoch meets none that the first did not."""
@@ -259,6 +260,7 @@ def test_pairs_and_truncation_reach_the_tokenizer(work):
     assert [tiny.VOCABULARY[i] for i in examples["input_ids"][0]] == ["[CLS]", "film", "plot", "[SEP]"]
 
 
+@pytest.mark.slow
 def test_a_regression_learns_a_number(work, tmp_path):
     flags = [*text_flags(work), "--task.regression", "--task.label", "score", "--task.labels", "None"]
     code, printed = program(*flags, "--run-dir", str(tmp_path), "--fit.epochs", "10")
@@ -415,6 +417,7 @@ def test_conversations_are_packed_and_trained_on(work, tmp_path):
         chex.assert_trees_all_equal(factors, run.adapters[path])
 
 
+@pytest.mark.slow
 def test_an_untied_language_model_is_trained_and_exported(work, tmp_path):
     """`--model.untie`: the projection is a leaf of its own, as are its adapter and its tensor in the merged file."""
     flags = "--model.untie --lora.train-also lm_head --fit.epochs 1".split()
@@ -435,6 +438,7 @@ def test_an_untied_language_model_is_trained_and_exported(work, tmp_path):
 # Images
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_of_a_checkpoint_is_adapted(work, tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     vit = models.build({"model_type": "vit", "image_size": 8, "patch_size": 4, **sizes}, task="features")

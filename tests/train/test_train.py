@@ -117,6 +117,7 @@ def in_domains(config: TrainConfig, **domains: Domain):
 # The run
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_run_directory_holds_all_that_the_run_made(summaries, mode):
     summary = summaries[mode]
@@ -167,6 +168,7 @@ def test_merging_changes_no_prediction_and_detaching_restores_the_base(summaries
             assert accuracy(summary, one, domain) == accuracy(summary, other, domain)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_files_are_enough_to_predict_again(summaries, mode, task, images, network, tmp_path):
     """base + adapters, as read back from disk, predict what the exported merged parameters predict."""
@@ -239,6 +241,7 @@ def test_two_runs_may_save_the_same_base(tmp_path):
     assert load_base(tmp_path / "bases" / "entry", {"w": jnp.zeros(3)})["w"].tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_base(summaries, tmp_path, monkeypatch, capsys):
     """Without the cache, and after the code has changed: it is resumed, evaluated, exported, reported, extended."""
     argv = [*TINY, "--cache-dir", str(tmp_path / "cache"), "--run-dir", str(tmp_path / "run"), "--log-every", "10"]
@@ -292,6 +295,7 @@ def test_a_cached_base_serves_runs_that_log_and_evaluate_at_other_steps(summarie
     assert records(tmp_path / "run", "base") == records(Path(summaries["lora"]["run_dir"]), "base")
 
 
+@pytest.mark.slow
 def test_a_run_is_a_pure_function_of_its_configuration(summaries, cache_dir, tmp_path):
     """The same configuration with the base trained again gives the same records, but for times."""
     run(parse([*TINY, "--cache-dir", str(tmp_path / "cache"), "--run-dir", str(tmp_path / "run")]))

@@ -162,6 +162,7 @@ def test_averages_have_the_speed_of_the_steps_that_were_timed():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_utilization_is_the_products_by_the_time_at_the_peak(work, tmp_path, monkeypatch):
     """On a device with a known peak; what is recomputed does not count, and padding is no token."""
     monkeypatch.setattr(flops, "peak", lambda device: 1e9)
@@ -191,6 +192,7 @@ def test_utilization_is_the_products_by_the_time_at_the_peak(work, tmp_path, mon
 # Dtypes and memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_bfloat16_computes_and_float32_is_trained(work, tmp_path, remat):
     """What comes of it is close to float32's."""

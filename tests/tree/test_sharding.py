@@ -227,11 +227,13 @@ def assert_same_training(name: str, folder: Path, shape: tuple[int, int, int], *
     return compiled.as_text() or ""
 
 
+@pytest.mark.slow
 def test_a_decoder_split_over_every_axis(tmp_path: Path) -> None:
     """Data, fully sharded and tensor parallel at once."""
     assert_same_training("qwen3", tmp_path, (2, 2, 2), use_dora=True)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["gpt2", "bert-classifier"])
 def test_fully_sharded_weights_are_gathered_and_the_batch_is_not(name: str, tmp_path: Path) -> None:
     """No device has the activations of the whole batch, 16 rows of 5 tokens."""

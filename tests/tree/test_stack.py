@@ -48,6 +48,7 @@ def run(adapters: Any) -> Any:
     return jlora.lora(TOY.fn)(jlora.attach(TOY.params, adapters), TOY.x)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.sampled_from((1, 2, 4)), st.sampled_from((1.0, 3.0, 4.0))), min_size=1, max_size=3),
     st.booleans(),

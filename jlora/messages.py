@@ -8,6 +8,7 @@ An error in jlora says what was found, what was expected and what to do, and lis
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -33,11 +34,12 @@ def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
 
 
 def shown(value: Any) -> str:
-    """The repr of a value, cut to 120 characters."""
+    """The repr of a value in one line, cut to 120 characters."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print an integer of more than 4300 digits
         return "a number of thousands of digits"
+    text = re.sub(r"\s*\n\s*", " ", text)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 

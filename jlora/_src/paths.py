@@ -6,9 +6,12 @@ import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from jlora._src.types import Array, Path, PyTree, is_attached
+from jlora.messages import shown
 
 
 def named_leaves(tree: PyTree) -> tuple[dict[Path, Any], Any]:
@@ -42,6 +45,21 @@ def path_key(key: Array, path: str) -> Array:
     >>> noise = {path: jax.random.normal(jlora.path_key(key, path), x.shape) for path, x in leaves.items()}
     """
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def one_key(key: Any, what: str, name: str) -> Array:
+    """The typed key of a PRNG key in either form.
+
+    Raises:
+      TypeError: if it is anything else, or several keys; ``what`` and ``name`` are of the function and argument.
+    """
+    if isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32 and key.ndim:
+        key = jax.random.wrap_key_data(jnp.asarray(key))
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{what}: got {name}={shown(key)}; expected a PRNG key, such as jax.random.key(0)")
+    if key.ndim:
+        raise TypeError(f"{what}: got keys of shape {key.shape} as {name}; expected one: use jax.vmap for several")
+    return key
 
 
 def path_of(keys: tuple[Any, ...]) -> Path:

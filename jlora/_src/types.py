@@ -106,7 +106,10 @@ class _Attached:
         text = _LABELS if isinstance(self.base, str) else _NOT_WRAPPED
         raise TypeError(text.format(path=self.path))
 
-    __jax_array__ = __array__ = __getitem__ = __len__ = __iter__ = __neg__ = astype = _refuse
+    # As a method, __jax_array__ would make lax functions fail with advice about __jax_array__, which does not apply;
+    # as a property that raises, they name this class.
+    __jax_array__ = property(_refuse)
+    __array__ = __getitem__ = __len__ = __iter__ = __neg__ = astype = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = _refuse
     reshape = transpose = swapaxes = T = property(_refuse)  # pyright: ignore[reportAssignmentType]

@@ -16,7 +16,7 @@ import numpy as np
 from jlora._src.config import LoraConfig
 from jlora._src.engine.factored import column_norm, to_factored
 from jlora._src.paths import named_leaves
-from jlora._src.tree.checks import check_adapters, check_finite, check_paths
+from jlora._src.tree.checks import check_adapters, check_arguments, check_finite, check_paths
 from jlora._src.tree.merge import merge
 from jlora._src.types import Adapters, Array, LoraFactors, LoraWeight, PyTree
 from jlora._src.types import Path as LeafPath
@@ -81,6 +81,7 @@ def save(
       KeyError, ValueError: when an adapter does not fit the params, or holds NaN or infinity; all are named.
       PeftError: naming every adapter that PEFT cannot represent.
     """
+    check_arguments(params, adapters, "peft.save")
     leaves, _ = named_leaves(params)
     check_paths({**adapters, **names}, leaves, "peft.save")
     check_adapters(leaves, adapters, "peft.save")

@@ -223,6 +223,27 @@ def test_shapes_are_no_values_to_copy() -> None:
     expect(text, "the params are shapes", "head/kernel", "jax.eval_shape")
 
 
+def test_arguments_of_another_kind_are_refused() -> None:
+    uses = jlora.trace(model, PARAMS, jnp.ones((1, 4)))
+    key, wrong = jax.random.key(0), {"rank": 4}
+    expect(message(TypeError, lambda: jlora.plan(PARAMS, wrong, uses)), "<class 'dict'> as the config")  # type: ignore[arg-type]
+    expect(message(TypeError, lambda: jlora.init(key, PARAMS, uses, ONE)), "as the config", "jlora.LoraConfig")  # type: ignore[arg-type]
+    expect(message(TypeError, lambda: jlora.plan(PARAMS, ONE, model)), "<class 'function'> as the uses", "jlora.trace")  # type: ignore[arg-type]
+    text = message(TypeError, lambda: jlora.init(PARAMS, key, ONE))  # type: ignore[arg-type]
+    expect(text, "init: got key={", "expected a PRNG key")
+    assert "\n" not in text and len(text) < 250
+
+
+def test_an_override_of_a_leaf_that_is_not_adapted_says_why() -> None:
+    def text(**fields: Any) -> str:
+        config = dataclasses.replace(ONE, overrides=(jlora.Override("head", rank=1),), **fields)
+        return message(ValueError, lambda: jlora.plan(PARAMS, config))
+
+    expect(text(train_also=("head",)), "matches no adapted weight: 'head/kernel' is trained whole")
+    expect(text(targets=("layer_0/query", "head")), "'head/kernel' is excluded")
+    expect(text(), "'head/kernel' is not a target")
+
+
 # ---- attach, detach
 
 
@@ -285,7 +306,65 @@ def test_an_attached_weight_refuses_functions_that_are_not_wrapped(use: Any) -> 
     expect(message(TypeError, lambda: use(weight)), "'layer_0/query/kernel'", "jlora.lora(model.apply)", "jlora.merge")
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_a_lax_function_names_the_class_of_an_attached_weight(wrap: Any) -> None:
+    weight = jlora.attach(PARAMS, adapters())["layer_0"]["query"]["kernel"]
+    contract = wrap(lambda w: jax.lax.dot_general(jnp.ones((1, 4)), w, (((1,), (0,)), ((), ()))))
+    text = message(TypeError, lambda: contract(weight))
+    expect(text, "LoraWeight")
+    assert "__jax_array__" not in text
+
+
+def test_what_is_not_adapters_is_refused() -> None:
+    plan, tree = jlora.plan(PARAMS, ONE), jlora.attach(PARAMS, adapters())
+    functions: list[Any] = [jlora.attach, jlora.merge, jlora.unmerge, jlora.rounding]
+    for call in functions:
+        name = call.__name__
+        expect(message(TypeError, lambda f=call: f(adapters(), PARAMS)), f"{name}: got adapters as the parameters")
+        expect(message(TypeError, lambda f=call: f(PARAMS, [adapters()])), f"{name}: got a list as the adapters")
+        text = message(TypeError, lambda f=call: f(PARAMS, plan))
+        expect(text, "'layer_0/query/kernel': got a Target", "jlora.init(key, params, plan)")
+        attached = {"layer_0/query/kernel": tree["layer_0"]["query"]["kernel"]}
+        text = message(TypeError, lambda f=call, a=attached: f(PARAMS, a))
+        expect(text, "got a LoraWeight", "jlora.detach")
+    expect(message(TypeError, lambda: jlora.attach(PARAMS, [tree])), "jlora.detach")  # type: ignore[arg-type]
+    expect(message(TypeError, lambda: jlora.stack(adapters())), "stack, adapters 0: got a str")  # type: ignore[arg-type]
+
+
+def test_a_missing_path_is_listed_on_lines_of_its_own() -> None:
+    good = adapters()["layer_0/query/kernel"]
+    expect(message(KeyError, lambda: jlora.attach(PARAMS, {"nope": good})), "has the path\n  - 'nope'\nExpected")
+
+
+def test_dropout_keys_are_checked() -> None:
+    for wrong in (3, jnp.ones(2)):
+        expect(message(TypeError, lambda w=wrong: jlora.attach(PARAMS, adapters(), dropout_key=w)), "got dropout_key=")  # type: ignore[arg-type]
+    several = jax.random.split(jax.random.key(0))
+    for call in (
+        lambda: jlora.attach(PARAMS, adapters(), dropout_key=several),
+        lambda: jlora.init(jax.random.key_data(several), PARAMS, ONE),
+    ):
+        expect(message(TypeError, call), "got keys of shape (2,)", "jax.vmap")
+
+
 # ---- lora
+
+
+def test_what_is_not_a_function_is_refused() -> None:
+    pair: Any = (model, model)
+    tree = jlora.attach(PARAMS, adapters())
+    expect(message(TypeError, lambda: jlora.trace(pair, PARAMS)), "trace: got a tuple as the function", "model.apply")
+    expect(message(TypeError, lambda: jlora.lora(pair)), "lora: got a tuple")
+    expect(message(TypeError, lambda: jlora.explain(pair, tree)), "explain: got a tuple")
+
+
+def test_adapters_that_are_not_attached_are_noted_where_the_function_fails() -> None:
+    with pytest.raises(KeyError) as caught:
+        jlora.lora(model)(adapters(), jnp.ones((1, 4)))
+    expect(" ".join(caught.value.__notes__), "apply(jlora.attach(params, adapters), ...)")
+    with pytest.raises(KeyError) as caught:
+        jlora.lora(model)({}, jnp.ones((1, 4)))
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_a_weight_that_is_never_read_is_an_error() -> None:

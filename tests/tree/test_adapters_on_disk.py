@@ -89,6 +89,9 @@ def test_every_difference_from_what_is_expected_is_named(tmp_path: Path) -> None
         "'head/bias': shape is [16], expected [3]",
     ):
         assert part in str(error.value)
+    other = {**adapters, "a": dataclasses.replace(adapters["a"], b=jnp.ones((9, 9)))}
+    with pytest.raises(ValueError, match=r"'a': b is float32\[.*\], expected float32\[9, 9\]"):
+        jlora.load(tmp_path / "adapters", like=other)
 
 
 def test_a_folder_without_whole_adapters_is_refused(tmp_path: Path) -> None:
@@ -146,6 +149,18 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path) -> None:
     empty = {"w": jlora.LoraFactors(jnp.ones((8, 0)), jnp.ones((0, 4))), "bias": jnp.ones(0)}
     with pytest.raises(ValueError, match=r"3 arrays are empty:\n.*'w' of shape \(8, 0\)(.|\n)*'bias'(.|\n)*rank"):
         jlora.save(tmp_path / "new" / "adapters", {**made(), **empty})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_adapters_is_not_stored(tmp_path: Path) -> None:
+    params = {"w": jnp.ones((4, 6))}
+    plan = jlora.plan(params, jlora.LoraConfig(rank=2, targets=("w",)))
+    tree = jlora.attach(params, jlora.init(jax.random.key(0), params, plan))
+    for wrong, hint in ((plan, "jlora.init"), (tree, "jlora.detach"), ([tree], "jlora.detach"), (None, "jlora.init")):
+        with pytest.raises(TypeError, match=f"^save: (.|\n)*{hint}"):
+            jlora.save(tmp_path / "adapters", wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="^load, like: got a list"):
+        jlora.load(tmp_path / "adapters", like=[tree])  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 

@@ -148,7 +148,11 @@ def test_what_cannot_be_stacked_is_named() -> None:
     up, down = one["up"], one["down"]
     dropped = {"up": dataclasses.replace(up, dropout=0.5), "down": TOY.params["down"]}
     text = message(ValueError, lambda: jlora.stack([one, dropped]))
-    expect(text, "'up': dropout rates [0.0, 0.5]", "'down': kinds ['LoRA', 'whole leaf']")
+    expect(text, "'up': dropout rates [0.0, 0.5]", "'down': kinds ['LoRA', 'whole leaf']", "the same leaves whole")
+    assert "lacks paths" not in text
+    text = message(ValueError, lambda: jlora.stack([{"down": TOY.params["down"]}, {}]))
+    expect(text, "adapters [1] lack it", "{**jlora.init(key, params, plan), **adapters}")
+    assert "use_dora" not in text
     turned = {"up": dataclasses.replace(up, axes=up.axes.flipped()), "down": dataclasses.replace(down, a=down.a[:, :5])}
     text = message(ValueError, lambda: jlora.stack([one, turned]))
     expect(text, "'up': axes [((0,), (1,), (2,)), ((0,), (2,), (1,))]", "'down': shapes of the weight", "(2, 5, 8)")

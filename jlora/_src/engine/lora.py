@@ -14,8 +14,8 @@ from jax import lax
 from jlora._src.engine.dependence import constant_gathers, forwarded_inputs, live_inputs, trained_operands
 from jlora._src.engine.factored import Factored, materialize, to_factored
 from jlora._src.engine.interpreter import Event, Policy, Session
-from jlora._src.engine.staging import Staged, is_array, replace_leaves, stage
-from jlora._src.types import FullWeight, LoraWeight, PyTree, is_attached
+from jlora._src.engine.staging import Staged, check_callable, is_array, replace_leaves, stage
+from jlora._src.types import FullWeight, LoraFactors, LoraWeight, PyTree, is_attached
 from jlora.messages import bullets, table
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,6 +28,12 @@ _RETURN_IT = (
     "\nReturn the changed object, and use it from then on: `y, tree = jlora.lora(lambda m, x: (m(x), m))(tree, x)`; or "
     "split a Flax NNX module: `nnx.split` it, `nnx.merge` it in the function, and return its new state. To discard a "
     "change, make it on a copy in the function: `dict(batch)`, or `nnx.clone(m)`."
+)
+
+
+_NOT_ATTACHED = (
+    "jlora.lora: an argument holds adapters, and no argument is an attached tree. Expected "
+    "`apply(jlora.attach(params, adapters), ...)`."
 )
 
 
@@ -77,6 +83,8 @@ def lora(
     if materialize not in ("warn", "error", "allow"):
         raise ValueError(f'lora: materialize={materialize!r}; expected "warn", "error" or "allow"')
 
+    check_callable(fn, "lora")
+
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return _call(Session(materialize, inline_custom_rules), fn, args, kwargs, frozen_gradients)
@@ -86,7 +94,7 @@ def lora(
 
 def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any, frozen_gradients: bool = True) -> Any:
     if not any(map(is_attached, jax.tree.leaves((args, kwargs), is_leaf=is_attached))):
-        return fn(*args, **kwargs)
+        return _plain_call(fn, args, kwargs)
     staged = stage(fn, args, kwargs)
     if staged.lost and session.policy != "explain":
         raise ValueError(_MUTATES + bullets(staged.lost) + _RETURN_IT)
@@ -121,6 +129,20 @@ def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any, froz
     rebuilt = staged.rebuild(map(finish, forwarded_inputs(staged.jaxpr), results))
     session.warn()
     return rebuilt
+
+
+def _plain_call(fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The function without adapters. An error gets a note if an argument holds adapters that are not attached."""
+    try:
+        return fn(*args, **kwargs)
+    except Exception as error:
+        if any(isinstance(x, LoraFactors) for x in jax.tree.leaves((args, kwargs), is_leaf=_is_factors)):
+            error.add_note(_NOT_ATTACHED)
+        raise
+
+
+def _is_factors(x: Any) -> bool:
+    return isinstance(x, LoraFactors)
 
 
 def _check_read(staged: Staged) -> None:
@@ -177,6 +199,7 @@ def explain(fn: Callable[..., Any], tree: PyTree, *args: Any, **kwargs: Any) -> 
 
     >>> print(jlora.explain(model.apply, jlora.attach(params, adapters), batch))
     """
+    check_callable(fn, "explain")
     session = Session("explain", inline_custom_rules=False)
     leaves, treedef = jax.tree.flatten((tree, args, kwargs))
     traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]

@@ -48,6 +48,15 @@ def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
+def check_callable(fn: Any, what: str) -> None:
+    """Raises a TypeError for something that is not a function, such as the pair that `hk.transform` returns."""
+    if not callable(fn):
+        raise TypeError(
+            f"{what}: got a {type(fn).__name__} as the function; expected one that takes the parameters first, such as "
+            "model.apply"
+        )
+
+
 def replace_leaves(leaves: list[Any], positions: list[int], arrays: Iterable[Any]) -> list[Any]:
     """``leaves`` with ``arrays`` at these positions."""
     given = dict(zip(positions, arrays, strict=True))

@@ -14,7 +14,7 @@ from jlora._src.engine.dependence import auxiliary_equations
 from jlora._src.engine.gradient import ZERO_DERIVATIVE, inexact, live_inner_results, reached_variables
 from jlora._src.engine.location import Location
 from jlora._src.engine.rules.table import PRIMITIVES, SQUARED, SQUARES
-from jlora._src.engine.staging import is_array, stage
+from jlora._src.engine.staging import check_callable, is_array, stage
 from jlora._src.engine.traced_weights import (
     ADAPTED,
     CONSTANT,
@@ -56,6 +56,7 @@ def trace(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> 
       ``{path: WeightUse}`` in the tree's order: every floating leaf, and each integer or complex one that a product
       or a lookup consumes, such as a quantized base.
     """
+    check_callable(fn, "trace")
     leaves, _ = paths.named_leaves(params)
     staged = stage(fn, (params, *args), kwargs)
     weights = {path: leaf for path, leaf in leaves.items() if is_array(leaf) or is_attached(leaf)}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from jlora._src.paths import named_leaves, path_key
-from jlora._src.tree.checks import check_adapters, check_paths
+from jlora._src.paths import named_leaves, one_key, path_key
+from jlora._src.tree.checks import PathError, check_adapters, check_arguments, check_paths
 from jlora._src.types import Adapters, Array, FullWeight, LoraFactors, LoraWeight, Path, PyTree, is_attached
+from jlora.messages import bullets, nearest
 
 
 def attach(
@@ -51,14 +51,16 @@ def attach(
     Raises:
       KeyError: if a path is not in ``params``, or ``strength`` has other paths than the factors.
       ValueError: if a shape does not fit, or something is attached already; all offenders are listed.
-      TypeError: if a value is neither factors nor an array, such as adapters that orbax restored without a target.
+      TypeError: if a value is neither factors nor an array, such as adapters that orbax restored without a target;
+        or if an argument is of another kind, as when the two are swapped.
     """
+    check_arguments(params, adapters, "attach")
     leaves, treedef = named_leaves(params)
     check_paths(adapters, leaves, "attach")
     check_adapters(leaves, adapters, "attach")
     strengths = _strengths(strength, [path for path, v in adapters.items() if isinstance(v, LoraFactors)])
-    if dropout_key is not None and not jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
-        dropout_key = jax.random.wrap_key_data(dropout_key)
+    if dropout_key is not None:
+        dropout_key = one_key(dropout_key, "attach", "dropout_key")
 
     def put(path: Path, leaf: Any) -> Any:
         match adapters.get(path):
@@ -76,9 +78,11 @@ def attach(
 def _strengths(strength: Any, paths: list[Path]) -> dict[Path, Array | None]:
     """A strength for each of the paths: arrays of their own, so that the tree can be donated."""
     if isinstance(strength, Mapping) and set(strength) != set(paths):
-        raise KeyError(
-            "attach: strength is a scalar, or has one for each path of the factors; missing or unknown: "
-            f"{sorted(set(strength) ^ set(paths))}"
+        wrong = [f"{path!r} is no path of the factors{nearest(path, paths)}" for path in strength if path not in paths]
+        wrong += [f"{path!r} is missing" for path in paths if path not in strength]
+        raise PathError(
+            f"attach: the strengths do not fit the factors:{bullets(wrong)}\nExpected a scalar for all, or one for "
+            "each path of the factors: 1 for those that keep theirs."
         )
     given = strength if isinstance(strength, Mapping) else dict.fromkeys(paths, strength)
     found = {path: None if s is None else jnp.array(s, jnp.float32, copy=True) for path, s in given.items()}

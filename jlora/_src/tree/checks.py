@@ -12,14 +12,39 @@ from jax.sharding import Sharding
 
 from jlora._src.engine import compat
 from jlora._src.engine.factored import check_fit
-from jlora._src.types import Adapters, LoraFactors, Path, is_attached
+from jlora._src.types import Adapters, LoraFactors, Path, Target, WeightUse, is_attached
 from jlora.messages import bullets, nearest
+
+
+class PathError(KeyError):
+    """A KeyError whose text has several lines, which `KeyError` would print as one, with escapes."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def check_arguments(params: Any, adapters: Any, what: str) -> None:
+    """Raises a TypeError if ``params`` are adapters, or ``adapters`` no mapping."""
+    if isinstance(params, Mapping) and any(isinstance(v, LoraFactors) for v in params.values()):
+        raise TypeError(f"{what}: got adapters as the parameters; expected the base parameters, then the adapters")
+    check_mapping(adapters, what)
+
+
+def check_mapping(adapters: Any, what: str) -> None:
+    """Raises a TypeError if ``adapters`` are no mapping."""
+    if not isinstance(adapters, Mapping):
+        attached = any(map(is_attached, jax.tree.leaves(adapters, is_leaf=is_attached)))
+        hint = " jlora.detach takes them out of an attached tree." if attached else ""
+        raise TypeError(
+            f"{what}: got a {type(adapters).__name__} as the adapters; expected {{path: LoraFactors or array}}, as "
+            f"jlora.init makes them.{hint}"
+        )
 
 
 def check_paths(adapters: Mapping[Path, Any], leaves: Mapping[Path, Any], what: str) -> None:
     """Raises a KeyError for paths of ``adapters`` that ``leaves`` lacks."""
     if missing := [p for p in adapters if p not in leaves]:
-        raise KeyError(
+        raise PathError(
             f"{what}: no leaf of the params has the path"
             + bullets(f"{p!r}{nearest(p, leaves)}" for p in missing)
             + f"\nExpected paths of the given tree, which has {len(leaves)} leaves. Pass the tree that was given to "
@@ -28,11 +53,16 @@ def check_paths(adapters: Mapping[Path, Any], leaves: Mapping[Path, Any], what: 
 
 
 def check_kinds(adapters: Mapping[Path, Any], what: str) -> None:
-    """Raises a TypeError for values of ``adapters`` that are neither `LoraFactors` nor arrays."""
+    """Raises a TypeError for ``adapters`` that are no mapping, and for values that are neither factors nor arrays."""
+    check_mapping(adapters, what)
     parts = {path: (v.a, v.b) if isinstance(v, LoraFactors) else (v,) for path, v in adapters.items()}
-    odd = {path: part for path, found in parts.items() for part in found if not hasattr(part, "shape")}
+    odd = {path: part for path, found in parts.items() for part in found if not _is_array(part)}
     if odd:
         hint = restored_hint(odd)
+        if any(isinstance(part, Target | WeightUse) for part in odd.values()):
+            hint = " Make them from a plan: jlora.init(key, params, plan)."
+        if any(map(is_attached, odd.values())):
+            hint = " jlora.detach takes them out of an attached tree."
         if any(isinstance(part, Sharding) for part in odd.values()):
             hint = " For the shardings of an attached tree, call jlora.adapter_shardings(tree, shardings)."
         raise TypeError(
@@ -40,6 +70,11 @@ def check_kinds(adapters: Mapping[Path, Any], what: str) -> None:
             f"{bullets(f'{path!r}: got a {type(part).__name__}' for path, part in odd.items())}\nExpected LoraFactors "
             f"of arrays, or arrays for leaves that are trained whole, as jlora.init makes them.{hint}"
         )
+
+
+def _is_array(part: Any) -> bool:
+    """Whether it is an array or the shape of one: not what jlora itself describes by a shape."""
+    return hasattr(part, "shape") and not (isinstance(part, Target | WeightUse) or is_attached(part))
 
 
 def restored_hint(tree: Mapping[Any, Any]) -> str:

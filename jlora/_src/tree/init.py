@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jlora._src.config import LoraConfig
 from jlora._src.engine import compat
 from jlora._src.engine.factored import column_norm, to_factored
-from jlora._src.paths import named_leaves, path_key
+from jlora._src.paths import named_leaves, one_key, path_key
 from jlora._src.tree.plan import Plan
 from jlora._src.tree.plan import plan as make_plan
 from jlora._src.types import Array, LoraFactors, LoraWeight, Path, PyTree, Target, Uses
@@ -44,13 +44,10 @@ def init(
 
     Raises:
       ValueError: if the plan is of other params, listing each path; for a config, as `plan`.
-      TypeError: if ``params`` are only shapes, outside of `jax.eval_shape`, where values are needed; or if ``uses``
-        are given with a plan, which holds them already.
+      TypeError: if ``params`` are only shapes, outside of `jax.eval_shape`, where values are needed; if ``uses``
+        are given with a plan, which holds them already; or if an argument is of another kind, as when two are swapped.
     """
-    if not isinstance(key, jax.Array):
-        raise TypeError(f"init: got key={key!r}; expected a PRNG key, such as jax.random.key(0)")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    key = one_key(key, "init", "key")
     leaves, _ = named_leaves(params)
     if isinstance(plan, Plan):
         _check_plan(plan, leaves, uses)

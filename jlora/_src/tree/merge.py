@@ -13,7 +13,7 @@ from jlora._src.engine import compat
 from jlora._src.engine.factored import Factored, materialize, to_factored
 from jlora._src.engine.named_axes import accumulation_dtype
 from jlora._src.paths import named_leaves
-from jlora._src.tree.checks import check_adapters, check_finite, check_kinds, check_paths
+from jlora._src.tree.checks import check_adapters, check_arguments, check_finite, check_kinds, check_paths
 from jlora._src.types import Adapters, Array, LoraFactors, LoraWeight, Path, PyTree
 from jlora.messages import bullets, table
 
@@ -34,6 +34,7 @@ def merge(params: PyTree, adapters: Adapters) -> PyTree:
     Raises:
       KeyError, ValueError: if an adapter does not fit the params, or holds NaN or infinity (checked only outside
         ``jit``); all offenders are listed.
+      TypeError: as `attach`.
     """
     return _mapped("merge", params, adapters, _merged)
 
@@ -45,6 +46,7 @@ def unmerge(merged: PyTree, adapters: Adapters) -> PyTree:
       KeyError, ValueError: as `merge`; and for adapters that cannot be undone, all of them listed: leaves trained
         whole, whose base is lost, and DoRA, whose norms are.
     """
+    check_arguments(merged, adapters, "unmerge")
     check_kinds(adapters, "unmerge")
     undoable = [
         f"{path!r}: " + ("DoRA scales the base by norms that are not stored" if isinstance(v, LoraFactors)
@@ -101,8 +103,7 @@ def rounding(params: PyTree, adapters: Adapters) -> Rounding:
     Raises:
       KeyError, ValueError: as `merge`.
     """
-    leaves, _ = named_leaves(params)
-    _check("rounding", leaves, adapters)
+    leaves = _checked("rounding", params, adapters)[0]
     norms = {path: jax.device_get(_norms(leaves[path], value)) for path, value in adapters.items()}
     shares = {path: float(lost / update) if update else 0.0 for path, (lost, update, _) in norms.items()}
     return Rounding(
@@ -112,8 +113,7 @@ def rounding(params: PyTree, adapters: Adapters) -> Rounding:
 
 
 def _mapped(what: str, params: PyTree, adapters: Adapters, fold: Any) -> PyTree:
-    leaves, treedef = named_leaves(params)
-    _check(what, leaves, adapters)
+    leaves, treedef = _checked(what, params, adapters)
 
     def one(path: Path, leaf: Any) -> Any:
         return fold(leaf, adapters[path], path) if path in adapters else leaf
@@ -121,10 +121,14 @@ def _mapped(what: str, params: PyTree, adapters: Adapters, fold: Any) -> PyTree:
     return treedef.unflatten([one(path, leaf) for path, leaf in leaves.items()])
 
 
-def _check(what: str, leaves: dict[Path, Any], adapters: Adapters) -> None:
+def _checked(what: str, params: PyTree, adapters: Adapters) -> tuple[dict[Path, Any], Any]:
+    """The named leaves of the params that the adapters fit."""
+    check_arguments(params, adapters, what)
+    leaves, treedef = named_leaves(params)
     check_paths(adapters, leaves, what)
     check_adapters(leaves, adapters, what)
     check_finite(adapters, what)
+    return leaves, treedef
 
 
 def _merged(base: Any, value: Any, path: Path) -> Any:

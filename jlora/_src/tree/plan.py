@@ -65,30 +65,41 @@ def plan(params: PyTree, config: LoraConfig, uses: Uses | None = None) -> Plan:
     Raises:
       ValueError: listing every pattern that matches nothing (with the closest paths), every target that is not a
         floating matrix, is never read, or has a shape that only ``uses`` can explain; or if nothing is left to train.
+      TypeError: if the config or the uses are of another kind, as when two arguments are swapped.
     """
+    _check_kinds(config, uses)
     leaves, _ = named_leaves(params)
     leaves = {p: x for p, x in leaves.items() if hasattr(x, "shape") and hasattr(x, "dtype")}
     choose = _Chooser(config, uses, state(params), is_linen(params))
     choices = {path: choose(path, leaf) for path, leaf in leaves.items()}
     targets = {path: choice for path, choice in choices.items() if isinstance(choice, Target)}
     left_out = {path: no.why for path, no in choices.items() if isinstance(no, _No) and no.listed}
-    wrong = [
-        *_wrong_uses(config, uses, leaves),
+    of_patterns = [
         *(f"{path!r}: {no.why}" for path, no in choices.items() if isinstance(no, _No) and no.error == "always"),
         *_wrong_targets(config, choices),
-        *_unmatched(config, leaves, targets),
+        *_unmatched(config, choices, leaves),
         *_state_alone(config, choose.state, leaves),
     ]
+    wrong = [*_wrong_uses(config, uses, leaves), *of_patterns]
     if not targets and not wrong:
         reasons = bullets(f"{path}: {why}" for path, why in left_out.items())
         wrong = [f"nothing is left to train among {len(leaves)} leaves{reasons}"]
     if wrong:
-        raise ValueError(
-            f"plan: {len(wrong)} problem(s) with the config for these params:{bullets(wrong)}\nExpected each pattern "
-            "to match a floating matrix of the params; print jlora.trace(...) to see every path and how it is used."
+        hint = (
+            "\nExpected each pattern to match a floating matrix of the params, or, in train_also, a floating leaf. "
+            'print(*jlora.trace(fn, params, batch), sep="\\n") lists their paths.'
         )
+        text = f"plan: {len(wrong)} problem(s) with the config for these params:{bullets(wrong)}"
+        raise ValueError(text + (hint if of_patterns else ""))
     _warn_of_ranks(targets)
     return Plan(targets, config, sum(math.prod(x.shape) for x in leaves.values()), left_out)
+
+
+def _check_kinds(config: Any, uses: Any) -> None:
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"plan: got {type(config)} as the config; expected a jlora.LoraConfig")
+    if uses is not None and not (isinstance(uses, Mapping) and all(isinstance(u, WeightUse) for u in uses.values())):
+        raise TypeError(f"plan: got {type(uses)} as the uses; expected those of jlora.trace(fn, params, batch)")
 
 
 class _No(NamedTuple):
@@ -217,9 +228,9 @@ def _wrong_targets(config: LoraConfig, choices: Mapping[Path, _Choice]) -> Itera
                     yield f"target {pattern!r} matches {path!r}: {choice.why}"
 
 
-def _unmatched(config: LoraConfig, leaves: Mapping[Path, Any], targets: Mapping[Path, Target]) -> Iterable[str]:
+def _unmatched(config: LoraConfig, choices: Mapping[Path, _Choice], leaves: Mapping[Path, Any]) -> Iterable[str]:
     """The other patterns that match nothing."""
-    adapted = [path for path, target in targets.items() if target.axes is not None]
+    adapted = [path for path, choice in choices.items() if isinstance(choice, Target) and choice.axes is not None]
     overrides = tuple(override.pattern for override in config.overrides)
     excluded = () if config.exclude == HEADS else config.exclude
     for name, patterns, what, pool in (
@@ -229,7 +240,16 @@ def _unmatched(config: LoraConfig, leaves: Mapping[Path, Any], targets: Mapping[
     ):
         for pattern in patterns:
             if not any(re.search(pattern, path) for path in pool):
-                yield f"{name} {pattern!r} matches no {what}{nearest(pattern, pool)}"
+                found = [path for path in leaves if re.search(pattern, path)]
+                instead = f": {found[0]!r} is {_state_of(choices[found[0]])}" if found else nearest(pattern, pool)
+                yield f"{name} {pattern!r} matches no {what}{instead}"
+
+
+def _state_of(choice: _Choice) -> str:
+    """What becomes of a leaf that is not adapted, in a few words."""
+    if isinstance(choice, Target):
+        return "trained whole"
+    return "not a target" if choice is None else choice.why
 
 
 def _state_alone(config: LoraConfig, state: Mapping[Path, str], leaves: Mapping[Path, Any]) -> Iterable[str]:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jlora._src.tree.checks import check_kinds
+from jlora._src.tree.checks import check_kinds, check_mapping
 from jlora._src.types import Adapters, Array, LoraFactors
 from jlora._src.types import Path as LeafPath
 from jlora.files.adapters import arrays_of, differences, fault, record_of, shapes_of, with_arrays
@@ -40,6 +40,7 @@ def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
     Raises:
       ValueError: if there are no adapters, or if arrays are empty, listing each. Nothing is written.
       TensorError: if ``folder`` is a file, or holds anything but adapters. Nothing is written.
+      TypeError: if a value is neither factors nor an array. Nothing is written.
     """
     import orbax.checkpoint as ocp  # here, because it would take half of the time of `import jlora`
 
@@ -74,10 +75,13 @@ def load(
     Raises:
       TensorError: if there are none, or files are missing or changed since they were written; all are listed.
       ValueError: if they differ from ``like``, listing every difference.
+      TypeError: if ``like`` are no adapters.
     """
     import orbax.checkpoint as ocp
 
     folder = Path(folder).resolve()
+    if like is not None:
+        check_kinds(like, "load, like")
     if not (folder / "adapters.json").is_file():
         raise TensorError(f"{folder} holds no adapters: adapters.json is missing. Expected a folder of jlora.save.")
     check_sums(folder)
@@ -114,6 +118,7 @@ def _from_first_process(text: str) -> str:
 
 
 def _check_savable(folder: Path, adapters: Adapters) -> None:
+    check_mapping(adapters, "save")
     if not adapters:
         raise ValueError("save: got no adapters, {}; expected those of jlora.init. Choose targets that match a weight.")
     check_kinds(adapters, "save")

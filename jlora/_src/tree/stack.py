@@ -49,8 +49,7 @@ def stack(adapters: Sequence[Adapters]) -> dict[Path, LoraFactors | Array]:
     if wrong := [f"{path!r}: {problem}" for path, column in columns.items() for problem in _differences(column)]:
         raise ValueError(
             f"stack: {len(wrong)} differences between the {len(trees)} adapters:{bullets(wrong)}\nExpected adapters of "
-            "one base that differ only in rank, scale and values. Fill an adapter that lacks paths with fresh ones, "
-            "which change nothing: {**jlora.init(key, params, plan), **adapters}, with the plan of the others."
+            f"one base that differ only in rank, scale and values.{_hint(wrong)}"
         )
     return {path: _stacked(column) for path, column in columns.items()}
 
@@ -76,6 +75,19 @@ def unstack(stacked: Adapters) -> list[dict[Path, LoraFactors | Array]]:
             "of jax.vmap over one."
         )
     return [jax.tree.map(lambda x, i=i: x[i], dict(stacked)) for i in range(n)]
+
+
+def _hint(wrong: Sequence[str]) -> str:
+    """What to do about the differences."""
+    text = ""
+    if any(" lack it, " in line for line in wrong):
+        text += (
+            " Fill an adapter that lacks paths with fresh ones, which change nothing: {**jlora.init(key, params, "
+            "plan), **adapters}, with the plan of the others."
+        )
+    if any(": kinds [" in line for line in wrong):
+        text += " Train all of them with use_dora or none, and the same leaves whole; or serve each kind by itself."
+    return text
 
 
 def _differences(column: Sequence[Any]) -> list[str]:

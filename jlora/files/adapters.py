@@ -57,13 +57,18 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
     wrong = [f"{path!r} is missing" for path in expected if path not in found]
     wrong += [f"{path!r} is not expected" for path in found if path not in expected]
     wrong += [
-        f"{path!r}: {name} is {found[path].get(name)}, expected {expected[path].get(name)}"
+        f"{path!r}: {name} is {_text(found[path].get(name))}, expected {_text(expected[path].get(name))}"
         for path in expected
         if path in found
         for name in sorted({*expected[path], *found[path]} - {"key"})
         if found[path].get(name) != expected[path].get(name)
     ]
     return wrong
+
+
+def _text(field: Any) -> str:
+    """A field of a record; arrays as in ``float32[4, 2]``."""
+    return f"{field['dtype']}{field['shape']}" if isinstance(field, Mapping) and "dtype" in field else str(field)
 
 
 def fault(record: Any) -> str | None:

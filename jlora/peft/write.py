@@ -16,7 +16,7 @@ import numpy as np
 from jlora._src.config import LoraConfig
 from jlora._src.engine.factored import column_norm, to_factored
 from jlora._src.paths import named_leaves
-from jlora._src.tree.checks import check_adapters, check_finite, check_paths
+from jlora._src.tree.checks import check_adapters, check_finite, check_kinds, check_paths
 from jlora._src.tree.merge import merge
 from jlora._src.types import Adapters, Array, LoraFactors, LoraWeight, PyTree
 from jlora._src.types import Path as LeafPath
@@ -82,6 +82,7 @@ def save(
       PeftError: naming every adapter that PEFT cannot represent.
     """
     leaves, _ = named_leaves(params)
+    check_kinds(adapters, "peft.save")
     check_paths({**adapters, **names}, leaves, "peft.save")
     check_adapters(leaves, adapters, "peft.save")
     check_finite(adapters, "peft.save")

@@ -89,6 +89,9 @@ def test_every_difference_from_what_is_expected_is_named(tmp_path: Path) -> None
         "'head/bias': shape is [16], expected [3]",
     ):
         assert part in str(error.value)
+    like = {**adapters, "a": dataclasses.replace(adapters["a"], a=jnp.zeros((8, 3), jnp.bfloat16))}
+    with pytest.raises(ValueError, match=r"'a': a is float32\[8, 2\], expected bfloat16\[8, 3\]"):
+        jlora.load(tmp_path / "adapters", like=like)
 
 
 def test_a_folder_without_whole_adapters_is_refused(tmp_path: Path) -> None:

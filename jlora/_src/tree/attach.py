@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora._src.paths import named_leaves, path_key
-from jlora._src.tree.checks import check_adapters, check_paths
+from jlora._src.tree.checks import PathError, check_adapters
 from jlora._src.types import Adapters, Array, FullWeight, LoraFactors, LoraWeight, Path, PyTree, is_attached
 
 
@@ -54,7 +54,6 @@ def attach(
       TypeError: if a value is neither factors nor an array, such as adapters that orbax restored without a target.
     """
     leaves, treedef = named_leaves(params)
-    check_paths(adapters, leaves, "attach")
     check_adapters(leaves, adapters, "attach")
     strengths = _strengths(strength, [path for path, v in adapters.items() if isinstance(v, LoraFactors)])
     if dropout_key is not None and not jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key):
@@ -76,7 +75,7 @@ def attach(
 def _strengths(strength: Any, paths: list[Path]) -> dict[Path, Array | None]:
     """A strength for each of the paths: arrays of their own, so that the tree can be donated."""
     if isinstance(strength, Mapping) and set(strength) != set(paths):
-        raise KeyError(
+        raise PathError(
             "attach: strength is a scalar, or has one for each path of the factors; missing or unknown: "
             f"{sorted(set(strength) ^ set(paths))}"
         )

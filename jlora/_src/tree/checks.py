@@ -12,14 +12,22 @@ from jax.sharding import Sharding
 
 from jlora._src.engine import compat
 from jlora._src.engine.factored import check_fit
+from jlora._src.tree.state import is_variable
 from jlora._src.types import Adapters, LoraFactors, Path, is_attached
 from jlora.messages import bullets, nearest
+
+
+class PathError(KeyError):
+    """A KeyError that prints its message as it is; a KeyError prints its repr, with every line break as ``\\n``."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def check_paths(adapters: Mapping[Path, Any], leaves: Mapping[Path, Any], what: str) -> None:
     """Raises a KeyError for paths of ``adapters`` that ``leaves`` lacks."""
     if missing := [p for p in adapters if p not in leaves]:
-        raise KeyError(
+        raise PathError(
             f"{what}: no leaf of the params has the path"
             + bullets(f"{p!r}{nearest(p, leaves)}" for p in missing)
             + f"\nExpected paths of the given tree, which has {len(leaves)} leaves. Pass the tree that was given to "
@@ -28,11 +36,15 @@ def check_paths(adapters: Mapping[Path, Any], leaves: Mapping[Path, Any], what: 
 
 
 def check_kinds(adapters: Mapping[Path, Any], what: str) -> None:
-    """Raises a TypeError for values of ``adapters`` that are neither `LoraFactors` nor arrays."""
-    parts = {path: (v.a, v.b) if isinstance(v, LoraFactors) else (v,) for path, v in adapters.items()}
-    odd = {path: part for path, found in parts.items() for part in found if not hasattr(part, "shape")}
+    """Raises a TypeError for values of ``adapters`` that are neither `LoraFactors` nor arrays, or are boxed."""
+    if not isinstance(adapters, Mapping):
+        raise TypeError(f"{what}: got adapters of type {type(adapters).__name__}; expected the dict of jlora.init")
+    parts = {path: _arrays(v) for path, v in adapters.items()}
+    odd = {path: part for path, found in parts.items() for part in found if not _is_array(part)}
     if odd:
         hint = restored_hint(odd)
+        if any(map(is_variable, odd.values())):
+            hint = " Read the arrays of NNX variables with flax.nnx.as_pure(adapters)."
         if any(isinstance(part, Sharding) for part in odd.values()):
             hint = " For the shardings of an attached tree, call jlora.adapter_shardings(tree, shardings)."
         raise TypeError(
@@ -40,6 +52,17 @@ def check_kinds(adapters: Mapping[Path, Any], what: str) -> None:
             f"{bullets(f'{path!r}: got a {type(part).__name__}' for path, part in odd.items())}\nExpected LoraFactors "
             f"of arrays, or arrays for leaves that are trained whole, as jlora.init makes them.{hint}"
         )
+
+
+def _arrays(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, LoraFactors):
+        return (value,)
+    return (value.a, value.b) if value.magnitude is None else (value.a, value.b, value.magnitude)
+
+
+def _is_array(x: Any) -> bool:
+    """Whether ``x`` is an array or its shape, and not a box around one, which is a tree (an NNX variable)."""
+    return hasattr(x, "shape") and jax.tree_util.all_leaves([x])
 
 
 def restored_hint(tree: Mapping[Any, Any]) -> str:
@@ -53,8 +76,14 @@ def restored_hint(tree: Mapping[Any, Any]) -> str:
 
 
 def check_adapters(leaves: Mapping[Path, Any], adapters: Adapters, what: str) -> None:
-    """Raises a ValueError for adapters that do not fit their leaf, a TypeError for values that are not adapters."""
+    """Raises a ValueError for adapters that do not fit their leaf.
+
+    Raises:
+      TypeError: for values that are not adapters; first, because such a dict is often the params, in the wrong place.
+      KeyError: for paths that ``leaves`` lacks.
+    """
     check_kinds(adapters, what)
+    check_paths(adapters, leaves, what)
     wrong = []
     for path, value in adapters.items():
         leaf = leaves[path]

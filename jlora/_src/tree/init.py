@@ -16,7 +16,7 @@ from jlora._src.paths import named_leaves, path_key
 from jlora._src.tree.plan import Plan
 from jlora._src.tree.plan import plan as make_plan
 from jlora._src.types import Array, LoraFactors, LoraWeight, Path, PyTree, Target, Uses
-from jlora.messages import bullets, nearest
+from jlora.messages import bullets, nearest, shown
 
 
 def init(
@@ -48,7 +48,7 @@ def init(
         are given with a plan, which holds them already.
     """
     if not isinstance(key, jax.Array):
-        raise TypeError(f"init: got key={key!r}; expected a PRNG key, such as jax.random.key(0)")
+        raise TypeError(f"init: got key={shown(key)}; expected a PRNG key, such as jax.random.key(0)")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     leaves, _ = named_leaves(params)

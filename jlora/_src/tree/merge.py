@@ -13,7 +13,7 @@ from jlora._src.engine import compat
 from jlora._src.engine.factored import Factored, materialize, to_factored
 from jlora._src.engine.named_axes import accumulation_dtype
 from jlora._src.paths import named_leaves
-from jlora._src.tree.checks import check_adapters, check_finite, check_kinds, check_paths
+from jlora._src.tree.checks import check_adapters, check_finite, check_kinds
 from jlora._src.types import Adapters, Array, LoraFactors, LoraWeight, Path, PyTree
 from jlora.messages import bullets, table
 
@@ -122,7 +122,6 @@ def _mapped(what: str, params: PyTree, adapters: Adapters, fold: Any) -> PyTree:
 
 
 def _check(what: str, leaves: dict[Path, Any], adapters: Adapters) -> None:
-    check_paths(adapters, leaves, what)
     check_adapters(leaves, adapters, what)
     check_finite(adapters, what)
 

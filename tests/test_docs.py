@@ -40,12 +40,22 @@ def test_recipes_lower_the_loss_and_serve_what_they_trained(page: str) -> None:
     n, _ = program(page)
     assert n["losses"][-1] < 0.8 * n["losses"][0]
     if page == "docs/models/linen.md":
-        tuned = n["apply"](n["jlora"].attach(n["variables"], n["state"].params), n["x"])
+        tuned = n["apply"](n["jlora"].attach(n["trained"], n["state"].params), n["x"])
         jax.tree.map(np.testing.assert_array_equal, n["restored"], n["state"])
     else:
         tree = n["jlora"].attach(n["params"], n["adapters"])
         tuned, _ = n["apply"](tree, n["state"], None, n["x"], False)
     np.testing.assert_allclose(n["served"], tuned, atol=1e-5)
+
+
+def test_a_stateful_nnx_module_is_trained_and_served() -> None:
+    n, _ = program("docs/models/nnx.md")
+    assert n["losses"][-1] < 0.8 * n["losses"][0]
+    module = n["nnx"].merge(n["definition"], n["jlora"].merge(n["weights"], n["trained_normed"]), n["rest"])
+    assert int(module.dropout.rngs.count[...]) == 20
+    module.eval()
+    np.testing.assert_array_equal(n["served_normed"](n["x"]), module(n["x"]))
+    assert not np.allclose(module.norm.mean[...], n["normed"].norm.mean[...])
 
 
 def test_keras_serves_the_merged_weights() -> None:
@@ -70,6 +80,9 @@ def test_adapters_of_one_base_run_together() -> None:
 def test_adapters_are_placed_as_their_weights_are() -> None:
     n, _ = program("docs/guides/memory.md")
     for one, place in zip(jax.tree.leaves(n["divided"]), jax.tree.leaves(n["own"]), strict=True):
+        assert one.sharding == place
+    assert n["mesh_step"]._cache_size() == 1
+    for one, place in zip(jax.tree.leaves(n["state"]), jax.tree.leaves(n["state_places"]), strict=True):
         assert one.sharding == place
     for places in (n["own"], jax.tree.map(lambda x: x.sharding, n["placed"])):
         assert any("fsdp" in place.spec for place in jax.tree.leaves(places))

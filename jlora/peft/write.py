@@ -83,8 +83,8 @@ def save(
     """
     check_arguments(params, adapters, "peft.save")
     leaves, _ = named_leaves(params)
-    check_paths({**adapters, **names}, leaves, "peft.save")
     check_adapters(leaves, adapters, "peft.save")
+    check_paths(names, leaves, "peft.save")
     check_finite(adapters, "peft.save")
     heads = TASK_HEADS.get(task_type or "", ())
     adapters = _with_whole_heads(adapters, leaves, names, heads)

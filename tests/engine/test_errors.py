@@ -164,6 +164,32 @@ def test_nothing_to_train_is_an_error_that_says_what_was_left_out() -> None:
     expect(message(ValueError, lambda: jlora.plan(PARAMS, jlora.LoraConfig(targets=()))), "nothing is left to train")
 
 
+def test_a_plan_without_updates_is_a_warning_that_says_what_was_left_out() -> None:
+    """As where the traced function closes over its parameters."""
+    params = {"w": jnp.ones((4, 4)), "head": jnp.ones((4, 2))}
+    config = jlora.LoraConfig(rank=2, train_also=("head",))
+    uses = jlora.trace(lambda _, x: x @ params["w"] @ params["head"], params, jnp.ones((1, 4)))
+    with pytest.warns(UserWarning, match=r"adapts no weight; only 1 leaves(.|\n)*w: never read(.|\n)*closes over"):
+        jlora.plan(params, config, uses)
+    jlora.plan(params, dataclasses.replace(config, targets=()), uses)
+
+
+def test_arguments_in_each_others_place_are_named() -> None:
+    uses = jlora.trace(model, PARAMS, jnp.ones((1, 4)))
+    made: Any = adapters()
+    other: Any = ONE
+    expect(message(TypeError, lambda: jlora.plan(PARAMS, uses, other)), "config of type dict", "jlora.LoraConfig")  # type: ignore[arg-type]
+    expect(message(TypeError, lambda: jlora.init(jax.random.key(0), PARAMS, made)), "config of type dict")
+    expect(message(TypeError, lambda: jlora.plan(PARAMS, ONE, model)), "uses of type function", "jlora.trace")  # type: ignore[arg-type]
+    expect(message(TypeError, lambda: jlora.plan(PARAMS, ONE, PARAMS)), "uses of type dict", "jlora.trace")
+    for call in (jlora.attach, jlora.merge):
+        expect(message(TypeError, lambda call=call: call(made, PARAMS)), "not adapters", "'layer_0': got a dict")
+
+
+def test_a_wrong_key_is_shown_in_short() -> None:
+    assert len(message(TypeError, lambda: jlora.init(PARAMS, jax.random.key(0), ONE))) < 300  # type: ignore[arg-type]
+
+
 def test_train_also_must_be_floating() -> None:
     config = dataclasses.replace(ONE, train_also=("ids",))
     expect(
@@ -263,7 +289,7 @@ def test_adapters_that_do_not_fit_are_all_named() -> None:
         "the trained leaf has shape (4,), expected (3,)",
     )
     text = message(KeyError, lambda: jlora.attach(PARAMS, {"layer_0/qeury/kernel": good, "nope": good}))
-    expect(text, "'layer_0/qeury/kernel' (closest: 'layer_0/query/", "'nope'")
+    expect(text, "params has the path\n  - 'layer_0/qeury/kernel' (closest: 'layer_0/query/", "\n  - 'nope'")
 
 
 def test_attaching_twice_is_an_error() -> None:

@@ -96,7 +96,7 @@ def test_it_refuses_what_merge_refuses() -> None:
     params, adapters = trees()
     with pytest.raises(ValueError, match="rounding: NaN or infinity in the adapters of 1 of 4.*\n.*'norm'"):
         jlora.rounding(params, {**adapters, "norm": jnp.full(6, jnp.nan)})
-    with pytest.raises(KeyError, match="rounding: no leaf.*nrom.*closest: 'norm'"):
+    with pytest.raises(KeyError, match="rounding: no leaf.*\n.*nrom.*closest: 'norm'"):
         jlora.rounding(params, {"nrom": adapters["norm"]})
 
 

@@ -92,6 +92,9 @@ def test_every_difference_from_what_is_expected_is_named(tmp_path: Path) -> None
     other = {**adapters, "a": dataclasses.replace(adapters["a"], b=jnp.ones((9, 9)))}
     with pytest.raises(ValueError, match=r"'a': b is float32\[.*\], expected float32\[9, 9\]"):
         jlora.load(tmp_path / "adapters", like=other)
+    like = {**adapters, "a": dataclasses.replace(adapters["a"], a=jnp.zeros((8, 3), jnp.bfloat16))}
+    with pytest.raises(ValueError, match=r"'a': a is float32\[8, 2\], expected bfloat16\[8, 3\]"):
+        jlora.load(tmp_path / "adapters", like=like)
 
 
 def test_a_folder_without_whole_adapters_is_refused(tmp_path: Path) -> None:

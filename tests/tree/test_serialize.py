@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 
 import jlora
 from tests.messages import expect, message
@@ -102,24 +102,50 @@ def by_flax(adapters: Any, folder: Path) -> Any:
     return serialization.msgpack_restore(serialization.to_bytes(adapters))
 
 
+def takers(given: Any, folder: Path) -> list[Callable[[], Any]]:
+    """Calls of all that takes adapters."""
+    jlora.save(folder / "fresh", FRESH)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return [
+        lambda: jlora.attach(MLP.params, given),
+        lambda: jlora.merge(MLP.params, given),
+        lambda: jlora.unmerge(MLP.params, given),
+        lambda: jlora.rounding(MLP.params, given),
+        lambda: jlora.save(folder / "saved", given),
+        lambda: jlora.load(folder / "fresh", like=given),
+        lambda: jlora.adapter_shardings(given, one),
+        lambda: jlora.stack([FRESH, given]),
+        lambda: jlora.unstack(given),
+    ]
+
+
 @pytest.mark.parametrize("restore", [by_orbax, by_flax])
 def test_adapters_restored_without_a_target_are_refused(restore: Callable[..., Any], tmp_path: Path) -> None:
     """By all that takes adapters; and both ways out restore them bit for bit."""
     restored = restore(FRESH, tmp_path)
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    for call in (
-        lambda: jlora.attach(MLP.params, restored),
-        lambda: jlora.merge(MLP.params, restored),
-        lambda: jlora.unmerge(MLP.params, restored),
-        lambda: jlora.rounding(MLP.params, restored),
-        lambda: jlora.save(tmp_path / "saved", restored),
-        lambda: jlora.adapter_shardings(restored, one),
-        lambda: jlora.stack([FRESH, restored]),
-        lambda: jlora.unstack(restored),
-    ):
+    for call in takers(restored, tmp_path):
         expect(message(TypeError, call), "2 of 3", "'w0': got a dict", "'w1'", "jlora.load", "with a target")
     for call in (jlora.labels, jlora.freeze(optax.sgd(0.1)).init):
         expect(message(ValueError, lambda call=call: call(restored)), "jlora.load", "with a target")
+
+
+def test_adapters_of_nnx_variables_are_refused(tmp_path: Path) -> None:
+    """As an nnx.Optimizer trains them; saved, they could not be loaded."""
+    variables = jax.tree.map(nnx.Param, FRESH)
+    for call in takers(variables, tmp_path):
+        expect(message(TypeError, call), "3 of 3", "'w0': got a Param", "flax.nnx.as_pure(adapters)")
+    assert not (tmp_path / "saved").exists()
+    assert_same(nnx.as_pure(variables), FRESH)
+
+
+def test_a_boxed_magnitude_is_refused(tmp_path: Path) -> None:
+    f = jlora.LoraFactors(jnp.ones((4, 2)), jnp.ones((2, 3)), nnx.Param(jnp.ones(3)))  # type: ignore[arg-type]
+    expect(message(TypeError, lambda: jlora.save(tmp_path / "saved", {"w": f})), "'w': got a Param")
+
+
+def test_what_is_no_dict_of_adapters_is_refused(tmp_path: Path) -> None:
+    for call in takers(list(FRESH.values()), tmp_path):
+        expect(message(TypeError, call), "of type list", "jlora.init")
 
 
 def test_the_ways_out_restore_adapters(tmp_path: Path) -> None:

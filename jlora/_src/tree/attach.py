@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jlora._src.paths import named_leaves, one_key, path_key
-from jlora._src.tree.checks import PathError, check_adapters, check_arguments, check_paths
+from jlora._src.tree.checks import PathError, check_adapters, check_arguments
 from jlora._src.types import Adapters, Array, FullWeight, LoraFactors, LoraWeight, Path, PyTree, is_attached
 from jlora.messages import bullets, nearest
 
@@ -56,7 +56,6 @@ def attach(
     """
     check_arguments(params, adapters, "attach")
     leaves, treedef = named_leaves(params)
-    check_paths(adapters, leaves, "attach")
     check_adapters(leaves, adapters, "attach")
     strengths = _strengths(strength, [path for path, v in adapters.items() if isinstance(v, LoraFactors)])
     if dropout_key is not None:

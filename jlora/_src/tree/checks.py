@@ -12,12 +12,13 @@ from jax.sharding import Sharding
 
 from jlora._src.engine import compat
 from jlora._src.engine.factored import check_fit
+from jlora._src.tree.state import is_variable
 from jlora._src.types import Adapters, LoraFactors, Path, Target, WeightUse, is_attached
 from jlora.messages import bullets, nearest
 
 
 class PathError(KeyError):
-    """A KeyError whose text has several lines, which `KeyError` would print as one, with escapes."""
+    """A KeyError that prints its message as it is; a KeyError prints its repr, with every line break as ``\\n``."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -53,9 +54,9 @@ def check_paths(adapters: Mapping[Path, Any], leaves: Mapping[Path, Any], what: 
 
 
 def check_kinds(adapters: Mapping[Path, Any], what: str) -> None:
-    """Raises a TypeError for ``adapters`` that are no mapping, and for values that are neither factors nor arrays."""
+    """Raises a TypeError for ``adapters`` that are no mapping, and for values that are not `LoraFactors` or arrays."""
     check_mapping(adapters, what)
-    parts = {path: (v.a, v.b) if isinstance(v, LoraFactors) else (v,) for path, v in adapters.items()}
+    parts = {path: _arrays(v) for path, v in adapters.items()}
     odd = {path: part for path, found in parts.items() for part in found if not _is_array(part)}
     if odd:
         hint = restored_hint(odd)
@@ -63,6 +64,8 @@ def check_kinds(adapters: Mapping[Path, Any], what: str) -> None:
             hint = " Make them from a plan: jlora.init(key, params, plan)."
         if any(map(is_attached, odd.values())):
             hint = " jlora.detach takes them out of an attached tree."
+        if any(map(is_variable, odd.values())):
+            hint = " Read the arrays of NNX variables with flax.nnx.as_pure(adapters)."
         if any(isinstance(part, Sharding) for part in odd.values()):
             hint = " For the shardings of an attached tree, call jlora.adapter_shardings(tree, shardings)."
         raise TypeError(
@@ -72,9 +75,16 @@ def check_kinds(adapters: Mapping[Path, Any], what: str) -> None:
         )
 
 
-def _is_array(part: Any) -> bool:
-    """Whether it is an array or the shape of one: not what jlora itself describes by a shape."""
-    return hasattr(part, "shape") and not (isinstance(part, Target | WeightUse) or is_attached(part))
+def _arrays(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, LoraFactors):
+        return (value,)
+    return (value.a, value.b) if value.magnitude is None else (value.a, value.b, value.magnitude)
+
+
+def _is_array(x: Any) -> bool:
+    """Whether ``x`` is an array or its shape: not a box around one, which is a tree (an NNX variable, an attached
+    leaf), and not what jlora describes by a shape."""
+    return hasattr(x, "shape") and not isinstance(x, Target | WeightUse) and jax.tree_util.all_leaves([x])
 
 
 def restored_hint(tree: Mapping[Any, Any]) -> str:
@@ -88,8 +98,14 @@ def restored_hint(tree: Mapping[Any, Any]) -> str:
 
 
 def check_adapters(leaves: Mapping[Path, Any], adapters: Adapters, what: str) -> None:
-    """Raises a ValueError for adapters that do not fit their leaf, a TypeError for values that are not adapters."""
+    """Raises a ValueError for adapters that do not fit their leaf.
+
+    Raises:
+      TypeError: for values that are not adapters; first, because such a dict is often the params, in the wrong place.
+      KeyError: for paths that ``leaves`` lacks.
+    """
     check_kinds(adapters, what)
+    check_paths(adapters, leaves, what)
     wrong = []
     for path, value in adapters.items():
         leaf = leaves[path]

@@ -13,7 +13,7 @@ from jlora._src.engine import compat
 from jlora._src.engine.factored import Factored, materialize, to_factored
 from jlora._src.engine.named_axes import accumulation_dtype
 from jlora._src.paths import named_leaves
-from jlora._src.tree.checks import check_adapters, check_arguments, check_finite, check_kinds, check_paths
+from jlora._src.tree.checks import check_adapters, check_arguments, check_finite, check_kinds
 from jlora._src.types import Adapters, Array, LoraFactors, LoraWeight, Path, PyTree
 from jlora.messages import bullets, table
 
@@ -125,7 +125,6 @@ def _checked(what: str, params: PyTree, adapters: Adapters) -> tuple[dict[Path, 
     """The named leaves of the params that the adapters fit."""
     check_arguments(params, adapters, what)
     leaves, treedef = named_leaves(params)
-    check_paths(adapters, leaves, what)
     check_adapters(leaves, adapters, what)
     check_finite(adapters, what)
     return leaves, treedef

@@ -67,7 +67,7 @@ def plan(params: PyTree, config: LoraConfig, uses: Uses | None = None) -> Plan:
         floating matrix, is never read, or has a shape that only ``uses`` can explain; or if nothing is left to train.
       TypeError: if the config or the uses are of another kind, as when two arguments are swapped.
     """
-    _check_kinds(config, uses)
+    _check_types(config, uses)
     leaves, _ = named_leaves(params)
     leaves = {p: x for p, x in leaves.items() if hasattr(x, "shape") and hasattr(x, "dtype")}
     choose = _Chooser(config, uses, state(params), is_linen(params))
@@ -92,14 +92,22 @@ def plan(params: PyTree, config: LoraConfig, uses: Uses | None = None) -> Plan:
         text = f"plan: {len(wrong)} problem(s) with the config for these params:{bullets(wrong)}"
         raise ValueError(text + (hint if of_patterns else ""))
     _warn_of_ranks(targets)
+    _warn_of_no_updates(config, targets, left_out)
     return Plan(targets, config, sum(math.prod(x.shape) for x in leaves.values()), left_out)
 
 
-def _check_kinds(config: Any, uses: Any) -> None:
+def _check_types(config: Any, uses: Any) -> None:
     if not isinstance(config, LoraConfig):
-        raise TypeError(f"plan: got {type(config)} as the config; expected a jlora.LoraConfig")
-    if uses is not None and not (isinstance(uses, Mapping) and all(isinstance(u, WeightUse) for u in uses.values())):
-        raise TypeError(f"plan: got {type(uses)} as the uses; expected those of jlora.trace(fn, params, batch)")
+        raise TypeError(
+            f"plan: got a config of type {type(config).__name__}; expected a jlora.LoraConfig, as in "
+            "jlora.plan(params, config, uses)"
+        )
+    if uses is not None and not (
+        isinstance(uses, Mapping) and all(isinstance(use, WeightUse) for use in uses.values())
+    ):
+        raise TypeError(
+            f"plan: got uses of type {type(uses).__name__}; expected those of jlora.trace(fn, params, batch)"
+        )
 
 
 class _No(NamedTuple):
@@ -213,7 +221,7 @@ def _wrong_uses(config: LoraConfig, uses: Uses | None, leaves: Mapping[Path, Any
                 "name the weights by patterns"
             )
     elif unknown := [p for p in leaves if _is_floating(leaves[p]) and p not in uses]:
-        yield f"uses come from another tree: they lack {unknown[:5]}"
+        yield f"uses come from another tree: they lack {unknown[:5]}; trace with the params that are given here"
 
 
 def _wrong_targets(config: LoraConfig, choices: Mapping[Path, _Choice]) -> Iterable[str]:
@@ -271,6 +279,16 @@ def _warn_of_ranks(targets: Mapping[Path, Target]) -> None:
         warnings.warn(
             f"plan: the rank exceeds that of {len(too_high)} weight(s):{bullets(too_high)}\nTheir updates are not "
             "low-rank, and cost more than the weights themselves. Lower the rank with an Override.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_no_updates(config: LoraConfig, targets: Mapping[Path, Target], left_out: Mapping[Path, str]) -> None:
+    if config.targets == "all-linear" and all(target.axes is None for target in targets.values()):
+        warnings.warn(
+            f'plan: targets="all-linear" adapts no weight; only {len(targets)} leaves of train_also are trained. Left '
+            f"out:{bullets(f'{path}: {why}' for path, why in left_out.items())}\nIf they are never read, the traced "
+            "function closes over its parameters: pass it the tree. To train only these leaves, set targets=().",
             stacklevel=3,
         )
 

@@ -39,8 +39,8 @@ def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
 
     Raises:
       ValueError: if there are no adapters, or if arrays are empty, listing each. Nothing is written.
+      TypeError: if a value is neither factors nor an array, such as an NNX variable. Nothing is written.
       TensorError: if ``folder`` is a file, or holds anything but adapters. Nothing is written.
-      TypeError: if a value is neither factors nor an array. Nothing is written.
     """
     import orbax.checkpoint as ocp  # here, because it would take half of the time of `import jlora`
 
@@ -75,7 +75,7 @@ def load(
     Raises:
       TensorError: if there are none, or files are missing or changed since they were written; all are listed.
       ValueError: if they differ from ``like``, listing every difference.
-      TypeError: if ``like`` are no adapters.
+      TypeError: if a value of ``like`` is neither factors nor an array.
     """
     import orbax.checkpoint as ocp
 
@@ -87,6 +87,8 @@ def load(
     check_sums(folder)
     records = _read_records(folder / "adapters.json")
     expected = {path: shapes_of(record) for path, record in records.items()}
+    if like is not None:
+        check_kinds(like, "load, like")
     wanted = None if like is None else {path: record_of(value) for path, value in like.items()}
     if wanted is not None and (wrong := differences(records, wanted)):
         raise ValueError(

@@ -16,12 +16,12 @@ COLLECTIONS = frozenset({"batch_stats", "cache", "intermediates", "perturbations
 
 def state(tree: PyTree) -> dict[Path, str]:
     """``{path: what it is}`` for leaves of Linen's state collections, and of NNX variables other than `Param`."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)
     found: dict[Path, str] = {}
     for keys, leaf in flat:
         path = path_of(keys)
         names = _class_names(leaf)
-        if _is_variable(leaf) and "Param" not in names:
+        if is_variable(leaf) and "Param" not in names:
             paths = (path_of((*keys, *rest)) for rest, _ in jax.tree_util.tree_flatten_with_path(leaf)[0])
             found |= dict.fromkeys(paths, f"an nnx.{names[0]}, not an nnx.Param")
         elif is_linen(tree) and (collection := path.split("/")[0]) in COLLECTIONS:
@@ -38,6 +38,6 @@ def _class_names(x: Any) -> list[str]:
     return [c.__name__ for c in type(x).__mro__ if c.__module__.startswith("flax.nnx")]
 
 
-def _is_variable(x: Any) -> bool:
+def is_variable(x: Any) -> bool:
     """Whether ``x`` is an NNX variable; by class name, so that flax need not be imported."""
     return "Variable" in _class_names(x)

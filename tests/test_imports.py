@@ -24,7 +24,7 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "table",
     "_src.engine ": "interpreter trace | lora",
     "files": "errors drafts adapters | json_files checksums tensor_names | hub_files | safetensors",
-    "_src.tree": "checks serialize state | attach labels merge plan save sharding stack | init",
+    "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init",
     "peft": "options | config layout | config_file describe keys | tied faults | tensors | read write | __init__",
     "models": "_family | _layers decoder.rope | _causal _encoder | _heads | "
     "bert.modeling gpt2.modeling decoder.modeling vit.modeling | bert.table gpt2.table decoder.table vit.table | "

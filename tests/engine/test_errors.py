@@ -252,9 +252,9 @@ def test_shapes_are_no_values_to_copy() -> None:
 def test_arguments_of_another_kind_are_refused() -> None:
     uses = jlora.trace(model, PARAMS, jnp.ones((1, 4)))
     key, wrong = jax.random.key(0), {"rank": 4}
-    expect(message(TypeError, lambda: jlora.plan(PARAMS, wrong, uses)), "<class 'dict'> as the config")  # type: ignore[arg-type]
+    expect(message(TypeError, lambda: jlora.plan(PARAMS, wrong, uses)), "a dict as the config")  # type: ignore[arg-type]
     expect(message(TypeError, lambda: jlora.init(key, PARAMS, uses, ONE)), "as the config", "jlora.LoraConfig")  # type: ignore[arg-type]
-    expect(message(TypeError, lambda: jlora.plan(PARAMS, ONE, model)), "<class 'function'> as the uses", "jlora.trace")  # type: ignore[arg-type]
+    expect(message(TypeError, lambda: jlora.plan(PARAMS, ONE, model)), "a function as the uses", "jlora.trace")  # type: ignore[arg-type]
     text = message(TypeError, lambda: jlora.init(PARAMS, key, ONE))  # type: ignore[arg-type]
     expect(text, "init: got key={", "expected a PRNG key")
     assert "\n" not in text and len(text) < 250

@@ -145,7 +145,7 @@ def test_a_boxed_magnitude_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_dict_of_adapters_is_refused(tmp_path: Path) -> None:
     for call in takers(list(FRESH.values()), tmp_path):
-        expect(message(TypeError, call), "of type list", "jlora.init")
+        expect(message(TypeError, call), "a list as the adapters", "jlora.init")
 
 
 def test_the_ways_out_restore_adapters(tmp_path: Path) -> None:

@@ -99,14 +99,14 @@ def plan(params: PyTree, config: LoraConfig, uses: Uses | None = None) -> Plan:
 def _check_types(config: Any, uses: Any) -> None:
     if not isinstance(config, LoraConfig):
         raise TypeError(
-            f"plan: got a config of type {type(config).__name__}; expected a jlora.LoraConfig, as in "
+            f"plan: got a {type(config).__name__} as the config; expected a jlora.LoraConfig, as in "
             "jlora.plan(params, config, uses)"
         )
     if uses is not None and not (
         isinstance(uses, Mapping) and all(isinstance(use, WeightUse) for use in uses.values())
     ):
         raise TypeError(
-            f"plan: got uses of type {type(uses).__name__}; expected those of jlora.trace(fn, params, batch)"
+            f"plan: got a {type(uses).__name__} as the uses; expected those of jlora.trace(fn, params, batch)"
         )
 
 

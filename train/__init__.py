@@ -17,3 +17,8 @@
 
 The program imports jlora; jlora never imports it. Every room says in its ``__init__`` what is in it.
 """
+
+import os
+
+# transformers warns at its first import that it found no torch, which is not needed here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -165,7 +165,11 @@ def load_config(path: Path) -> TrainConfig:
     if not path.is_file():
         if (close := difflib.get_close_matches(str(path), COMMANDS, n=1)) and not path.suffix:
             raise ConfigError(f"there is no command {str(path)!r}; did you mean {close[0]!r}?")
-        known = ", ".join(sorted(str(file.relative_to(ROOT)) for file in (ROOT / "configs").glob("*.py")))
+        here = Path.cwd()
+        files = sorted(
+            file.relative_to(here) if file.is_relative_to(here) else file for file in ROOT.glob("configs/*.py")
+        )
+        known = ", ".join(map(str, files))
         raise ConfigError(f"no config file at {path}; there are: {known}")
     try:
         with warnings.catch_warnings():

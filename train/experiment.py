@@ -64,9 +64,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
 def _train(job: Job, directory: ClaimedDirectory, stop: Stop, began: float) -> dict[str, Any]:
     print_start(job)
     with RunFiles(job.config, directory, str(job.plan), job.intervals(job.config.fit, job.examples)) as files:
-        if files.state.step:
+        if files.note:
             say(f"{files.note}\n")
-        else:
+        if not files.state.step:
             files.begin()
         measure = make_measure(job.layout, job.network.forward, job.task, job.config.eval_batch_size, job.buckets, stop)
         base = frozen_base(job, directory, measure, files, stop)

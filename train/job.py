@@ -22,7 +22,7 @@ from train.compute.keys import random_key
 from train.compute.layouts import Layout, Mesh, make_layout
 from train.compute.processes import check_same, say
 from train.compute.step import init_state, make_step
-from train.config import ConfigError, FitConfig, TrainConfig
+from train.config import ConfigError, FitConfig, Pretrained, TrainConfig
 from train.data.batches import Examples, batch_of, default_buckets, lengths, size, truncation_of
 from train.data.sources import Provenance
 from train.data.tables import Table, load
@@ -211,7 +211,14 @@ def plan_of(config: TrainConfig, network: Network, shapes: Any, inputs: Mapping[
     try:
         return jlora.plan(shapes, config.adapted, uses)
     except ValueError as error:
-        raise ConfigError(f"lora: {error}") from error
+        raise ConfigError(f"lora: {error}{_where_paths_are(config)}") from error
+
+
+def _where_paths_are(config: TrainConfig) -> str:
+    """The command that shows the paths of the weights, for an error about the targets."""
+    if not isinstance(config.model, Pretrained):
+        return ""
+    return f"\nTo see the paths: python -m train inspect {config.model.path}"
 
 
 def start_adapters(config: TrainConfig, network: Network, params: Any, plan: jlora.Plan) -> dict[str, Any]:

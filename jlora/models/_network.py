@@ -141,6 +141,12 @@ def fetch(path: str | Path, revision: str | None = None, files: Sequence[str] = 
     """
     if (folder := Path(path)).is_dir():
         return folder
+    if folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:  # never an id
+        siblings = sorted(str(one) for one in folder.parent.glob("*") if one.is_dir())
+        raise ModelError(
+            f"there is no folder {str(path)!r}{nearest(str(path), siblings)}; expected a folder with {CONFIG} and "
+            f"{WEIGHTS}, or an id such as `FacebookAI/roberta-base`"
+        )
     hub = import_hub(f"{str(path)!r} is not a folder here, and a download from the hub")
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -248,9 +248,19 @@ def test_quantized_tensors_are_refused_by_name(saved: Path) -> None:
     expect(message(models.TensorError, lambda: models.load(saved)), "w: F8_E4M3", "uantized checkpoints are not read")
 
 
+def test_the_nearest_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "minilm-l6").mkdir()
+    text = message(models.ModelError, lambda: models.load(tmp_path / "minilm"))
+    expect(text, f"there is no folder '{tmp_path}/minilm' (closest: '{tmp_path}/minilm-l6')")
+
+
 @pytest.mark.parametrize("path", ["nobody/no-such-model", "no-such-model", "./no/such/folder", "/no/such/folder"])
 def test_what_is_no_folder_and_not_on_the_hub_is_told_quickly(path: str) -> None:
     start = time.perf_counter()
     text = message(models.ModelError, lambda: models.load(path))
-    expect(text, f"'{path}' is not a folder", "config.json and model.safetensors", "without a network")
+    if path.startswith((".", "/")):
+        expect(text, f"there is no folder '{path}'", "config.json and model.safetensors")
+        assert "hub" not in text
+    else:
+        expect(text, f"'{path}' is not a folder", "config.json and model.safetensors", "without a network")
     assert time.perf_counter() - start < 20

@@ -211,6 +211,21 @@ def test_an_unfinished_run_says_how_far_it_is(tmp_path):
     report((begun,), tmp_path / "report.png")
 
 
+def test_the_training_time_is_that_of_all_parts_of_a_run(tmp_path):
+    """``seconds`` is the time of the last part of a run that was resumed. Examples are counted as they were used."""
+    data = {"train": {"used": 7200}, "validation": {"used": 81}}
+    run = write(tmp_path / "run", config(), records(), summary(0.5, training_seconds=7384.0, data=data))
+    shown = text(page(run))
+    expect(shown, "training time, h:mm:ss", "2:03:04", "training examples", "7,200", "validation examples", "81")
+    assert "1:02:03" not in shown
+
+
+def test_whole_numbers_are_shown_alike(tmp_path):
+    """A flag makes a float of what a config file has as an integer."""
+    of = [write(tmp_path / str(alpha), config(lora={"alpha": alpha}), records()) for alpha in (16, 8.0, 0.5)]
+    assert re.search(r"lora\.alpha\s+16\s+8\s+0\.5\s", text(page(*of)))
+
+
 def test_a_torn_last_line_is_left_out(tmp_path):
     folder = write(tmp_path / "run", config(), records()[:-3])
     before = page(folder)

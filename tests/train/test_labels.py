@@ -45,7 +45,9 @@ def rows(labels: Any, declared: tuple[str, ...] = ()) -> Any:
 
 def advised(message: str) -> tuple[str, ...]:
     """The names that an error advises to pass with --task.labels, as a shell reads them."""
-    found = re.search(r"--task\.labels (.*)$", message)
+    found = re.search(
+        r"(?:--task\.labels|None to take the classes from the data, or --task\.labels) ((?!None).*)$", message
+    )
     assert found, message
     return tuple(shlex.split(found[1]))
 
@@ -206,6 +208,19 @@ def test_only_unknown_labels_are_named(names, labels, unknown):
         wider = advised(message)
         assert wider == (*names, *unknown)
     assert class_numbers(rows(labels), "label", wider).shape == (len(labels),)
+
+
+@pytest.mark.parametrize(("labels", "own"), [(["tech", "bills"], True), (["good", "bills"], False)])
+def test_labels_of_another_task_are_to_be_taken_from_the_data(labels, own):
+    """Where the column holds none of the configured names, as with the config file of another task."""
+    message = refusal(class_numbers, rows(labels), "label", ("bad", "good"))
+    assert ("pass --task.labels None to take the classes from the data, or" in message) == own
+
+
+def test_labels_that_differ_only_in_case_or_spaces_are_named():
+    counts = {"train": {"Billing": 3, "billing ": 1, "Tech": 4}}
+    assert counts_table(counts).endswith("\n\nthese labels differ only in case or spaces: 'Billing', 'billing '")
+    assert "differ" not in counts_table({"train": {"Billing": 3, "Tech": 4}})
 
 
 def test_a_declared_class_is_known_by_its_name_alone():

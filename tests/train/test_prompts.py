@@ -147,7 +147,7 @@ def test_blank_lines_keep_their_place(command, classifier, continuer, tmp_path, 
     if command == "predict":
         assert [line.split("\t")[0] for line in printed.split("\n")[:-1]] == ["", "a film", "", "", "the plot", ""]
         assert [one["label"] in LABELS for one in found] == [False, True, False, False, True, False]
-        assert found[0] == {"text": "", "label": None, "probability": None, "row": 1}
+        assert found[0] == {"text": "", "label": None, "probability": None, "probabilities": None, "row": 1}
     else:
         asked = [line for line in printed.split("\n") if line.startswith(">")]
         assert asked == ["> ", "> a film", "> ", "> ", "> the plot", "> "]
@@ -167,6 +167,9 @@ def test_results_go_to_a_new_file_whole(classifier, tmp_path, monkeypatch):
     assert [one["text"] for one in found] == list(texts) and [one["row"] for one in found] == list(range(1, 8))
     shown = [line.split("\t") for line in ok("predict", "run", *flags).split("\n")[:-1]]
     assert [[one["label"], f"{one['probability']:.4f}"] for one in found] == [line[1:] for line in shown]
+    for one in found:
+        assert tuple(one["probabilities"]) == LABELS and abs(sum(one["probabilities"].values()) - 1) < 1e-6
+        assert one["probability"] == max(one["probabilities"].values()) == one["probabilities"][one["label"]]
 
     before = out.read_bytes()
     assert "already exists" in refused("predict", "run", *flags, "--out", out) and out.read_bytes() == before

@@ -228,6 +228,14 @@ def test_a_broken_checkpoint_is_told_and_the_older_ones_are_used(work, short, co
     assert_same_run(copy, short)
 
 
+def test_a_run_without_a_checkpoint_says_that_it_starts_over(work, short, copy):
+    shutil.rmtree(copy / "checkpoints")
+    code, printed = program(*flags(work, copy, *SHORT))
+    assert code == 0, printed
+    assert f"{copy} was stopped before its first checkpoint: training starts over" in printed
+    assert_same_run(copy, short)
+
+
 def test_any_checkpoint_can_be_gone_on_from(work, short, copy):
     code, printed = program(*flags(work, copy, *SHORT, "--resume", "7"))
     assert (code, "resume: got step 7, and there are checkpoints of 8, 9, 12, 13" in printed) == (2, True)

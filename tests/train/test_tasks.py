@@ -26,6 +26,7 @@ from train.data import batches
 from train.data import tables as data
 from train.data.batches import Ragged
 from train.job import bucket_lengths
+from train.networks.registry import make_network
 from train.networks.tokenizers import load_tokenizer, set_up
 from train.rundir.arrays import load_tree
 from train.rundir.finished import open_run
@@ -417,6 +418,51 @@ def test_conversations_are_packed_and_trained_on(work, tmp_path):
         chex.assert_trees_all_equal(factors, run.adapters[path])
 
 
+def test_the_card_of_a_classifier_for_peft_loads_it_with_its_labels(text_run, tmp_path, monkeypatch):
+    """PEFT's format has no labels. A card of another author stays."""
+    theirs, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    run, out = open_run(text_run[0]), tmp_path / "out"
+    task = SequenceClassification("sentence", labels=("a 'b'", "ü", "c"), max_length=16)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, task=task))
+    network = make_network(run.config)
+    assert network.load is not None and network.model is not None
+    params = network.load(jax.random.key(1), None)
+    adapters = {
+        p: jax.numpy.full(x.shape, 0.5, x.dtype) for p, x in jlora.named_leaves(params)[0].items() if "classifier" in p
+    }
+    adapters |= {p: x for p, x in run.adapters.items() if "classifier" not in p}
+    monkeypatch.setattr(
+        "train.commands.export.open_run",
+        lambda _: dataclasses.replace(run, network=network, params=params, adapters=adapters),
+    )
+    code, printed = program("export", str(text_run[0]), "--out", str(out))
+    assert code == 0 and f"{out / 'README.md'} shows how to load it" in printed, printed
+    written = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    assert written
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(written[1], names)
+    model = names["model"].eval()
+    assert isinstance(model, theirs.PeftModel) and model.config.id2label == dict(enumerate(task.labels or ()))
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor([[2, 5, 13, 3]])).logits
+    inputs = {"input_ids": np.array([[2, 5, 13, 3]]), "attention_mask": np.ones((1, 4), np.int32)}
+    expected = jlora.lora(network.forward)(jlora.attach(params, adapters), inputs)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+    (out / "README.md").write_text("mine")
+    assert program("export", str(text_run[0]), "--out", str(out))[0] == 0
+    assert (out / "README.md").read_text() == "mine"
+
+
+def test_eval_says_that_it_reads_the_columns_of_the_run(text_run, tmp_path):
+    """The flags that a training is advised to pass are no flags of `eval`."""
+    file = tiny.write_jsonl(tmp_path / "other.jsonl", [{"sentence": "a film", "stars": 1}])
+    code, printed = program("eval", str(text_run[0]), "--source", str(file))
+    assert code == 2 and f"Rename them in {file}" in printed, printed
+
+
 @pytest.mark.slow
 def test_an_untied_language_model_is_trained_and_exported(work, tmp_path):
     """`--model.untie`: the projection is a leaf of its own, as are its adapter and its tensor in the merged file."""
@@ -491,6 +537,7 @@ def test_a_folder_has_splits_and_a_file_has_siblings(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("{0}/no/rows.jsonl", "there is no file at .*rows.jsonl: there is no folder .*/no$"),
         ("{0}/nothing.jsonl", "there is no file at .*nothing.jsonl.*closest: .*rows.jsonl"),
         ("{0}/rows.exe", "ends in '.exe'; expected one of .jsonl"),
         ("{0}/broken.jsonl", "broken.jsonl, line 1, character 10: expected JSON"),

@@ -7,6 +7,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -473,6 +475,12 @@ def test_all_problems_are_reported_at_once(tmp_path, capsys):
     ]
 
 
+def test_a_percentage_is_not_a_fraction(capsys):
+    """The advice does not switch off what was asked for."""
+    assert main(["--data.validation", "None", "--data.holdout", "20"]) == 2
+    assert "data.holdout: got 20.0, expected a fraction, 0 <= x < 1; pass --data.holdout 0.1" in capsys.readouterr().err
+
+
 def test_a_batch_larger_than_the_data_is_refused_before_training(cache_dir, capsys):
     assert main(["--fit.batch-size", "2000", "--cache-dir", str(cache_dir)]) == 2
     assert "fit.batch_size: got 2000, expected at most the 1198 training examples" in capsys.readouterr().err
@@ -518,10 +526,26 @@ def test_a_config_file_that_fails_says_where_and_why(tmp_path, text, message):
         parse([str(file)])
 
 
-def test_the_error_of_a_missing_config_file_names_those_that_exist(capsys):
+def test_the_error_of_a_missing_config_file_names_those_that_exist(capsys, monkeypatch, tmp_path):
+    """As they are given from the working directory."""
+    monkeypatch.chdir(ROOT)
     assert main(["configs/digit.py"]) == 2
     names = ", ".join(sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")))
     assert capsys.readouterr().err == f"error: no config file at configs/digit.py; there are: {names}\n"
+    monkeypatch.chdir(tmp_path)
+    assert main(["configs/digits.py"]) == 2
+    assert f"there are: {ROOT}/configs/digits.py, " in capsys.readouterr().err
+
+
+def test_transformers_does_not_warn_that_torch_is_missing():
+    """It is imported by every command that reads a run."""
+    code = (
+        "import importlib.util as u, sys; find = u.find_spec\n"
+        "u.find_spec = lambda name, *more: None if name == 'torch' else find(name, *more)\n"
+        "import train.tasks.chat; assert 'torch' not in sys.modules"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "PyTorch" not in found.stdout + found.stderr
 
 
 def test_help_shows_how_to_call_and_every_field(capsys):

@@ -36,7 +36,16 @@ def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) 
     table = _table(opened, source)
     if limit is not None:
         table = table.keep(range(min(limit, len(table))), f"beyond the limit of {limit:,}")
-    sets = {name or "validation": examples for name, examples in opened.task.encode(table).items()}
+    try:
+        encoded = opened.task.encode(table)
+    except ConfigError as error:
+        if source is None:
+            raise
+        raise ConfigError(
+            f"{error}\n`eval` takes no flags of the task: it reads the columns and labels that {run} was trained on. "
+            f"Rename them in {source}"
+        ) from error
+    sets = {name or "validation": examples for name, examples in encoded.items()}
     _print_source(run, table, own=source is None)
     for name, examples in sets.items():
         if (cut := truncation_of(examples)) is not None and cut.cut + cut.dropped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -9,14 +10,28 @@ import jax
 
 import jlora
 from jlora import models, peft
+from jlora.files.hub_files import MODEL_CARD
 from train.commands.inputs import RunPath
-from train.config import ConfigError, Pretrained
+from train.config import CausalLM, ConfigError, Pretrained, SequenceClassification
 from train.networks.tokenizers import exported_files
 from train.rundir.arrays import save_tree
 from train.rundir.finished import FinishedRun, open_run
 
 TASK_TYPES = {"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM"}
 """PEFT's names of the tasks."""
+AUTO_CLASSES = {
+    "SequenceClassification": "AutoModelForSequenceClassification",
+    "ImageClassification": "AutoModelForImageClassification",
+    "CausalLM": "AutoModelForCausalLM",
+}
+"""The classes of transformers that make the networks."""
+_CARD_START = """\
+---
+library_name: peft
+tags:
+- lora
+- jlora
+"""
 
 
 def export(
@@ -26,7 +41,8 @@ def export(
 
     Args:
       run: Run directory.
-      to: Format. peft: adapters for PyTorch's PEFT and for vLLM. hf: the merged model as a Hugging Face checkpoint with
+      to: Format. peft: adapters for PyTorch's PEFT and for vLLM, with a
+        README.md that loads them. hf: the merged model as a Hugging Face checkpoint with
         tokenizer and model card. orbax: merged parameters for the unmodified JAX model.
       out: Folder to write to. Default: a folder named after the format in the run directory.
       uniform_rank: Write one rank and scale for all weights, as vLLM requires (peft only). The update stays the same.
@@ -67,6 +83,47 @@ def _export_peft(run: FinishedRun, folder: Path, uniform_rank: bool) -> None:
     )
     if network.tokenizer is not None:
         exported_files(config.model, config.task, network.tokenizer).save_pretrained(folder)
+    card = folder / MODEL_CARD
+    if not card.exists() or card.read_text(encoding="utf-8").startswith(_CARD_START):
+        card.write_text(_peft_card(run, folder), encoding="utf-8")
+        print(f"{card} shows how to load it")
+
+
+def _peft_card(run: FinishedRun, folder: Path) -> str:
+    """How to load adapters in PyTorch. Their format has no labels; the head of the base must have as many of them."""
+    task, source = run.config.task, run.network.source
+    labels = list(getattr(task, "labels", None) or ())
+    auto = AUTO_CLASSES[type(task).__name__]
+    options = [repr(str(source))]
+    if not isinstance(task, CausalLM):
+        options.append(f"num_labels={len(labels) or 1}")
+    if (pad := getattr(run.network.tokenizer, "pad_token_id", None)) is not None and isinstance(
+        task, SequenceClassification
+    ):
+        options.append(f"pad_token_id={pad}")
+    if labels:
+        options += ["id2label=dict(enumerate(labels))", "label2id={name: i for i, name in enumerate(labels)}"]
+    lines = [
+        *_CARD_START.splitlines(),
+        f"base_model: {json.dumps(str(source), ensure_ascii=False)}",
+        "---",
+        "",
+        f"# {folder.resolve().name}",
+        "",
+        f"Low-rank adapters of `{source}`, trained with jlora.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {auto}",
+        "",
+        *([f"labels = {labels!r}"] if labels else []),
+        f"base = {auto}.from_pretrained(",
+        *(f"    {option}," for option in options),
+        ")",
+        f"model = PeftModel.from_pretrained(base, {str(folder)!r})",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _export_hf(run: FinishedRun, folder: Path) -> None:

@@ -42,7 +42,8 @@ def predict(
       file: File of texts: .txt with a text on each line, a table (jsonl, json, csv, tsv, parquet), or - for the lines
         of the standard input. Blank lines keep their place in the output.
       column: Column of a table. Default: the run's column of texts.
-      out: Write to this new .jsonl file instead: text, label, probability and row (from 1), in the order of the input.
+      out: Write to this new .jsonl file instead: text, label, its probability, the probabilities of all
+        labels, and row (from 1), in the order of the input.
     """
     check_new(out)
     opened = open_run(run)
@@ -94,12 +95,18 @@ def _records(task: Texts, rows: Sequence[list[str] | None], scores: np.ndarray) 
 def _answer(task: Texts, scores: np.ndarray) -> dict[str, Any]:
     if isinstance(task, TextRegression):
         return {"label": float(scores[0])}
-    return {"label": task.labels[scores.argmax()], "probability": float(softmax(scores).max())}
+    each = softmax(scores)
+    return {
+        "label": task.labels[scores.argmax()],
+        "probability": float(each.max()),
+        "probabilities": dict(zip(task.labels, each.tolist(), strict=True)),
+    }
 
 
 def _line(record: dict[str, Any]) -> str:
     """One line for a text, whatever characters it has; an empty one for a blank text."""
     if record["label"] is None:
         return ""
-    cells = [f"{one:.4f}" if isinstance(one, float) else one for name, one in record.items() if name != "row"]
+    shown = [one for name, one in record.items() if name not in ("probabilities", "row")]
+    cells = [f"{one:.4f}" if isinstance(one, float) else one for one in shown]
     return "\t".join(one.translate(_ESCAPES) for one in cells)

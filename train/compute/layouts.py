@@ -173,7 +173,7 @@ class Mesh:
     def __init__(self, config: ComputeConfig, rules: jlora.ShardingRules):
         sizes = {axis: getattr(config, axis) for axis in AXES}
         others = config.fsdp * config.tensor
-        sizes["data"] = config.data or jax.device_count() // others
+        sizes["data"] = config.data or max(jax.device_count() // others, 1)
         self.devices = math.prod(sizes.values())
         if self.devices > jax.device_count() or config.data is None and jax.device_count() % others:
             raise ConfigError(

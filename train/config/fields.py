@@ -40,7 +40,7 @@ def at_least(least: int, example: int | None = None) -> Constraint:
 Count = Annotated[int, at_least(1)]
 Positive = Annotated[float, Constraint("a number > 0", lambda x: x > 0)]
 NotNegative = Annotated[float, Constraint("a number >= 0", lambda x: x >= 0)]
-Fraction = Annotated[float, Constraint("a fraction, 0 <= x < 1", lambda x: 0 <= x < 1)]
+Fraction = Annotated[float, Constraint("a fraction, 0 <= x < 1", lambda x: 0 <= x < 1, "0.1")]
 Column = Annotated[str, Constraint("the name of a column", bool, "text")]
 
 
@@ -97,9 +97,11 @@ def _problem(path: str, value: Any, default: Any, hint: Any) -> str:
     if parts := _parts(hint):
         advice = f"write {path} = {parts[0]}(...)"
     else:
-        examples = (one.example for option in _options(hint) for one in get_args(option) if isinstance(one, Constraint))
+        examples = [one.example for option in _options(hint) for one in get_args(option) if isinstance(one, Constraint)]
         choices = (str(get_args(option)[0]) for option in _options(hint) if get_origin(option) is Literal)
         plain = str(default) if isinstance(default, int | float | str) and not isinstance(default, bool) else ""
+        if default == 0 and any(examples):  # which switches the field off
+            plain = ""
         advice = f"pass {flag(path)} {plain or next((one for one in (*examples, *choices) if one), '')}".rstrip()
     return f"{path}: got {got}, expected {words}; {advice}"
 

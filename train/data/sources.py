@@ -124,7 +124,9 @@ def read_source(
             rows, files, digest, split = _read_dataset(location, wanted, cache_dir, quoted_tsv)
         else:
             siblings = sorted(str(file) for file in path.parent.glob("*") if file.suffix in SUFFIXES)
-            raise ConfigError(f"there is no file at {location}{nearest(location, siblings)}")
+            missing = next((one for one in reversed(path.parents) if not one.is_dir()), None)
+            why = nearest(location, siblings) if missing is None else f": there is no folder {missing}"
+            raise ConfigError(f"there is no file at {location}{why}")
     except ConfigError as error:
         raise ConfigError(f"{field}: {error}") from error
     except Exception as error:  # a malformed file raises whatever its reader likes; datasets has no common class

@@ -177,7 +177,8 @@ class _Loop:
 
     def result(self) -> FitResult:
         state, files = self.state, self.files
-        ended = f"all {self.t.config.epochs} epochs are done"
+        epochs = self.t.config.epochs
+        ended = "the only epoch is done" if epochs == 1 else f"all {epochs} epochs are done"
         if state.step < self.intervals.steps:
             ended = (
                 f"{state.evals_since_best} evaluations in a row had no better {self.t.metric.name} "

@@ -26,7 +26,7 @@ class RunFiles:
       path: the run directory.
       config: of the run.
       state: of the loop, at the step that training starts from.
-      note: what to print about a resumed run; empty for a new one.
+      note: what to print about a run that was stopped before; empty for a new one.
       keep_best: whether the best adapters are kept rather than the last ones.
       records: the metrics.
       checkpoints: of the training.
@@ -59,6 +59,8 @@ class RunFiles:
         extension = extend(config.fit, peak, intervals, self.state, finished=directory.extends)
         if self.state.step:
             notes += [f"resuming {self.path} after step {self.state.step}", extension]
+        elif config.resume != 0 and directory.metrics.is_file() and directory.metrics.stat().st_size:
+            notes.append(f"{self.path} was stopped before its first checkpoint: training starts over")
         self.note = "\n".join(note for note in notes if note)
 
     def __enter__(self) -> RunFiles:

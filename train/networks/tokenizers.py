@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -19,8 +18,6 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     Raises:
       ConfigError: if there is none.
     """
-    # transformers says at import that it found no torch, which it does not need here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import AutoTokenizer

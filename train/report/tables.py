@@ -132,6 +132,13 @@ def _state(run: ReportedRun) -> str:
     return f"unfinished, step {step:,} of {ends[-1]['step'] * epochs // ends[-1]['epoch'] if known else '?'}"
 
 
+def _used(run: ReportedRun, part: str) -> str:
+    """The number of examples of a part of the data."""
+    data = run.summary.get("data")
+    found = data.get(part) if isinstance(data, Mapping) else None
+    return _number(found.get("used") if isinstance(found, Mapping) else None, "{:,}")
+
+
 def _trained(run: ReportedRun) -> str:
     trainable, total = run.summary.get("trainable"), run.summary.get("total")
     if isinstance(trainable, int) and isinstance(total, int) and total:
@@ -140,11 +147,14 @@ def _trained(run: ReportedRun) -> str:
 
 
 def _duration(run: ReportedRun) -> str:
-    seconds = run.summary.get("seconds")
+    """The time of the training, of all its parts if it was resumed; of older runs, that of the last part."""
+    seconds = run.summary.get("training_seconds", run.summary.get("seconds"))
     return str(timedelta(seconds=round(seconds))) if is_number(seconds) else ""
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():  # 8.0 is 8 where the config file has it so
+        value = int(value)
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value) or '""'
 
 
@@ -152,10 +162,12 @@ TRAINING: dict[str, Callable[[ReportedRun], str]] = {
     "state": _state,
     "mode": lambda run: str(run.config.get("mode", "")),
     "seed": lambda run: str(run.config.get("seed", "")),
+    "training examples": lambda run: _used(run, "train"),
+    "validation examples": lambda run: _used(run, "validation"),
     "kept step": lambda run: _number(run.summary.get("kept_step"), "{:,}"),
     "ended": lambda run: str(run.summary.get("ended") or ""),
     "trained parameters": _trained,
-    "time, h:mm:ss": _duration,
+    "training time, h:mm:ss": _duration,
 }
 SPEED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "layout": lambda summary: str(summary.get("layout") or ""),

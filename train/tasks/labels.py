@@ -80,7 +80,12 @@ def class_numbers(table: Table, label: str, names: Sequence[str]) -> np.ndarray:
     if wrong := [row for row, text in enumerate(texts) if text not in index]:
         unknown = sorted({texts[row] for row in wrong}, key=_sort_key)
         known = f"{listed(names, _SHOWN)}{f', or its number from 0 to {len(names) - 1}' if may_be_numbers else ''}"
-        way = "give --task.labels a name for each number" if are_numbers else f"pass {_labels_flag([*names, *unknown])}"
+        if are_numbers:
+            way = "give --task.labels a name for each number"
+        elif not any(text in index for text in texts):  # the names of another task
+            way = f"pass --task.labels None to take the classes from the data, or {_labels_flag([*names, *unknown])}"
+        else:
+            way = f"pass {_labels_flag([*names, *unknown])}"
         raise ConfigError(
             f"task.label: the column {label!r} holds {_values_by_row(table, texts, wrong)}, which is not a class"
             f"{nearest(unknown[0], names)}; expected one of {known}. Remove these rows, or {way}"
@@ -170,9 +175,14 @@ def weight_vector(weights: ClassWeights, names: Sequence[str]) -> np.ndarray | N
 
 
 def counts_table(sets: Mapping[str, Mapping[str, int]], weights: Mapping[str, float] | None = None) -> str:
-    """The `class_counts` of several sets as text, a line per label; of many labels, the most and the least frequent."""
+    """The `class_counts` of several sets as text, a line per label; of many labels, the most and the least frequent.
+
+    A last line names the labels that differ only in case or spaces, which are classes of their own.
+    """
     first = next(iter(sets.values()))
     names = list(first)
+    alike = "; ".join(", ".join(map(repr, same)) for same in _variants(names))
+    note = f"\n\nthese labels differ only in case or spaces: {alike}" if alike else ""
     rows = {name: [name, *(f"{one[name]:,}" for one in sets.values())] for name in names}
     if weights is not None:
         rows = {name: [*row, f"{weights[name]:.4g}"] for name, row in rows.items()}
@@ -184,7 +194,15 @@ def counts_table(sets: Mapping[str, Mapping[str, int]], weights: Mapping[str, fl
     else:
         lines = list(rows.values())
     heads = ["label", *sets, *(() if weights is None else ("weight",))]
-    return text_table(heads, lines, right=range(1, len(heads)))
+    return text_table(heads, lines, right=range(1, len(heads))) + note
+
+
+def _variants(names: Sequence[str]) -> list[list[str]]:
+    """The names that differ only in case or spaces, by what they share."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    return [same for same in found.values() if len(same) > 1]
 
 
 def _is_label(value: Any) -> bool:

@@ -151,7 +151,7 @@ def test_what_is_told_is_what_the_schedules_are(name, warmup):
 def test_a_measurement_that_a_longer_run_would_not_have_is_told(work, tmp_path):
     ran(*flags(work, tmp_path / "run", "--fit.epochs 1 --eval-every 2"))
     printed = ran(*flags(work, tmp_path / "run", "--fit.epochs 2 --eval-every 2"))
-    assert "Step 8 was evaluated as the last one, which that run would not do" in printed
+    assert "Step 8 was evaluated as the last one, which that run would skip" in printed
 
 
 def test_a_run_is_found_by_asking_for_it(work, tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ REFUSED = {
     "another seed": ("--fit.epochs 4 --seed 1", "seed: the run has 0, got 1"),
     "what is kept": ("--fit.epochs 2 --keep best", "a finished run with another configuration:\n  - keep: the run has"),
     "patience": ("--fit.epochs 2 --fit.patience 3", "fit.epochs: got 2, which are 16 steps, and the run is at step 16"),
-    "a step": ("--fit.epochs 4 --resume 7", "resume: got step 7, and there are checkpoints of"),
+    "a step": ("--fit.epochs 4 --resume 7", "resume: got step 7; there are checkpoints of"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Docstrings for the site: ``>>>`` examples become code blocks, and ``a, b: text`` an entry for each name."""
+"""Docstrings for the site: ``>>>`` examples become code blocks, and ``a, b: text`` one entry per name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SEVERAL = re.compile(r"^( +)(\*{0,2}[a-z_]\w*(?:, \*{0,2}[a-z_]\w*)+): (.*(?:\n\
 
 
 def for_the_site(docstring: str) -> str:
-    """The docstring with each example, up to the next empty line, between fences, and one name an entry."""
+    """The docstring with each example, up to the next empty line, between fences, and one entry per name."""
     docstring = EXAMPLE.sub(lambda found: f"{found[1]}```pycon\n{found[0]}\n{found[1]}```", docstring)
     return SEVERAL.sub(lambda found: "\n".join(f"{found[1]}{n}: {found[3]}" for n in found[2].split(", ")), docstring)
 

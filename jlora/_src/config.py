@@ -58,7 +58,7 @@ class LoraConfig:
       exclude: regular expressions of paths that are never adapted; by default output heads (`HEADS`).
       overrides: settings by path; the first match wins.
       train_also: regular expressions of leaves to train whole: a new head, norms, biases. They take precedence over
-       ``targets`` and ``exclude``. (PEFT's ``modules_to_save`` and ``bias``.)
+        ``targets`` and ``exclude``. (PEFT's ``modules_to_save`` and ``bias``.)
       dropout: rate in [0, 1) on the adapter's input; active where `attach` is given a key.
       use_rslora: scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
       use_dora: train the columns' magnitudes too (Liu et al. 2024, https://arxiv.org/abs/2402.09353).

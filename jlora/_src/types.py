@@ -48,7 +48,7 @@ class LoraFactors:
       magnitude: None, or DoRA's column norms of shape ``batch + outputs`` (Liu et al. 2024, eq. 5).
       scale: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA. Static.
       axes: the axes of the weight that the factors' own axes follow. Static, and recorded so that merging never
-       guesses.
+        guesses.
       dropout: rate in [0, 1) on the adapter's input, active where `attach` is given a key. Static.
     """
 

@@ -72,8 +72,8 @@ def export(
       model, params: as from `load`.
       adapters: as from `jlora.init`.
       tokenizer: None, an object with ``save_pretrained``, or a folder or the id of a model on the hub, whose tokenizer
-       or image processor is copied, and whose generation_config.json replaces the base's. Its padding token is added
-       to the config.json of a decoder without one: transformers' classifiers need it for batches.
+        or image processor is copied, and whose generation_config.json replaces the base's. Its padding token is added
+        to the config.json of a decoder without one: transformers' classifiers need it for batches.
       base_model: the id of the base on the hub, for the model card.
       max_shard_bytes: the size above which the tensors are divided into several files with an index.
 

@@ -474,7 +474,7 @@ def test_with_learn_prompt_the_whole_text_carries_loss():
 def test_conversations_that_are_several_examples_are_reported(capsys):
     examples = encoded(chat_tokenizer("qwen3"), table(m=[TALKS["thinking"][0]] * 3), messages="m")
     assert size(examples) == 6
-    assert "3 conversations are 6 examples" in capsys.readouterr().out
+    assert "3 conversations become 6 examples" in capsys.readouterr().out
 
 
 def test_a_tool_that_moves_to_the_last_question_is_in_the_prompt_of_each_turn():

@@ -82,7 +82,7 @@ class _Walker:
 
     Attributes:
       recorded: for each weight, its uses; what each requires of its axes' roles; and, for a use that may concern a
-       row or column (or one per matrix of a stack) instead of a weight, the roles for which it does.
+        row or column (or one per matrix of a stack) instead of a weight, the roles for which it does.
       auxiliary: the ids of equations that do not determine inputs and outputs; see `auxiliary_equations`.
       live: whether the gradient of a result reaches the current equation.
       location: the place of the current equation.

@@ -11,6 +11,8 @@ import griffe
 EXAMPLE = re.compile(r"^( *)>>> .*(?:\n\1\S.*)*", re.MULTILINE)
 SEVERAL = re.compile(r"^( +)(\*{0,2}[a-z_]\w*(?:, \*{0,2}[a-z_]\w*)+): (.*(?:\n\1 +\S.*)*)", re.MULTILINE)
 
+ALIAS = re.compile(r"\b_[A-Z]\w*")
+BASE = re.compile(r"Annotated\[(\w+),")
 RETURNS = re.compile(r"^( *Returns:\n +)", re.MULTILINE)
 
 
@@ -27,3 +29,10 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
             obj.docstring.value = for_the_site(obj.docstring.value, getattr(obj, "returns", None))
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+        """Show a private alias, such as ``_Rank``, as the type that it annotates."""
+        for name in ALIAS.findall(str(attr.annotation or "")):
+            alias = attr.module.members.get(name)
+            if found := BASE.search(str(getattr(alias, "value", ""))):
+                attr.annotation = str(attr.annotation).replace(name, found[1])

@@ -17,8 +17,8 @@ PyTorch (OpenMP) several times more than XLA. All adapted variants start from th
 checks that their losses agree, step by step. Tracing and compilation times are CPU seconds. The limits that jlora must
 meet come last.
 
-On a CPU the ratio to full fine-tuning depends on XLA's weight gradients: in this encoder it computes
-them in about a third less time when the linear layers have a bias (``--bias``), and jlora's time is unchanged.
+On a CPU the ratio to full fine-tuning depends on XLA's weight gradients: in this encoder it computes them in about a
+third less time when the linear layers have a bias (``--bias``), and jlora's time is unchanged.
 """
 
 from __future__ import annotations

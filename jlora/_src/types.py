@@ -202,8 +202,8 @@ class WeightUse:
 
     @property
     def axes(self) -> Axes | None:
-        """The axes with the most multiplications, summed over the products that share them; the first
-        on a tie. For a table that is looked up first, the axes of the lookup. None if no use has a matrix form."""
+        """The axes with the most multiplications, summed over the products that share them; the first on a tie. For a
+        table that is looked up first, the axes of the lookup. None if no use has a matrix form."""
         first = next((use for use in self.learning if use.axes is not None), None)
         if first is None or first.primitive not in MATMULS:
             return first and first.axes

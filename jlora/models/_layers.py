@@ -103,8 +103,8 @@ def recomputed(layer: type[nn.Module], remat: Remat, *, static: int | None = Non
 def split_batch(x: jax.Array) -> jax.Array:
     """``x`` [batch, ...] with its batch split over the mesh axes ``data`` and ``fsdp``, if present.
 
-    Otherwise, with weights split over ``fsdp``, the compiler would split the activations' features over it
-    and keep the whole batch on every device. Axes that are not Auto, or do not divide the batch, are ignored.
+    Otherwise, with weights split over ``fsdp``, the compiler would split the activations' features over it and keep the
+    whole batch on every device. Axes that are not Auto, or do not divide the batch, are ignored.
     """
     mesh = jax.typeof(x).sharding.mesh
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))

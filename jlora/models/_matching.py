@@ -40,8 +40,8 @@ def match_tensors(
       may_start: skip leaves of a head that the checkpoint lacks, or has in another shape.
 
     Raises:
-      ModelError: listing every tensor that is missing, unknown to the network, of another shape, or
-        different in value from the one it is tied to.
+      ModelError: listing every tensor that is missing, unknown to the network, of another shape, or different in value
+        from the one it is tied to.
     """
     own = {tensor for name in names.values() for tensor in name.files}
     available, foreign = _by_network_name(tensors, own | set(ties), family)

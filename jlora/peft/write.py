@@ -52,8 +52,8 @@ def save(
     >>> peft.save("my_adapter", names, params, adapters, config, base_model="FacebookAI/roberta-base")
 
     The same adapters give the same bytes. Ranks, scales and dropout come from the factors, not from ``config``. PEFT's
-    ``alpha`` is chosen to give each factor's scale exactly; a scale that no alpha can give is folded into B,
-    in float32 unless its dtype holds the product. PEFT has a single dropout rate: the most common one.
+    ``alpha`` is chosen to give each factor's scale exactly; a scale that no alpha can give is folded into B, in float32
+    unless its dtype holds the product. PEFT has a single dropout rate: the most common one.
 
     Leaves trained whole become ``bias="all"`` or ``"lora_only"`` if they are those biases, and ``modules_to_save``
     otherwise. PEFT stores whole modules, and the heads of ``task_type``: their untrained leaves are taken from

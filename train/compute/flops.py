@@ -6,8 +6,8 @@ compute in the step's time::
 
     count(step, *args) / (seconds * devices * peak(device))
 
-Model FLOPs cover the forward and the backward pass, without recomputation (`jax.checkpoint`): count the
-step without it, and time the step with it.
+Model FLOPs cover the forward and the backward pass, without recomputation (`jax.checkpoint`): count the step without
+it, and time the step with it.
 """
 
 from __future__ import annotations
@@ -71,11 +71,10 @@ def peak(device: Any) -> float | None:
 def count(fn: Callable[..., Any], *args: Any) -> float:
     """Count the floating point operations of ``fn(*args)`` in matrix products and convolutions, by tracing it.
 
-    A multiply-add is two operations. Everything else is left out, as are products
-    that no result depends on, and kernels opaque to JAX: Pallas's and vendors' (cuDNN's attention). The
-    body of a scan counts once per iteration, of a ``shard_map`` once per device. The most expensive branch of
-    a ``cond`` counts. A ``while_loop`` counts as one iteration. Ragged products count as
-    if every row belonged to a group.
+    A multiply-add is two operations. Everything else is left out, as are products that no result depends on, and
+    kernels opaque to JAX: Pallas's and vendors' (cuDNN's attention). The body of a scan counts once per iteration, of a
+    ``shard_map`` once per device. The most expensive branch of a ``cond`` counts. A ``while_loop`` counts as one
+    iteration. Ragged products count as if every row belonged to a group.
 
     Args:
       fn: a function of pytrees of arrays, such as a training step.

@@ -48,8 +48,8 @@ class Layout(Protocol):
     ahead: int
 
     def place_base(self, shapes: Any, load: Callable[[Any], Any]) -> Any:
-        """The base on its devices: ``load(shardings)``, with a tree like ``shapes``, or None for one device
-        of this process."""
+        """The base on its devices: ``load(shardings)``, with a tree like ``shapes``, or None for one device of this
+        process."""
         ...
 
     def make_state(self, make: Callable[[Any], TrainState], base: Any) -> TrainState:

@@ -12,7 +12,7 @@ from train.config import FitConfig
 
 
 def make_schedule(config: FitConfig, peak: float, steps: int) -> optax.Schedule:
-    """The learning rate by the number of updates so far, 0 in the first step.
+    """The learning rate as a function of the update count, which starts at 0.
 
     Warm-up takes the fraction ``config.warmup`` of the ``steps``. In its w steps the rate rises linearly from
     ``peak`` / w to ``peak``, so no step has a rate of 0. The next step has ``peak`` too; ``config.schedule`` determines

@@ -1,8 +1,8 @@
 """One training step, a pure function: (state, base, batch, key) → (state, metrics).
 
-The state holds only what is trained. The base is a separate argument: it is never differentiated, never
-updated and has no optimizer state. A loss is a sum and a count, so the result does not depend on how a batch is split
-over devices or into accumulated parts: each part gives its mean and its count, which weights the mean.
+The state holds only what is trained. The base is a separate argument: it is never differentiated, never updated and has
+no optimizer state. A loss is a sum and a count, so the result does not depend on how a batch is split over devices or
+into accumulated parts: each part gives its mean and its count, which weights the mean.
 """
 
 from __future__ import annotations

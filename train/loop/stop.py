@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: training saves a checkpoint and stops; everything else exits immediately.
 
-Training polls its `Stop` for signals after each step. During imports and compilation nothing polls,
-so Ctrl-C ends the process immediately, with one line (`watch_ctrl_c`, `on_ctrl_c`). A run's files survive that.
+Training polls its `Stop` for signals after each step. During imports and compilation nothing polls, so Ctrl-C ends the
+process immediately, with one line (`watch_ctrl_c`, `on_ctrl_c`). A run's files survive that.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def on_ctrl_c(line: str | None) -> Iterator[None]:
 class Stop:
     """In this context, `requested` reports the first SIGINT or SIGTERM; a second one ends the process immediately.
 
-    With several processes, JAX handles SIGTERM once they have joined: if one of them receives it, all
-    stop at the same step. So all must call `requested` equally often. SIGINT is forwarded as SIGTERM.
+    With several processes, JAX handles SIGTERM once they have joined: if one of them receives it, all stop at the same
+    step. So all must call `requested` equally often. SIGINT is forwarded as SIGTERM.
     """
 
     def __init__(self) -> None:

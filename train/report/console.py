@@ -18,8 +18,7 @@ class Progress:
     """Training progress: a bar if stderr is a terminal, and a line on stdout for each record, unless both are
     the same terminal.
 
-    Only the first process shows it. Use as a context manager: `advance` after every step, `show` after
-    every record.
+    Only the first process shows it. Use as a context manager: `advance` after every step, `show` after every record.
 
     Args:
       phase: the name of the training.

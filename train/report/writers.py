@@ -70,9 +70,8 @@ def open_writers(names: Sequence[str], run_dir: Path, config: Mapping[str, Any],
     Args:
       run_dir: the run directory, whose name is the run's.
       config: the run's configuration as JSON, which Weights & Biases shows.
-      first_step: the first step to train: 1, or the one after the checkpoint that a run resumes
-        from. TensorBoard hides later values of a killed process. Weights & Biases cannot: these steps
-        appear twice there.
+      first_step: the first step to train: 1, or the one after the checkpoint that a run resumes from. TensorBoard hides
+        later values of a killed process. Weights & Biases cannot: these steps appear twice there.
 
     Raises:
       ConfigError: if Weights & Biases refuses, for example without an account.

@@ -36,9 +36,9 @@ def lora(
 ) -> F:
     """A version of ``fn`` that accepts attached trees, with the same signature.
 
-    ``fn`` is traced on the plain weights and its jaxpr evaluated with the adapted ones kept factored:
-    ``x @ (W + s·a·b)`` becomes ``x @ W + s·(x @ a) @ b``. The full update is never built, and when the
-    gradient is taken with respect to the adapters, neither is the gradient of ``W``. ``fn`` itself is not changed.
+    ``fn`` is traced on the plain weights and its jaxpr evaluated with the adapted ones kept factored: ``x @ (W +
+    s·a·b)`` becomes ``x @ W + s·(x @ a) @ b``. The full update is never built, and when the gradient is taken with
+    respect to the adapters, neither is the gradient of ``W``. ``fn`` itself is not changed.
 
     Composes with ``jit``, ``grad``, ``jvp``, ``vmap``, ``jax.checkpoint``, ``scan``, ``cond``, ``while``, ``shard_map``
     and ``pmap``, outside or inside ``fn``. Put it under ``jax.jit``: like every transform, it traces ``fn``
@@ -60,8 +60,8 @@ def lora(
     weights, unless the optimizer is wrapped in `freeze`.
 
     Args:
-      fn: a function of pytrees. Arrays and keys among its arguments are traced, everything else
-        (flags, strings, functions, Python numbers) is static; its result may hold non-arrays too.
+      fn: a function of pytrees. Arrays and keys among its arguments are traced, everything else (flags, strings,
+        functions, Python numbers) is static; its result may hold non-arrays too.
       materialize: what to do when a primitive has no factored form and the weight must be summed to its full
         size: ``"warn"`` once per weight, listing every place, ``"error"``, or ``"allow"``.
       inline_custom_rules: whether to inline ``jax.custom_jvp``, ``jax.custom_vjp`` and ``custom_vmap`` functions

@@ -150,11 +150,10 @@ def contract(
 ) -> NamedArray:
     """Sum the product of ``x`` and ``y`` over every name that is not in ``out``.
 
-    One ``dot_general``, then a transpose if ``out`` needs one. The operands' order decides what XLA:CPU
-    must transpose, so it is chosen to leave the largest array in place: the largest operand goes on
-    the left if its summed axes are last, else on the right; if the result is the largest, the
-    operand whose axes lead in ``out`` goes on the left. The sum is accumulated in float32 or wider and
-    rounded once to ``dtype`` (by default, that of ``x``).
+    One ``dot_general``, then a transpose if ``out`` needs one. The operands' order decides what XLA:CPU must transpose,
+    so it is chosen to leave the largest array in place: the largest operand goes on the left if its summed axes are
+    last, else on the right; if the result is the largest, the operand whose axes lead in ``out`` goes on the left. The
+    sum is accumulated in float32 or wider and rounded once to ``dtype`` (by default, that of ``x``).
 
     Args:
       x, y: arrays of one dtype.

@@ -36,8 +36,7 @@ class Product:
     last: bool = False
 
     def permuted(self, *order: int) -> Product:
-        """This product with its operands and result permuted: 0 and 1 are its operands,
-        2 is its result."""
+        """This product with its operands and result permuted: 0 and 1 are its operands, 2 is its result."""
 
         def permute(entries: Any) -> Any:
             return entries and tuple(entries[i] for i in order)
@@ -48,8 +47,8 @@ class Product:
 def low_rank_product(x: Array, a: Array, b: Array, *, inputs: int = 1) -> Array:
     """``(x·a)·b``: the update of a LoRA layer, without its scale (Hu et al. 2021, eq. 3).
 
-    Its gradient is formed as ``dA = (dhᵀ x)ᵀ`` and ``dB = hᵀ g`` with ``h = x·a`` and ``dh = g·bᵀ``, so
-    that XLA:CPU never transposes an activation. Forward and reverse mode work, and derivatives of any order.
+    Its gradient is formed as ``dA = (dhᵀ x)ᵀ`` and ``dB = hᵀ g`` with ``h = x·a`` and ``dh = g·bᵀ``, so that XLA:CPU
+    never transposes an activation. Forward and reverse mode work, and derivatives of any order.
 
     >>> y = x @ w + scale * jlora.low_rank_product(x, a, b)
 

@@ -55,8 +55,8 @@ def replace_leaves(leaves: list[Any], positions: list[int], arrays: Iterable[Any
 
 
 def stage(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Staged:
-    """``fn(*args, **kwargs)`` as a jaxpr. The arrays themselves are traced, not their shapes, so that what
-    JAX knows about them (shardings, varying mesh axes) is kept."""
+    """``fn(*args, **kwargs)`` as a jaxpr. The arrays themselves are traced, not their shapes, so that what JAX knows
+    about them (shardings, varying mesh axes) is kept."""
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_attached)
     arrays = [_array_of(leaf) for leaf in leaves]
     traced = [i for i, leaf in enumerate(arrays) if is_array(leaf)]

@@ -37,11 +37,11 @@ NORM = "a sum of its squares has no matrix form"
 def trace(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> dict[Path, WeightUse]:
     """How ``fn(params, *args, **kwargs)`` consumes every floating leaf of ``params``.
 
-    Abstract: nothing is computed, and arrays may be `jax.ShapeDtypeStruct`. A stacked layer axis, an expert
-    axis and an axis indexed by a scalar are batch axes; contracted axes are inputs, the others outputs; the rows
-    of a looked-up table are its inputs. If products differ, the axes with the most computation win, so
-    trace with a batch of the usual size. Looks inside scan, cond, while, remat, jit, shard_map and custom
-    derivatives, and follows a weight through casts, transposes, reshapes and other rearrangements.
+    Abstract: nothing is computed, and arrays may be `jax.ShapeDtypeStruct`. A stacked layer axis, an expert axis and an
+    axis indexed by a scalar are batch axes; contracted axes are inputs, the others outputs; the rows of a looked-up
+    table are its inputs. If products differ, the axes with the most computation win, so trace with a batch of the usual
+    size. Looks inside scan, cond, while, remat, jit, shard_map and custom derivatives, and follows a weight through
+    casts, transposes, reshapes and other rearrangements.
 
     >>> uses = jlora.trace(model.apply, params, batch)
     >>> uses["params/query/kernel"].axes

@@ -42,7 +42,7 @@ def attach(
         the key, the path, the slice of a stacked weight, the number of the use in program order, the step of each loop
         around it and, inside ``shard_map``, the device where inputs differ by device (with ``check_vma``, the default).
         The same call with the same key drops the same entries, and so does rematerialization by `jax.checkpoint`.
-        It does not depend on anything outside the `lora` function: under `jax.vmap`, in a loop over calls, and under
+        The mask depends on nothing outside the `lora` function: under `jax.vmap`, in a loop over calls, and under
         `jax.pmap`, fold the index into the key.
 
     Returns:

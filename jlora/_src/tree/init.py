@@ -24,11 +24,10 @@ def init(
 ) -> dict[Path, LoraFactors | Array]:
     """Fresh adapters for ``params``: A random, B zero, so the model does not change yet.
 
-    A is drawn from U(±1/sqrt(fan_in)), like torch's ``kaiming_uniform_(a=sqrt(5))``, and B is 0. For a
-    lookup table the roles swap, as in PEFT: A = 0, B from N(0, 1). Leaves of ``train_also`` are
-    copies of the params, never aliases. Each weight's key is folded from its path (`path_key`), so its
-    initialization does not depend on which other weights are adapted. Works under `jax.eval_shape` and
-    ``jax.jit(out_shardings=…)``.
+    A is drawn from U(±1/sqrt(fan_in)), like torch's ``kaiming_uniform_(a=sqrt(5))``, and B is 0. For a lookup table the
+    roles swap, as in PEFT: A = 0, B from N(0, 1). Leaves of ``train_also`` are copies of the params, never aliases.
+    Each weight's key is folded from its path (`path_key`), so its initialization does not depend on which other weights
+    are adapted. Works under `jax.eval_shape` and ``jax.jit(out_shardings=…)``.
 
     >>> plan = jlora.plan(params, jlora.LoraConfig(rank=8), uses)
     >>> adapters = jlora.init(jax.random.key(0), params, plan)

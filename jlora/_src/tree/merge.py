@@ -28,8 +28,8 @@ def merge(params: PyTree, adapters: Adapters) -> PyTree:
       adapters: as from `init`.
 
     Returns:
-      A tree like ``params``, each leaf in the memory kind of its base. Leaves without an adapter are shared,
-      so donating one of the two trees deletes them in the other; the merged leaves are new arrays.
+      A tree like ``params``, each leaf in the memory kind of its base. Leaves without an adapter are shared, so
+      donating one of the two trees deletes them in the other; the merged leaves are new arrays.
 
     Raises:
       KeyError, ValueError: if an adapter does not fit the params, or holds NaN or infinity (checked only outside

@@ -23,9 +23,8 @@ class Plan(dict[Path, Target]):
     Attributes:
       config: the config behind it.
       total: the number of parameters in the tree.
-      left_out: ``{path: why}`` for weights of products that get no adapter (excluded, integer or
-        complex, state, or without a gradient), for tables that are looked up, matrices with an unusual use, and unread
-        leaves.
+      left_out: ``{path: why}`` for weights of products that get no adapter (excluded, integer or complex, state, or
+        without a gradient), for tables that are looked up, matrices with an unusual use, and unread leaves.
     """
 
     def __init__(self, targets: dict[Path, Target], config: LoraConfig, total: int, left_out: dict[Path, str]):

@@ -60,8 +60,8 @@ class CausalLM(Part):
 
     Messages are {"role", "content"} and any other keys that the chat template reads (tool_calls, name,
     reasoning_content). A content is a string or a list of {"type": "text", "text"}, joined by newlines for templates
-    that take strings only. Keys without a value are dropped. If the template marks the assistant's text with {%
-    generation %}, that text carries loss; otherwise the text from the generation prompt to the end token does. A
+    that take strings only. Keys without a value are dropped. If the template marks the assistant's text with
+    {% generation %}, that text carries loss; otherwise the text from the generation prompt to the end token does. A
     template that renders earlier turns differently from how they were generated (without their thinking) turns a
     conversation into several examples. A template that leaves out part of a message is an error.
     """

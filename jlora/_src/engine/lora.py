@@ -36,9 +36,9 @@ def lora(
 ) -> F:
     """A version of ``fn`` that accepts attached trees, with the same signature.
 
-    ``fn`` is traced on the plain weights and its jaxpr evaluated with the adapted ones kept factored: ``x @ (W +
-    s·a·b)`` becomes ``x @ W + s·(x @ a) @ b``. The full update is never built, and when the gradient is taken with
-    respect to the adapters, neither is the gradient of ``W``. ``fn`` itself is not changed.
+    ``fn`` is traced on the plain weights and its jaxpr evaluated with the adapted ones kept factored:
+    ``x @ (W + s·a·b)`` becomes ``x @ W + s·(x @ a) @ b``. The full update is never built, and when the gradient is
+    taken with respect to the adapters, neither is the gradient of ``W``. ``fn`` itself is not changed.
 
     Composes with ``jit``, ``grad``, ``jvp``, ``vmap``, ``jax.checkpoint``, ``scan``, ``cond``, ``while``, ``shard_map``
     and ``pmap``, outside or inside ``fn``. Put it under ``jax.jit``: like every transform, it traces ``fn``

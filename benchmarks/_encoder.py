@@ -1,4 +1,4 @@
-"""The encoder under every benchmark here: plain JAX functions that know nothing of LoRA, and its adapters by hand."""
+"""The encoder of the benchmarks: plain JAX functions without LoRA, and hand-written adapters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEARNING_RATE = 1e-4
 class Shape:
     """The sizes of the encoder and of its batch; a head is 64 wide, the MLP four times the width.
 
-    ``bias`` says whether the linear layers have one (the norms always do).
+    ``bias``: whether the linear layers have one (the norms always do).
     """
 
     layers: int = 4
@@ -40,12 +40,12 @@ class Shape:
 
 
 def bare(weights: Tree, x: Array) -> Array:
-    """The product of a linear layer that knows nothing of LoRA."""
+    """The product of a linear layer without LoRA."""
     return x @ weights["kernel"]
 
 
 def encode(params: Tree, x: Array, product: Product = bare) -> Array:
-    """A pre-norm transformer encoder: ``[batch, tokens, width]`` to the same."""
+    """A pre-norm transformer encoder: ``[batch, tokens, width]`` to the same shape."""
 
     def dense(weights: Tree, x: Array) -> Array:
         y = product(weights, x)
@@ -97,7 +97,7 @@ def make_params(shape: Shape, dtype: Any) -> Tree:
 
 @functools.partial(jax.jit, static_argnums=0)
 def make_factors(shape: Shape) -> Tree:
-    """``{layer_i: {linear: {a, b}}}`` in float32; b is not zero, so that every gradient counts."""
+    """``{layer_i: {linear: {a, b}}}`` in float32; b is nonzero, so that no gradient vanishes."""
 
     def pair(key: Array, name: str) -> Tree:
         inputs, outputs = shape.linear(name)
@@ -119,7 +119,7 @@ def make_batch(shape: Shape, dtype: Any) -> tuple[Array, Array]:
 
 
 def with_factors(params: Tree, factors: Tree) -> Tree:
-    """The parameters with a and b beside each kernel, as a hand-written LoRA product wants them."""
+    """The parameters with a and b next to each kernel, for a hand-written LoRA product."""
     return {
         layer: {name: w | factors[layer].get(name, {}) for name, w in weights.items()}
         for layer, weights in params.items()
@@ -139,7 +139,7 @@ def summed(params: Tree, factors: Tree) -> Tree:
 
 
 def factored(weights: Tree, x: Array) -> Array:
-    """The product with LoRA as everyone writes it, with the gradient that autodiff gives."""
+    """The usual LoRA product, with autodiff's gradient."""
     a, b = (weights[name].astype(x.dtype) for name in "ab")
     return bare(weights, x) + SCALE * ((x @ a) @ b)
 
@@ -164,7 +164,7 @@ def _oriented_backward(saved: tuple[Array, ...], g: Array) -> tuple[Array, Array
     dh = g @ b.astype(x.dtype).T
     da = jnp.einsum("...r,...i->ri", dh, x, preferred_element_type=a.dtype)
     db = jnp.einsum("...r,...o->ro", h, g, preferred_element_type=b.dtype)
-    # Without the barrier XLA folds the transpose into the product, and then transposes x instead.
+    # Without the barrier, XLA folds the transpose into the product and transposes x instead.
     return dh @ a.astype(x.dtype).T, jax.lax.optimization_barrier(da).T, db
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark here measures with: programs compiled by stages, runs interleaved, tables."""
+"""Measurement tools for the benchmarks: staged compilation, interleaved runs, tables."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled JAX function and what it cost to make; memory in bytes, times in CPU seconds of this
-    process, since tracing and compiling are no matter of waiting and the machine may have other users."""
+    """A compiled JAX function and its compilation cost; memory in bytes, times in CPU seconds of this process,
+    which other users of the machine do not affect."""
 
     compiled: Any
     trace_time: float
@@ -47,7 +47,7 @@ def compile_program(fn: Callable[..., Any], *args: Any, donate: tuple[int, ...] 
 
 
 def count_equations(jaxpr: Any) -> int:
-    """The equations of a jaxpr and of all that lie in their parameters."""
+    """The number of equations in a jaxpr and in the jaxprs inside it."""
     eqns = getattr(jaxpr, "jaxpr", jaxpr).eqns
     inner = [v for eqn in eqns for v in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)]
     return len(eqns) + sum(count_equations(v) for v in inner if _is_jaxpr(v))
@@ -58,14 +58,14 @@ def _is_jaxpr(x: Any) -> bool:
 
 
 def weight_shaped_dots(text: str, shapes: Sequence[tuple[int, ...]]) -> int:
-    """How many matmuls of a compiled program have a weight's shape, either way round, as result."""
+    """The number of matmuls in a compiled program whose result has a weight's shape, or its transpose."""
     wanted = {tuple(sorted(shape)) for shape in shapes}
     results = re.findall(r"= \(?\w+\[([\d,]+)\]\S* (?:dot\(|custom-call\(.*(?:gemm|matmul))", text)
     return sum(tuple(sorted(map(int, r.split(",")))) in wanted for r in results)
 
 
 def moved(text: str, size: int) -> int:
-    """How many copies and transposes of ``size`` elements or more a compiled program makes."""
+    """The number of copies and transposes of at least ``size`` elements in a compiled program."""
     results = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
     return sum(math.prod(map(int, r.split(","))) >= size for r in results)
 
@@ -77,10 +77,10 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
     before: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every run in every round. Each round does all of them, in an order of its own.
+    """The seconds of every run in every round. Each round runs all of them, in its own order.
 
-    A run must return when its work is done. A first round warms up and is not counted. ``before`` is called
-    before each run, off the clock, and garbage collected.
+    A run must block until its work is done. The first round warms up and is not counted. ``before`` is called
+    before each run, untimed, followed by a garbage collection.
     """
     order = list(runs)
     shuffle = random.Random(0).shuffle
@@ -98,13 +98,13 @@ def interleave(
 
 
 def ratio(times: Mapping[str, Sequence[float]], name: str, other: str) -> float:
-    """The median over rounds of ``name``'s time by ``other``'s in the same round: noise cancels."""
+    """The median over rounds of ``name``'s time divided by ``other``'s in the same round, which cancels noise."""
     return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """What was promised and what was measured."""
+    """A measured value and its limit."""
 
     question: str
     measured: float
@@ -124,7 +124,7 @@ class Bar:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+    """Aligned columns: the first left-aligned, the others right-aligned."""
     lines = [tuple(header), *map(tuple, rows)]
     first, *rest = (max(map(len, column)) for column in zip(*lines, strict=True))
     return "\n".join(

@@ -1,4 +1,4 @@
-"""The encoder of `_encoder` in PyTorch, with the same weights, and stepped with and without HF peft."""
+"""The encoder of `_encoder` in PyTorch, with the same weights; training steps with and without HF peft."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _stepper(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> Call
 def make_steps(
     shape: _encoder.Shape, params: _encoder.Tree, factors: _encoder.Tree, batch: tuple[jax.Array, jax.Array], dtype: str
 ) -> dict[str, Callable[[], float]]:
-    """Full fine-tuning and peft, each a function that does one step on its own copy and returns the loss."""
+    """Steps for full fine-tuning and peft: functions that take one step on their own copy and return the loss."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     to = getattr(torch, dtype)
     x, target = (_tensor(part).to(to) for part in batch)

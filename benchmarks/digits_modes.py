@@ -1,9 +1,9 @@
-"""How much of full fine-tuning's gain on the shifted digits does LoRA keep, and what does a new head alone reach?
+"""How much of full fine-tuning's gain on the shifted digits do LoRA and a new head alone reach?
 
     python -m benchmarks.digits_modes [any flags of python -m train]
 
-Runs the program in its three modes over three seeds. The ratio is what a mode gains over the base on the shifted test
-images, divided by what full fine-tuning gains: (mode - base) / (full - base).
+Runs the program in its three modes over three seeds. The ratio is a mode's gain over the base on the shifted test
+images, divided by full fine-tuning's: (mode - base) / (full - base).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_step [--size 1b] [--part flash torch members plain remat forms] [--rounds 12] [--json FILE]
 
-One decoder of Llama 3.2 1B's shape with random bfloat16 weights (16 layers, scanned; rank 16 on every linear) steps
+A decoder of Llama 3.2 1B's shape with random bfloat16 weights (16 layers, scanned; rank 16 on every linear) steps
 on 8 rows of 1,024 tokens with AdamW:
 
 - full: full fine-tuning;
@@ -10,17 +10,17 @@ on 8 rows of 1,024 tokens with AdamW:
 - jlora: the model untouched;
 - limit: the forward pass and the activation gradient of the bare model, without training.
 
-Each part runs in a process of its own, so that it has the whole memory and a failure stays its own:
+Each part runs in a separate process, which isolates its memory and failures:
 
 - ``flash``: cuDNN's attention;
-- ``torch``: the same shape in transformers, in full and with peft (eager and compiled), where they are installed;
+- ``torch``: the same shape in transformers, in full and with peft (eager and compiled), if installed;
 - ``members``: 16 adapters, each with its own row of 512 tokens, in one program (`jax.vmap`) and one after the other;
-- ``plain``: attention as XLA compiles it;
+- ``plain``: attention compiled by XLA;
 - ``remat``: cuDNN's attention, each layer recomputed in the backward pass;
 - ``forms``: other ways to write the adapted products by hand.
 
-Rounds are interleaved within a part; times are medians. MFU counts the FLOPs that a step needs: no recomputation, and
-no gradient of a frozen weight. Memory is what the compiler plans for the step, arguments included; PyTorch's is the
+Rounds are interleaved within a part; times are medians. MFU counts a step's required FLOPs: no recomputation, and
+no gradient of a frozen weight. Memory is the compiler's plan for the step, arguments included; PyTorch's is the
 peak of its allocator. Needs only jax, jlora and, for ``torch``, torch, transformers and peft. All parts together take
 about 7 minutes on an H200.
 """
@@ -107,7 +107,7 @@ def make_params(shape: Shape) -> Tree:
 
 
 def bare(layer: Tree, names: Sequence[str], x: jax.Array) -> list[jax.Array]:
-    """The products of ``x`` with some kernels of a layer that knows nothing of LoRA."""
+    """The products of ``x`` with some kernels of a layer without LoRA."""
     return [x @ layer[name] for name in names]
 
 
@@ -118,7 +118,7 @@ def by_hand(layer: Tree, names: Sequence[str], x: jax.Array) -> list[jax.Array]:
 
 
 def scaled_hidden(layer: Tree, names: Sequence[str], x: jax.Array) -> list[jax.Array]:
-    """As `by_hand`, with the scale on what has the size of the rank, so that XLA may add in the second product."""
+    """As `by_hand`, with the scale on the rank-sized product, so that XLA may fuse the sum into the second one."""
     factors = [layer["factors"][name] for name in names]
     return [x @ layer[n] + _low_rank(x, SCALE * a, b) for n, (a, b) in zip(names, factors, strict=True)]
 
@@ -168,14 +168,14 @@ def _norm(scale: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def loss(params: Tree, tokens: jax.Array, x: jax.Array | None = None, **options: Any) -> jax.Array:
-    """The mean cross-entropy of each next token; ``x`` stands for the embedded tokens, where given."""
+    """The mean cross-entropy of each next token; ``x`` replaces the embedded tokens, if given."""
     hidden = decode(params, params["embed"][tokens] if x is None else x, **options)
     logits = (hidden[:, :-1] @ params["embed"].T).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
 def make_adapters(shape: Shape, params: Tree, tokens: jax.Array, keys: jax.Array) -> dict[str, Any]:
-    """jlora's adapters of every linear, stacked, one for each key; B is not zero, so that every gradient is at work."""
+    """jlora's adapters of every linear, stacked, one per key; B is nonzero, so that no gradient vanishes."""
     config = jlora.LoraConfig(rank=shape.rank, alpha=SCALE * shape.rank)
     uses = jlora.trace(functools.partial(loss, shape=shape), params, tokens)
 
@@ -191,7 +191,7 @@ def _first(tree: Tree) -> Tree:
 
 
 def losses(**options: Any) -> dict[str, Callable[[Any, Any, jax.Array], jax.Array]]:
-    """For each way to train: the loss as a function of (trainable, frozen, tokens)."""
+    """For each variant: the loss as a function of (trainable, frozen, tokens)."""
     adapted = jlora.lora(functools.partial(loss, **options))
 
     def hand(linears: Any, factors: Any, params: Tree, tokens: jax.Array) -> jax.Array:
@@ -222,9 +222,9 @@ class Case:
     """One compiled step with its state.
 
     Attributes:
-      flops: that the step needs.
-      memory: bytes that the compiler plans, arguments included.
-      compile_seconds: to trace, lower and compile.
+      flops: the step's required FLOPs.
+      memory: bytes planned by the compiler, arguments included.
+      compile_seconds: the time to trace, lower and compile.
     """
 
     run: Callable[[], float]
@@ -240,7 +240,7 @@ def planned_memory(compiled: Any) -> int:
 
 
 def make_case(step: Any, counted: Any, state: Any, frozen: Any, tokens: jax.Array) -> Case:
-    """``step`` compiled, and a function that runs it once, waits, and gives the loss. The state is donated."""
+    """``step`` compiled, and a function that runs it once, blocks, and returns the loss. The state is donated."""
     start = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, tokens).compile()
     seconds = time.perf_counter() - start
@@ -254,7 +254,7 @@ def make_case(step: Any, counted: Any, state: Any, frozen: Any, tokens: jax.Arra
 
 
 def step_part(shape: Shape, names: tuple[str, ...], *, attention: str, remat: bool = False) -> dict[str, Case]:
-    """Compiled steps of the ways to train in ``names``, and of the limit."""
+    """Compiled steps of the variants in ``names``, and of the limit."""
     params, optimizer = make_params(shape), optax.adamw(1e-4)
     tokens = jax.random.randint(jax.random.key(2), (shape.rows, shape.tokens), 0, shape.vocabulary)
     adapters = _first(make_adapters(shape, params, tokens, jax.random.split(jax.random.key(1), 1)))
@@ -280,7 +280,7 @@ def step_part(shape: Shape, names: tuple[str, ...], *, attention: str, remat: bo
 
 
 def members_part(shape: Shape, attention: str) -> dict[str, Case]:
-    """A step of ``MEMBERS`` adapters, each with a row of its own: one after the other, and all in one program."""
+    """A step of ``MEMBERS`` adapters, each with its own row: one after the other, and all in one program."""
     shape = dataclasses.replace(shape, rows=1, tokens=min(512, shape.tokens))
     params, optimizer = make_params(shape), optax.adamw(1e-4)
     tokens = jax.random.randint(jax.random.key(2), (MEMBERS, 1, shape.tokens), 0, shape.vocabulary)
@@ -365,7 +365,7 @@ def torch_part(shape: Shape) -> dict[str, Case]:
     if device == "cuda":
         try:
             cases["torch: peft, compiled"] = case("jlora", True)
-        except Exception as error:  # noqa: BLE001 (a compiler's own faults: tell them, and keep the other figures)
+        except Exception as error:  # noqa: BLE001 (report any compiler error, and keep the other cases)
             print(f"torch.compile: {type(error).__name__}: {str(error)[:300]}")
     return cases
 
@@ -390,7 +390,7 @@ def make_part(part: str, shape: Shape) -> dict[str, Case]:
 
 
 def measure(part: str, shape: Shape, rounds: int) -> dict[str, dict[str, Any]]:
-    """The figures of a part, by case."""
+    """The measurements of a part, by case."""
     cases = make_part(part, shape)
     values: dict[str, list[float]] = {name: [] for name in cases}
     runs = {name: lambda name=name: values[name].append(cases[name].run()) for name in cases}
@@ -435,12 +435,12 @@ def show(part: str, figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Each part in a process of its own, told as it ends."""
+    """Run each part in a separate process, and print its results as it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(SIZES), default="1b")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--json", type=Path, help="one line a part")
+    parser.add_argument("--json", type=Path, help="one line per part")
     parser.add_argument("--here", action="store_true", help="in this process")
     args = parser.parse_args()
     for part in args.part:

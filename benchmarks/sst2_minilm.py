@@ -1,16 +1,16 @@
-"""Does a real run reach what PyTorch and peft reach, how long does its step take, and do they open what it exports?
+"""Does a real run match PyTorch and peft in accuracy and step time, and do they load its exports?
 
     python -m benchmarks.sst2_minilm CHECKPOINT DATA [--seeds 0 1 2] [--rounds 30] [--only accuracy|time] [--json FILE]
 
-CHECKPOINT is a folder with MiniLM-L6-H384 in BERT's layout; DATA holds train.jsonl and validation.jsonl of SST-2. Needs
+CHECKPOINT is a folder with MiniLM-L6-H384 in BERT's layout; DATA has train.jsonl and validation.jsonl of SST-2. Needs
 ``pip install -e ".[interop]"``.
 
 - accuracy: `configs/sst2_minilm.py` for every seed, as ``python -m train`` runs it: 16,000 sentences, one epoch.
-- exports: the first seed's run is exported for peft and as a merged checkpoint; torch opens both, and the predictions
+- exports: the first seed's run is exported for peft and as a merged checkpoint; torch loads both, and the predictions
   of all validation sentences are compared.
 - time: one training step of the same recipe on the same batches, in jlora and in PyTorch with peft, rounds interleaved;
-  every batch padded to 64 tokens, then to its bucket as the program does. The ratio is the median of the ratios
-  within each round; the least times are printed too. Use an idle machine.
+  every batch padded to 64 tokens, then to its bucket, like the program. The ratio is the median of the ratios
+  within each round; the shortest times are printed too. Use an idle machine.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> None:
                 [who, f"{statistics.median(taken):.3f}", f"{min(taken):.3f}", f"{ratio(times, who, 'peft'):.2f}"]
                 for who, taken in times.items()
             ]
-            print(f"\npadded to {name}\n{table(['step', 'median s', 'least s', '/ peft'], rows)}")
+            print(f"\npadded to {name}\n{table(['step', 'median s', 'shortest s', '/ peft'], rows)}")
             found[f"times, {name}"] = times
             bars.append(Bar(f"jlora / peft, padded to {name}", ratio(times, "jlora", "peft"), MOST_TIME))
     print(f"\n{table(['bar', 'measured', 'limit', ''], [bar.row() for bar in bars])}")
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def accuracy(flags: list[str], seeds: list[int], runs: Path) -> tuple[dict[int, float], dict[str, int]]:
-    """The accuracy of every seed, and how many predictions torch makes otherwise from the first seed's exports."""
+    """The accuracy of every seed, and the numbers of torch's differing predictions on the first seed's exports."""
     found = {}
     for seed in seeds:
         summary = run(parse([*flags, "--seed", str(seed), "--run-dir", str(runs / str(seed))]))
@@ -104,7 +104,7 @@ def accuracy(flags: list[str], seeds: list[int], runs: Path) -> tuple[dict[int, 
 
 
 def exports(folder: Path) -> dict[str, int]:
-    """How many of the validation sentences torch labels otherwise than the run's own ``predict``, by export."""
+    """By export, the number of validation sentences that torch labels differently from the run's own ``predict``."""
     from peft import PeftModel  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -144,7 +144,7 @@ def _torch_predictions(model: Any, tokenizer: Any, texts: list[str]) -> list[int
 
 
 def step_times(flags: list[str], rounds: int, fixed: bool) -> dict[str, list[float]]:
-    """Seconds of a step in every round: jlora and peft on the same batches, without and with the network's dropout."""
+    """Seconds per step in every round: jlora and peft on the same batches, without and with the network's dropout."""
     length = ["--data.buckets", "64"] if fixed else []
     peers: dict[str, Callable[[], None]] = {}
     for name, dropout in (("", False), (", dropout", True)):
@@ -156,7 +156,7 @@ def step_times(flags: list[str], rounds: int, fixed: bool) -> dict[str, list[flo
 
 
 def _in_turn(batches: list[Any], step: Callable[[Any], None]) -> Callable[[], None]:
-    """A function that does one step on the next batch, so that every peer sees the same batch in the same round."""
+    """A function that takes one step on the next batch, so that every peer sees the same batch in the same round."""
     turn = iter(batches)
     return lambda: step(next(turn))
 

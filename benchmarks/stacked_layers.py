@@ -2,9 +2,9 @@
 
     python -m benchmarks.stacked_layers [--rounds 7] [--layers 48] [--width 192] [--json FILE]
 
-A Flax Linen stack whose kernels carry a leading layer axis is adapted by jlora, and the gradient with respect to the
-adapters traced and compiled. The scan is evaluated as a scan, so depth must cost nothing: as many equations, and
-at most 1.2 times the time. Caches are emptied before each trace. Times are CPU seconds, rounds are interleaved, and a
+A Flax Linen stack whose kernels have a leading layer axis is adapted by jlora, and the gradient with respect to the
+adapters traced and compiled. The scan is evaluated as a scan, so depth must be free: equally many equations, and
+at most 1.2 times the time. Caches are cleared before each trace. Times are CPU seconds, rounds are interleaved, and a
 ratio is the median of the ratios within each round.
 """
 
@@ -75,7 +75,7 @@ def count_equations(layers: int, width: int) -> int:
 
 
 def measure(layers: int, width: int) -> _measure.Program:
-    """The gradient of a stack, traced and compiled with empty caches."""
+    """The gradient of a stack, traced and compiled with cleared caches."""
     gradient, args = make_gradient(layers, width)
     jax.clear_caches()
     return _measure.compile_program(gradient, *args)

@@ -1,4 +1,4 @@
-"""What do weights that are standardized or normalized in each step cost: factored, or summed and then normalized?
+"""What do weights normalized in each step cost: factored, or summed and then normalized?
 
     python -m benchmarks.standardized_weights [--rounds 7] [--json FILE]
 
@@ -7,9 +7,9 @@ them; the loss and its gradient with respect to the adapters (rank 8) and the in
 
 - bare: the layers alone, without adapters;
 - materialized: ``W + s·AB`` is summed and normalized in each step, with the gradient through it;
-- jlora: the mean and the norm of ``W + s·AB`` from the factors, and the norm's inverse as a gain of the result.
+- jlora: the mean and the norm of ``W + s·AB`` from the factors, and the norm's inverse as a multiplier of the result.
 
-wav2vec 2.0's convolution of positions has a norm for each tap, which multiplies what the convolution sums: jlora
+wav2vec 2.0's positional convolution has a norm per tap, along an axis that the convolution sums: jlora
 materializes it, with a warning, and the two are one program. Runs are interleaved; a ratio is the median of the ratios
 within each round.
 """
@@ -43,10 +43,10 @@ class Case:
 
     Attributes:
       kernel: shape of the weight, outputs last.
-      x: shape of the input, channels last; the output has the same.
+      x: shape of the input, channels last; the output has the same shape.
       centred: whether the mean is subtracted first.
-      kept: the axes of the weight that each have a norm of their own.
-      groups: of a convolution.
+      kept: the axes of the weight with separate norms.
+      groups: the groups of a convolution.
     """
 
     kernel: tuple[int, ...]
@@ -90,11 +90,11 @@ SMALL = {
     "convolution": Case((3, 3, 128, 128), (2, 14, 14, 128)),
     "convolution, many positions": Case((3, 3, 128, 128), (8, 14, 14, 128)),
 }
-"""What the tests compile: the same picture."""
+"""Smaller cases, compiled by the tests."""
 
 
 def make_losses(case: Case) -> tuple[dict[str, Callable[..., Any]], tuple[Any, ...]]:
-    """For each variant the loss of ``(adapters, x, params)``, and arrays for these."""
+    """For each variant, the loss of ``(adapters, x, params)``, and arrays for these."""
 
     def fn(params: Any, x: Any) -> Any:
         for w in params.values():
@@ -129,7 +129,7 @@ def compile_programs(case: Case) -> dict[str, _measure.Program]:
 
 
 def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
-    """For each variant: GFLOP, MiB of temporary memory, and time by that of the materialized form."""
+    """For each variant: GFLOP, MiB of temporary memory, and time relative to the materialized form."""
     _, args = make_losses(case)
     programs = compile_programs(case)
     results = {name: program.compiled(*args) for name, program in programs.items()}

@@ -1,24 +1,24 @@
-"""How long is a LoRA step with jlora, against full fine-tuning, LoRA by hand, HF peft, and what is possible at all?
+"""How long is a LoRA step with jlora, against full fine-tuning, LoRA by hand, HF peft, and the lower bound?
 
     python -m benchmarks.step_time [--rounds 9] [--layers 4] [--width 768] [--bias] [--dtype float32] [--json FILE]
 
 One transformer encoder (by default 4 layers of width 768, 8×128 tokens, rank 8 on every linear), stepped by AdamW as:
 
 - full: full fine-tuning;
-- merged: LoRA by summing the kernels in each step;
+- merged: LoRA with the kernels summed in each step;
 - factored: LoRA by hand, as plain ``(x@a)@b``;
 - oriented: the same, with jlora's gradient written out by hand;
 - jlora;
 - limit: the forward pass and the activation gradient of the bare model, without training;
-- torch: the same weights in PyTorch, in full and with peft, where installed (``pip install -e ".[interop]"``).
+- torch: the same weights in PyTorch, in full and with peft, if installed (``pip install -e ".[interop]"``).
 
 Runs are interleaved; a ratio is the median of the ratios within each round. Use an idle machine: other load slows
-PyTorch (OpenMP) several times more than XLA. All variants that adapt start from the same numbers, and the program
-checks that their losses agree, step by step. Times to trace and to compile are CPU seconds. The bars that jlora must
-hold come last.
+PyTorch (OpenMP) several times more than XLA. All adapted variants start from the same values, and the program
+checks that their losses agree, step by step. Tracing and compilation times are CPU seconds. The limits that jlora must
+meet come last.
 
-On a CPU the bar against full fine-tuning depends on what XLA makes of its weight gradients: in this encoder it does
-them in about a third less time when the linear layers have a bias (``--bias``), and jlora takes as long as before.
+On a CPU the ratio to full fine-tuning depends on XLA's weight gradients: in this encoder it computes them in about a
+third less time when the linear layers have a bias (``--bias``), and jlora's time is unchanged.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from jlora import LoraFactors
 
 BY_HAND = ("merged", "factored", "oriented")
 ADAPTED = (*BY_HAND, "jlora", "torch: peft")
-HEADER = ("step", "median s", "least s", "/ full", "/ limit", "GFLOP", "temp MiB", "trace s", "compile s", "dW dots")
+HEADER = ("step", "median s", "shortest s", "/ full", "/ limit", "GFLOP", "temp MiB", "trace s", "compile s", "dW dots")
 Loss = Callable[[Any, Any, Array, Array], Array]
 
 
@@ -67,7 +67,7 @@ def losses() -> dict[str, Loss]:
 
 
 def make_adapters(params: Tree, factors: Tree, x: Array) -> Tree:
-    """jlora's adapters for every linear, with the same numbers as the hand-written factors."""
+    """jlora's adapters for every linear, with the same values as the hand-written factors."""
     config = jlora.LoraConfig(rank=_encoder.RANK, alpha=_encoder.RANK * _encoder.SCALE)
     adapters = jlora.init(jax.random.key(3), params, config, jlora.trace(_encoder.encode, params, x))
     hand = {f"{layer}/{name}/kernel": pair for layer, pairs in factors.items() for name, pair in pairs.items()}
@@ -77,7 +77,7 @@ def make_adapters(params: Tree, factors: Tree, x: Array) -> Tree:
 def make_steps(
     params: Tree, factors: Tree, batch: tuple[Array, Array]
 ) -> tuple[dict[str, _measure.Program], dict[str, Callable[[], float]]]:
-    """The compiled step of each JAX variant, and functions that do one step and return the loss."""
+    """The compiled step of each JAX variant, and functions that take one step and return the loss."""
     optimizer = optax.adamw(_encoder.LEARNING_RATE, weight_decay=0.01)
     starts = {"full": params, **dict.fromkeys(BY_HAND, factors), "jlora": make_adapters(params, factors, batch[0])}
     programs: dict[str, _measure.Program] = {}
@@ -119,11 +119,11 @@ def _stepper(program: _measure.Program, state: Any, frozen: Any, batch: tuple[Ar
 
 
 def trace_bars(params: Tree, adapters: Tree, batch: tuple[Array, Array], rounds: int) -> list[_measure.Bar]:
-    """The time to trace jlora's gradient, by the time to trace the bare model's: the first time, and again."""
+    """The time to trace jlora's gradient relative to the bare model's: the first time, and again."""
     starts = {"full": (params, None), "jlora": (adapters, params)}
 
     def trace(name: str) -> Callable[[], Any]:
-        # The losses are made anew each time, so that the trace itself is never found in a cache.
+        # The losses are rebuilt each time, so that the trace is never cached.
         return lambda: jax.make_jaxpr(jax.grad(losses()[name]))(*starts[name], *batch)
 
     runs = {name: trace(name) for name in starts}
@@ -136,7 +136,7 @@ def trace_bars(params: Tree, adapters: Tree, batch: tuple[Array, Array], rounds:
 
 
 def check_agreement(curves: dict[str, list[float]], dtype: str) -> None:
-    """Raises an AssertionError if two variants that should train alike do not."""
+    """Raises an AssertionError if two equivalent variants differ."""
     tolerance = 1e-4 if dtype == "float32" else 3e-2
     for group in (ADAPTED, ("full", "torch: full")):
         present = [name for name in group if name in curves]
@@ -159,7 +159,7 @@ def main() -> None:
     args = parser.parse_args()
     shape = _encoder.Shape(args.layers, args.width, tokens=args.tokens, bias=args.bias)
     if args.width % 64 or shape.batch * shape.tokens in (args.width, 4 * args.width):
-        parser.error("--width: expected a multiple of 64 that leaves 8 * tokens unlike it and 4 times it")
+        parser.error("--width: expected a multiple of 64, different from 8 * tokens, as is 4 times it")
 
     params, factors = _encoder.make_params(shape, args.dtype), _encoder.make_factors(shape)
     batch = _encoder.make_batch(shape, args.dtype)
@@ -169,7 +169,7 @@ def main() -> None:
 
         steps |= _torch_peer.make_steps(shape, params, factors, batch, args.dtype)
     else:
-        print('no torch or peft here: pip install -e ".[interop]" to compare with them\n')
+        print('torch or peft is not installed: pip install -e ".[interop]" to compare with them\n')
     traces = trace_bars(params, make_adapters(params, factors, batch[0]), batch, args.rounds)
 
     curves: dict[str, list[float]] = {name: [] for name in steps}
@@ -200,7 +200,7 @@ def main() -> None:
 def report(
     times: dict[str, list[float]], programs: dict[str, _measure.Program], weights: list[tuple[int, int]]
 ) -> tuple[list[tuple[str, ...]], dict[str, dict[str, Any]]]:
-    """The rows of the table, and the same as numbers."""
+    """The rows of the table, as text and as numbers."""
     rows, record = [], {}
     for name, seconds in times.items():
         full, limit = (_measure.ratio(times, name, other) for other in ("full", "limit"))
@@ -230,7 +230,7 @@ def report(
 def make_bars(
     times: dict[str, list[float]], programs: dict[str, _measure.Program], record: dict[str, dict[str, Any]]
 ) -> list[_measure.Bar]:
-    """What jlora promises."""
+    """The limits that jlora must meet."""
     jlora_, hand, same = (programs[name] for name in ("jlora", "factored", "oriented"))
     bars = [_measure.Bar("step time / full fine-tuning", _measure.ratio(times, "jlora", "full"), 0.60)]
     if "torch: peft" in times:

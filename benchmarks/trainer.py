@@ -1,12 +1,12 @@
-"""What does the trainer cost beside its step, and how soon does a resumed run step again?
+"""What is the overhead of the trainer over its step, and how soon does a resumed run take a step?
 
     python -m benchmarks.trainer [--rounds 7] [--steps 200] [--starts 5] [--json FILE]
 
-- overhead: the time of `train.loop.loop.fit` (which builds batches, fetches, writes and prints metrics) for at least so
-  many steps, in whole epochs, against the bare compiled step on batches in memory, for networks whose step takes about
-  1, 15 and 100 ms here. Both run the same compiled function, in turn. The time that a checkpoint takes is beside it.
-- starts: seconds from starting ``python -m train`` (configs/digits.py, with a cached base) until the first step's
-  metrics are on disk, of a new run and of one that resumes from a checkpoint, in turn.
+- overhead: the time of `train.loop.loop.fit` (which builds batches, fetches, writes and prints metrics) for at least
+  STEPS steps, in whole epochs, against the bare compiled step on batches in memory, for networks whose step takes
+  about 1, 15 and 100 ms here. Both run the same compiled function, in turn. The time of a checkpoint is listed too.
+- starts: seconds from starting ``python -m train`` (configs/digits.py, with a cached base) to the first step's
+  metrics on disk, for a new run and one that resumes from a checkpoint, in turn.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ NETWORKS = {
 
 
 class Warm(Mesh):
-    """One device, with one step for every training, compiled already; ``began`` is when its first call came."""
+    """One device, with one compiled step for all trainings; ``began`` is the time of its first call."""
 
     step: Any
     began = 0.0
@@ -72,7 +72,7 @@ class Warm(Mesh):
 
 
 def overhead(flags: str, rounds: int, steps: int, folder: Path) -> tuple[float, float, float]:
-    """Seconds of a bare step, the trainer's time by the bare steps', and the seconds that a checkpoint takes."""
+    """Seconds of a bare step, the trainer's time relative to the bare steps', and the seconds of a checkpoint."""
     own = f"--log-every {max(1, steps // 50)} --eval-every-steps {steps} --learning-rate.lora 1e-4"
     job = make_job(parse([*flags.split(), *own.split(), "--cache-dir", str(folder / "cache")]), lambda: None)
     job = dataclasses.replace(job, layout=(layout := Warm()))
@@ -128,7 +128,7 @@ def overhead(flags: str, rounds: int, steps: int, folder: Path) -> tuple[float, 
 
 
 def saving(layout: Mesh, state: TrainState, folder: Path) -> float:
-    """Seconds that a checkpoint keeps the training waiting, with the one before long on disk."""
+    """The seconds that a checkpoint blocks training, with the previous one already on disk."""
     checkpoints = Checkpoints(folder / "checkpoints", SaveConfig(), keep_best=False)
     checkpoints.begin(0)
     taken = []
@@ -163,12 +163,12 @@ def starts(rounds: int, folder: Path) -> dict[str, list[float]]:
 
 
 def seconds_to_first_step(argv: list[str], file: Path, *, resumed: bool) -> None:
-    """Start the program, and end it as soon as the first step's record of this process is in ``file``."""
+    """Start the program, and end it as soon as ``file`` has this process's record of the first step."""
     process = subprocess.Popen(
         [sys.executable, "-m", "train", *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     wanted = '"step": 101,' if resumed else '"phase": "fit"'
-    cut = not resumed  # a resumed run first cuts its records down to the checkpoint's
+    cut = not resumed  # a resumed run first truncates its records to the checkpoint's
     while process.poll() is None:
         text = file.read_text() if file.exists() else ""
         there = any('"phase": "fit"' in line and wanted in line for line in text.splitlines())

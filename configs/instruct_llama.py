@@ -7,8 +7,8 @@
     python -m train generate RUN --prompt "What is a low-rank update?"
     python -m train export RUN --to peft
 
-The data have a column `messages`: lists of `{"role": ..., "content": ...}`, with tool calls and whatever else the chat
-template reads. The loss is on the assistant's turns. Examples are packed into sequences without padding, and do not
+The data have a column `messages`: lists of `{"role": ..., "content": ...}`, with tool calls and any other keys of the
+chat template. The loss covers the assistant's turns. Examples are packed into sequences without padding, and do not
 attend to each other. Works for every decoder of `jlora.models`: Llama, Mistral, Qwen, Gemma.
 
 Expected: perplexity on held-out answers falls in the first few hundred steps and then levels off. A 1B model trains

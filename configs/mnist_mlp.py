@@ -4,7 +4,7 @@
     python -m train configs/mnist_mlp.py --task.brightest 16 --base.epochs 20 --fit.epochs 20 \
         --data.train train/assets/digits.parquet:train --data.validation train/assets/digits.parquet:test
 
-A base is trained on upright digits. Then its hidden layer is adapted with rank 16, and its output layer is trained
+A base is trained on upright digits; then its hidden layer is adapted with rank 16, and its output layer trained
 whole: 16 x (784 + 128) + 1,290 = 15,882 trainable parameters, 15.6% of 101,770.
 
 MNIST (60,000 images) comes from the hub; not run here. The second command trains on the small digits of this

@@ -4,8 +4,8 @@
     python -m train predict RUN --text "You have won a prize! Call now"
 
 Rank 16 on every linear layer and on the new head: 2,371,616 trainable parameters, 1.9% of 124,441,344. The tutorial
-that this follows counts 2,666,528, because it splits the fused query-key-value weight into three with factors of their
-own; here, as in Hugging Face's GPT-2, it is one weight with one pair of factors.
+it follows counts 2,666,528, because it splits the fused query-key-value weight into three, each with its own
+factors; here, as in Hugging Face's GPT-2, it is one weight with one pair of factors.
 
 Expected: the tutorial reports a test accuracy of about 0.97 after training on 1,045 balanced messages. Not run here: it
 downloads GPT-2 (550 MB) and the 5,574 messages, a fifth of which is held out.

@@ -5,9 +5,9 @@
     python -m train predict RUN --text "a gripping story"
 
 Rank 4 on the query of every layer (12 x 4 x (768 + 768) = 73,728), and a new head trained whole (592,130): 665,858
-trainable parameters, 0.53% of 124,647,170. Evaluated after every epoch; the best adapters are kept.
+trainable parameters, 0.53% of 124,647,170. Evaluates after every epoch, and keeps the best adapters.
 
-Expected on the 872 validation sentences: the tutorial that this follows reached an accuracy of 0.9358 with PyTorch.
+Expected on the 872 validation sentences: the tutorial it follows reached an accuracy of 0.9358 with PyTorch.
 Not run here: it needs an accelerator, and downloads roberta-base (500 MB) and GLUE's SST-2 (67,349 sentences).
 """
 

@@ -1,4 +1,4 @@
-# ruff: noqa: I001  (in the order in which the README introduces them)
+# ruff: noqa: I001  (the README's order)
 """LoRA for any JAX program: a pure transform of parameter trees. See the README for the first five lines."""
 
 # What to adapt, and fresh adapters.
@@ -11,14 +11,14 @@ from jlora._src.tree.init import init
 from jlora._src.engine.lora import lora
 from jlora._src.tree.attach import attach, detach
 
-# Optimizers of a whole tree.
+# Optimizers over a whole tree.
 from jlora._src.tree.labels import combine, freeze, labels, partition, trainable_mask
 
 # Merged weights, and several adapters.
 from jlora._src.tree.merge import Rounding, merge, rounding, unmerge
 from jlora._src.tree.stack import stack, unstack
 
-# How a model is computed with its adapters.
+# Running a model with its adapters.
 from jlora._src.engine.lora import Explanation, explain
 from jlora._src.engine.interpreter import MaterializeError, MaterializeWarning
 from jlora._src.engine.product import low_rank_product
@@ -49,7 +49,7 @@ __all__ = [
     "lora",
     "attach",
     "detach",
-    # Optimizers of a whole tree.
+    # Optimizers over a whole tree.
     "combine",
     "freeze",
     "labels",
@@ -62,7 +62,7 @@ __all__ = [
     "unmerge",
     "stack",
     "unstack",
-    # How a model is computed with its adapters.
+    # Running a model with its adapters.
     "Explanation",
     "explain",
     "MaterializeError",

@@ -1,7 +1,7 @@
-"""Fields read from a file or given by a user, checked against their type hints.
+"""Checks fields from a file or a user against their type hints.
 
-A hint may carry a range or a set of names: ``int | None``, ``Annotated[float, Within(0, 1)]``. Numbers are finite, and
-a boolean is not a number.
+A hint may carry a range or a set of names: ``int | None``, ``Annotated[float, Within(0, 1)]``. Numbers must be finite,
+and a boolean is not a number.
 
 >>> faults({"rank": 0}, {"rank": Annotated[int, Within(0, above=True)]})
 ['rank = 0; expected an integer above 0']
@@ -21,7 +21,7 @@ from jlora.messages import shown
 __all__ = ["FLOAT32", "OneOf", "Within", "bad_pattern", "expected", "faults", "fits"]
 
 FLOAT32 = 3.4028234663852886e38
-"""The largest finite float32: a bound that holds for every dtype with eight exponent bits."""
+"""The largest finite float32: a bound for every dtype with eight exponent bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class OneOf:
 
 
 def faults(values: Mapping[str, Any], hints: Mapping[str, Any]) -> list[str]:
-    """A line for each value that does not fit its hint: ``name = value; expected ...``. Unhinted values are skipped."""
+    """A line for each value that does not fit its hint: ``name = value; expected ...``. Skips unhinted values."""
     return [
         f"{name} = {shown(value)}; expected {expected(hints[name])}"
         for name, value in values.items()
@@ -122,7 +122,7 @@ _WORDS = {
     int: "an integer",
     float: "a number",
     bool: "true or false",
-    str: "a text",
+    str: "a string",
     None: "null",
     NoneType: "null",
     Path: "a path",

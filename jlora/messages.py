@@ -1,6 +1,6 @@
 """Text for errors and terminals: bulleted lists, close matches, short values, aligned tables.
 
-An error in jlora says what was found, what was expected and what to do, and lists every problem at once:
+An error in jlora states what it got, what it expected and how to fix it, and lists every problem at once:
 
 >>> raise ValueError(f"3 fields are out of range:{bullets(problems)}")
 """
@@ -23,7 +23,7 @@ def bullets(lines: Iterable[str]) -> str:
 def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
     """``" (closest: 'query', 'key')"``: up to ``n`` of ``names`` that resemble ``name``, or ``""`` if none does.
 
-    A path resembles a name as much as its most similar component does.
+    A path is as close to a name as its closest component.
     """
 
     def closeness(path: str) -> float:

@@ -1,21 +1,21 @@
-"""A training program over jlora: ``python -m train``. Read it in the order in which the data flows:
+"""A training program over jlora: ``python -m train``. Read it in the order of the data flow:
 
 ``__main__``    the command line: a config file, flags, commands, exit codes
 ``config/``     the schema of a configuration: each field with its type, constraint, default and help
 ``experiment``  a run, from its configuration to its summary
-``job``         what a run is made of: examples, network, task, layout and plan
-``summary``     what a run prints at its start and end, and its summary
+``job``         the parts of a run: examples, network, task, layout and plan
+``summary``     the output at the start and end of a run, and its summary
 ``data/``       sources: tables, then batches of few shapes
 ``networks/``   the networks, as functions of their parameters
 ``tasks/``      tables: examples; the loss, the metrics
-``compute/``    one step, and where it is computed: one device (jit), copies (pmap), sharded weights (mesh)
+``compute/``    one step, and its layouts: one device (jit), copies (pmap), sharded weights (mesh)
 ``pretrain``    the base of a network without a checkpoint, trained once and cached
-``loop/``       steps, with metrics, evaluations and checkpoints on the way; SIGTERM and Ctrl-C
-``rundir/``     what a run directory holds
-``report/``     what a person sees: progress, tables, curves, pages
+``loop/``       steps, with metrics, evaluations and checkpoints; SIGTERM and Ctrl-C
+``rundir/``     the files of a run directory
+``report/``     output for people: progress, tables, curves, pages
 ``commands/``   one file each: fit, show, predict, generate, eval, export, report, inspect
 
-The program imports jlora; jlora never imports it. Every room says in its ``__init__`` what is in it.
+The program imports jlora; jlora never imports it. Each package lists its modules in ``__init__``.
 """
 
 import os

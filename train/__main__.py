@@ -1,8 +1,8 @@
-"""The command line: ``python -m train [fit] [CONFIG.py] [--field value ...]``, and commands on what was trained."""
+"""The command line: ``python -m train [fit] [CONFIG.py] [--field value ...]``, and commands for finished runs."""
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before all that takes its time to import
+if __name__ == "__main__":  # before the slow imports
     from train.loop.stop import watch_ctrl_c
 
     watch_ctrl_c()
@@ -41,7 +41,7 @@ COMMANDS = {
     "report": "report",
     "inspect": "inspect",
 }
-"""The function of each command, in the file of that name in `train.commands`; without a name, the command is fit."""
+"""The function of each command, in the module of that name in `train.commands`; the default command is fit."""
 USER_ERRORS = (ConfigError, ModelError, TensorError, PeftError, OSError, UnicodeDecodeError)
 PROG = "python -m train"
 RATE = "--learning-rate"
@@ -54,8 +54,8 @@ switches are turned off with `no-`:
 `--learning-rate 1e-4` sets the learning rate of the mode. Each command below has its own --help.
 
 Before training:
-  python -m train show CONFIG.py               what would be trained on (takes the same flags)
-  python -m train inspect CHECKPOINT           what of a checkpoint would be adapted
+  python -m train show CONFIG.py               show the training data (takes the same flags)
+  python -m train inspect CHECKPOINT           show the weights that would be adapted
 
 After training:
   python -m train predict RUN --text "..."     label texts
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     the same, by Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if isinstance(sys.stdout, io.TextIOWrapper):  # data may hold characters that the terminal's encoding lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # data may contain characters that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if argv and argv[0] in COMMANDS:
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    # Imported after parsing, so that --help and a misspelt flag need not wait for the libraries that train.
+    # Imported after parsing, so that --help and a misspelt flag need not wait for the training libraries.
     from train.commands.fit import fit
 
     return fit(config)
@@ -142,7 +142,7 @@ def _expanded(path: Any) -> Any:
 
 
 def _split_rate(argv: list[str]) -> tuple[list[str], str | None]:
-    """The command line without ``--learning-rate VALUE``, and the value; the rest says for which mode."""
+    """The command line without ``--learning-rate VALUE``, and the value; the rest determines its mode."""
     rest, found, words = [], [], iter(argv)
     for word in words:
         name, given, value = word.partition("=")
@@ -156,7 +156,7 @@ def _split_rate(argv: list[str]) -> tuple[list[str], str | None]:
 
 
 def load_config(path: Path) -> TrainConfig:
-    """The ``config`` that the Python file ``path`` defines.
+    """The ``config`` defined in the Python file ``path``.
 
     Raises:
       ConfigError: if there is no such file, if running it fails, or if it defines no `TrainConfig` of that name with
@@ -164,13 +164,13 @@ def load_config(path: Path) -> TrainConfig:
     """
     if not path.is_file():
         if (close := difflib.get_close_matches(str(path), COMMANDS, n=1)) and not path.suffix:
-            raise ConfigError(f"there is no command {str(path)!r}; did you mean {close[0]!r}?")
+            raise ConfigError(f"unknown command {str(path)!r}; did you mean {close[0]!r}?")
         here = Path.cwd()
         files = sorted(
             file.relative_to(here) if file.is_relative_to(here) else file for file in ROOT.glob("configs/*.py")
         )
         known = ", ".join(map(str, files))
-        raise ConfigError(f"no config file at {path}; there are: {known}")
+        raise ConfigError(f"no config file at {path}; expected one of {known}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", SyntaxWarning)  # a bug in the file, which Python would only print
@@ -185,7 +185,7 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def _describe(path: Path, error: Exception) -> str:
-    """Where and why a config file fails; for a field that does not exist, also the nearest that does."""
+    """Where and why a config file fails; for an unknown field, also the nearest known one."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     where = f"{path}, line {lines[-1]}" if lines else str(path)
     message = f"{where}: {type(error).__name__}: {error}"
@@ -199,7 +199,7 @@ def _describe(path: Path, error: Exception) -> str:
 
 
 def _fields_of(kind: str) -> list[str]:
-    """The field names of the dataclass ``kind``, which is a `TrainConfig` or a part of one."""
+    """The field names of the dataclass ``kind``, a `TrainConfig` or a part of one."""
     return [field.name for field in dataclasses.fields(getattr(schema, kind))]
 
 

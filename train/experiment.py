@@ -1,7 +1,7 @@
-"""A run, from its configuration to its summary: adapters are trained on a frozen base, and the models are compared.
+"""A run, from its configuration to its summary: trains adapters on a frozen base, and compares the models.
 
-For a network that was trained from scratch this also shows what LoRA promises: the merged model predicts what the
-adapted one predicts, and detaching the adapters restores the base.
+For a network trained from scratch this also demonstrates LoRA's equivalences: the merged model predicts the same as the
+adapted one, and detaching the adapters restores the base.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from train.summary import make_summary, print_start, print_summary
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Train and evaluate as ``config`` says; print the progress and write the run directory.
+    """Train and evaluate ``config``; print the progress and write the run directory.
 
-    A run that was stopped is resumed. With several processes each of them calls this, and the first one writes.
+    Resumes a stopped run. With several processes, each calls this, and the first one writes.
 
     Args:
-      config: a valid configuration, such as `train.__main__.parse` returns.
+      config: a valid configuration, as from `train.__main__.parse`.
 
     Returns:
-      The summary, as in ``summary.json``; in processes other than the first without speeds.
+      The summary, as in ``summary.json``; in processes other than the first, without speeds.
 
     Raises:
       ConfigError: if data, checkpoint, devices or run directory do not fit the configuration, or the training diverged.
@@ -71,7 +71,7 @@ def _train(job: Job, directory: ClaimedDirectory, stop: Stop, began: float) -> d
         measure = make_measure(job.layout, job.network.forward, job.task, job.config.eval_batch_size, job.buckets, stop)
         base = frozen_base(job, directory, measure, files, stop)
         fitted = fit_adapters(job, base.params, measure, files, stop)
-        with on_ctrl_c("stopped before the final evaluation was done; the same command repeats it"):
+        with on_ctrl_c("stopped before the end of the final evaluation; the same command repeats it"):
             jlora.save(directory.adapters, job.layout.to_host(fitted.adapters))
             metrics, differing = evaluate_all(job, base.params, fitted.adapters, measure)
             summary = {
@@ -90,13 +90,13 @@ def _train(job: Job, directory: ClaimedDirectory, stop: Stop, began: float) -> d
 
 
 def frozen_base(job: Job, directory: ClaimedDirectory, measure: Measure, files: RunFiles, stop: Stop) -> Base:
-    """The base, which stays as it is: a checkpoint's parameters, or a network trained from scratch."""
+    """The frozen base: a checkpoint's parameters, or a network trained from scratch."""
     load = job.network.load
     if load is None:
         base = pretrain(job, directory.base, measure, files.log_base, stop)
         say(f"base: {'trained and cached at' if base.trained else 'loaded from'} {base.source}")
         return base
-    # A head that the checkpoint lacks is initialized here, if it is trained.
+    # Initializes a head that the checkpoint lacks, if it is trained.
     new = any(re.search(pattern, path) for pattern in HEADS for path in job.plan)
     key = random_key(job.config.seed, "head") if new else None
     params = job.layout.place_base(job.shapes, lambda shardings: load(key, shardings))
@@ -104,7 +104,7 @@ def frozen_base(job: Job, directory: ClaimedDirectory, measure: Measure, files: 
 
 
 def fit_adapters(job: Job, base: Any, measure: Measure, files: RunFiles, stop: Stop) -> FitResult:
-    """Train adapters on the frozen parameters ``base``, from where the run was stopped."""
+    """Train adapters on the frozen parameters ``base``, from the point where the run stopped."""
 
     def evaluate(adapters: dict[str, Any]) -> dict[str, float]:
         found = {name: job.task.metrics(measure(base, adapters, examples)) for name, examples in job.test.items()}
@@ -126,9 +126,9 @@ def fit_adapters(job: Job, base: Any, measure: Measure, files: RunFiles, stop: S
 def evaluate_all(
     job: Job, base: Any, adapters: dict[str, Any], measure: Measure
 ) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, int]]:
-    """The metrics of the base and the adapted model, by model and set of examples, and how many predictions differ.
+    """The metrics of the base and the adapted model, by model and set of examples, and differing predictions.
 
-    A network trained from scratch is also evaluated merged, and detached again. A checkpoint may be too large for a
+    A network trained from scratch is also evaluated merged, and detached. A checkpoint may be too large for a
     second copy in memory; ``python -m train export`` merges it leaf by leaf.
     """
     models = {"base": (base, None), "adapted": (base, adapters)}

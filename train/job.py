@@ -1,7 +1,7 @@
-"""What a run is made of before anything is trained: examples, network, task, layout, plan.
+"""The parts of a run before training: examples, network, task, layout, plan.
 
-A configuration that `TrainConfig.check` accepted is checked here against what it names: the data and the checkpoint
-in `training_data`, the devices, the targets and the other processes in `make_job`. No weight is read.
+A configuration that passed `TrainConfig.check` is checked here against the outside world: data and checkpoint
+in `training_data`; devices, targets and the other processes in `make_job`. Reads no weights.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class TrainingData:
     """The examples of a configuration, encoded.
 
     Attributes:
-      config: with what it takes from its data, such as the names of the labels.
-      data: where the training and the validation examples were read.
-      network, task: as the configuration says.
-      train, test: the examples by the name of their domain; adapters are trained on the last one, a base on the first.
+      config: completed from its data, for example with the names of the labels.
+      data: the provenance of the training and validation examples.
+      network, task: those of the configuration.
+      train, test: the examples by domain name; adapters train on the last domain, a base on the first.
     """
 
     config: TrainConfig
@@ -61,12 +61,12 @@ class TrainingData:
 
     @property
     def examples(self) -> Examples:
-        """The examples that adapters are trained on."""
+        """The training examples of the adapters."""
         return list(self.train.values())[-1]
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Where the examples were read, as JSON."""
+        """The provenance of the examples, as JSON."""
         return {name: provenance.to_json() for name, provenance in self.data.items()}
 
     @property
@@ -79,20 +79,20 @@ class TrainingData:
 
     @property
     def blank_images(self) -> dict[str, int]:
-        """The number of images that have one colour only, by set; without the sets that have none."""
+        """The number of single-colour images by set, without sets that have none."""
         sets = self._sets.items() if isinstance(self.task, Images) else ()
         return {name: n for name, one in sets if (n := count_blank(np.asarray(one["image"])))}
 
     @property
     def cuts(self) -> dict[str, Truncation]:
-        """How many texts were cut, by set."""
+        """The truncation of texts, by set."""
         sets = {"train": self.examples, **self.test}
         found = {name: truncation_of(examples) for name, examples in sets.items()}
         return {name: cut for name, cut in found.items() if cut is not None}
 
     @property
     def primary_metrics(self) -> list[PrimaryMetric]:
-        """`primary_metric` of each domain; the last one decides which adapters are the best."""
+        """`primary_metric` of each domain; the last one selects the best adapters."""
         return [self.primary_metric(domain) for domain in self.test]
 
     def primary_metric(self, domain: str) -> PrimaryMetric:
@@ -107,13 +107,13 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Job(TrainingData):
-    """A configuration, and all that was made of it.
+    """A configuration with everything built from it.
 
     Attributes:
-      layout: where it is computed.
+      layout: the device layout.
       shapes: the shapes and dtypes of the base's parameters.
-      buckets: the lengths to which batches are padded.
-      plan: which of them are adapted, and how.
+      buckets: the padded lengths of batches.
+      plan: the adapted weights and their adapters.
     """
 
     layout: Layout
@@ -122,7 +122,7 @@ class Job(TrainingData):
     plan: jlora.Plan
 
     def intervals(self, fit: FitConfig, examples: Examples) -> Intervals:
-        """How often metrics, evaluations and epochs are due in a training on ``examples``."""
+        """The intervals of metrics, evaluations and epochs for training on ``examples``."""
         return Intervals.of(
             fit.epochs,
             size(examples) // fit.batch_size,
@@ -151,10 +151,10 @@ def training_data(config: TrainConfig, check: Callable[[], None] = lambda: None)
 
 
 def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
-    """Make all that a valid configuration describes; ``check`` is called between the parts.
+    """Build everything that a valid configuration describes; ``check`` is called between the parts.
 
     Raises:
-      ConfigError: if data, checkpoint, targets or devices do not fit it, or are not the same in all processes.
+      ConfigError: if data, checkpoint, targets or devices do not fit it, or differ between processes.
     """
     found = training_data(config, check)
     config, network = found.config, found.network
@@ -168,14 +168,14 @@ def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
     for name, cut in job.cuts.items():
         say(cut.describe(name))
     if isinstance(layout, Mesh):
-        layout.shardings(shapes)  # raises if the weights cannot be divided so
+        layout.shardings(shapes)  # raises if the weights cannot be split like this
     _check_processes(job)
     check()
     return job
 
 
 def _check_processes(job: Job) -> None:
-    """Raises a ConfigError if configuration, examples or plan are not the same in all processes."""
+    """Raises a ConfigError if configuration, examples or plan differ between processes."""
     made = {name: value for name, value in flat(to_json(job.config)).items() if name.split(".")[0] not in OWN}
     made |= {f"data.{name}": f"{one.source}, sha256 {one.digest}" for name, one in job.data.items()}
     made["examples"] = {name: size(examples) for sets in (job.train, job.test) for name, examples in sets.items()}
@@ -189,7 +189,7 @@ def encoded(task: Task, tables: Mapping[str, Table]) -> tuple[dict[str, Examples
 
 
 def bucket_lengths(config: TrainConfig, *sets: Mapping[str, Examples]) -> tuple[int, ...]:
-    """The lengths to which batches of texts are padded: the configured ones that the examples need."""
+    """The padded lengths of text batches: the configured ones that the examples need."""
     found = [long for examples in sets for one in examples.values() if (long := lengths(one)) is not None]
     if not found:
         return ()
@@ -202,10 +202,10 @@ def bucket_lengths(config: TrainConfig, *sets: Mapping[str, Examples]) -> tuple[
 
 
 def plan_of(config: TrainConfig, network: Network, shapes: Any, inputs: Mapping[str, Any]) -> jlora.Plan:
-    """Which weights are adapted, and how.
+    """The plan: the adapted weights and their adapters.
 
     Raises:
-      ConfigError: if what the configuration adapts does not fit the network.
+      ConfigError: if the configured targets do not fit the network.
     """
     uses = jlora.trace(network.forward, shapes, inputs)
     try:
@@ -231,9 +231,9 @@ def start_adapters(config: TrainConfig, network: Network, params: Any, plan: jlo
 
 
 def ideal_seconds(job: Job) -> Callable[[tuple[int, ...]], float]:
-    """For the shape of a batch, the time of a step at the devices' peak; 0 on devices whose peak is unknown.
+    """Returns the time of a step at the devices' peak, by batch shape; 0 if the peak is unknown.
 
-    This counts the products of the forward and the backward pass, without those that ``compute.remat`` recomputes.
+    Counts the products of the forward and the backward pass, without recomputation by ``compute.remat``.
     """
     peak, config = flops.peak(jax.devices()[0]), job.config
     if peak is None:

@@ -1,4 +1,4 @@
-"""Phrases that error messages share."""
+"""Shared phrases of error messages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def listed(items: Sequence[str], most: int) -> str:
 
 
 def bulleted(items: Sequence[str], most: int) -> str:
-    """The first ``most`` items and the number of the others, each on a line of its own."""
+    """The first ``most`` items and the number of the others, each on its own line."""
     more = [f"and {len(items) - most:,} more"] if len(items) > most else []
     return bullets([*items[:most], *more])

@@ -1,6 +1,6 @@
-"""The base of a network that has no checkpoint: trained from scratch, once, and cached for other runs.
+"""The base of a network without a checkpoint: trained from scratch, once, and cached for other runs.
 
-Training from scratch is full fine-tuning of random parameters, so it goes through the same step as everything else.
+Training from scratch is full fine-tuning of random parameters, so it uses the same step as everything else.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Base:
     """A base to adapt.
 
     Attributes:
-      params: its parameters, placed as the layout says.
-      source: where they were read from, or for a base that this process trained, where it is cached.
+      params: its parameters, placed by the layout.
+      source: their origin; for a base trained by this process, its place in the cache.
       trained: whether this process trained it.
     """
 
@@ -46,14 +46,14 @@ class Base:
 
 
 def pretrain(job: Job, kept: Path, measure: Measure, log: Callable[[Record], None], stop: Stop) -> Base:
-    """The base of a run: the one in its directory, one from the cache, or one that is trained now.
+    """The base of a run: from its directory, from the cache, or trained now.
 
-    The run directory keeps the base, so that the run does not need the cache again.
+    The run directory keeps a copy, so the run does not need the cache again.
 
     Args:
-      kept: where the run directory keeps it.
-      log: called with each record of its training, whenever that was.
-      stop: asked after each step.
+      kept: its place in the run directory.
+      log: called with each record of its training, present or past.
+      stop: checked after each step.
     """
     cached = cache_entry(job.config)
     found = next((path for path in (kept, cached) if all_agree(path.is_dir())), None)
@@ -104,7 +104,7 @@ def _train(job: Job, cached: Path, measure: Measure, log: Callable[[Record], Non
 
 
 def cache_entry(config: TrainConfig) -> Path:
-    """Where the base of a configuration is cached."""
+    """The cache entry of a configuration's base."""
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
     return config.cache_dir / "bases" / digest[:16]
 

@@ -1,4 +1,4 @@
-"""What a run prints at its start and its end, and the summary that it writes."""
+"""The output at the start and the end of a run, and its summary."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from train.tasks.labels import counts_table
 
 
 def print_start(job: Job) -> None:
-    """Print what is trained on what, before the training starts."""
+    """Print the adapted weights and the data, before training starts."""
     config = job.config
     say(f"{config.name}, mode {config.mode}, seed {config.seed}, {job.layout}\n\n{job.plan}\n")
     say("".join(f"data.{name}: {provenance.describe()}\n" for name, provenance in job.data.items()))
     if job.label_counts:
         say(f"{counts_table(job.label_counts, getattr(config.task, 'class_weights', None))}\n")
     for name, count in job.blank_images.items():
-        say(f"{name}: {count:,} images have one colour only\n")
+        say(f"{name}: {count:,} images have a single colour\n")
     if (example := shown.first(job.task, job.examples)) is not None:
         say(f"{example}\n")
     if config.compute.layout == "jit" and (idle := jax.device_count() - job.layout.devices):

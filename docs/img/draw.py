@@ -1,4 +1,4 @@
-"""The drawings of the pages, for light and dark backgrounds; ``python docs/img/draw.py`` writes them here."""
+"""The drawings of the site, for light and dark backgrounds; written by ``python docs/img/draw.py``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def labelled(t: Theme, x: float, y: float, w: float, h: float, kind: str, *lines
 
 
 def update(t: Theme) -> tuple[int, int, str, list[str]]:
-    """W + AB: the sizes of the three matrices, and a count for one layer."""
+    """W + AB: the sizes of the three matrices, and a parameter count for one layer."""
     parts = [
         box(t, 40, 50, 230, 230, "frozen", 4),
         text(t, 155, 175, "W", 40, weight="600"),
@@ -66,13 +66,13 @@ def update(t: Theme) -> tuple[int, int, str, list[str]]:
         text(t, 583, 262, "4096 × 4096 weight, r = 16:", 14, "soft"),
         text(t, 583, 284, "131,072 of 16,777,216 numbers (0.8%)", 14, "soft"),
         text(t, 369, 352, "y = x·W + s·(x·A)·B", 20, font="mono", weight="600"),
-        text(t, 369, 378, "two thin products beside the frozen one; A·B itself is never built", 14, "soft"),
+        text(t, 369, 378, "two thin products next to the frozen one; A·B itself is never built", 14, "soft"),
     ]
     return 738, 400, "LoRA: a frozen weight W plus a low-rank update s·A·B of two thin trained matrices", parts
 
 
 def engine(t: Theme) -> tuple[int, int, str, list[str]]:
-    """How a program is adapted: what happens once, and what happens in each step."""
+    """Adapting a program: the steps done once, and those done in each training step."""
     parts = [
         text(t, 30, 34, "Once", 17, weight="600", anchor="start"),
         labelled(t, 30, 54, 180, 70, "frozen", "fn, params, batch", "your program"),
@@ -94,7 +94,7 @@ def engine(t: Theme) -> tuple[int, int, str, list[str]]:
         text(t, 494, 250, "Each equation of the jaxpr:", 14, anchor="start", weight="600"),
     ]
     rows = [
-        ("no adapted operand", "runs as it is", "frozen"),
+        ("no adapted operand", "runs unchanged", "frozen"),
         ("moves the weight: transpose, slice, cast", "moves A and B", "trained"),
         ("uses it: dot_general, conv, gather", "x·W + s·(x·A)·B", "trained"),
         ("no factored form: exp(W)", "sums W + s·A·B, with a warning", "call"),

@@ -25,7 +25,7 @@ _Rate: TypeAlias = Annotated[float, Within(0, 1, below=True)]
 
 @dataclasses.dataclass(frozen=True)
 class Override:
-    """Other settings for the targets whose path matches ``pattern``; the first override that matches applies.
+    """Settings for the targets whose path matches ``pattern``; the first override that matches applies.
 
     >>> LoraConfig(rank=8, overrides=(Override(r"layer_0/", rank=2), Override(r"value", alpha=32)))
 
@@ -52,13 +52,13 @@ class LoraConfig:
     Attributes:
       rank: r, the inner dimension of the update.
       alpha: the update is scaled by ``alpha / rank``.
-      targets: ``"all-linear"``: every weight whose first matrix use, as `trace` found it, is a matmul, convolution or
-        expert matmul (so not a table that is looked up first, even if it is also the output projection). Or regular
+      targets: ``"all-linear"``: every weight whose first matrix use in `trace` is a matmul, convolution or
+        expert matmul (a table that is looked up first is not one, even if also the output projection). Or regular
         expressions, searched in the ``/``-joined path.
       exclude: regular expressions of paths that are never adapted; by default output heads (`HEADS`).
-      overrides: settings by path; the first match applies.
-      train_also: regular expressions of leaves to train whole: a new head, norms, biases. They win over ``targets``
-        and ``exclude``. (PEFT's ``modules_to_save`` and ``bias``.)
+      overrides: settings by path; the first match wins.
+      train_also: regular expressions of leaves to train whole: a new head, norms, biases. They take precedence over
+        ``targets`` and ``exclude``. (PEFT's ``modules_to_save`` and ``bias``.)
       dropout: rate in [0, 1) on the adapter's input; active where `attach` is given a key.
       use_rslora: scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
       use_dora: train the columns' magnitudes too (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
@@ -101,7 +101,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What multiplies ``a @ b``: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA."""
+        """The factor on ``a @ b``: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def to_json(self) -> str:
@@ -110,7 +110,7 @@ class LoraConfig:
 
     @classmethod
     def from_json(cls, text: str) -> LoraConfig:
-        """The config that `to_json` wrote.
+        """Parses what `to_json` wrote.
 
         Raises:
           ValueError: listing every unknown field with the closest known one, or every value out of range.
@@ -119,7 +119,7 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> LoraConfig:
-        """A config from plain data, as in a JSON file; raises as `from_json`."""
+        """A config from parsed JSON; raises as `from_json`."""
         if not isinstance(fields, dict):
             raise ValueError(f"LoraConfig: got {shown(fields)}; expected an object of its fields")
         overrides = fields.get("overrides", ())
@@ -138,7 +138,7 @@ class LoraConfig:
 
 
 _NUMBERS = ("rank", "alpha", "dropout", "use_rslora", "use_dora")
-"""What `LoraConfig` and `Override` share."""
+"""Value ranges of the fields that `LoraConfig` and `Override` share."""
 
 
 def _plain_numbers(config: LoraConfig | Override) -> None:

@@ -1,4 +1,4 @@
-"""Paths name leaves: ``params/layer_0/kernel``, whatever library made the tree."""
+"""Paths name leaves: ``params/layer_0/kernel``, whichever library built the tree."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def named_leaves(tree: PyTree) -> tuple[dict[Path, Any], Any]:
 def path_key(key: Array, path: str) -> Array:
     """The random key of one leaf: ``key`` folded with a hash of its path.
 
-    Each leaf has a key of its own, which does not depend on which other leaves there are.
+    Each leaf gets its own key, independent of the other leaves.
 
     >>> noise = {path: jax.random.normal(jlora.path_key(key, path), x.shape) for path, x in leaves.items()}
     """
@@ -65,7 +65,7 @@ def one_key(key: Any, what: str, name: str) -> Array:
 def path_of(keys: tuple[Any, ...]) -> Path:
     """The path of a leaf from its key path.
 
-    A trailing ``value`` attribute (an NNX variable, ``nn.Partitioned``) is dropped, so that boxing a parameter does
+    Drops a trailing ``value`` attribute (an NNX variable, ``nn.Partitioned``), so that boxing a parameter does
     not change its path.
     """
     boxed = len(keys) > 1 and isinstance(keys[-1], GetAttrKey) and keys[-1].name == "value"

@@ -1,4 +1,4 @@
-"""Types that every module shares: adapters, attached leaves, uses of a weight. No algorithms."""
+"""Shared types: adapters, attached leaves, uses of a weight. No algorithms."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Axes(NamedTuple):
         return tuple(tuple(shape[i] for i in group) for group in self)
 
     def flipped(self) -> Axes:
-        """The axes of the transposed use, as of an embedding that is also the output projection."""
+        """The axes of the transposed use: an embedding reused as the output projection."""
         return Axes(self.batch, self.outputs, self.inputs)
 
 
@@ -47,8 +47,8 @@ class LoraFactors:
       b: float array of shape ``batch + (rank,) + outputs``.
       magnitude: None, or DoRA's column norms of shape ``batch + outputs`` (Liu et al. 2024, eq. 5).
       scale: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA. Static.
-      axes: which axes of the weight the factors' own axes follow. Static, and recorded so that
-        merging never guesses.
+      axes: the axes of the weight that the factors' own axes follow. Static, and recorded so that merging never
+        guesses.
       dropout: rate in [0, 1) on the adapter's input, active where `attach` is given a key. Static.
     """
 
@@ -65,23 +65,23 @@ class LoraFactors:
 
 
 Adapters: TypeAlias = Mapping[Path, LoraFactors | Array]
-"""A flat dict of all that is trained: `LoraFactors`, or arrays for leaves trained whole, by the weight's path."""
+"""Everything that trains, in a flat dict by path: `LoraFactors`, or an array for a leaf trained whole."""
 
 _NOT_WRAPPED = (
-    "the weight at {path!r} carries LoRA factors, and a function was called on it that does not understand them. "
+    "the weight at {path!r} carries LoRA factors, and was passed to a function that does not support them.  "
     "Wrap the function that takes the parameters: `apply = jlora.lora(model.apply)`, then call "
     "`apply(jlora.attach(params, adapters), ...)`; or give the plain function `jlora.merge(params, adapters)`."
 )
 
 
 _LABELS = (
-    "these are labels of jlora.labels, and a function was called on the one at {path!r}. A module of labels that has a "
+    "these are labels from jlora.labels, and the one at {path!r} was used as an array. A module of labels with a "
     "__call__ is itself callable, and optax calls it: pass the function `jlora.labels` to optax.partition instead."
 )
 
 
 class _Attached:
-    """What attached leaves share: the base's shape and dtype, and an error where they are used as arrays."""
+    """Base of attached leaves: the weight's shape and dtype, and an error for use as an array."""
 
     base: Any
     path: Path
@@ -118,13 +118,13 @@ class _Attached:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraWeight(_Attached):
-    """A frozen base weight and its factors, in place of the weight in the parameter tree.
+    """A frozen base weight with its factors: replaces the weight in the parameter tree.
 
     Attributes:
       base: the frozen weight, any float dtype.
       factors: the trainable update.
       strength: None, or a scalar array that multiplies the update at run time.
-      dropout_key: None, or a PRNG key; with one, the adapter's input is dropped at ``factors.dropout``.
+      dropout_key: None, or a PRNG key; if given, dropout at rate ``factors.dropout`` acts on the adapter's input.
       path: of the weight. Static.
     """
 
@@ -138,7 +138,7 @@ class LoraWeight(_Attached):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class FullWeight(_Attached):
-    """A leaf trained whole: the model uses ``value``, in the dtype of ``base``, which is kept for `detach`.
+    """A leaf trained whole: the model uses ``value``, cast to the dtype of ``base``; `detach` restores ``base``.
 
     Attributes:
       base: the original leaf, frozen.
@@ -152,7 +152,7 @@ class FullWeight(_Attached):
 
 
 def is_attached(x: Any) -> bool:
-    """Whether ``x`` is a leaf that `attach` put in place."""
+    """Whether ``x`` is a leaf created by `attach`."""
     return isinstance(x, LoraWeight | FullWeight)
 
 
@@ -166,9 +166,9 @@ class Use(NamedTuple):
       note: why ``axes`` is None, or why the weight is materialized for this product.
       summed: whether an adapted weight is materialized (summed to its full shape) for it.
       gradient: whether the gradient of a floating result reaches the weight through this use.
-      work: the multiplications of a product with data, by which uses are weighted. 0 for any other use: if the other
-        operand is not data with a gradient, such as the vectors of a power iteration, or if the result affects the
-        function only through a scalar that multiplies a weight, such as the norm that such an iteration finds.
+      work: the multiplications of a product with data, which weight the uses. 0 for any other use: where the other
+        operand is not data with a gradient, such as the vectors of a power iteration, or where the result affects the
+        function only through a scalar that multiplies a weight, such as the norm estimated by that iteration.
     """
 
     primitive: str
@@ -187,7 +187,7 @@ MATMULS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated"
 
 @dataclasses.dataclass(frozen=True)
 class WeightUse:
-    """How a model consumes one weight, as found by `trace`.
+    """How a model consumes one weight; returned by `trace`.
 
     Attributes:
       shape, dtype: of the weight.
@@ -205,8 +205,8 @@ class WeightUse:
 
     @property
     def axes(self) -> Axes | None:
-        """The axes of the products with the most multiplications, summed over products with the same axes; the first
-        of equals. For a table that is looked up first, those of the lookup. None if no use has a matrix form."""
+        """The axes with the most multiplications, summed over the products that share them; the first on a tie. For a
+        table that is looked up first, the axes of the lookup. None if no use has a matrix form."""
         first = next((use for use in self.learning if use.axes is not None), None)
         if first is None or first.primitive not in MATMULS:
             return first and first.axes
@@ -214,11 +214,11 @@ class WeightUse:
         for use in self.uses:
             if use.primitive in MATMULS and use.axes is not None:
                 work[use.axes] = work.get(use.axes, 0) + use.work
-        return max(work, key=lambda axes: work[axes])  # the first of equals
+        return max(work, key=lambda axes: work[axes])  # the first on a tie
 
     @property
     def kind(self) -> str:
-        """``matmul``, ``lookup``, ``stopped`` (no gradient reaches the weight), ``unread`` or ``other``: by the first
+        """``matmul``, ``lookup``, ``stopped`` (no gradient reaches the weight), ``unread`` or ``other``, from the first
         matrix use through which a gradient reaches the weight."""
         for use in self.learning:
             if use.axes is not None:
@@ -244,12 +244,12 @@ Uses: TypeAlias = Mapping[Path, WeightUse]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What `init` makes for one weight.
+    """What `init` creates for one weight.
 
     Attributes:
       path, shape, dtype: of the weight.
-      axes: the roles of its axes; None for a leaf that is trained whole.
-      rank, scale, dropout, dora: of the factors; rank 0 for a leaf that is trained whole.
+      axes: the roles of its axes; None for a leaf trained whole.
+      rank, scale, dropout, dora: of the factors; rank 0 for a leaf trained whole.
       trainable: the number of trainable parameters.
       used_by: what consumes the weight, in words.
       lookup: whether the weight is a table whose rows are looked up.

@@ -1,7 +1,7 @@
-"""Records of adapters: what a checkpoint keeps of them as JSON, beside their arrays.
+"""Records of adapters: the JSON that a checkpoint stores next to their arrays.
 
-Arrays alone do not say how an update is computed. A record holds the rest: shapes and dtypes, and of factors also
-scale, axes and dropout rate.
+Arrays alone do not determine an update. A record adds shapes and dtypes, and for factors also scale, axes and dropout
+rate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PARTS = ("a", "b", "magnitude")
 
 
 def record_of(value: LoraFactors | Array) -> dict[str, Any]:
-    """The record of one adapter (or of its shapes), as JSON can hold it."""
+    """The record of one adapter (or of its shapes), as JSON values."""
     if not isinstance(value, LoraFactors):
         return {"shape": list(value.shape), "dtype": np.dtype(value.dtype).name}
     axes = {role: list(numbers) for role, numbers in value.axes._asdict().items()}
@@ -53,7 +53,7 @@ def shapes_of(record: Mapping[str, Any]) -> Any:
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """A line for each difference between records by path: missing and unexpected paths, and fields that differ."""
+    """One line per difference between records by path: missing and unexpected paths, and fields that differ."""
     wrong = [f"{path!r} is missing" for path in expected if path not in found]
     wrong += [f"{path!r} is not expected" for path in found if path not in expected]
     wrong += [
@@ -72,7 +72,7 @@ def _shown(field: Any) -> str:
 
 
 def fault(record: Any) -> str | None:
-    """Why ``record`` cannot be one, with a ``key`` for its arrays; None if it can."""
+    """Why ``record`` is no valid record with a ``key`` for its arrays; None if it is."""
     if not isinstance(record, dict):
         return f"got {record!r:.80}, expected an object"
     factors = "a" in record or "b" in record

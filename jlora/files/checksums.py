@@ -1,4 +1,4 @@
-"""The SHA-256 of every file of a folder, stored beside the files: a read returns exactly what was written.
+"""SHA-256 checksums of a folder's files, stored next to them, so that damage is detected.
 
 ``SHA256SUMS`` has the format of ``sha256sum``, so that ``sha256sum -c SHA256SUMS`` checks a folder by hand.
 """
@@ -35,7 +35,7 @@ def check_sums(folder: Path) -> None:
     """Compare the files of a folder with their checksums.
 
     Raises:
-      TensorError: naming every file that is missing or differs; or if there are no valid checksums.
+      TensorError: listing every file that is missing or differs; or if there are no valid checksums.
     """
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
@@ -46,13 +46,13 @@ def check_sums(folder: Path) -> None:
     sums = {match[2]: match[1] for line in lines if (match := _LINE.fullmatch(line))}
     wrong = [f"{name} {fault}" for name, sum in sums.items() if (fault := _fault(folder / name, sum))]
     if len(sums) < len(lines) or not sums:
-        wrong.append(f"{SUMS} has {len(lines)} lines, of which {len(sums)} are checksums of different files")
+        wrong.append(f"{SUMS} has {len(lines)} lines, but only {len(sums)} valid checksums of different files")
     if wrong:
-        raise TensorError(f"{folder} is damaged, or was changed after it was written:{bullets(wrong)}\n{_AGAIN}")
+        raise TensorError(f"{folder} is damaged, or was changed since it was written:{bullets(wrong)}\n{_AGAIN}")
 
 
 _AGAIN = (
-    "Expected the files as they were written: copy or save them again. If you changed them, update the checksums: "
+    "Expected unchanged files: copy or save them again. If you changed them, update the checksums: "
     f"`find . -type f ! -name {SUMS} -exec sha256sum {{}} + > {SUMS}` in that folder."
 )
 

@@ -1,4 +1,4 @@
-"""The names of the files in a Hugging Face folder (a checkpoint or an adapter), and the reading of its JSON."""
+"""File names in a Hugging Face folder (a checkpoint or an adapter), and a reader of its JSON."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ TOKENIZER_FILES = (
     VOCABULARY,
     "vocab.txt",
 )
-"""The files of a tokenizer or an image processor."""
+"""Files of a tokenizer or an image processor."""
 
 JSON_PATTERN = "*.json"
 CHECKPOINT_PATTERNS = (JSON_PATTERN, "*.safetensors", "*.txt", "*.model", "*.jinja")
-"""What is fetched of a model on the hub."""
+"""Patterns of the files to download from a model on the hub."""
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 

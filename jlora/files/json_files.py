@@ -10,14 +10,14 @@ from jlora.files.drafts import drafts
 from jlora.files.errors import TensorError
 
 MAX_BYTES = 100_000_000
-"""The largest file that is read; safetensors allows its headers as much."""
+"""The largest file to read; also safetensors' limit for headers."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-      TensorError: if the file cannot be read, is larger than `MAX_BYTES`, is not JSON, or holds something other than an
+      TensorError: if the file cannot be read, is larger than `MAX_BYTES`, is not JSON, or holds anything other than an
         object; or if an object in it has a key twice.
     """
 
@@ -25,7 +25,7 @@ def read_json(file: Path) -> dict[str, Any]:
         if len(found := dict(pairs)) < len(pairs):
             names = [name for name, _ in pairs]
             twice = sorted({name for name in names if names.count(name) > 1})
-            raise TensorError(f"{file} has these keys twice: {twice}; expected each once, as readers may take either")
+            raise TensorError(f"{file} has these keys twice: {twice}; expected each once, since readers may use either")
         return found
 
     try:
@@ -51,7 +51,7 @@ def json_text(value: Any, *, sort_keys: bool = True) -> str:
     """``value`` as the text of a JSON file.
 
     Args:
-      value: what `json.dumps` takes.
+      value: as for `json.dumps`.
       sort_keys: sort the keys of objects, so that equal values give equal bytes.
     """
     return json.dumps(value, indent=2, sort_keys=sort_keys) + "\n"

@@ -33,7 +33,7 @@ _CHUNK_ENTRIES = 2**18
 
 
 class Tensor(NamedTuple):
-    """A tensor in a file. `read` reads its values, or a slice of them, and nothing else of the file.
+    """A tensor in a file. `read` reads only its values, or a slice of them.
 
     Attributes:
       file: the safetensors file.
@@ -70,7 +70,7 @@ def is_finite(array: np.ndarray) -> bool:
     if array.dtype.kind in "biu" or not array.size:
         return True
     if array.dtype.itemsize == 2:
-        # NumPy compares 16-bit floats one by one; comparing their bits without the sign is a hundred times faster.
+        # NumPy compares 16-bit floats one by one; comparing their bits, sign masked, is a hundred times faster.
         infinity = int(np.array(np.inf, array.dtype).view(np.uint16))
         bits = array.view(np.uint16).ravel()
         return all(
@@ -81,10 +81,10 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def open_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name. Only the header is read.
+    """The tensors of a safetensors file by name. Reads only the header.
 
     Raises:
-      TensorError: if the file is not safetensors, is truncated, or holds a dtype that JAX lacks.
+      TensorError: if the file is not safetensors, is truncated, or has a dtype that JAX lacks.
     """
     try:
         with safe_open(file, "np") as opened:
@@ -94,16 +94,16 @@ def open_tensors(file: Path) -> dict[str, Tensor]:
     if odd := {name: entry[-1] for name, entry in found.items() if entry[-1] not in _DTYPES}:
         raise TensorError(
             f"{file}: JAX has no dtype for these tensors:{bullets(f'{n}: {d}' for n, d in odd.items())}\nExpected one "
-            f"of {', '.join(_DTYPES)}. Quantized checkpoints are not read: load the checkpoint that was quantized."
+            f"of {', '.join(_DTYPES)}. Quantized checkpoints are not supported: load the original checkpoint."
         )
     return {name: Tensor(file, name, tuple(shape), np.dtype(_DTYPES[dtype])) for name, (*shape, dtype) in found.items()}
 
 
 def open_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, in ``model.safetensors`` or in the files that its index lists.
+    """The tensors of a checkpoint by name, in ``model.safetensors`` or the files listed in its index.
 
     Raises:
-      TensorError: if the folder has neither file; or the index names files that are missing, that are outside of the
+      TensorError: if the folder has neither file; or the index names files that are missing, are outside of the
         folder, or that lack a tensor.
     """
     if (folder / WEIGHTS).is_file():
@@ -115,13 +115,13 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
     lacking = [f"{tensor!r} is not in {file}" for tensor, file in weight_map.items() if tensor not in files[file]]
     if lacking:
         raise TensorError(
-            f"{folder / WEIGHTS_INDEX} and the files do not agree:{bullets(lacking)}\nFetch the checkpoint again."
+            f"{folder / WEIGHTS_INDEX} and the files disagree:{bullets(lacking)}\nFetch the checkpoint again."
         )
     return {tensor: files[file][tensor] for tensor, file in weight_map.items()}
 
 
 def _what_instead(folder: Path) -> str:
-    """The rest of an error: what a folder without weights has instead."""
+    """The end of an error: what a folder without weights contains instead."""
     if not (pickled := pickled_files(folder)):
         return f". Expected one of them; the folder has {sorted(file.name for file in folder.glob('*'))}."
     return (
@@ -132,7 +132,7 @@ def _what_instead(folder: Path) -> str:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """The file of each tensor, by the index of a checkpoint; all files exist and are in its folder."""
+    """The file of each tensor, from a checkpoint's index; all files exist in its folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise TensorError(f"{index}: expected a `weight_map` from tensor names to file names, got {weight_map!r:.200}")
@@ -153,11 +153,11 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 class PendingTensor(NamedTuple):
-    """A tensor that is to be written.
+    """A tensor to write.
 
     Attributes:
       fetch: returns the array.
-      size: its bytes.
+      size: in bytes.
     """
 
     fetch: Callable[[], np.ndarray]
@@ -165,9 +165,9 @@ class PendingTensor(NamedTuple):
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, PendingTensor], max_shard_bytes: int) -> list[Path]:
-    """Write ``model.safetensors``, or several files and their index. The tensors of one file are in memory at a time.
+    """Write ``model.safetensors``, or several files and their index. Holds the tensors of one file in memory at a time.
 
-    Existing files are replaced once all are written; after an error they are unchanged.
+    Existing files are replaced after all are written; after an error they are unchanged.
 
     Args:
       folder: an existing folder.
@@ -175,7 +175,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, PendingTensor], max_sha
       max_shard_bytes: the size limit of one file, unless a single tensor is larger.
 
     Returns:
-      The files that were written.
+      The written files.
     """
     shards: list[list[str]] = [[]]
     filled = 0

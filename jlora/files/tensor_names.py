@@ -1,4 +1,4 @@
-"""Which PyTorch tensors each leaf of a parameter tree is, and how their axes are ordered.
+"""Maps each leaf of a parameter tree to PyTorch tensors, and their axes to ours.
 
 One table serves loading, saving, merged export, and PEFT adapters in both directions. `jlora.models.tensor_names`
 returns it for a network of `jlora.models`; for a model of your own, write it with the functions below, using the
@@ -21,14 +21,14 @@ ModuleKind = Literal["linear", "conv1d", "conv2d", "embedding", "array"]
 """The type of PyTorch module that a tensor belongs to; ``conv1d`` is the transposed linear layer of GPT-2."""
 
 _FROM_TORCH: dict[str, tuple[int, ...]] = {"linear": (1, 0), "conv2d": (2, 3, 1, 0)}
-"""The axes of PyTorch's array in the order of ours; other kinds have the same order."""
+"""PyTorch's axes in our order; other kinds have the same order."""
 
 
 class TensorName(NamedTuple):
     """The PyTorch tensors of one leaf.
 
     Attributes:
-      tensors: names in PyTorch's model, as ``named_parameters()`` and PEFT have them: one, or one for each layer of a
+      tensors: names in PyTorch's model, as in ``named_parameters()`` and PEFT: one, or one for each layer of a
         stacked leaf.
       kind: of the module, which determines the order of the axes; ``array`` for biases, norms and other non-matrices.
       stacked: whether the leaf has a leading axis of layers.
@@ -52,7 +52,7 @@ TensorNames: TypeAlias = Mapping[Path, TensorName]
 
 
 class ModelTensorNames(dict[Path, TensorName]):
-    """A table of tensor names, and the PyTorch class of the network, from which ``AutoPeftModel`` makes the model.
+    """A table of tensor names, and the network's PyTorch class, which ``AutoPeftModel`` instantiates.
 
     Attributes:
       library: the Python module of the class.
@@ -69,7 +69,7 @@ def linear(path: Path, module: str, *, bias: bool = True, layers: int | None = N
 
     Args:
       path: of the module's parameters in our tree.
-      module: the name of PyTorch's module; with ``layers``, ``{}`` in it stands for the layer's index.
+      module: the name of PyTorch's module; with ``layers``, ``{}`` in it is the layer's index.
       bias: whether the module has one.
       layers: of a stacked leaf, the size of its leading axis.
     """
@@ -77,7 +77,7 @@ def linear(path: Path, module: str, *, bias: bool = True, layers: int | None = N
 
 
 def conv1d(path: Path, module: str, *, layers: int | None = None) -> dict[Path, TensorName]:
-    """As `linear`, from the layer that GPT-2 calls ``Conv1D``, whose weight is [in, out] as ours."""
+    """As `linear`, from GPT-2's ``Conv1D``, whose weight is [in, out] like ours."""
     return _module(path, module, ("kernel", "conv1d"), True, layers)
 
 
@@ -111,11 +111,11 @@ def array(path: Path, tensor: str) -> dict[Path, TensorName]:
 
 
 def stored_as(names: TensorNames, *replacements: tuple[str, str]) -> dict[Path, TensorName]:
-    """The same table with names in checkpoint files that differ from those in the model.
+    """The same table with different names in checkpoint files.
 
     Args:
       names: with the names in the model.
-      replacements: pairs of a part of these names and its spelling in files, replaced in this order.
+      replacements: pairs of a part of these names and its spelling in files, applied in order.
     """
 
     def in_file(tensor: str) -> str:
@@ -137,7 +137,7 @@ def _module(
 
 
 def torch_axes(kind: ModuleKind, ndim: int) -> tuple[int, ...]:
-    """The axes of PyTorch's array (one layer) in the order of ours."""
+    """PyTorch's axes (one layer) in our order."""
     return _FROM_TORCH.get(kind, tuple(range(ndim)))
 
 
@@ -163,7 +163,7 @@ def to_tensor(leaf: Any, name: TensorName, layer: int) -> np.ndarray:
 
 
 class LayerOfLeaf(NamedTuple):
-    """The part of a leaf that one PyTorch tensor is: the layer of that index in ``name.tensors``."""
+    """The part of a leaf for one PyTorch tensor: the layer at that index in ``name.tensors``."""
 
     path: Path
     name: TensorName
@@ -171,10 +171,10 @@ class LayerOfLeaf(NamedTuple):
 
 
 def by_tensor(names: TensorNames) -> dict[str, LayerOfLeaf]:
-    """Which part of which leaf each PyTorch tensor of a table is."""
+    """The part of a leaf for each PyTorch tensor of a table."""
     return {tensor: LayerOfLeaf(path, name, i) for path, name in names.items() for i, tensor in enumerate(name.tensors)}
 
 
 def module_of(tensor: str) -> str:
-    """The PyTorch module that has the tensor as its weight or bias."""
+    """The PyTorch module whose weight or bias is the tensor."""
     return tensor.rpartition(".")[0]

@@ -1,18 +1,18 @@
 """Networks for Hugging Face checkpoints, in Flax Linen: BERT, RoBERTa, ViT, GPT-2, Llama, Mistral, Qwen and Gemma.
 
-- `load`, `save`: a checkpoint as a network and its parameters, and back.
+- `load`, `save`: convert a checkpoint to a network and its parameters, and back.
 - `build`: the network alone, from a checkpoint or a configuration.
 - `export`: a merged checkpoint with tokenizer and model card.
 - `generate`: text from a language model, compiled once.
 - `tensor_names`: the PyTorch names of a network's leaves, for `jlora.peft`.
-- `sharding_rules`: how its parameters are split over a mesh.
+- `sharding_rules`: rules that split its parameters over a mesh.
 - `abstract`, `example_inputs`: the shapes of its parameters, and a small input.
-- `fetch`: the folder of a checkpoint, downloaded if need be.
+- `fetch`: the folder of a checkpoint, downloaded if necessary.
 - `ModelError`, `TensorError`: a network or a file that cannot be used.
 - `TaskName`, `Remat`: the values of ``task`` and ``remat``.
 
-A family is a folder with its network (``modeling``) and tensor names (``table``). The networks know nothing of LoRA;
-`jlora.lora` adapts any other JAX model as well.
+Each family is a folder with its network (``modeling``) and tensor names (``table``). The networks contain no LoRA code;
+`jlora.lora` adapts any other JAX model too.
 """
 
 from jlora.files.errors import TensorError

@@ -1,4 +1,4 @@
-"""Parts that decoders share: the causal mask, the cache of keys and values, and the stack of layers."""
+"""Shared parts of the decoders: the causal mask, the cache of keys and values, and the stack of layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jlora.models._layers import Network, Remat, recomputed
 
 @dataclasses.dataclass(frozen=True)
 class CausalConfig(ModelConfig):
-    """The fields that the heads use of a decoder's configuration.
+    """The fields of a decoder's configuration that the heads use.
 
     Attributes:
       vocab_size: the number of tokens.
@@ -48,7 +48,7 @@ class CausalConfig(ModelConfig):
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
-        """The tokens that end a text: those of generation_config.json, or else of config.json; possibly none.
+        """The tokens that end a sequence, from generation_config.json, or else config.json; possibly none.
 
         Raises:
           ModelError: if the ``eos_token_id`` there is neither a token nor a list of tokens.
@@ -67,7 +67,7 @@ class CausalConfig(ModelConfig):
 
 
 class Cache(NamedTuple):
-    """The keys and values of the tokens so far. It is immutable: a call returns the next one.
+    """The keys and values of the tokens so far. Immutable: a call returns the next one.
 
     Attributes:
       keys, values: [layers, batch, slots, key heads, head size].
@@ -82,13 +82,13 @@ class Cache(NamedTuple):
 
 
 class CausalMask(NamedTuple):
-    """Which slots each token attends to.
+    """The slots that each token attends to.
 
     Attributes:
       allowed: bool [batch or 1, length, slots].
-      distance: int32 [length, slots], how many tokens before the token a slot is; for sliding windows.
+      distance: int32 [length, slots], the distance from each token back to each slot; for sliding windows.
       start: int32 scalar, the slot of the first token of this call.
-      valid: that of the next cache; None without one.
+      valid: the next cache's ``valid``; None without a cache.
     """
 
     allowed: jax.Array
@@ -98,7 +98,7 @@ class CausalMask(NamedTuple):
 
 
 class LayerInput(NamedTuple):
-    """What differs from layer to layer beside the parameters: each field has a leading axis of layers, or is None.
+    """The per-layer inputs besides the parameters: each field has a leading axis of layers, or is None.
 
     Attributes:
       keys, values: of the cache.
@@ -121,7 +121,7 @@ def causal_mask(
       shape: (batch, length) of the tokens.
       attention_mask: [batch, length], 0 or False at padding; None if there is none.
       segment_ids: int [batch, length], for packed sequences.
-      cache: of the tokens before.
+      cache: of the previous tokens.
 
     Raises:
       ValueError: for segments together with a cache, or a cache with fewer slots than there are tokens.
@@ -131,7 +131,7 @@ def causal_mask(
     if cache is None:
         slots, start, valid = length, jnp.int32(0), None
     elif segment_ids is not None:
-        raise ValueError("segment_ids together with a cache; packed sequences are for training: pass one of the two")
+        raise ValueError("segment_ids together with a cache; packed sequences are for training; pass one of the two")
     elif cache.valid.shape[1] < length:
         raise ValueError(
             f"{length} tokens for a cache of {cache.valid.shape[1]} slots; make it with init_cache for all"
@@ -150,7 +150,7 @@ def causal_mask(
 
 
 def default_positions(shape: tuple[int, ...], segment_ids: jax.Array | None, cache: Cache | None) -> jax.Array:
-    """int [1 or batch, length], from 0 or from the end of the cache; each segment starts at 0. Padding counts."""
+    """int [1 or batch, length], from 0 or from the end of the cache; each segment starts at 0. Padding is counted."""
     index = jnp.arange(shape[1])[None]
     if segment_ids is not None:
         starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
@@ -172,7 +172,7 @@ def next_cache(cache: Cache | None, slots: Any, mask: CausalMask) -> Cache | Non
 
 
 def with_cached(layer: LayerInput, key: jax.Array, value: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The keys and values that a layer attends to: those of the cache, if there is one, and of this call."""
+    """The keys and values that a layer attends to: the cache's, if any, and this call's."""
     if layer.keys is None or layer.values is None:
         return key, value
     write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
@@ -196,7 +196,7 @@ def linear_init(config: CausalConfig) -> nn.initializers.Initializer:
 
 
 class LayerStack(Network):
-    """A decoder without a head. Subclasses define ``setup`` and the three methods at the end."""
+    """A decoder without a head. Subclasses define ``setup`` and the last three methods."""
 
     title: ClassVar[str]
 
@@ -220,7 +220,7 @@ class LayerStack(Network):
         cache: Cache | None,
         deterministic: bool,
     ) -> tuple[jax.Array, Cache | None]:
-        """The states as `__call__` returns them, and the next cache if there is one.
+        """The states, as from `__call__`, and the next cache, if any.
 
         Raises:
           ModelError: if there are more tokens than positions, and no ``position_ids``; also for packed sequences, whose
@@ -245,10 +245,10 @@ class LayerStack(Network):
         raise NotImplementedError
 
     def unembed(self, x: jax.Array) -> jax.Array:
-        """Logits by the tied embedding, float32 [batch, length, vocab_size]."""
+        """Logits from the tied embedding, float32 [batch, length, vocab_size]."""
         raise NotImplementedError
 
 
 def unembed(x: jax.Array, table: jax.Array, dtype: Any) -> jax.Array:
-    """Logits float32 [..., vocab] of states [..., width], by the embedding's table [vocab, width]."""
+    """Logits float32 [..., vocab] of states [..., width], through the embedding's table [vocab, width]."""
     return jnp.einsum("...d,vd->...v", x, table.astype(dtype), preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""`load` and `save`: Hugging Face checkpoints as a network and its parameters."""
+"""`load` and `save`: convert Hugging Face checkpoints to a network and its parameters, and back."""
 
 from __future__ import annotations
 
@@ -46,36 +46,36 @@ def load(
     revision: str | None = None,
     untie: bool = False,
 ) -> tuple[nn.Module, PyTree]:
-    """A network and its parameters, from a checkpoint as Hugging Face's transformers writes it.
+    """Load a network and its parameters from a checkpoint of Hugging Face's transformers.
 
     >>> model, params = load("../shared/models/minilm-l6", task="sequence-classification", key=jax.random.key(0))
     >>> logits = model.apply(params, input_ids, attention_mask)
 
-    Tensors are read one by one, and of a sharded parameter only the parts of this process's devices, so that the host's
+    Reads tensors one by one, and for a sharded parameter only the parts of this process's devices, so that the host's
     memory never holds much more than the parameters.
 
     Args:
-      path: a folder, or the id of a model on the hub, which is then downloaded.
-      task: what the network returns; by default that of the checkpoint.
-      labels: of a classifier, their names or their number; by default those of the checkpoint.
-      dtype: of the computation; norms, attention weights and the logits of losses are computed in float32.
+      path: a folder, or the id of a model on the hub, to download.
+      task: the kind of output; by default the checkpoint's.
+      labels: of a classifier: their names or number; by default the checkpoint's.
+      dtype: of the computation; norms, attention weights and logits for losses are float32.
       param_dtype: of the parameters; by default their stored dtypes.
-      remat: what the backward pass recomputes to save memory: "full" everything inside of a layer, "dots" all but its
+      remat: what the backward pass recomputes to save memory: "full", everything inside a layer; "dots", all but its
         products with weights; ``model.clone(remat=...)`` changes it later.
       shardings: of the parameters: one sharding, a tree like the parameters (from `sharding_rules`), or
         ``(path, shape) -> sharding``; by default JAX's default device.
-      key: a PRNG key, from which a head starts that the checkpoint lacks or has for other labels.
+      key: a PRNG key for a new head, if the checkpoint lacks it or has one for other labels.
       revision: of a model on the hub: branch, tag or commit.
       untie: give a language model a separate output projection although config.json ties it to the embedding
         (``tie_word_embeddings``). It starts as the file's ``lm_head.weight``, or else as the embedding. `save` writes
-        both, and an adapter of one acts on that one alone.
+        both, and an adapter acts only on the one it adapts.
 
     Returns:
-      ``(model, params)`` such that ``model.apply(params, ...)`` computes what the class of transformers computes.
+      ``(model, params)`` such that ``model.apply(params, ...)`` computes the same as the class in transformers.
 
     Raises:
-      ModelError: if config.json describes an unknown network, or the tensors are not those of the network, all named;
-        or if config.json ties an output projection that has other values than the embedding.
+      ModelError: if config.json describes an unknown network, or the tensors do not match the network, listing all;
+        or if config.json ties an output projection whose values differ from the embedding's.
       TensorError: if a file is damaged, pickled or outside of the folder, or a tensor holds NaN or infinity.
     """
     folder = fetch(path, revision)
@@ -102,23 +102,23 @@ def load(
 
 
 def save(folder: str | Path, model: nn.Module, params: PyTree, *, max_shard_bytes: int = 5 * 10**9) -> list[Path]:
-    """Write a network and its parameters as transformers does: ``config.json`` and safetensors.
+    """Write a network and its parameters in transformers' format: ``config.json`` and safetensors.
 
     >>> save("out/merged", model, jlora.merge(params, adapters))
 
-    The ``generation_config.json`` of the folder that a language model was loaded from is written too.
+    For a language model, also writes the ``generation_config.json`` from the folder that it was loaded from.
 
     Args:
       folder: created if it does not exist; a checkpoint in it is replaced.
       model: from `load` or `build`.
-      params: plain parameters of ``model``, as `load` or `jlora.merge` return them; stored in their dtypes.
+      params: plain parameters of ``model``, as from `load` or `jlora.merge`; stored in their dtypes.
       max_shard_bytes: the size above which the tensors are divided into several files with an index.
 
     Returns:
-      The files that were written.
+      The written files.
 
     Raises:
-      ModelError: if ``params`` are not the parameters of ``model``, naming every leaf, or hold NaN or infinity.
+      ModelError: if ``params`` do not match ``model`` or hold NaN or infinity, listing every leaf.
     """
     leaves, _ = named_leaves(params)
     check_leaves(leaves, model)
@@ -126,7 +126,7 @@ def save(folder: str | Path, model: nn.Module, params: PyTree, *, max_shard_byte
 
 
 def check_leaves(leaves: Mapping[LeafPath, Any], model: nn.Module) -> None:
-    """Raises a ModelError that names every leaf that is missing, unexpected, of another shape, or not finite."""
+    """Raises a ModelError listing every leaf that is missing, unexpected, of another shape, or not finite."""
     expected = named_leaves(abstract(model))[0]
     wrong = [f"{path!r} is missing" for path in expected if path not in leaves]
     wrong += [f"{path!r} is not a parameter{nearest(path, expected)}" for path in leaves if path not in expected]
@@ -139,7 +139,7 @@ def check_leaves(leaves: Mapping[LeafPath, Any], model: nn.Module) -> None:
     if wrong:
         raise ModelError(
             f"save: these are not the parameters of {type(model).__name__}:{bullets(wrong)}\nExpected plain, finite "
-            "parameters as load returns them; merge adapters first: jlora.merge(params, adapters)."
+            "parameters as from load; merge adapters first: jlora.merge(params, adapters)."
         )
 
 
@@ -152,7 +152,7 @@ def write(
     extra: Mapping[str, Any] | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """As `save`, with leaves that are fetched one at a time.
+    """As `save`, fetching the leaves one at a time.
 
     Args:
       shapes: the shape and dtype of each leaf.
@@ -199,7 +199,7 @@ def _pending(
 
 
 def _most_common_dtype(shapes: Mapping[LeafPath, Any]) -> str:
-    """The dtype of most parameters."""
+    """The most common dtype of the parameters."""
     sizes: Counter[str] = Counter()
     for shape in shapes.values():
         sizes[np.dtype(shape.dtype).name] += math.prod(shape.shape)
@@ -209,7 +209,7 @@ def _most_common_dtype(shapes: Mapping[LeafPath, Any]) -> str:
 def _start(
     model: nn.Module, paths: Sequence[LeafPath], key: Array, dtype: Any, place: Callable[[LeafPath], Any]
 ) -> dict[LeafPath, Array]:
-    """New values of the leaves ``paths``; no others are computed."""
+    """New values for the leaves ``paths`` alone."""
 
     def start(key: Array) -> dict[LeafPath, Array]:
         drawn, _ = named_leaves(draw(model, key))

@@ -1,4 +1,4 @@
-"""Parts that the encoders share: their configuration, attention, MLP and tensor names."""
+"""Shared parts of the encoders: configuration, attention, MLP and tensor names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jlora.models._layers import Activation, Part, activation, attend, dense
 
 @dataclass(frozen=True)
 class EncoderConfig(ModelConfig):
-    """Fields that the encoders share, by their names in a config.json."""
+    """Shared fields of the encoders, by their names in a config.json."""
 
     hidden_size: Size = 768
     num_hidden_layers: Layers = 12
@@ -30,11 +30,11 @@ class EncoderConfig(ModelConfig):
 
 
 class Encoded(NamedTuple):
-    """What an encoder returns for a batch of texts or images.
+    """An encoder's output for a batch of texts or images.
 
     Attributes:
       hidden: [batch, length, hidden_size], the states of all tokens or patches.
-      pooled: [batch, size of the pooler], from the first one; None without a pooler.
+      pooled: [batch, size of the pooler], from the first state; None without a pooler.
     """
 
     hidden: jax.Array
@@ -51,7 +51,7 @@ class EncoderPart(Part):
     def attention(
         self, x: jax.Array, mask: jax.Array | None, deterministic: bool, *, use_bias: bool = True
     ) -> jax.Array:
-        """Self-attention, [batch, length, hidden_size] to the same.
+        """Self-attention, [batch, length, hidden_size] to the same shape.
 
         Args:
           x: the states.
@@ -71,7 +71,7 @@ class EncoderPart(Part):
         return dense(config, config.hidden_size, "attention_output", **self.dtypes)(y)
 
     def mlp(self, x: jax.Array) -> jax.Array:
-        """Two linear layers, [batch, length, hidden_size] to the same."""
+        """Two linear layers, [batch, length, hidden_size] to the same shape."""
         config = self.config
         y = dense(config, config.intermediate_size, "intermediate", **self.dtypes)(x)
         return dense(config, config.hidden_size, "output", **self.dtypes)(activation(config.hidden_act)(y))

@@ -38,12 +38,12 @@ model = transformers.{auto}.from_pretrained("{name}")
 
 - low-rank updates of {factors} weights{ranks}
 - {whole} leaves trained whole
-- {trained:,} trained parameters, beside {total:,} of the network
+- {trained:,} trained parameters; the network has {total:,}
 
 ## Rounding
 
 Each update was added in float32, and the sum was rounded once to the dtype of the weight. The last column is the share
-of the update that was lost to this rounding.
+of the update lost to this rounding.
 
 ```
 {rounding}
@@ -61,19 +61,19 @@ def export(
     base_model: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Rounding:
-    """Write the merged network as a checkpoint that transformers, vLLM and `load` read, with a model card.
+    """Write the merged network as a checkpoint for transformers, vLLM and `load`, with a model card.
 
     >>> print(models.export("out/merged", model, params, adapters, tokenizer="../shared/models/minilm-l6"))
 
-    The weights are merged one by one as they are written: summed in float32, rounded once to the base's dtype.
+    Merges the weights one by one while writing: summed in float32, rounded once to the base's dtype.
 
     Args:
       folder: created if it does not exist; a checkpoint in it is replaced.
       model, params: as from `load`.
       adapters: as from `jlora.init`.
       tokenizer: None, an object with ``save_pretrained``, or a folder or the id of a model on the hub, whose tokenizer
-        or image processor is copied, and whose generation_config.json replaces the base's. Its padding token goes into
-        the config.json of a decoder without one, as classifiers of transformers need it for batches.
+        or image processor is copied, and whose generation_config.json replaces the base's. Its padding token is added
+        to the config.json of a decoder without one: transformers' classifiers need it for batches.
       base_model: the id of the base on the hub, for the model card.
       max_shard_bytes: the size above which the tensors are divided into several files with an index.
 
@@ -82,8 +82,8 @@ def export(
 
     Raises:
       KeyError, ValueError: as `jlora.merge`, if an adapter does not fit or holds NaN or infinity. Nothing is written.
-      ModelError: if ``params`` are not those of ``model``, are not finite, or exceed the range of their dtype when
-        merged, naming every leaf; if ``tokenizer`` has no files; if ``folder`` has a README.md that `export` did not
+      ModelError: if ``params`` do not match ``model``, are not finite, or exceed the range of their dtype when
+        merged, listing every leaf; if ``tokenizer`` has no files; if ``folder`` has a README.md that `export` did not
         write; or if huggingface_hub is not installed. Nothing is written.
     """
     folder = Path(folder)
@@ -115,7 +115,7 @@ def export(
 
 
 def _tokenizer_files(tokenizer: Any) -> list[Path]:
-    """The files to copy: those of a tokenizer, and its generation_config.json."""
+    """The files to copy: a tokenizer's, and its generation_config.json."""
     if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
         return []
     folder = fetch(tokenizer, files=(*TOKENIZER_FILES, GENERATION_CONFIG))
@@ -137,7 +137,7 @@ def _pad_token(model: nn.Module, tokenizer: Any, files: Sequence[Path]) -> int |
 
 
 def _stored_pad(files: Sequence[Path]) -> int | None:
-    """The id of the padding token by the files of a tokenizer; None if they do not have it."""
+    """The id of the padding token in a tokenizer's files; None if missing."""
     content = {file.name: read_json(file) for file in files if file.suffix == ".json"}
     stated = content.get(hub_files.SPECIAL_TOKENS, {}) | content.get(hub_files.TOKENIZER_CONFIG, {})
     token = stated.get("pad_token")
@@ -156,7 +156,7 @@ def _stored_pad(files: Sequence[Path]) -> int | None:
 
 
 def _check_card(file: Path) -> None:
-    """Raises a ModelError if there is a model card that `export` did not write, or if none can be written."""
+    """Raises a ModelError if there is a model card that `export` did not write, or if writing one is impossible."""
     hub = import_hub("export: a model card")
     if file.exists() and _TAG not in _tags(file, hub):
         raise ModelError(
@@ -169,7 +169,7 @@ def _tags(card: Path, hub: Any) -> Sequence[str]:
     """The tags of a model card; none if it has no valid metadata."""
     try:
         return (hub.metadata_load(card) or {}).get("tags") or ()
-    except Exception:  # whatever the YAML parser and the codec raise
+    except Exception:  # any error of the YAML parser or the codec
         return ()
 
 

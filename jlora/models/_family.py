@@ -1,4 +1,4 @@
-"""What defines a family of networks: its configuration, its Flax modules and its table of tensor names."""
+"""A family of networks: its configuration, its Flax modules and its table of tensor names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jlora.files.tensor_names import TensorNames
 from jlora.messages import bullets, nearest, shown
 
 TaskName = Literal["features", "sequence-classification", "causal-lm", "image-classification"]
-"""What a network returns: its hidden states, or the outputs of the head for a task."""
+"""The output of a network: its hidden states, or the outputs of the head for a task."""
 
 ENDINGS: dict[str, TaskName] = {
     "ForSequenceClassification": "sequence-classification",
@@ -51,7 +51,7 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "use_return_dict": (True,),
 }
-"""Attributes that would change what any network computes, with the values for which they do not."""
+"""Attributes that would change any network's computation, with the values for which they do not."""
 
 
 # Types of attributes. Sizes index an axis; layers are bounded, so that a damaged file cannot cause an endless loop.
@@ -73,26 +73,26 @@ SHARED: Mapping[str, Any] = {
 """Attributes that determine task and labels in every family."""
 
 INTERNAL = {"internal": True}
-"""Metadata of a field that is computed by the family and is in no config.json."""
+"""Metadata of a field that the family computes and no config.json has."""
 
 DERIVED = {"derived": True}
 """Metadata of a field that the family computes if a config.json lacks it or has null."""
 
 
 class ModelError(ValueError):
-    """A checkpoint or configuration that cannot be used; the message names the problem and what to do about it."""
+    """A checkpoint or configuration that cannot be used; the message names the problem and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The configuration of a network. The fields of a family have their names in its ``config.json``.
+    """The configuration of a network. A family's fields are named as in its ``config.json``.
 
-    Type hints are the allowed values. Fields with the metadata `INTERNAL` are in no config.json.
+    Type hints define the allowed values. Fields with the metadata `INTERNAL` are in no config.json.
 
     Attributes:
-      hf: the content of the config.json, as JSON text; `to_hf` returns it with the changes made since.
+      hf: the content of the config.json, as JSON text; `to_hf` returns it with later changes.
       num_labels: the number of outputs of a classifier.
-      generation: the content of the generation_config.json beside it, as JSON text; only `generate` uses it.
+      generation: the content of the generation_config.json next to it, as JSON text; only `generate` uses it.
     """
 
     hf: str = dataclasses.field(default="{}", kw_only=True, repr=False)
@@ -101,7 +101,7 @@ class ModelConfig:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The content of the config.json that this was read from."""
+        """The content of the original config.json."""
         return json.loads(self.hf)
 
     def to_hf(self) -> dict[str, Any]:
@@ -126,16 +126,16 @@ def read_config(
     """A family's configuration from the content of a ``config.json``.
 
     Args:
-      kind: the family's class; fields that ``hf`` lacks have their defaults.
-      others: types of attributes that are not fields, from which ``derive`` computes some.
+      kind: the family's class; fields missing in ``hf`` keep their defaults.
+      others: types of non-field attributes, inputs of ``derive``.
       ignored: more attributes that do not change what the network computes.
-      fixed: more attributes that would, with the values that are accepted.
-      divides: pairs of attributes of which the first has to divide the second.
+      fixed: more attributes that would, with the accepted values.
+      divides: pairs of attributes; the first must divide the second.
       derive: computes fields from ``hf``, once all attributes have the declared types.
 
     Raises:
-      ModelError: naming every attribute that is unknown, missing, of another type or out of range, or that has a value
-        with which the network does not compute.
+      ModelError: listing every attribute that is unknown, missing, of another type or out of range, or has a value
+        that the network does not support.
     """
     fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in ("hf", "num_labels")}
     hints = {**_hints(kind, fields), **(others or {}), **SHARED}
@@ -146,8 +146,8 @@ def read_config(
     if unusable or odd:
         raise ModelError(
             f"{kind.__name__}: {len(unusable) + len(odd)} attribute(s) of {CONFIG} cannot be used, or may change what "
-            f"the network computes:{bullets(unusable + odd)}\nExpected only attributes that it knows"
-            + (f". If one has no effect, remove it from the {CONFIG}." if unusable else ", with such values.")
+            f"the network computes:{bullets(unusable + odd)}\nExpected only known attributes"
+            + (f". If one has no effect, remove it from the {CONFIG}." if unusable else ", with these values.")
         )
     stated = {name: hf[name] for name in fields if name in hf and name in hints} | dict(derive(hf))
     labels = hf.get("num_labels") or len(hf.get("id2label") or (0, 1))
@@ -171,10 +171,10 @@ def _unusable(
     fixed: Mapping[str, tuple[Any, ...]],
     known: Collection[str],
 ) -> list[str]:
-    """A line for every attribute that is unknown, missing, or has a value with which the network does not compute."""
+    """One line per attribute that is unknown, missing, or has an unsupported value."""
     wrong = [f"{name} = {shown(hf[name])} is unknown{nearest(name, hints)}" for name in hf if name not in known]
     wrong += [
-        f"{name} = {shown(hf[name])}; this network computes with {' or '.join(map(repr, values))}"
+        f"{name} = {shown(hf[name])}; this network supports {' or '.join(map(repr, values))}"
         for name, values in fixed.items()
         if name in hf and not any(type(hf[name]) is type(one) and hf[name] == one for one in values)
     ]
@@ -186,7 +186,7 @@ def _unusable(
 
 
 def _not_dividing(sizes: Mapping[str, Any], divides: Iterable[tuple[str, str]]) -> list[str]:
-    """A line for every pair of which the first size does not divide the second."""
+    """One line per pair whose first size does not divide the second."""
     return [
         f"{part} = {sizes[part]}; expected a divisor of {whole} = {sizes[whole]}"
         for part, whole in divides
@@ -202,12 +202,12 @@ class Family:
       config: ``config(hf) -> ModelConfig``, from the content of a config.json.
       networks: the Flax module for each task; called with ``(config, dtype=..., param_dtype=..., remat=...)``.
       tensor_names: ``tensor_names(config, task)``: the tensor names of each leaf, in transformers 5 and in checkpoints.
-      sharding_rules: how the leaves are split over a mesh with the axes fsdp and tensor, for all networks of the
-        family; a network need not have a leaf for each rule.
+      sharding_rules: split the leaves over a mesh with the axes fsdp and tensor, for all networks of the
+        family; a network may lack leaves for some rules.
       prefix: of tensor names in a network with a head, such as ``bert.``; the bare network has none.
       architecture: the stem of transformers' class names, such as ``Bert``.
-      heads: a regular expression for the paths of heads, which a checkpoint may lack.
-      unread: a regular expression for tensors in checkpoints that these networks lack: other heads, buffers.
+      heads: a regular expression for the paths of heads; a checkpoint may lack these.
+      unread: a regular expression for checkpoint tensors that these networks ignore: other heads, buffers.
     """
 
     config: Callable[[Mapping[str, Any]], ModelConfig]
@@ -225,7 +225,7 @@ def check_length(network: str, length: int, most: int | None) -> None:
     if most is not None and length > most:
         raise ModelError(
             f"{length} tokens, but {network} has {most} positions; expected at most {most}: truncate the input, or "
-            "give position_ids below that"
+            "pass position_ids below that"
         )
 
 
@@ -235,7 +235,7 @@ def ending_of(task: TaskName) -> str:
 
 
 def task_of(hf: Mapping[str, Any]) -> TaskName:
-    """The task of a checkpoint, from its ``architectures``; an unknown class is taken for the bare network."""
+    """The task of a checkpoint, from its ``architectures``; an unknown class means the bare network."""
     for name in hf.get("architectures") or ():
         for ending, task in ENDINGS.items():
             if name.endswith(ending):

@@ -33,9 +33,9 @@ def generate(
     pad_token_id: int | None = None,
     apply: Callable[..., Any] | None = None,
 ) -> Array:
-    """The tokens that follow each prompt, greedy or sampled, up to the model's end token.
+    """Generate tokens after each prompt, greedily or by sampling, up to the model's end token.
 
-    Compiled once: another call with the same model, ``apply``, shapes, ``max_new_tokens`` and number of end tokens does
+    Compiles once: another call with the same model, ``apply``, shapes, ``max_new_tokens`` and number of end tokens does
     not recompile, whatever the temperature above 0, ``top_p``, key and end tokens.
 
     >>> apply = jlora.lora(model.apply)
@@ -46,28 +46,28 @@ def generate(
       params: its parameters; or, together with ``apply``, a tree with attached adapters.
       input_ids: int [batch, length], prompts padded on the left.
       attention_mask: [batch, length], 0 or False at padding; by default there is none.
-      max_new_tokens: the largest number of new tokens.
+      max_new_tokens: the maximum number of new tokens.
       temperature: 0 takes the most probable token; otherwise tokens are sampled from logits divided by it.
       top_p: sample from the most probable tokens that together have this probability (Holtzman et al. 2019).
       key: a PRNG key for sampling.
       eos_token_id: the token or tokens that end a row; None for none. By default the model's: those of the
         generation_config.json that it was loaded with, or else of its config.json.
-      pad_token_id: fills a row after its end; by default the (first) end token, or 0.
-      apply: ``model.apply``, or ``jlora.lora(model.apply)`` for attached trees. Make it once: each new one compiles.
+      pad_token_id: fills a row after its end; by default the first end token, or 0.
+      apply: ``model.apply``, or ``jlora.lora(model.apply)`` for attached trees. Create it once: a new one recompiles.
 
     Returns:
       int32 [batch, max_new_tokens], without the prompts.
 
     Raises:
       ModelError: if the model is not a language model, or has fewer positions than the longest prompt and the new
-        tokens need, without padding; if a prompt is empty or not padded on the left, or has a token outside of the
-        vocabulary; or if an option is out of range, or the key is missing. Inside of ``jit`` values are not checked,
+        tokens need, not counting padding; if a prompt is empty or not padded on the left, or has a token outside the
+        vocabulary; or if an option is out of range, or the key is missing. Inside ``jit``, values are not checked,
         and padding counts as tokens.
     """
     if not isinstance(model, LanguageModel):
         raise ModelError(
-            f"generate: {type(model).__name__} has no logits of the next token; expected a network that "
-            'jlora.models.load(..., task="causal-lm") returns'
+            f"generate: {type(model).__name__} has no logits of the next token; expected a network from "
+            'jlora.models.load(..., task="causal-lm") '
         )
     input_ids = jnp.asarray(input_ids)
     mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
@@ -96,14 +96,14 @@ def generate(
 
 
 class Sampling(NamedTuple):
-    """How tokens are sampled: float32 scalars."""
+    """Sampling options, as float32 scalars."""
 
     temperature: jax.Array
     top_p: jax.Array
 
 
 class _State(NamedTuple):
-    """Of the loop: tokens [batch, new], their number so far, which rows have ended, and what the next call needs."""
+    """State of the loop: tokens [batch, new], their number so far, the finished rows, and the next call's inputs."""
 
     tokens: jax.Array
     step: jax.Array
@@ -147,7 +147,7 @@ def _generate(
         positions = prompts + state.step - 1
         return append(state, *forward(last, jnp.ones_like(last, bool), positions, state.cache))
 
-    # Positions count only tokens; the position of padding has no effect.
+    # Positions skip padding, whose own position has no effect.
     prompts = mask.sum(axis=1, keepdims=True)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     tokens = jnp.full((batch, new), pad, jnp.int32)
@@ -163,7 +163,7 @@ def _sample(key: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
     order = jnp.argsort(logits, axis=-1, descending=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     probabilities = jax.nn.softmax(ranked, axis=-1)
-    # A token is kept if those before it do not reach top_p; the first one always is.
+    # Keep a token if those before it do not reach top_p; always keep the first.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
     drawn = jax.random.categorical(key, ranked)
@@ -185,14 +185,14 @@ def _check_options(new: int, temperature: float, top_p: float, key: jax.Array | 
 
 
 def _check_prompts(model: LanguageModel, input_ids: jax.Array, mask: jax.Array, new: int) -> None:
-    """Raises a ModelError for prompts that cannot be continued; values are checked only outside of ``jit``."""
+    """Raises a ModelError for prompts that cannot be continued; values are checked only outside ``jit``."""
     if input_ids.ndim != 2 or not input_ids.shape[1] or mask.shape != input_ids.shape:
         raise ModelError(
             f"generate: input_ids has shape {input_ids.shape} and attention_mask {mask.shape}; expected both "
             "[batch, length] with at least one token"
         )
     most, size = model.config.max_length, model.config.vocab_size
-    # Padding has no position of its own.
+    # Padding takes no position.
     longest = input_ids.shape[1] if isinstance(mask, Tracer) else int(np.asarray(mask).sum(axis=1).max(initial=0))
     if most is not None and longest + new > most:
         raise ModelError(
@@ -220,5 +220,5 @@ def _check_padding(mask: np.ndarray) -> None:
 
 
 def _outside(ids: np.ndarray, size: int) -> list[int]:
-    """Some of the ids outside of the vocabulary."""
+    """Some of the ids outside the vocabulary."""
     return np.unique(ids[(ids < 0) | (ids >= size)])[:8].tolist()

@@ -16,7 +16,7 @@ from jlora.models._layers import Network
 
 
 class _WithHead(Network):
-    """A decoder with a head. Subclasses for a family name the decoder's class, and its name in transformers."""
+    """A decoder with a head. Subclasses set the decoder's class, and its name in transformers."""
 
     network: ClassVar[Any]
     below: ClassVar[str]
@@ -45,11 +45,11 @@ class LanguageModel(_WithHead):
         Args:
           input_ids: int [batch, length].
           attention_mask: [batch, length], 0 or False at padding, on either side; by default there is none.
-          position_ids: int [batch, length]; by default from 0 (padding counts), or from where the cache ends.
-          segment_ids: int [batch, length], for packed sequences: a token attends to its segment only, and by default
+          position_ids: int [batch, length]; by default from 0 (padding counts), or from the end of the cache.
+          segment_ids: int [batch, length], for packed sequences: a token attends only to its segment, and by default
             the positions of each segment start at 0.
-          cache: from `init_cache` or from the last call; the tokens of this call follow those in it.
-          deterministic: no dropout; otherwise give ``rngs={"dropout": key}``.
+          cache: from `init_cache` or the last call; this call's tokens follow those in it.
+          deterministic: no dropout; otherwise pass ``rngs={"dropout": key}``.
           last_only: return only the last token's logits, [batch, 1, vocab_size].
 
         Returns:
@@ -86,7 +86,7 @@ class SequenceClassifier(_WithHead):
     ) -> jax.Array:
         """Logits float32 [batch, num_labels]; the arguments are those of `LanguageModel`.
 
-        As in transformers, the last token is the last one that is not ``pad_token_id``, whatever the mask; if the
+        As in transformers, this is the last token other than ``pad_token_id``, whatever the mask; if the
         configuration has no ``pad_token_id``, it is the last one in the mask.
         """
         x, _ = self.decoder().run(input_ids, attention_mask, position_ids, None, None, deterministic)
@@ -96,7 +96,7 @@ class SequenceClassifier(_WithHead):
 
 
 def _last_token(input_ids: jax.Array, attention_mask: jax.Array | None, pad_token_id: int | None) -> jax.Array:
-    """int [batch]: the index of the last token that is not padding; 0 if all are."""
+    """int [batch]: the index of the last token that is not padding; 0 if all are padding."""
     if pad_token_id is not None:
         real = input_ids != pad_token_id
     else:
@@ -125,5 +125,5 @@ def head_names(config: CausalConfig, task: TaskName) -> dict[str, TensorName]:
 
 
 def tied_head(config: CausalConfig, task: TaskName) -> str | None:
-    """The module that is tied to the embedding, if any."""
+    """The module tied to the embedding, if any."""
     return "lm_head" if task == "causal-lm" and config.tie_word_embeddings else None

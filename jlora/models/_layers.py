@@ -1,4 +1,4 @@
-"""Parts that several families share: base classes, activations, attention, and rematerialization."""
+"""Shared parts of several families: base classes, activations, attention, and rematerialization."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Part(nn.Module):
 
 
 class Network(Part):
-    """A network, or the part of one that holds its layers.
+    """A network, or its stack of layers.
 
     Attributes:
       remat: what the backward pass recomputes of each layer.
@@ -71,12 +71,12 @@ def dense(config: Any, features: int, name: str, **options: Any) -> nn.Dense:
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The activation function of a name in a config.json."""
+    """The activation function by its name in a config.json."""
     return ACTIVATIONS[name]
 
 
 def layer_norm(epsilon: float, name: str | None = None, **options: Any) -> nn.LayerNorm:
-    """A layer norm whose variance is accurate where the mean is much larger than the deviation, as PyTorch's is."""
+    """A layer norm whose variance is accurate even if the mean is much larger than the deviation, like PyTorch's."""
     return nn.LayerNorm(epsilon, use_fast_variance=False, name=name, **options)
 
 
@@ -85,8 +85,8 @@ def recomputed(layer: type[nn.Module], remat: Remat, *, static: int | None = Non
 
     Args:
       remat: what the backward pass recomputes.
-      static: the position of the argument of the layer's call that is not an array, ``self`` counted.
-      scanned: whether the layer is used in `nn.scan`, which keeps XLA from merging the two computations by itself.
+      static: the position of the call's non-array argument, counting ``self``.
+      scanned: whether the layer is used in `nn.scan`, which already keeps XLA from merging the two computations.
 
     Raises:
       ModelError: if ``remat`` is not one of its values.
@@ -94,17 +94,17 @@ def recomputed(layer: type[nn.Module], remat: Remat, *, static: int | None = Non
     if remat == "none":
         return layer
     if remat not in _POLICIES:
-        raise ModelError(f"remat = {remat!r}; expected 'none', or what is recomputed: 'dots' or 'full'")
+        raise ModelError(f"remat = {remat!r}; expected 'none', or the parts to recompute: 'dots' or 'full'")
     return nn.remat(
         layer, policy=_POLICIES[remat], static_argnums=() if static is None else (static,), prevent_cse=not scanned
     )
 
 
 def split_batch(x: jax.Array) -> jax.Array:
-    """``x`` [batch, ...] with its batch split over the axes ``data`` and ``fsdp`` of its mesh, if it has them.
+    """``x`` [batch, ...] with its batch split over the mesh axes ``data`` and ``fsdp``, if present.
 
-    Otherwise, where weights are split over ``fsdp``, the compiler would split the features of the activations over it
-    and hold the whole batch on every device. Axes that are not Auto, or that do not divide the batch, are left alone.
+    Otherwise, with weights split over ``fsdp``, the compiler would split the activations' features over it and keep the
+    whole batch on every device. Axes that are not Auto, or do not divide the batch, are ignored.
     """
     mesh = jax.typeof(x).sharding.mesh
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -143,7 +143,7 @@ def attend(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
-        # Not -inf: a row without any key (padding) would be NaN, and so would the gradient.
+        # Not -inf: a row without keys (padding) would be NaN, and so would its gradient.
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(query.dtype))
     return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, dim)

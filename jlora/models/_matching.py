@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are which leaves of a network."""
+"""Matches the tensors of a checkpoint with the leaves of a network."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def match_tensors(
     """The tensors of each leaf.
 
     Args:
-      folder: of the checkpoint, for messages.
+      folder: the checkpoint's, for messages.
       tensors: of the checkpoint, by name.
       names: of the network's leaves.
       shapes: of the network's leaves.
       family: of the network.
-      ties: the embedding to which each output projection is tied. If a file has one of the two, it is both.
-      may_start: leave out leaves of a head that the checkpoint lacks, or has in another shape.
+      ties: the embedding to which each output projection is tied. If a file has only one of the two, it serves as both.
+      may_start: skip leaves of a head that the checkpoint lacks, or has in another shape.
 
     Raises:
-      ModelError: naming every tensor that is missing, that the network does not have, that has another shape, or that
-        has other values than the one that it is tied to.
+      ModelError: listing every tensor that is missing, unknown to the network, of another shape, or different in value
+        from the one it is tied to.
     """
     own = {tensor for name in names.values() for tensor in name.files}
     available, foreign = _by_network_name(tensors, own | set(ties), family)
@@ -61,8 +61,8 @@ def match_tensors(
             unfit += [line + _NEW_HEAD for line in wrong] if path in heads else wrong
     if problems := unfit + foreign + untied:
         raise ModelError(
-            f"{folder}: {len(problems)} tensor(s) are not those of the network that its {CONFIG} describes:"
-            f"{first_bullets(problems)}\nExpected a checkpoint of that network, complete; nothing was loaded."
+            f"{folder}: {len(problems)} tensor(s) do not match the network in its {CONFIG}:"
+            f"{first_bullets(problems)}\nExpected a complete checkpoint of that network; nothing was loaded."
         )
     return found
 
@@ -70,7 +70,7 @@ def match_tensors(
 def _by_network_name(
     tensors: Mapping[str, Tensor], wanted: Collection[str], family: Family
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by their names in the network, and a line for each that it does not have or that is there twice."""
+    """The tensors by their names in the network, and one line per unknown or duplicate tensor."""
     available: dict[str, Tensor] = {}
     foreign = []
     for name, tensor in tensors.items():
@@ -87,17 +87,17 @@ def _by_network_name(
 
 
 def _conflicts(available: Mapping[str, Tensor], ties: Mapping[str, str]) -> list[str]:
-    """A line for each output projection that has other values than the embedding to which it is tied."""
+    """One line per output projection whose values differ from the embedding that it is tied to."""
     return [
-        f"{head!r} and {table!r} have different values, and {CONFIG} ties them (tie_word_embeddings): transformers "
-        "computes with both; pass untie=True"
+        f"{head!r} and {table!r} have different values, but {CONFIG} ties them (tie_word_embeddings): transformers "
+        "uses both; pass untie=True"
         for head, table in ties.items()
         if head in available and table in available and not are_equal(available[head], available[table])
     ]
 
 
 def _unfit(available: Mapping[str, Tensor], files: Collection[str], expected: tuple[int, ...]) -> list[str]:
-    """A line for each tensor of a leaf that is missing or has another shape."""
+    """One line per tensor of a leaf that is missing or has another shape."""
     missing = [f"{name!r} of shape {expected} is missing" for name in files if name not in available]
     return missing + [
         f"{name!r} has shape {available[name].shape}, expected {expected}"

@@ -1,4 +1,4 @@
-"""Networks from configurations, and what is known of a network: its tensor names, shardings, shapes and inputs."""
+"""Networks from configurations, and a network's tensor names, shardings, shapes and inputs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from jlora.models._layers import Remat
 from jlora.models._registry import FAMILIES
 
 Labels: TypeAlias = int | Sequence[str] | None
-"""Of a classifier: the number of labels, or their names; None for those of the checkpoint."""
+"""A classifier's number of labels, or their names; None for the checkpoint's."""
 
 _EXAMPLE_SHAPE = (1, 8)
 
 
 class Architecture(NamedTuple):
-    """What a config.json describes."""
+    """The network described by a config.json."""
 
     family: Family
     config: ModelConfig
@@ -63,11 +63,11 @@ def build(
     revision: str | None = None,
     untie: bool = False,
 ) -> nn.Module:
-    """The network alone, from a folder, the id of a model on the hub, or the content of a config.json.
+    """Build the network alone, from a folder, the id of a model on the hub, or the content of a config.json.
 
     >>> model = build("../shared/models/minilm-l6", task="sequence-classification", labels=2)
 
-    The arguments and errors are those of `load`. `abstract` returns the shapes of its parameters, and ``model.init``
+    Arguments and errors as for `load`. `abstract` returns the shapes of its parameters, and ``model.init``
     draws new ones.
     """
     if isinstance(config, Mapping):
@@ -93,7 +93,7 @@ def sharding_rules(model: nn.Module) -> ShardingRules:
     The first linear layer of a pair is split over the mesh axis ``tensor`` along its outputs, the second along its
     inputs (Shoeybi et al. 2019), and both over ``fsdp`` along the other axis (Rajbhandari et al. 2020). Large
     vocabularies are split over ``tensor``; norms, and biases that are added after a sum over ``tensor``, are
-    replicated. A third axis ``data`` splits batches alone: place them with ``P(("data", "fsdp"))``, and activations
+    replicated. A third axis ``data`` splits only batches: place them with ``P(("data", "fsdp"))``, and activations
     follow.
 
     >>> mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -101,7 +101,7 @@ def sharding_rules(model: nn.Module) -> ShardingRules:
     >>> places = jlora.shardings(abstract(model), mesh, sharding_rules(model))
     >>> model, params = load(path, shardings=places)
 
-    The axes have to be Auto: with Explicit axes a program has to state the shardings of its products, and the networks
+    The axes must be Auto: with Explicit axes a program must state the shardings of its products, and these networks
     do not.
 
     Raises:
@@ -119,8 +119,8 @@ def abstract(model: nn.Module) -> PyTree:
 
 
 def example_inputs(model: nn.Module, shape: tuple[int, int] = _EXAMPLE_SHAPE) -> Array:
-    """A small input of zeros: tokens int32 of ``shape`` [batch, length], cut to the network's positions; or a batch of
-    images, float32 [batch, height, width, channels]."""
+    """A small input of zeros: tokens int32 of ``shape`` [batch, length], cut to the network's maximum length; or a
+    batch of images, float32 [batch, height, width, channels]."""
     config: Any = model.config  # pyright: ignore[reportAttributeAccessIssue]
     if hasattr(config, "image_size"):
         return jnp.zeros((shape[0], config.image_size, config.image_size, config.num_channels))
@@ -129,7 +129,7 @@ def example_inputs(model: nn.Module, shape: tuple[int, int] = _EXAMPLE_SHAPE) ->
 
 
 def fetch(path: str | Path, revision: str | None = None, files: Sequence[str] = CHECKPOINT_PATTERNS) -> Path:
-    """The folder of a checkpoint: ``path`` itself, or the download of the model with that id on the hub.
+    """The folder of a checkpoint: ``path`` itself, or a download of the model with that id on the hub.
 
     Args:
       path: a folder or an id.
@@ -137,7 +137,7 @@ def fetch(path: str | Path, revision: str | None = None, files: Sequence[str] = 
       files: patterns of the files to download.
 
     Raises:
-      ModelError: if there is no such folder, and no such model can be downloaded, or huggingface_hub is not installed.
+      ModelError: if there is no such folder and the download fails, or huggingface_hub is not installed.
     """
     if (folder := Path(path)).is_dir():
         return folder
@@ -147,7 +147,7 @@ def fetch(path: str | Path, revision: str | None = None, files: Sequence[str] = 
             f"there is no folder {str(path)!r}{nearest(str(path), siblings)}; expected a folder with {CONFIG} and "
             f"{WEIGHTS}, or an id such as `FacebookAI/roberta-base`"
         )
-    hub = import_hub(f"{str(path)!r} is not a folder here, and a download from the hub")
+    hub = import_hub(f"{str(path)!r} is not a local folder, and a download from the hub")
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -161,7 +161,7 @@ def fetch(path: str | Path, revision: str | None = None, files: Sequence[str] = 
 
 
 def import_hub(what: str) -> Any:
-    """The package huggingface_hub, imported where it is needed: it is optional, and slow to import.
+    """The package huggingface_hub, imported on use: it is optional, and slow to import.
 
     Raises:
       ModelError: if it is not installed; the message starts with ``what``.
@@ -202,10 +202,10 @@ def read_architecture(folder: Path, task: TaskName | None, labels: Labels, *, un
 def architecture_of(
     hf: Mapping[str, Any], task: TaskName | None, labels: Labels, *, untie: bool = False
 ) -> Architecture:
-    """The architecture that the content of a config.json describes; ``task``, ``labels`` and ``untie`` override it.
+    """The architecture described by a config.json; ``task``, ``labels`` and ``untie`` override it.
 
     Raises:
-      ModelError: if there is no such network, or it has no such task, labels or head.
+      ModelError: if the network is unknown, or lacks the task, labels or head.
     """
     family = _family_of(hf)
     hf = {name: value for name, value in hf.items() if name != "quantization_config"}
@@ -219,7 +219,7 @@ def architecture_of(
             "pass task=..."
         )
     if untie and task != "causal-lm":
-        raise ModelError(f"untie: a network for {task!r} has no output projection that could be tied; leave it out")
+        raise ModelError(f"untie: a network for {task!r} has no tied output projection; leave it out")
     return Architecture(family, config, task)
 
 
@@ -229,13 +229,13 @@ def _family_of(hf: Mapping[str, Any]) -> Family:
     if kind not in FAMILIES:
         raise ModelError(
             f"model_type = {kind!r} is not a network of jlora.models{nearest(kind, FAMILIES)}; expected one of "
-            f"{', '.join(sorted(FAMILIES))}. jlora.lora adapts any other JAX network that you have."
+            f"{', '.join(sorted(FAMILIES))}. jlora.lora adapts any other JAX network."
         )
     if (quantized := hf.get("quantization_config")) is not None:
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
         raise ModelError(
             f"quantization_config: the checkpoint is quantized ({method!r}). Expected plain weights: load the "
-            "checkpoint that was quantized."
+            "original checkpoint."
         )
     return FAMILIES[kind]
 
@@ -244,7 +244,7 @@ def _label_ids(labels: int | Sequence[str]) -> dict[str, dict[str, Any]]:
     """The attributes of a config.json that name labels."""
     words = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
     if not words or len(set(words)) != len(words):
-        raise ModelError(f"labels = {labels!r}; expected their number, or their names, each once")
+        raise ModelError(f"labels = {labels!r}; expected a number, or distinct names")
     return {
         "id2label": {str(i): word for i, word in enumerate(words)},
         "label2id": {word: i for i, word in enumerate(words)},

@@ -1,4 +1,4 @@
-"""Reading one leaf from its tensors to its devices, a few rows at a time."""
+"""Reads a leaf from its tensors onto its devices, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def read_leaf(tensors: Sequence[Tensor], name: TensorName, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
-    """One leaf on its devices; only the slices of this process's devices are read."""
+    """One leaf on its devices; reads only the slices of this process's devices."""
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     parts: dict[tuple[range, ...], np.ndarray] = {}
 
@@ -41,21 +41,21 @@ def read_leaf(tensors: Sequence[Tensor], name: TensorName, shape: tuple[int, ...
 
 
 def are_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same values; they are read a few rows at a time."""
+    """Whether two tensors hold the same values; reads a few rows at a time."""
     if one.shape != other.shape:
         return False
     return all(np.array_equal(one.read(rows), other.read(rows)) for rows in _chunks(one, range(one.shape[0])))
 
 
 def _chunks(tensor: Tensor, rows: range) -> Iterator[tuple[slice]]:
-    """Slices of about `CHUNK_BYTES` each, which together are ``rows``."""
+    """Slices of about `CHUNK_BYTES` each that together cover ``rows``."""
     count = max(1, CHUNK_BYTES // max(1, tensor.dtype.itemsize * math.prod(tensor.shape[1:])))
     for start in range(0, len(rows), count):
         yield (slice(rows[start], rows[min(start + count, len(rows)) - 1] + 1),)
 
 
 def _read_into(out: np.ndarray, tensor: Tensor, name: TensorName, index: Sequence[slice]) -> None:
-    """Fill ``out`` with ``tensor[index]`` in our order of axes, a few rows of PyTorch's at a time."""
+    """Fill ``out`` with ``tensor[index]`` in our order of axes, a few PyTorch rows at a time."""
     if not tensor.shape:
         _cast_into(out, tensor.read(), tensor)
         return
@@ -71,13 +71,13 @@ def _cast_into(out: np.ndarray, array: np.ndarray, tensor: Tensor) -> None:
         out[...] = array
     if out.dtype != array.dtype and not is_finite(out):
         raise TensorError(
-            f"{tensor.file}: the tensor {tensor.name!r} of dtype {array.dtype} is out of the range of {out.dtype}. "
-            "Pass a param_dtype of a larger range, such as float32 or bfloat16."
+            f"{tensor.file}: the tensor {tensor.name!r} of dtype {array.dtype} exceeds the range of {out.dtype}. "
+            "Pass a param_dtype with a larger range, such as float32 or bfloat16."
         )
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
-    """An empty array, aligned such that JAX's CPU backend can use its memory without a copy."""
+    """An empty array, aligned so that JAX's CPU backend can use its memory without a copy."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + alignment, np.uint8)
     start = -buffer.ctypes.data % alignment

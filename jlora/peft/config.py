@@ -1,4 +1,4 @@
-"""PEFT's LoRA config: which modules are adapted, with which rank and scale, by PEFT's own matching of names."""
+"""PEFT's LoRA config: the adapted modules, their ranks and scales, by PEFT's own name matching."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TASK_HEADS: Mapping[str, tuple[str, ...]] = {
 """PEFT's task types, and the modules that PEFT trains whole for each by default."""
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-"""The module names by which PEFT's ``ensure_weight_tying`` recognizes embeddings."""
+"""The module names that PEFT's ``ensure_weight_tying`` recognizes as embeddings."""
 
 
 class PeftError(ValueError):
-    """An adapter that PEFT or jlora cannot represent; the message names every problem and what to do about it."""
+    """An adapter that PEFT or jlora cannot represent; the message lists every problem and its remedy."""
 
 
 def refuse(problems: Collection[str], reader: str = "PEFT") -> None:
@@ -35,15 +35,15 @@ def refuse(problems: Collection[str], reader: str = "PEFT") -> None:
     if problems:
         raise PeftError(
             f"peft.save: {len(problems)} problem(s) that {reader} cannot represent:{bullets(problems)}\nNothing was "
-            "written. Any adapter can be merged instead: jlora.merge, then save the model."
+            "written. Instead, merge the adapter: jlora.merge, then save the model."
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """The fields of an adapter's config that determine what is computed, by PEFT's names.
+    """The fields of an adapter's config that affect the computation, by PEFT's names.
 
-    Modules have their names in ``named_modules()`` of the adapted PyTorch model, without PEFT's prefix.
+    Module names are those of ``named_modules()`` in the adapted PyTorch model, without PEFT's prefix.
     """
 
     r: int = 8
@@ -71,7 +71,7 @@ class PeftConfig:
         return _by_pattern(self.alpha_pattern, module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def saves(self, name: str) -> bool:
-        """Whether a module or tensor is inside a module that is trained whole."""
+        """Whether a module or tensor is inside a module trained whole."""
         return is_saved(name, self.modules_to_save)
 
     def targets(self, module: str, kind: ModuleKind) -> bool:
@@ -84,7 +84,7 @@ class PeftConfig:
             return kind in ("linear", "conv1d") and not re.search(HEADS[0], module.replace(".", "/"))
         if not matches(self.target_modules, module):
             return False
-        # PEFT does not check the layer of a module that is listed by its whole name.
+        # PEFT does not check the layer of a module listed by its full name.
         return not self.layers_to_transform or module in self.target_modules or self._in_layers(module)
 
     def _in_layers(self, module: str) -> bool:
@@ -93,7 +93,7 @@ class PeftConfig:
         return found is not None and int(found[1]) in self.layers_to_transform
 
     def tying(self, projections: Collection[str]) -> PeftConfig:
-        """This config with ``ensure_weight_tying`` carried out: ``projections`` are trained as the embedding is."""
+        """This config with ``ensure_weight_tying`` applied: ``projections`` train like the embedding."""
         targets = self.target_modules or ()
         if not self.ensure_weight_tying or not projections:
             return self
@@ -118,7 +118,7 @@ class PeftConfig:
 
 
 def is_saved(name: str, modules_to_save: Collection[str]) -> bool:
-    """Whether a module or tensor is inside a module that ``modules_to_save`` names, by PEFT's matching."""
+    """Whether a module or tensor is inside a module in ``modules_to_save``, by PEFT's matching."""
     return any(module.endswith(saved) for module in modules_above(name) for saved in modules_to_save)
 
 
@@ -127,7 +127,7 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def matches(names: str | tuple[str, ...], module: str) -> bool:
-    """Whether PEFT takes a module for one of ``names``: a regular expression, or a list of (ends of) names."""
+    """Whether PEFT matches a module with ``names``: a regular expression, or a list of (ends of) names."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
@@ -140,7 +140,7 @@ def modules_above(module: str) -> list[str]:
 
 
 def exact_alpha(scale: float, rank: int, use_rslora: bool) -> float | None:
-    """The alpha from which PEFT computes exactly ``scale``, if possible an integer; None if no number gives it."""
+    """The alpha for which PEFT computes exactly ``scale``, an integer if possible; None if there is none."""
     divisor = math.sqrt(rank) if use_rslora else rank
     near = scale * divisor
     for alpha in (round(near), near, math.nextafter(near, -math.inf), math.nextafter(near, math.inf)):

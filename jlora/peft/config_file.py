@@ -18,7 +18,7 @@ from jlora.peft.config import TASK_HEADS, PeftConfig, PeftError
 
 
 class _Field(NamedTuple):
-    """What a key may hold: in words, and as a predicate."""
+    """A key's allowed values: in words, and as a predicate."""
 
     expected: str
     fits: Callable[[Any], bool]
@@ -38,7 +38,7 @@ def _is_table(value: Any, fits: Any) -> bool:
 
 def _is_regex(value: Any) -> bool:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)  # of a set in a set, which re would print
+        warnings.simplefilter("error", FutureWarning)  # re warns of a set in a set
         try:
             return isinstance(value, str) and bool(re.compile(f"({value})"))
         except (re.error, FutureWarning, OverflowError, RecursionError):
@@ -46,7 +46,7 @@ def _is_regex(value: Any) -> bool:
 
 
 _NEVER_NULL = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora")
-"""Keys for which PEFT gives null and empty values no meaning."""
+"""Keys whose null and empty values PEFT ignores."""
 
 _NAMES_OR_REGEX = _Field("a list of names or a regular expression", lambda v: _is_names(v) or _is_regex(v))
 _FLAG = _Field("true or false", lambda v: type(v) is bool)
@@ -78,7 +78,7 @@ def read_config(file: Path) -> PeftConfig:
 
     Raises:
       TensorError: if the file cannot be read.
-      PeftError: naming every key whose value is invalid, or that asks for a computation that jlora lacks.
+      PeftError: listing every key with an invalid value, or with a computation that jlora lacks.
     """
     content = read_json(file)
     values = {name: value for name, value in content.items() if name in _FIELDS and not _is_unset(name, value)}
@@ -89,12 +89,12 @@ def read_config(file: Path) -> PeftConfig:
     ]
     if lacking := options.lacking({name: value for name, value in content.items() if name not in _FIELDS}):
         raise PeftError(
-            f"{file}: the adapter computes what jlora does not:{bullets(lacking + wrong)}\nExpected LoRA, rsLoRA or "
-            "DoRA. To merge is `PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained("
+            f"{file}: the adapter uses features that jlora lacks:{bullets(lacking + wrong)}\nExpected LoRA, rsLoRA or "
+            "DoRA. To merge: `PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained("
             "new_folder)` in PyTorch; models.load reads the new folder."
         )
     if wrong:
-        raise PeftError(f"{file}: {len(wrong)} invalid value(s):{bullets(wrong)}\nExpected the file as PEFT wrote it.")
+        raise PeftError(f"{file}: {len(wrong)} invalid value(s):{bullets(wrong)}\nExpected an unchanged PEFT file.")
     for name in ("layers_to_transform", "layers_pattern"):
         if name in values and not isinstance(values[name], list):
             values[name] = [values[name]]
@@ -106,7 +106,7 @@ def read_config(file: Path) -> PeftConfig:
 
 
 def _is_unset(name: str, value: Any) -> bool:
-    """Whether PEFT takes the value for the field's default."""
+    """Whether PEFT treats the value as the field's default."""
     empty = value is None or (value in ("", [], {}) and name != "target_modules")
     return empty and name not in _NEVER_NULL
 
@@ -114,7 +114,7 @@ def _is_unset(name: str, value: Any) -> bool:
 def config_json(
     config: PeftConfig, names: TensorNames, *, fan_in_fan_out: bool, base_model: str | None, task_type: str | None
 ) -> dict:
-    """The content to write: only keys that PEFT and its other readers have long known."""
+    """The content to write: only keys that older versions of PEFT and other readers know too."""
     auto = None
     if task_type is None and isinstance(names, ModelTensorNames):  # a task type determines the class
         auto = {"base_model_class": names.class_name, "parent_library": names.library}

@@ -1,4 +1,4 @@
-"""The shortest config by which PEFT computes what given adapters do."""
+"""Finds the shortest PEFT config that computes the same as given adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that is wrong with an adapter's tensors: a line for each."""
+"""Finds every fault of an adapter's tensors: one line each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNLOAD = "`PeftModel.from_pretrained(base, folder).unload().save_pretrained(new
 
 
 def check_vocabulary(folder: Path, found: AdapterTensors, at: Mapping[str, LayerOfLeaf]) -> None:
-    """Raises a PeftError that names every module whose number of tokens differs from that of the parameters."""
+    """Raises a PeftError listing every module whose vocabulary size differs from the parameters'."""
     wrong: dict[str, tuple[int, int]] = {}
     for weight, (path, name, _) in at.items():
         is_table = name.kind == "embedding" and not _NO_VOCABULARY.search(weight)
@@ -41,12 +41,12 @@ def check_vocabulary(folder: Path, found: AdapterTensors, at: Mapping[str, Layer
         raise PeftError(
             f"{folder}: the vocabulary was resized before the adapter was trained:{bullets(lines)}\nExpected one of "
             f"the same size. Resize the base too (`base.resize_token_embeddings({next(iter(wrong.values()))[0]})`), "
-            f"write it with the rows that the adapter was trained with ({_UNLOAD}), and load that. Nothing was loaded."
+            f"write it with the rows from the adapter's training ({_UNLOAD}), and load that. Nothing was loaded."
         )
 
 
 def _rows(found: AdapterTensors, weight: str, part: Part) -> set[int]:
-    """The numbers of rows of a weight by the file's tensors for it; ``part`` is the factor that has as many."""
+    """The numbers of rows of a weight, from its tensors in the file; ``part`` is the factor with that many."""
     factor = found.layers.get(module_of(weight), {}).get(part)
     shapes = [found.whole[weight].shape[:1]] if weight in found.whole else []
     shapes += [] if factor is None else [factor.shape[1:2] if part == "a" else factor.shape[:1]]
@@ -54,7 +54,7 @@ def _rows(found: AdapterTensors, weight: str, part: Part) -> set[int]:
 
 
 def mixed_leaves(layers: Collection[str], whole: Collection[str], names: TensorNames) -> list[str]:
-    """Stacked leaves with some layers trained whole and others by factors; here a leaf is one or the other."""
+    """Stacked leaves with some layers trained whole and others by factors; jlora needs one or the other."""
     return [
         f"{path!r}: {next(t for t in name.tensors if t in whole)!r} is trained whole, and other layers of this leaf by "
         "factors; merge it where it was trained (`model.merge_and_unload().save_pretrained(folder)`) and load the "
@@ -84,7 +84,7 @@ def wrong_factors(
 
 
 def _wrong_layer(config: PeftConfig, found: AdapterTensors, weight: str, module: str, leaf: LayerOfLeaf) -> list[str]:
-    """The faults of one module; ``weight`` is our name of its weight, ``module`` the adapter's name."""
+    """The faults of one module; ``weight`` is our name for its weight, ``module`` the adapter's."""
     (path, name, _), kind, leaves = leaf, leaf.name.kind, found.leaves
     targeted, factors = config.targets(module, kind), found.layers.get(module_of(weight))
     if not targeted and factors is None:
@@ -97,7 +97,7 @@ def _wrong_layer(config: PeftConfig, found: AdapterTensors, weight: str, module:
         return [f"{key!r} is missing" for part, key in keys.items() if part != "magnitude" and part not in factors]
     shape = tuple(leaves[path].shape)[int(name.stacked) :]
     if len(shape) != layout.NDIM[kind]:
-        return [f"{path!r} has shape {shape} a layer; {kind!r} of the name table has {layout.NDIM[kind]} axes"]
+        return [f"{path!r} has shape {shape} per layer; {kind!r} in the name table has {layout.NDIM[kind]} axes"]
     wrong, rank = [], config.rank(module)
     for part, expected in layout.shapes(kind, shape, rank).items():
         tensor = factors.get(part)
@@ -112,7 +112,7 @@ def _wrong_layer(config: PeftConfig, found: AdapterTensors, weight: str, module:
             wrong += _wrong_tensor(keys[part], tensor, expected)
     here = [t for t in name.tensors if module_of(t) in found.layers]
     if config.use_dora and here[:1] == [weight] and here != list(name.tensors) and _is_shape(leaves[path]):
-        wrong.append(f"{path!r}: only some of its layers have DoRA; give params with values for the others")
+        wrong.append(f"{path!r}: only some of its layers have DoRA; pass params with values for the others")
     return wrong
 
 
@@ -149,23 +149,23 @@ def wrong_whole(
         elif their_weight not in expected and not _is_embedding(their_weight, name.kind):
             wrong.append(f"{key!r} is stored, but neither bias nor modules_to_save names it")
         elif not all(t in found.whole for t in name.tensors) and _is_shape(found.leaves[path]):
-            wrong.append(f"{path!r}: only some of its layers are stored; give params with values for the others")
+            wrong.append(f"{path!r}: only some of its layers are stored; pass params with values for the others")
     return wrong
 
 
 def is_base(weight: str, layers: Collection[str]) -> bool:
-    """Whether a stored weight is the base of a module with factors, which PEFT stores beside those of an embedding."""
+    """Whether a stored weight is the base of a module with factors: PEFT stores an embedding's next to its factors."""
     return module_of(weight) in layers and weight.endswith(".weight")
 
 
 def _wrong_base(tensor: Tensor, path: str, leaf: Any, kind: ModuleKind) -> list[str]:
-    """A base that is stored beside factors has to be our base: the factors were trained over it."""
+    """A base stored next to factors must equal ours: the factors were trained on it."""
     if _is_shape(leaf):
-        return [f"{tensor.name!r} is stored beside factors: give params with values to compare it with"]
+        return [f"{tensor.name!r} is stored next to factors: pass params with values to compare it with"]
     if np.array_equal(tensor.read(), to_torch(np.asarray(leaf), kind)):
         return []
     return [
-        f"{tensor.name!r} has other values than {path!r}, and the factors were trained over them: {_UNLOAD} writes the "
+        f"{tensor.name!r} differs from {path!r} in values, and the factors were trained on it: {_UNLOAD} writes the "
         "base with these values; load that"
     ]
 
@@ -181,12 +181,12 @@ def _is_shape(leaf: Any) -> bool:
 
 
 def is_tied(tensor: Tensor, tables: Collection[Tensor]) -> bool:
-    """Whether a tensor that we lack equals a stored table: a tied output projection."""
+    """Whether a tensor unknown to us equals a stored table: a tied output projection."""
     return any(t.shape == tensor.shape and np.array_equal(t.read(), tensor.read()) for t in tables)
 
 
 def unknown_key(key: str, weight: str, at: Mapping[str, Any]) -> str:
-    """The line for a key that belongs to none of our tensors; ``weight`` is its tensor in our spelling."""
+    """The line for a key that matches none of our tensors; ``weight`` is its tensor in our spelling."""
     if not key.startswith(PREFIX):
         return f"{key!r}: PEFT's names start with {PREFIX!r}"
     return f"{key!r}: the model has no such tensor{nearest(weight, at)}"

@@ -1,4 +1,4 @@
-"""The keys of an adapter's file: which tensor of PyTorch's model, and which part of its update, each one is."""
+"""Parses the keys of an adapter's file: the tensor of PyTorch's model, and the part of its update."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _FACTOR = re.compile(rf"(.+)\.({'|'.join(map(re.escape, layout.SUFFIXES))})")
 _ADAPTER = re.compile(
     r"(?<=\.lora_[AB])\.[^.]+(?=\.weight$)|(?<=\.lora_embedding_[AB])\.[^.]+$|(?<=\.lora_magnitude_vector)(\.[^.]+)?\.weight$"
 )
-"""The adapter's name in the keys of a model's ``state_dict()``, which `PeftModel.from_pretrained` reads as well."""
+"""The adapter's name in the keys of a model's ``state_dict()``, which `PeftModel.from_pretrained` also accepts."""
 _COPY = re.compile(r"\.(original_module|modules_to_save)\.")
 
 
 class Key(NamedTuple):
-    """A key, taken apart.
+    """A parsed key.
 
     Attributes:
       weight: the tensor of PyTorch's model.
@@ -35,7 +35,7 @@ class Key(NamedTuple):
 
 
 class Spelling(NamedTuple):
-    """How the adapter's names of tensors differ from ours: theirs begin with ``cut``, ours with ``put``."""
+    """How the adapter's tensor names differ from ours: theirs begin with ``cut``, ours with ``put``."""
 
     cut: str = ""
     put: str = ""
@@ -48,13 +48,13 @@ class Spelling(NamedTuple):
 
 
 class AdapterTensors(NamedTuple):
-    """The tensors of a file by what they are in our model.
+    """The tensors of a file by their place in our model.
 
     Attributes:
       layers: for each module with factors, by our name, its tensors.
       whole: the tensors that replace a weight, by our name.
       spelling: from the file's names to ours.
-      leaves: the parameters or their shapes; at least of all leaves that have a tensor.
+      leaves: the parameters or their shapes, at least for all leaves with a tensor.
     """
 
     layers: dict[str, dict[Part, Tensor]]
@@ -64,9 +64,9 @@ class AdapterTensors(NamedTuple):
 
 
 def parse_keys(keys: Iterable[str], config: PeftConfig) -> dict[str, Key]:
-    """The keys taken apart, without PEFT's prefix and wrappers."""
+    """The parsed keys, without PEFT's prefix and wrappers."""
     stems = {key: _ADAPTER.sub("", key.removeprefix(PREFIX).replace(".base_layer.", ".")) for key in keys}
-    if config.modules_to_save:  # beside bias="all" PEFT stores some biases again, under the names of its wrapper
+    if config.modules_to_save:  # with bias="all" PEFT stores some biases again, under its wrapper's names
         stems = {key: stem for key, stem in stems.items() if not _COPY.search(stem)}
     return {
         key: Key(f"{match[1]}.weight", match[2]) if (match := _FACTOR.fullmatch(stem)) else Key(stem, None)
@@ -75,7 +75,7 @@ def parse_keys(keys: Iterable[str], config: PeftConfig) -> dict[str, Key]:
 
 
 def find_spelling(weights: Iterable[str], ours: Mapping[str, Any]) -> Spelling:
-    """The spelling by which most of ``weights`` are among ``ours``; unchanged names where that is as good as any."""
+    """The spelling that finds most of ``weights`` in ``ours``; unchanged names on a tie."""
     weights = set(weights)
 
     def first_parts(names: Iterable[str]) -> list[str]:
@@ -87,7 +87,7 @@ def find_spelling(weights: Iterable[str], ours: Mapping[str, Any]) -> Spelling:
 
 
 def named_as(names: TensorNames, keys: Collection[str]) -> TensorNames:
-    """The table with the names that an adapter uses: those in PyTorch's model, or those in checkpoint files.
+    """The table with an adapter's names: those in PyTorch's model, or in checkpoint files.
 
     Older versions of transformers used the latter in the model too, and PEFT writes the names of the model.
     """

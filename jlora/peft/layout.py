@@ -1,4 +1,4 @@
-"""The arrays of one adapted layer, as PEFT stores them and as our factors hold them."""
+"""Converts the arrays of one adapted layer between PEFT's layout and ours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PARTS: dict[Part, str] = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitud
 _EMBEDDING_PARTS: dict[Part, str] = {**_PARTS, "a": "lora_embedding_A", "b": "lora_embedding_B"}
 SUFFIXES = (*_PARTS.values(), *list(_EMBEDDING_PARTS.values())[:2])
 NDIM: Mapping[ModuleKind, int] = {"linear": 2, "conv1d": 2, "conv2d": 4, "embedding": 2}
-"""The kinds of modules that PEFT adapts, with the number of axes of their weights."""
+"""The kinds of modules that PEFT adapts, and the number of axes of their weights."""
 
 
 class Layer(NamedTuple):
@@ -89,7 +89,7 @@ def leaf_shape(kind: ModuleKind, a: tuple[int, ...], b: tuple[int, ...]) -> tupl
 
 
 def to_peft(layer: Layer, kind: ModuleKind) -> dict[Part, np.ndarray]:
-    """A layer's arrays as PEFT stores them."""
+    """A layer's arrays in PEFT's layout."""
     a, b, magnitude, _ = layer
     if kind == "conv2d":  # two convolutions; the second is 1 x 1
         found: dict[Part, np.ndarray] = {"a": to_torch(a, kind), "b": to_torch(b[None, None], kind)}
@@ -120,7 +120,7 @@ def layers_of(f: LoraFactors, stacked: bool) -> list[Layer]:
 def join(layers: Sequence[Layer], kind: ModuleKind, stacked: bool, dropout: float) -> LoraFactors:
     """One leaf's factors; the inverse of `layers_of`.
 
-    Layers of unequal ranks and scales are brought to the largest rank, and to the scale of a layer that has it.
+    Layers of unequal ranks and scales are converted to the largest rank, and the scale of a layer with that rank.
     """
     rank = max(layer.rank for layer in layers)
     scale = next((layer.scale for layer in layers if layer.rank == rank and layer.scale > 0), 1.0)

@@ -1,4 +1,4 @@
-"""What PEFT computes and jlora does not, by the keys of ``adapter_config.json``, and what to do about each.
+"""PEFT's features that jlora lacks, by the keys of ``adapter_config.json``, with advice for each.
 
 PEFT can merge some of these; `tests/peft/test_peft_options.py` tries every advice in peft 0.21.
 """
@@ -15,7 +15,7 @@ _INERT = frozenset(
     lora_ga_config loftq_config megatron_core peft_type peft_version qalora_group_size revision runtime_config
     task_type""".split()
 )
-"""Keys that are checked elsewhere, or that have no effect once the adapter is trained."""
+"""Keys that are checked elsewhere, or have no effect on a trained adapter."""
 
 _EMPTY = frozenset(
     "alora_invocation_tokens layer_replication megatron_config target_parameters trainable_token_indices".split()
@@ -23,15 +23,15 @@ _EMPTY = frozenset(
 """Keys for which an empty list or table has no effect; for other keys it means a config with all defaults."""
 
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
-"""Values of ``init_lora_weights`` that leave the base weights as they are."""
+"""Values of ``init_lora_weights`` that leave the base weights unchanged."""
 
 _REPEATED_INITS = ("pissa", "olora")
-"""Values with which PEFT changes the base weights in the same way whenever it loads the adapter."""
+"""Values for which PEFT repeats its change of the base weights whenever it loads the adapter."""
 
 MERGE = "merge it in PyTorch"
 _IN_PROCESS = "in the process that trained it, merge it (`model.merge_and_unload().save_pretrained(new_folder)`)"
 _ADVICE: Mapping[str, str] = {
-    "alora_invocation_tokens": "acts from these tokens on, so it cannot be merged; use it in PyTorch",
+    "alora_invocation_tokens": "acts only after these tokens, so it cannot be merged; use it in PyTorch",
     "arrow_config": "chooses among adapters by the input, so it cannot be merged; load each adapter by itself",
     "layer_replication": "the repeated layers share their weights; first give each its own, `for m in "
     "list(model.modules()):` and in it `for name, p in list(m.named_parameters(recurse=False)): setattr(m, name, "
@@ -41,7 +41,7 @@ _ADVICE: Mapping[str, str] = {
     "use_qalora": "PEFT cannot merge it into a GPTQ base: use it in PyTorch; over any other base it has no effect: "
     "set it to false",
 }
-"""Advice that is more than to merge."""
+"""Advice other than to merge."""
 
 _UNMERGED = frozenset(
     """ADAPTION_PROMPT CARTRIDGE CPT LILY MULTITASK_PROMPT_TUNING POLY PREFIX_TUNING PROMPT_TUNING P_TUNING SHADOW
@@ -51,7 +51,7 @@ _UNMERGED = frozenset(
 
 
 def lacking(given: Mapping[str, Any]) -> list[str]:
-    """A line for every setting that asks for what jlora does not compute, with advice.
+    """One line per setting that jlora lacks, with advice.
 
     Args:
       given: the content of an ``adapter_config.json``.

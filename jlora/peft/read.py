@@ -1,4 +1,4 @@
-"""`load`: adapters that PEFT wrote, as ours."""
+"""`load`: reads adapters written by PEFT."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from jlora.peft.tensors import open_adapter, read_tensors, sort_tensors
 def load(
     folder: str | Path, names: TensorNames, params: PyTree = None
 ) -> tuple[dict[LeafPath, LoraFactors | Array], LoraConfig]:
-    """Adapters that PEFT (or `save`) wrote, for our parameters.
+    """Load adapters written by PEFT (or `save`) for our parameters.
 
     >>> adapters, config = peft.load("my_adapter", models.tensor_names(model), params)
 
-    An adapter of the bare network also fits the network with a head, and the reverse, where only the first part of the
+    An adapter of the bare network also fits the network with a head, and vice versa, if only the first part of the
     names differs. In a stacked leaf, layers of unequal ranks are padded with zeros and unequal scales are folded into
-    B; layers without an adapter get zeros, which stay zero during training. Leaves that PEFT trained whole
+    B; layers without an adapter get zeros, which stay zero during training. Leaves trained whole by PEFT
     (``modules_to_save``, biases, stored embeddings) are returned as arrays.
 
     Args:
@@ -43,17 +43,17 @@ def load(
         ``huggingface_hub.snapshot_download(id)``.
       names: the tensor names of the leaves; see `jlora.files.tensor_names`.
       params: the parameters, or their shapes, to check the adapter's shapes against; without them `jlora.attach` does
-        this check. Values are needed only for stacked leaves of which the adapter trains some layers, whole or with
+        this check. Values are needed only for stacked leaves in which the adapter trains some layers, whole or with
         DoRA.
 
     Returns:
-      ``(adapters, config)``: the adapters in their stored dtypes (a B into which a scale was folded is float32, unless
-      its dtype holds the product), and a config with which `jlora.init` would make such adapters.
+      ``(adapters, config)``: the adapters in their stored dtypes (a B with a folded scale is float32, unless
+      its dtype holds the product), and a config for which `jlora.init` creates such adapters.
 
     Raises:
       TensorError: if a file is missing, damaged or pickled.
-      PeftError: if PEFT's config asks for what jlora lacks; or if tensors are missing, unexpected, of another shape or
-        rank, or hold NaN or infinity. All are named, and nothing is loaded.
+      PeftError: if PEFT's config needs a feature that jlora lacks; or if tensors are missing, unexpected, of another
+        shape or rank, or hold NaN or infinity. Lists all; nothing is loaded.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -81,7 +81,7 @@ def load(
 def _adapter(
     path: LeafPath, name: TensorName, found: AdapterTensors, arrays: Mapping[str, np.ndarray], config: PeftConfig
 ) -> LoraFactors | Array | None:
-    """The adapter of one leaf, from the arrays of a file by their names there; None if it has none."""
+    """The adapter of one leaf, from a file's arrays by name; None if it has none."""
 
     def layer(i: int, module: str) -> layout.Layer:
         if module not in found.layers:
@@ -113,7 +113,7 @@ def _no_update(leaf: Any, layer: int, dora: bool) -> layout.Layer:
 
 
 def _our_config(adapters: Adapters, config: PeftConfig) -> LoraConfig:
-    """The config that makes such adapters."""
+    """The config that creates such adapters."""
     made: dict[LeafPath, tuple[int, float]] = {}
     for path, value in adapters.items():
         if isinstance(value, LoraFactors):

@@ -1,4 +1,4 @@
-"""An adapter's tensors: opened, sorted by what they are in our model, checked, and read."""
+"""Opens an adapter's tensors, matches them with our model, checks and reads them."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def sort_tensors(
     names: TensorNames,
     leaves: Mapping[LeafPath, Any] | None,
 ) -> AdapterTensors:
-    """The tensors of an adapter by what they are in our model. Without ``leaves``, the file determines the shapes.
+    """The tensors of an adapter by their place in our model. Without ``leaves``, the file determines the shapes.
 
     Raises:
-      PeftError: naming every tensor that is missing, unexpected, or of another shape, rank or dtype.
+      PeftError: listing every tensor that is missing, unexpected, or of another shape, rank or dtype.
     """
     at = by_tensor(names)
     keys = parse_keys(tensors, config)
@@ -61,7 +61,7 @@ def sort_tensors(
     keys = {key: parsed._replace(weight=spelling.ours(parsed.weight)) for key, parsed in keys.items()}
     known = {key: parsed for key, parsed in keys.items() if parsed.weight in at and key.startswith(PREFIX)}
     layers, whole, wrong = _sort(known, tensors, at)
-    wrong += [] if tensors else [f"{ADAPTER_WEIGHTS} holds no tensor at all"]
+    wrong += [] if tensors else [f"{ADAPTER_WEIGHTS} has no tensors"]
     wrong += faults.mixed_leaves(layers, whole, names)
     leaves = _shapes_in(layers, whole, names) if leaves is None else leaves
     found = AdapterTensors(layers, whole, spelling, leaves)
@@ -78,7 +78,7 @@ def sort_tensors(
     if wrong:
         raise PeftError(
             f"{folder}: {len(wrong)} tensor(s) do not fit the model or the adapter's config:{first_bullets(wrong)}\n"
-            "Expected an adapter of this model, complete, as PEFT wrote it; nothing was loaded."
+            "Expected a complete adapter of this model, written by PEFT; nothing was loaded."
         )
     return found._replace(whole=whole)
 
@@ -86,7 +86,7 @@ def sort_tensors(
 def _sort(
     keys: Mapping[str, Key], tensors: Mapping[str, Tensor], at: Mapping[str, LayerOfLeaf]
 ) -> tuple[dict[str, dict[Part, Tensor]], dict[str, Tensor], list[str]]:
-    """The factors of each module, the tensors stored whole, and a line for each key that has no place."""
+    """The factors of each module, the tensors stored whole, and one line per unmatched key."""
     layers: dict[str, dict[Part, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     wrong: list[str] = []
@@ -126,10 +126,10 @@ def _shapes_in(
 
 
 def read_tensors(folder: Path, found: AdapterTensors) -> dict[str, np.ndarray]:
-    """The arrays of all tensors that were found, by their names in the file.
+    """The arrays of all matched tensors, by name in the file.
 
     Raises:
-      PeftError: naming every tensor that holds NaN or infinity.
+      PeftError: listing every tensor that holds NaN or infinity.
     """
     arrays, wrong = {}, []
     for tensor in (*(tensor for parts in found.layers.values() for tensor in parts.values()), *found.whole.values()):

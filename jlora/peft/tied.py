@@ -1,6 +1,6 @@
-"""Tied embeddings: one leaf that is both lookup table and output projection, which are two modules in PEFT.
+"""Tied embeddings: one leaf that is both lookup table and output projection; two modules in PEFT.
 
-Such a leaf is read and written as two leaves, the second one transposed; `join` makes them one again if they agree.
+Such a leaf is read and written as two leaves, the second one transposed; `join` reunites them if they agree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jlora.peft.config import PeftConfig, PeftError
 
 
 class _Transposed:
-    """A table as the weight of the projection; copied only when its values are read."""
+    """A table as the projection's weight; copied only when its values are read."""
 
     def __init__(self, table: Any) -> None:
         self.table, self.shape, self.dtype = table, tuple(table.shape[::-1]), table.dtype
@@ -31,7 +31,7 @@ class _Transposed:
 
 
 def heads(names: TensorNames) -> dict[LeafPath, tuple[LeafPath, str]]:
-    """For each tied projection, by a path made up for it: the path of its table, and its tensor."""
+    """For each tied projection, under an artificial path: the path of its table, and its tensor."""
     return {
         f"{path} ({tensor.removesuffix('.weight')})": (path, tensor)
         for path, name in names.items()
@@ -40,7 +40,7 @@ def heads(names: TensorNames) -> dict[LeafPath, tuple[LeafPath, str]]:
 
 
 def projections(names: TensorNames, keys: Collection[str]) -> list[str]:
-    """The output projections among an adapter's modules: those tied to an embedding here, or in PyTorch's model."""
+    """The output projections among an adapter's modules, tied to an embedding here or in PyTorch's model."""
     tied = {tensor for name in names.values() for tensor in name.tied}
     tied |= {tensor for name in names.values() for tensor in name.tensors if tensor.endswith("lm_head.weight")}
     modules = sorted(tensor.removesuffix(".weight") for tensor in tied)
@@ -65,7 +65,7 @@ def split_leaves(leaves: Mapping[LeafPath, Any], names: TensorNames) -> dict[Lea
 def split_adapters(
     adapters: Mapping[LeafPath, LoraFactors | Array], names: TensorNames
 ) -> dict[LeafPath, LoraFactors | Array]:
-    """The adapters with one more for each tied projection whose table has one."""
+    """The adapters, with a second one for each tied projection of an adapted table."""
     tied = {head: adapters[path] for head, (path, _) in heads(names).items() if path in adapters}
     return {**adapters, **{head: _transposed(value) for head, value in tied.items()}}
 
@@ -76,12 +76,12 @@ def join(
     """The inverse of `split_adapters`.
 
     Raises:
-      PeftError: naming every table whose projection has another adapter, or only one of the two has one.
+      PeftError: listing every table whose projection has a different adapter, or none, and vice versa.
     """
     found, wrong = dict(adapters), []
     for head, (path, tensor) in heads(names).items():
         table, projection = found.get(path), found.pop(head, None)
-        # A table that the config does not name goes into the one array that both are in PyTorch too.
+        # PyTorch, too, keeps both in one array: a table that the config does not name goes into it.
         loaded = projection is None and not isinstance(table, LoraFactors) and not config.saves(names[path].tensors[0])
         if not loaded and not _agree(table, projection):
             wrong.append(f"{path!r}: {_what(table)} for the lookup, {_what(projection)} for {tensor!r}")
@@ -115,5 +115,5 @@ def _what(value: Any) -> str:
     if value is None:
         return "nothing"
     if not isinstance(value, LoraFactors):
-        return "a whole weight"
+        return "a weight trained whole"
     return f"factors of scale {value.scale}" + ("" if value.magnitude is None else " with a magnitude")

@@ -1,4 +1,4 @@
-"""`save`: our adapters, as PEFT stores them."""
+"""`save`: writes adapters in PEFT's format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from jlora.peft.config_file import config_json
 from jlora.peft.describe import describe, whole_modules
 from jlora.peft.keys import PREFIX
 
-_NO_VALUE = "is stored by PEFT beside the adapters, and the params are shapes; expected arrays"
+_NO_VALUE = "is stored by PEFT with the adapters, and the params are shapes; expected arrays"
 
 
 def save(
@@ -46,40 +46,40 @@ def save(
     base_model: str | None = None,
     task_type: str | None = None,
 ) -> list[Path]:
-    """Write adapters as PEFT does, for ``peft.PeftModel.from_pretrained(model, folder)``.
+    """Write adapters in PEFT's format, for ``peft.PeftModel.from_pretrained(model, folder)``.
 
     >>> names = models.tensor_names(model)
     >>> peft.save("my_adapter", names, params, adapters, config, base_model="FacebookAI/roberta-base")
 
-    The same adapters give the same bytes. Ranks, scales and dropout are those of the factors, not of ``config``. PEFT's
-    ``alpha`` is chosen so that it computes each factor's scale exactly; a scale that no alpha gives is folded into B,
-    in float32 unless its dtype holds the product. PEFT has a single dropout rate: the most common one is written.
+    The same adapters give the same bytes. Ranks, scales and dropout come from the factors, not from ``config``. PEFT's
+    ``alpha`` is chosen to give each factor's scale exactly; a scale that no alpha can give is folded into B, in float32
+    unless its dtype holds the product. PEFT has a single dropout rate: the most common one.
 
-    Leaves trained whole become ``bias="all"`` or ``"lora_only"`` where they are those biases, and ``modules_to_save``
+    Leaves trained whole become ``bias="all"`` or ``"lora_only"`` if they are those biases, and ``modules_to_save``
     otherwise. PEFT stores whole modules, and the heads of ``task_type``: their untrained leaves are taken from
     ``params``. If any adapter uses DoRA, the magnitudes of plain factors are computed from ``params`` too, because PEFT
     has DoRA everywhere or nowhere. Factors in a head of ``task_type`` are merged into its weight (summed in float32,
     rounded once to the base's dtype), because PEFT would ignore them; `load` returns the weight.
 
     Args:
-      folder: created if it does not exist; an adapter in it is replaced once the new one is written.
+      folder: created if it does not exist; an adapter in it is replaced after the new one is written.
       names: the tensor names of the leaves; see `jlora.files.tensor_names`.
       params: the base parameters.
       adapters: as from `jlora.init`.
       config: determines ``use_rslora``, which the factors do not record.
       uniform_rank: fold scales into B, pad factors with zeros to one rank, and set ``alpha = rank`` without patterns,
-        which is what vLLM reads (with a ``--max-lora-rank`` of at least that rank). vLLM reads factors alone: DoRA,
-        convolutions and leaves trained whole are refused.
+        as vLLM requires (with a ``--max-lora-rank`` of at least that rank). vLLM reads factors alone: DoRA,
+        convolutions and leaves trained whole raise an error.
       base_model: the id or folder of the base model.
       task_type: PEFT's, such as ``"SEQ_CLS"``, for ``AutoPeftModelForSequenceClassification``. Without one,
-        ``AutoPeftModel`` makes the class that `jlora.models.tensor_names` records.
+        ``AutoPeftModel`` instantiates the class recorded by `jlora.models.tensor_names`.
 
     Returns:
-      The files that were written.
+      The written files.
 
     Raises:
-      KeyError, ValueError: when an adapter does not fit the params, or holds NaN or infinity; all are named.
-      PeftError: naming every adapter that PEFT cannot represent.
+      KeyError, ValueError: if an adapter does not fit the params, or holds NaN or infinity, listing all.
+      PeftError: listing every adapter that PEFT cannot represent.
     """
     check_arguments(params, adapters, "peft.save")
     leaves, _ = named_leaves(params)
@@ -115,7 +115,7 @@ class _Adapted:
 
     @functools.cached_property
     def at(self) -> dict[str, LayerOfLeaf]:
-        """What each tensor of PyTorch's model is here."""
+        """Each PyTorch tensor's place in our tree."""
         return by_tensor(self.names)
 
     @functools.cached_property
@@ -125,7 +125,7 @@ class _Adapted:
 
     @functools.cached_property
     def trained(self) -> set[str]:
-        """The tensors that are trained whole."""
+        """The tensors trained whole."""
         return {t for t, leaf in self.at.items() if leaf.path in self.adapters and leaf.path not in self.factors}
 
     @property
@@ -137,7 +137,7 @@ class _Adapted:
 def _their_config(
     model: _Adapted, layers: Mapping[str, layout.Layer], heads: Collection[str], use_rslora: bool
 ) -> PeftConfig:
-    """The config with which PEFT computes these layers, and trains whole what is trained whole here."""
+    """The config for which PEFT computes these layers, and trains the same tensors whole."""
     bias, saved = whole_modules(model.trained, layers, model.at, heads)
     dropouts = [f.dropout for f in model.factors.values()]
     return describe(
@@ -155,7 +155,7 @@ def _their_config(
 def _check_whole(
     model: _Adapted, layers: Mapping[str, layout.Layer], config: PeftConfig, whole: Collection[str]
 ) -> None:
-    """Raises a PeftError if ``whole``, what PEFT trains whole by ``config``, is not what the adapters train whole."""
+    """Raises a PeftError unless ``whole``, PEFT's tensors trained whole under ``config``, matches the adapters'."""
     saved = config.modules_to_save
     untrained = dict.fromkeys(leaf.path for t, leaf in model.at.items() if t in whole and t not in model.trained)
     refuse(
@@ -164,7 +164,7 @@ def _check_whole(
             for t in model.at
             if t in model.trained and t not in whole
         ]
-        + [f"{m!r} has factors and is in a module that is trained whole: {saved}" for m in layers if config.saves(m)]
+        + [f"{m!r} has factors and is in a module trained whole: {saved}" for m in layers if config.saves(m)]
         + [f"{path!r} {_NO_VALUE}" for path in untrained if _is_shape(model.leaves[path])]
     )
 
@@ -209,7 +209,7 @@ def _with_whole_heads(
 def _check_writable(
     adapters: Adapters, leaves: Mapping[LeafPath, Any], names: TensorNames, task_type: str | None
 ) -> None:
-    """Raises a PeftError that names every adapter that PEFT cannot represent."""
+    """Raises a PeftError listing every adapter that PEFT cannot represent."""
     wrong = []
     factors = {path: value for path, value in adapters.items() if isinstance(value, LoraFactors)}
     dora = any(value.magnitude is not None for value in factors.values())
@@ -222,7 +222,7 @@ def _check_writable(
                 wrong.append(f"{path!r} {_NO_VALUE}")
     if not factors:
         wrong.append(
-            "there are no low-rank factors (apart from heads that PEFT trains whole), and PEFT has no adapter without; "
+            "there are no low-rank factors (apart from heads that PEFT trains whole), and PEFT requires some; "
             "save the merged model instead"
         )
     if task_type is not None and task_type not in TASK_HEADS:
@@ -233,7 +233,7 @@ def _check_writable(
 
 
 def _unwritable(path: LeafPath, value: LoraFactors, names: TensorNames) -> list[str]:
-    """What PEFT cannot represent of one leaf's factors."""
+    """The reasons why PEFT cannot represent one leaf's factors."""
     name, wrong = names[path], []
     if name.kind not in layout.NDIM:
         wrong.append(f"{path!r} is of kind {name.kind!r}; PEFT adapts {', '.join(layout.NDIM)}")
@@ -249,7 +249,7 @@ def _unwritable(path: LeafPath, value: LoraFactors, names: TensorNames) -> list[
 
 
 def _check_plain(adapters: Adapters, names: TensorNames, heads: Collection[str]) -> None:
-    """Raises a PeftError that names everything other than plain factors of linear layers and embeddings."""
+    """Raises a PeftError listing everything other than plain factors of linear layers and embeddings."""
     wrong = []
     for path, value in adapters.items():
         if not isinstance(value, LoraFactors):
@@ -263,7 +263,7 @@ def _check_plain(adapters: Adapters, names: TensorNames, heads: Collection[str])
 
 
 def _with_written_scale(value: LoraFactors | Array, use_rslora: bool, uniform: bool) -> LoraFactors | Array:
-    """The same adapter; its scale is that of ``alpha = rank`` if ``uniform``, or if no alpha gives its own."""
+    """The same adapter, at the scale of ``alpha = rank`` if ``uniform`` or if no alpha gives its own."""
     if not isinstance(value, LoraFactors) or not (uniform or exact_alpha(value.scale, value.rank, use_rslora) is None):
         return value
     scale = value.rank / math.sqrt(value.rank) if use_rslora else 1.0
@@ -272,7 +272,7 @@ def _with_written_scale(value: LoraFactors | Array, use_rslora: bool, uniform: b
 
 
 def _as_layers(model: _Adapted) -> dict[str, layout.Layer]:
-    """The updates by PyTorch's module; if any has a magnitude, all get one."""
+    """The updates by PyTorch module; if any has a magnitude, all get one."""
     found: dict[str, layout.Layer] = {}
     dora = any(f.magnitude is not None for f in model.factors.values())
     for path, f in model.factors.items():
@@ -290,7 +290,7 @@ def _is_shape(leaf: Any) -> bool:
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> list[Path]:
-    """Write both files. Until both are complete the folder keeps its old ones, and it never holds two that differ."""
+    """Write both files. The folder keeps its old ones until both are complete, and never holds a mismatched pair."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG]
     with drafts(*files) as (weights_draft, config_draft):

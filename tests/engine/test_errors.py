@@ -279,7 +279,7 @@ def test_adapters_that_do_not_fit_are_all_named() -> None:
 
 def test_attaching_twice_is_an_error() -> None:
     tree = jlora.attach(PARAMS, adapters())
-    expect(message(ValueError, lambda: jlora.attach(tree, adapters())), "something is attached already", "jlora.detach")
+    expect(message(ValueError, lambda: jlora.attach(tree, adapters())), "attached already", "jlora.detach")
 
 
 def test_detach_needs_something_attached() -> None:
@@ -428,7 +428,7 @@ def test_what_happens_inside_a_library_is_reported_at_the_callers_line() -> None
 
 def test_returning_a_changed_weight_warns_and_an_unchanged_one_stays_attached() -> None:
     tree = jlora.attach(PARAMS, adapters())
-    with pytest.warns(jlora.MaterializeWarning, match="'return'.*the caller gets it merged"):
+    with pytest.warns(jlora.MaterializeWarning, match="'return'.*merged"):
         half, same = jlora.lora(lambda p: (p["layer_0"]["query"]["kernel"] / 2, p["layer_0"]["query"]["kernel"]))(tree)
     assert half.shape == (4, 6)
     assert same is tree["layer_0"]["query"]["kernel"]

@@ -177,7 +177,7 @@ def test_dtypes_of_parameters_and_of_the_computation(tmp_path: Path) -> None:
 def test_a_value_beyond_the_asked_dtype_is_named(param_dtype: str, saved: Path) -> None:
     change(saved, lambda t: {**t, "classifier.bias": np.full(2, 3.4e38, np.float32)})
     text = message(models.TensorError, lambda: models.load(saved, param_dtype=param_dtype))
-    expect(text, "'classifier.bias' of dtype float32 is out of the range of " + param_dtype, "param_dtype")
+    expect(text, "'classifier.bias' of dtype float32 exceeds the range of " + param_dtype, "param_dtype")
 
 
 # ---- names

@@ -357,7 +357,7 @@ def test_runs_that_go_on(runs: Path, reader: Any, tmp_path: Path) -> None:
         if metrics == whole[-1]:
             assert len(told) == 1
             return "as it was"
-        assert done.file == "metrics.jsonl" and len(told) == 2 and "is not as the checkpoint left it" in told[0]
+        assert done.file == "metrics.jsonl" and len(told) == 2 and "has changed since the checkpoint" in told[0]
         assert all(isinstance(json.loads(line), dict) for line in metrics.splitlines())
         return "records lost, and told"
 

@@ -336,7 +336,7 @@ def test_calls_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="33 tokens, but GPT-2 has 32 positions"):
         model.apply(params, jnp.zeros((1, 33), jnp.int32))
     long = jnp.zeros((1, 33), jnp.int32)
-    with pytest.raises(models.ModelError, match="33 tokens.*or give position_ids"):
+    with pytest.raises(models.ModelError, match="33 tokens.*or pass position_ids"):
         model.apply(params, long, segment_ids=long)
     assert jax.eval_shape(lambda: model.apply(params, long, position_ids=long, segment_ids=long)).shape[1] == 33
     with pytest.raises(ValueError, match="segment_ids together with a cache"):

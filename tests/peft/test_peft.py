@@ -66,7 +66,7 @@ def test_names_are_enough_where_the_adapter_covers_its_leaves(case: str) -> None
     try:
         found, config = peft.load(FOLDER / case, base(CASES[case].base).names)
     except peft.PeftError as error:
-        assert "give params with values" in str(error) or "is not the base's value" in str(error)
+        assert "pass params with values" in str(error) or "is not the base's value" in str(error)
     else:
         assert_same(found, loaded(case)[0])
         assert config == loaded(case)[1]
@@ -336,7 +336,7 @@ def test_shapes_are_enough(tmp_path: Path) -> None:
         text = message(
             ValueError, lambda b=b, case=case: peft.load(FOLDER / case, b.names, jax.eval_shape(lambda: b.params))
         )
-        expect(text, f"{path}': only some of its layers", "give params with values")
+        expect(text, f"{path}': only some of its layers", "pass params with values")
 
 
 # ---- the bare network and one with a head

@@ -354,10 +354,10 @@ def test_a_table_stored_beside_its_factors(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "adapter"))
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     text = refusal(tmp_path / "adapter")
-    expect(text, f"{name!r} has other values than 'params/model/embed_tokens/embedding'", ".unload().save_pretrained(")
+    expect(text, f"{name!r} differs from 'params/model/embed_tokens/embedding' in values", ".unload().save_pretrained(")
     names = models.tensor_names(models.load(checkpoint())[0])
     without = message(peft.PeftError, lambda: peft.load(tmp_path / "adapter", names))
-    expect(without, f"{name!r} is stored beside factors: give params with values")
+    expect(without, f"{name!r} is stored next to factors: pass params with values")
     _unload(fresh(), tmp_path)
     assert_loads(tmp_path / "adapter", logits(model), tmp_path / "base")
 

@@ -40,7 +40,7 @@ WRONG: dict[str, tuple[Callable[[dict, dict], Any], tuple[str, ...]]] = {
         lambda c, t: c.update(bias="all", modules_to_save=["out_proj"]),
         ("classifier.out_proj.weight' of shape (3, 16) is missing", "key.bias' of shape (16,) is missing"),
     ),
-    "empty": (lambda c, t: (t.clear(), c.update(target_modules=None)), ("holds no tensor at all",)),
+    "empty": (lambda c, t: (t.clear(), c.update(target_modules=None)), ("has no tensors",)),
     "twice": (
         lambda c, t: t.update({f"{PRE}{QUERY}{x}.bias": t[B][:, 0].copy() for x in ("", ".base_layer")}),
         (f"{QUERY}.bias' and '{PRE}{QUERY}.base_layer.bias' are one tensor",),

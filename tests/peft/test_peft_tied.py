@@ -199,11 +199,11 @@ APART: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"targets": ("lm_head", "embed_tokens"), "use_dora": True}, f"{FACTORS} with a magnitude for the lookup"),
     "one whole": (
         {"targets": ("lm_head",), "train_also": ("embed_tokens",)},
-        f"a whole weight for the lookup, {FACTORS}",
+        f"a weight trained whole for the lookup, {FACTORS}",
     ),
     "both whole": (
         {"targets": ("q_proj",), "train_also": ("embed_tokens", "lm_head")},
-        "a whole weight for the lookup, a whole weight for",
+        "a weight trained whole for the lookup, a weight trained whole for",
     ),
 }
 

@@ -398,7 +398,7 @@ def test_other_keys_reach_the_template_or_are_reported(capsys):
         (["hello"], "expected a list of one or more"),
         ([{"from": "human", "value": "2+2?"}], "message 0 has the keys from, value; expected a role and a content"),
         ([user("2+2?"), {"role": "assistant"}], "message 1, 'assistant', has the content None"),
-        ([user("2+2?"), assistant(4)], "message 1, 'assistant', has the content 4; expected a text"),
+        ([user("2+2?"), assistant(4)], "message 1, 'assistant', has the content 4; expected a string"),
         ([user([{"type": "image", "url": "x"}]), assistant("4")], "message 0 has a part of type 'image'"),
         ([user("2+2?"), assistant(tool_calls=[{"id": "c1"}])], "message 1 has the tool_calls .*expected a list"),
         (
@@ -474,7 +474,7 @@ def test_with_learn_prompt_the_whole_text_carries_loss():
 def test_conversations_that_are_several_examples_are_reported(capsys):
     examples = encoded(chat_tokenizer("qwen3"), table(m=[TALKS["thinking"][0]] * 3), messages="m")
     assert size(examples) == 6
-    assert "3 conversations are 6 examples" in capsys.readouterr().out
+    assert "3 conversations become 6 examples" in capsys.readouterr().out
 
 
 def test_a_tool_that_moves_to_the_last_question_is_in_the_prompt_of_each_turn():
@@ -647,7 +647,7 @@ def test_a_token_of_prompt_and_answer_carries_loss_and_is_reported(capsys):
     examples = encoded(tokenizer, table(p=["2+2?"], c=["the"]), prompt="p", completion="c", chat=True, template=spaced)
     assert as_shown(examples, tokenizer) == ["user: 2+2?<|im_end|>assistant:⟦ the<|im_end|>⟧"]
     assert (
-        "in 1 of 1 examples one token holds the end of a prompt and the start of its answer" in capsys.readouterr().out
+        "in 1 of 1 examples one token spans the end of a prompt and the start of its answer" in capsys.readouterr().out
     )
 
 
@@ -873,7 +873,7 @@ def test_a_template_may_be_a_file(tmp_path):
     tables = {"train": table(m=["x"])}
     found = resolved(config_of(messages="m", template=str(tmp_path / "chat.jinja")), tables).task
     assert isinstance(found, CausalLM) and found.template == "{{ 'é' }}"
-    with pytest.raises(ConfigError, match="task.template: there is no file at chat.jinj"):
+    with pytest.raises(ConfigError, match="task.template: no file at chat.jinj"):
         resolved(config_of(messages="m", template="chat.jinj"), tables)
 
 

@@ -128,7 +128,7 @@ def test_a_falling_schedule_stretches_over_the_new_steps_and_it_is_told(work, tm
     )
     assert [found[step] for step in range(9, 17)] == [planned[step] for step in range(9, 17)]
     assert found[8] != planned[8]
-    told = re.search(r"learning rate, (\S+), .* step (\d+) (\S+) instead of (\S+), so the result differs", printed)
+    told = re.search(r"learning rate, (\S+), .*[ (]step (\d+): (\S+) instead of (\S+)\), so the result", printed)
     assert told, printed
     step = int(told[2])
     expected = [f"{rate:.2e}" for rate in (planned[9], found[step], planned[step])]
@@ -155,7 +155,7 @@ def test_what_is_told_is_what_the_schedules_are(name, warmup):
 def test_a_measurement_that_a_longer_run_would_not_have_is_told(work, tmp_path):
     ran(*flags(work, tmp_path / "run", "--fit.epochs 1 --eval-every 2"))
     printed = ran(*flags(work, tmp_path / "run", "--fit.epochs 2 --eval-every 2"))
-    assert "Step 8 was evaluated as the last one, which that run would not do" in printed
+    assert "Step 8 was evaluated as the last one, which that run would skip" in printed
 
 
 @pytest.mark.slow
@@ -177,14 +177,14 @@ def test_a_run_is_found_by_asking_for_it(work, tmp_path, monkeypatch):
 
 
 REFUSED = {
-    "fewer epochs": ("--fit.epochs 1", "fit.epochs: got 1, which are 8 steps, and the run is at step 16: nothing"),
+    "fewer epochs": ("--fit.epochs 1", "fit.epochs: got 1, which is 8 steps, and the run is at step 16: nothing"),
     "another rate": ("--fit.epochs 4 --learning-rate.lora 0.02", "learning_rate.lora: the run has 0.01, got 0.02"),
     "another schedule": ("--fit.epochs 4 --fit.schedule linear", 'fit.schedule: the run has "constant", got "linear"'),
     "another batch": ("--fit.epochs 4 --fit.batch-size 4", "fit.batch_size: the run has 8, got 4"),
     "another seed": ("--fit.epochs 4 --seed 1", "seed: the run has 0, got 1"),
     "what is kept": ("--fit.epochs 2 --keep best", "a finished run with another configuration:\n  - keep: the run has"),
-    "patience": ("--fit.epochs 2 --fit.patience 3", "fit.epochs: got 2, which are 16 steps, and the run is at step 16"),
-    "a step": ("--fit.epochs 4 --resume 7", "resume: got step 7, and there are checkpoints of"),
+    "patience": ("--fit.epochs 2 --fit.patience 3", "fit.epochs: got 2, which is 16 steps, and the run is at step 16"),
+    "a step": ("--fit.epochs 4 --resume 7", "resume: got step 7; there are checkpoints of"),
 }  # fmt: skip
 
 

@@ -214,7 +214,7 @@ def damaged() -> dict[str, tuple[Any, str]]:
         "a flipped bit": (png[:60] + bytes([png[60] ^ 255]) + png[61:], "."),
         "text": (b"this is no picture", "not a picture in a format that Pillow reads"),
         "nothing": (b"", "not a picture in a format"),
-        "no file": ("nowhere/a.png", "there is no file at nowhere/a.png; paths are absolute, or relative to"),
+        "no file": ("nowhere/a.png", "no file at nowhere/a.png; paths are absolute, or relative to"),
         "a folder": (".", "directory"),
         "neither": ({"path": None, "bytes": None}, "neither a file nor its content"),
         "an object": ({"a": 1}, "neither a file nor its content"),
@@ -427,7 +427,7 @@ def test_a_run_on_pictures_learns_and_reports_blank_ones(tmp_path):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["metrics"]["adapted"]["validation"]["accuracy"] == 1
     assert summary["labels"] == {"train": {"bright": 9, "dark": 9}, "validation": {"bright": 4, "dark": 4}}
-    assert summary["blank_images"] == {"train": 2} and "train: 2 images have one colour only" in printed
+    assert summary["blank_images"] == {"train": 2} and "train: 2 images have a single colour" in printed
     # A file that is damaged later is an error that names it.
     broken = tmp_path / "set" / "train" / "dark" / "3.png"
     broken.write_bytes(broken.read_bytes()[:60])

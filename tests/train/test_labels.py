@@ -106,7 +106,7 @@ def test_declared_classes_keep_their_names_and_their_order():
     [
         ([0.37, 1.0, 2.5, 0.37], ["0.37' (rows 1, 4)", "2.5' (row 3)", "--task.regression"]),
         (["0.5", "1", "1.5"], ["0.5' (row 1)", "1.5' (row 3)", "--task.regression"]),
-        ([0, -1, 1, -1], ["-1 in rows 2, 4", "no label"]),
+        ([0, -1, 1, -1], ["-1 in rows 2, 4", "missing label"]),
         (["-1", "0", "1"], ["-1 in row 1"]),
     ],
 )

@@ -168,7 +168,7 @@ def test_processes_that_differ_are_told(work, tmp_path):
     finally:
         for one in both:
             one.kill()
-    assert "processes: the configuration is not the same in all of them" in printed[0] + printed[1]
+    assert "processes: the configuration differs between them" in printed[0] + printed[1]
     assert both[0].returncode == 2 and both[1].returncode != 0
     assert not (tmp_path / "run").exists()
 

@@ -154,7 +154,7 @@ def test_blank_lines_keep_their_place(command, classifier, continuer, tmp_path, 
         assert [one["prompt"] for one in found] == ["", "a film", "", "", "the plot", ""]
         assert found[2] == {"prompt": "", "completion": "", "row": 3} and found[1]["completion"]
     (tmp_path / "blank.txt").write_text("\n \n")
-    assert "blank.txt: there is no text in it" in refused(command, "run", "--file", tmp_path / "blank.txt")
+    assert "blank.txt: no texts" in refused(command, "run", "--file", tmp_path / "blank.txt")
 
 
 def test_results_go_to_a_new_file_whole(classifier, tmp_path, monkeypatch):
@@ -341,14 +341,14 @@ def test_an_answer_ends_where_the_template_closes_it(work, tmp_path):
 def test_a_file_that_cannot_be_read_is_named_with_its_place(classifier, tmp_path):
     tables.Table.from_dict({"sentence": ["a", "b"], "tags": [["x"], ["y"]]}).to_parquet(tmp_path / "nested.parquet")
     text = refused("predict", "run", "--file", tmp_path / "nested.parquet", "--column", "tags")
-    assert "nested.parquet, row 1: got ['x']; expected a text" in text
+    assert "nested.parquet, row 1: got ['x']; expected text" in text
     tiny.write_jsonl(tmp_path / "rows.jsonl", [{"sentence": 7, "score": 0.5}])
     assert ok("predict", "run", "--file", tmp_path / "rows.jsonl").startswith("7\t")
     text = refused("predict", "run", "--file", tmp_path / "rows.jsonl", "--column", "score")
-    assert "rows.jsonl, row 1: got 0.5; expected a text" in text
+    assert "rows.jsonl, row 1: got 0.5; expected text" in text
     (tmp_path / "latin.txt").write_bytes("a film\nschön\n".encode("latin-1"))
     assert "latin.txt, line 2: expected UTF-8" in refused("predict", "run", "--file", tmp_path / "latin.txt")
-    assert "there is no file at" in refused("predict", "run", "--file", tmp_path / "latin.jsonl")
+    assert "no file at" in refused("predict", "run", "--file", tmp_path / "latin.jsonl")
     (tmp_path / "lines.ndjson").write_text('{"sentence": "a"}\n')
     assert "'.ndjson'" in refused("predict", "run", "--file", tmp_path / "lines.ndjson")
     text = refused("predict", "run", "--file", tmp_path / "latin.txt", "--column", "a")

@@ -170,7 +170,7 @@ def test_json_keeps_its_types(tmp_path):
 # Errors name file, row and column
 
 BAD = {
-    "more.csv": ("text,label\na,1\nb, c,2\n", "row 2 (line 3): got 3 cells, expected 2", "quote cells that hold"),
+    "more.csv": ("text,label\na,1\nb, c,2\n", "row 2 (line 3): got 3 cells, expected 2", "quote cells"),
     "every.csv": ("text,label\nhello, you,1\nbye, you,0\n", "row 1 (line 2): got 3 cells, expected 2"),
     "trailing.csv": ("text,label\na,1,\nb,2,\n", "row 1 (line 2): got 3 cells"),
     "header.csv": ("text,label,\na,1,\n", "column 3 of 3 has no name"),
@@ -181,9 +181,9 @@ BAD = {
     "mac.csv": ("text,label\ra,1\r", "the header (line 1)", r"a line ends in \r alone"),
     "twice.csv": ("text,text\na,b\n", "has 'text' twice"),
     "semicolons.csv": ("text;label\na;1\n", "the header is one column, 'text;label'", "save the file with commas"),
-    "tabs.csv": ("text\tlabel\na\t1\n", r"divided by ',', got '\t'; name the file .tsv"),
+    "tabs.csv": ("text\tlabel\na\t1\n", r"separated by ',', got '\t'; name the file .tsv"),
     "commas.tsv": ("text,label\na,1\n", "name the file .csv"),
-    "nothing.csv": ("text,label\n", "is empty: there are no rows"),
+    "nothing.csv": ("text,label\n", "is empty: no rows"),
     "more.tsv": ("text\tlabel\na\t1\t2\n", "row 1 (line 2): got 3 cells", "--data.quoted-tsv"),
     "latin.csv": ("text,label\na,1\nné,1\n".encode("latin1"), "line 3: expected UTF-8, got the byte 0xe9"),
     "latin.tsv": ("text\tlabel\né\t1\n".encode("latin1"), "line 2: expected UTF-8"),
@@ -196,8 +196,8 @@ BAD = {
     "first.jsonl": ('{"text": \n{"text": "b"}\n', "line 1, character"),
     "list.jsonl": ('{"text": "a"}\n["b"]\n', 'line 2: got ["b"], expected an object'),
     "word.jsonl": ('"a"\n', 'line 1: got "a", expected an object'),
-    "twice.jsonl": ('{"text": "a"}\n{"text": "a", "text": "b"}\n', "line 2: the key 'text' is there twice"),
-    "half.jsonl": ('{"text": "\\ud800"}\n', "line 1: half of a surrogate pair"),
+    "twice.jsonl": ('{"text": "a"}\n{"text": "a", "text": "b"}\n', "line 2: the key 'text' occurs twice"),
+    "half.jsonl": ('{"text": "\\ud800"}\n', "line 1: a lone surrogate"),
     "deep.jsonl": ('{"text": "a"}\n' + "[" * 100_000 + "\n", "line 2"),
     "cut.json": ('[{"text": "a"},\n{"text": \n', "line 3, character 1: expected JSON"),
     "row.json": ('[{"text": "a"}, 3]', "row 2: got 3, expected an object"),
@@ -326,7 +326,7 @@ def test_a_folder_is_read_as_its_files_are(tmp_path):
         provenance = tables["validation"].provenance
         assert provenance and (provenance.split, provenance.files) == ("test", {f"{folder}/test.{kind}": 5})
     message = refusal(lambda: data.read(f"{tmp_path}/csv:dev", tmp_path / "cache", "data.train"))
-    assert "there is no split dev; there are train, test" in message
+    assert "no split dev; expected one of train, test" in message
     (tmp_path / "csv" / "train.csv").write_text("text,label\na\n")
     message = refusal(lambda: data.read(f"{tmp_path}/csv", tmp_path / "cache", "data.train"))
     assert f"{tmp_path}/csv/train.csv, row 1 (line 2): got 1 cells" in message
@@ -365,7 +365,7 @@ def test_declared_types_are_those_of_the_folder(tmp_path):
         assert table.features["label"].names == ["bad", "good"]  # pyright: ignore
         (folder / f"rows.{kind}").write_text(content.replace("bad", "worse").replace("good", "worse"))
         message = refusal(lambda: data.read(str(folder), tmp_path / "cache", "data.train"))  # noqa: B023
-        assert f"rows.{kind}: its values are not of the types that" in message and "worse" in message
+        assert f"rows.{kind}: its values do not have the" in message and "worse" in message
 
 
 def test_files_of_the_hub_are_read_as_files(tmp_path, monkeypatch):
@@ -454,18 +454,18 @@ def test_provenance_counts_every_row(tmp_path):
     assert provenance and provenance.to_json() == {
         "source": str(file), "found": None, "files": {str(file): 40}, "split": "train",
         "digest": data.source_digest(str(file)), "read": 40, "used": 7,
-        "dropped": {"of other splits": 10, "beyond the limit of 7": 23},
+        "dropped": {"in other splits": 10, "beyond the limit of 7": 23},
     }  # fmt: skip
     assert provenance.describe() == (
-        f"{file}, split train: 40 rows read, 7 used; left out: 10 of other splits, 23 beyond the limit of 7; "
+        f"{file}, split train: 40 rows read, 7 used; left out: 10 in other splits, 23 beyond the limit of 7; "
         f"sha256 {provenance.digest[:12]}"
     )
     assert tables["validation"].provenance and tables["validation"].provenance.used == len(tables["validation"]) == 9
     tables = data.load(DataConfig(str(file), holdout=0.25, limit=20), tmp_path / "cache")
     dropped = {name: table.provenance.dropped for name, table in tables.items() if table.provenance}
     assert dropped == {
-        "train": {"set apart for validation": 10, "beyond the limit of 20": 10},
-        "validation": {"trained on": 30},
+        "train": {"held out for validation": 10, "beyond the limit of 20": 10},
+        "validation": {"used for training": 30},
     }
     assert not set(column(tables["train"], "text", "task.text")) & set(
         column(tables["validation"], "text", "task.text")
@@ -475,7 +475,7 @@ def test_provenance_counts_every_row(tmp_path):
     tiny.write_jsonl(tmp_path / "test.jsonl", rows[:5])
     beside = data.load(DataConfig(str(file)), tmp_path / "cache")["validation"].provenance
     assert beside and beside.describe().startswith(
-        f"{tmp_path}/test.jsonl, found beside rows.jsonl: 5 rows read, all used"
+        f"{tmp_path}/test.jsonl, found next to rows.jsonl: 5 rows read, all used"
     )
 
 
@@ -524,7 +524,7 @@ def test_a_run_reports_its_data_and_resumes_with_the_same_only(work, tmp_path):
         f"data.train: {tmp_path}/train.jsonl: 64 rows read, 48 used; left out: 16 beyond the lim"
     )
     assert lines[1].startswith(
-        f"data.validation: {tmp_path}/test.jsonl, found beside train.jsonl: 20 rows read, all used"
+        f"data.validation: {tmp_path}/test.jsonl, found next to train.jsonl: 20 rows read, all used"
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["data"] == json.loads((tmp_path / "run" / "data.json").read_text())
@@ -540,7 +540,7 @@ def test_a_run_reports_its_data_and_resumes_with_the_same_only(work, tmp_path):
         code == 2 and "holds a run on other data:" in printed and f"data.validation: {tmp_path}/test.jsonl" in printed
     )
     code, printed = program("eval", str(tmp_path / "run"))
-    assert code == 0 and "21 rows read, all used" in printed and "not the examples of the run" in printed
+    assert code == 0 and "21 rows read, all used" in printed and "not the run's examples" in printed
     (tmp_path / "run" / "summary.json").unlink()  # as if it had been killed
     assert program(*flags)[0] == 2
     (tmp_path / "test.jsonl").write_text(kept)
@@ -548,4 +548,4 @@ def test_a_run_reports_its_data_and_resumes_with_the_same_only(work, tmp_path):
     assert code == 0 and "resuming " in printed
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"] == summary["metrics"]
     code, printed = program("eval", str(tmp_path / "run"))
-    assert code == 0 and "not the examples of the run" not in printed
+    assert code == 0 and "not the run's examples" not in printed

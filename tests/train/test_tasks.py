@@ -148,7 +148,7 @@ def test_eval_measures_what_the_run_measured(text_run, work):
     file, digest = work / "validation.jsonl", summary["data"]["validation"]["digest"][:12]
     rows = f"20 rows read, all used; sha256 {digest}"
     code, printed = program("eval", str(folder))
-    assert (code, printed) == (0, f"{file}, found beside train.jsonl: {rows}\n{found}\n")
+    assert (code, printed) == (0, f"{file}, found next to train.jsonl: {rows}\n{found}\n")
     code, printed = program("eval", str(folder), "--source", str(file), "--limit", "20")
     assert (code, printed) == (0, f"{file}: {rows}\n{found}\n")
 
@@ -537,14 +537,14 @@ def test_a_folder_has_splits_and_a_file_has_siblings(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{0}/no/rows.jsonl", "there is no file at .*rows.jsonl: there is no folder .*/no$"),
-        ("{0}/nothing.jsonl", "there is no file at .*nothing.jsonl.*closest: .*rows.jsonl"),
+        ("{0}/no/rows.jsonl", "no file at .*rows.jsonl: there is no folder .*/no$"),
+        ("{0}/nothing.jsonl", "no file at .*nothing.jsonl.*closest: .*rows.jsonl"),
         ("{0}/rows.exe", "ends in '.exe'; expected one of .jsonl"),
         ("{0}/broken.jsonl", "broken.jsonl, line 1, character 10: expected JSON"),
         ("{0}/empty.jsonl", "empty.jsonl is empty"),
         ("{0}/rows.jsonl:test", "has no column `split`"),
         ("nobody/nothing:train", "nobody/nothing:train cannot be read"),
-        ("{0}/rows.jsonl", "data.validation: got None, and beside .*rows.jsonl there is no file named"),
+        ("{0}/rows.jsonl", "data.validation: got None, and no file next to .*rows.jsonl is named"),
     ],
 )
 def test_a_source_that_cannot_be_used_says_why(tmp_path, source, message):
@@ -584,7 +584,7 @@ def test_the_error_on_a_missing_column_names_the_nearest(work, tmp_path):
             {},
             "fit: .*diverged: loss (nan|inf) and .* in step . \\(epoch .\\), on the training examples ",
         ),
-        ("--lora.train-also", {}, "pass key=.*A new head has to be trained: --lora.train-also classifier"),
+        ("--lora.train-also", {}, "pass key=.*A new head must be trained: --lora.train-also classifier"),
     ],
 )
 def test_what_would_train_on_nonsense_is_an_error(work, tmp_path, flags, rows, message):
@@ -599,7 +599,7 @@ def test_a_tokenizer_of_other_weights_is_an_error(work, tmp_path):
     tiny.write_checkpoint(tmp_path, {**tiny.ENCODER, "vocab_size": 6}, task="features")
     code, printed = program(*text_flags(work), "--model.path", str(tmp_path), "--run-dir", str(tmp_path / "run"))
     assert code == 2
-    assert re.search(r"makes the token \d+ \('\w+'\), and the network of .* knows 6 tokens", printed)
+    assert re.search(r"has the token \d+ \('\w+'\), but the network of .* has 6 tokens", printed)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").unlink()
     code, printed = program(*text_flags(work), "--model.path", str(tmp_path), "--run-dir", str(tmp_path / "run"))
@@ -624,7 +624,7 @@ def test_a_template_that_fails_is_an_error(work):
         (["generate", "{0}/text-run", "--prompt", "a"], "was not trained as a language model; see `predict`"),
         (["predict", "{0}/text-run", "--text", "a", "--file", "b.txt"], "got --text and --file"),
         (["predict", "{0}/encoder", "--text", "a"], "its config.json is of something else, such as a checkpoint"),
-        (["predcit", "{0}/text-run"], "there is no command 'predcit'; did you mean 'predict'?"),
+        (["predcit", "{0}/text-run"], "unknown command 'predcit'; did you mean 'predict'?"),
         (["eval", "{0}/text-run", "--limit", "0"], "got --limit 0"),
         (["export", "{0}/text-run", "--out", "{0}/train.jsonl"], "File exists|is a file"),
         (["export", "{0}/text-run", "--uniform-rank"], "vLLM.*is trained whole.*jlora.merge"),

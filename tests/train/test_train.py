@@ -281,7 +281,7 @@ def test_claiming_a_directory_changes_no_file(config, tmp_path):
     later = dataclasses.replace(config, run_dir=tmp_path, log_every=3)
     with claim(later, {}) as claimed:
         assert content(tmp_path) == before | {"run.lock": b""}
-        with pytest.raises(ConfigError, match="is in use by another process"):
+        with pytest.raises(ConfigError, match="is in use by another"):
             claim(later, {})
         claimed.begin(later, {})
     assert directory.read_config() == later

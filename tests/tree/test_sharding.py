@@ -263,7 +263,7 @@ def test_what_rules_leave_out_or_never_reach_is_named() -> None:
         "'norm' of shape (7,) matches no rule",
         "rule '/bais$' matches no leaf (closest: 'layer/bias'",
         "rule 'layer/kernel' applies to no leaf: earlier rules match all of its leaves, such as 'layer/kernel' by ",
-        "put another one for that path before it, or use a mesh of another shape",
+        "put a rule for that path before it, or use a mesh of another shape",
     )
 
 

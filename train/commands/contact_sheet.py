@@ -1,4 +1,4 @@
-"""A contact sheet: some images of each label, drawn with Pillow, which is imported only then."""
+"""A contact sheet: some images of each label, drawn with Pillow, which is imported on use."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import numpy as np
 from train.config import ConfigError
 
 TILE, GAP, FONT_SIZE = 64, 6, 14
-"""Pixels: the least side of an image (the most is twice that), the space around it, and the size of letters."""
+"""Pixels: the minimum side of an image (the maximum is twice that), the space around it, and the font size."""
 MAX_LABELS = 20
-"""Labels that have a row."""
+"""The maximum number of rows."""
 MAX_NAME = 28
-"""Characters of a label that are shown."""
+"""The maximum length of a label."""
 INK, PAPER = (32, 33, 36), (236, 238, 241)
 
 
 def write_contact_sheet(
     out: Path, images: Mapping[str, np.ndarray], labels: np.ndarray, names: Sequence[str], each: int
 ) -> None:
-    """Write a PNG with a row for each label: its name, how many images have it, and the first of them.
+    """Write a PNG with a row for each label: its name, its number of images, and the first of them.
 
     Args:
-      out: the file; an existing one is replaced.
+      out: the file, replaced if it exists.
       images: by the name of their domain, float [n, side, side, channels] from 0 to 1.
       labels: int [n].
       names: of the labels.
-      each: images of a label, in every domain.
+      each: images per label, in every domain.
 
     Raises:
       ConfigError: if ``out`` is not a .png in an existing folder.
@@ -67,7 +67,7 @@ def write_contact_sheet(
 
 
 def _kept(counts: np.ndarray) -> list[int]:
-    """The labels that have a row: where there are too many, those of the most images and of the fewest."""
+    """The labels with a row; if there are too many, those with the most and the fewest images."""
     order: list[int] = np.argsort(-counts, kind="stable").tolist()
     if len(order) > MAX_LABELS:
         order = [i for i in order if counts[i]]
@@ -76,7 +76,7 @@ def _kept(counts: np.ndarray) -> list[int]:
 
 
 def _side(own: int) -> int:
-    """The side of an image on the sheet; small images are shown in whole multiples, so that pixels stay squares."""
+    """The side of an image on the sheet; small images are enlarged by whole factors, so pixels stay square."""
     return own * -(-TILE // own) if own < TILE else min(own, 2 * TILE)
 
 

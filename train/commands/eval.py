@@ -72,9 +72,9 @@ def _table(run: FinishedRun, source: str | None) -> Table:
 
 
 def _print_source(run: Path, table: Table, *, own: bool) -> None:
-    """Where the examples are from, and whether the run's own have changed since."""
+    """Print the examples' origin, and whether the run's own have changed since."""
     if table.provenance is None:
         return
     print(table.provenance.describe())
     if own and (differing := data_changes(RunDirectory(run), {"validation": table.provenance.to_json()})):
-        print(f"these are not the examples of the run:{bullets(differing)}")
+        print(f"these are not the run's examples:{bullets(differing)}")

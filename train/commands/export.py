@@ -18,7 +18,7 @@ from train.rundir.arrays import save_tree
 from train.rundir.finished import FinishedRun, open_run
 
 TASK_TYPES = {"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM"}
-"""PEFT's names of the tasks."""
+"""PEFT's names for the tasks."""
 AUTO_CLASSES = {
     "SequenceClassification": "AutoModelForSequenceClassification",
     "ImageClassification": "AutoModelForImageClassification",

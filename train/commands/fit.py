@@ -23,7 +23,7 @@ def fit(config: TrainConfig) -> int:
     except (ConfigError, CheckpointError, ModelError, TensorError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return leave(2)
-    except Exception:  # printed as Python does; but other processes must not wait for this one
+    except Exception:  # print the traceback; other processes must not wait for this one
         traceback.print_exc()
         return leave(1)
     return 0

@@ -23,7 +23,7 @@ from train.tasks.conversations import messages_of, tools_of
 from train.tasks.language import LanguageModel
 
 LENGTH_STEP = 32
-"""Prompts are padded to multiples of so many tokens, so that few shapes are compiled."""
+"""Prompts are padded to multiples of this, so that few shapes are compiled."""
 BATCH_SIZE = 16
 
 Prompt: TypeAlias = str | list[Message]
@@ -40,14 +40,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Print each prompt and its completion by the adapted language model.
+    """Print each prompt with its completion by the adapted language model.
 
     Args:
       run: Run directory.
       prompt: Prompt to continue.
       file: File of prompts: .txt with a prompt on each line, a table (jsonl, json, csv, tsv, parquet), or - for the
-        lines of the standard input. Blank lines keep their place in the output.
-      column: Column of a table. Default: the run's column of messages, prompts or texts. A last message of the
+        lines of standard input. Blank lines keep their place in the output.
+      column: Column of a table. Default: the run's column of messages, prompts or texts. A final message of the
         assistant is dropped. Tools are read from the run's column of tools, if the table has it.
       out: Write to this new .jsonl file instead: prompt, completion and row (from 1), in the order of the input.
       max_new_tokens: Maximum number of tokens to generate.
@@ -113,10 +113,10 @@ def completions(
 
 
 def end_of_answers(model: Any, task: LanguageModel) -> tuple[set[int], str]:
-    """The tokens that end an answer, and a text that does, which may be empty.
+    """The tokens that end an answer, and a text that does, possibly empty.
 
-    The tokens are the task's and the model's own. The text is what closes an answer in a chat template that has no
-    special token there.
+    The tokens are the task's and the model's own. The text closes an answer in a chat template that has no
+    special token for it.
     """
     ends = {*task.ends, *model.config.end_tokens}
     if task.chat is None or task.chat.end is not None:
@@ -140,11 +140,11 @@ def _prompts(inputs: Inputs, task: LanguageModel, *, messages: bool) -> list[Pro
 
 
 def _prompt(value: Any, where: str, task: LanguageModel, conversation: bool) -> Prompt:
-    """A text, or the messages of a conversation up to those that the assistant is to answer."""
+    """A text, or the messages of a conversation up to the ones for the assistant to answer."""
     if not conversation and not isinstance(value, list):
         return text_of(value, where)
     if task.chat is None:
-        raise ConfigError(f"{where}: got {value!r:.80}; expected a text: the run was not trained on conversations")
+        raise ConfigError(f"{where}: got {value!r:.80}; expected a string: the run was not trained on conversations")
     try:
         found = messages_of(value)
     except ConfigError as error:
@@ -158,7 +158,7 @@ def _prompt(value: Any, where: str, task: LanguageModel, conversation: bool) -> 
 def _tokens(
     model: Any, task: LanguageModel, inputs: Inputs, prompts: Sequence[Prompt | None], new: int
 ) -> list[list[int]]:
-    """The tokens of the prompts that are not blank; raises if the network has too few positions for one."""
+    """The tokens of the prompts that are not blank; raises if one exceeds the network's positions."""
     found, errors = [], {}
     most = model.config.max_length
     for i, prompt in enumerate(prompts):
@@ -169,7 +169,7 @@ def _tokens(
         except ConfigError as error:
             raise ConfigError(f"{inputs.where(i)}: {error}") from error
         if not found[-1]:
-            errors[i] = "the tokenizer makes no token of it"
+            errors[i] = "the tokenizer returns no tokens for it"
         elif most is not None and len(found[-1]) + new > most:
             errors[i] = f"{len(found[-1])} prompt and {new} new tokens; the network has {most} positions"
     check_no_errors(errors, inputs, "Expected shorter prompts; or pass a smaller --max-new-tokens")

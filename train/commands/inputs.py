@@ -18,18 +18,18 @@ from train.messages import bulleted
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 TEXT_FILES = ("", ".txt")
-"""Suffixes of files with a text on each line; other files are tables."""
+"""Suffixes of files with one text per line; other files are tables."""
 MAX_NAMED = 8
-"""Inputs that an error names; it counts the others."""
+"""The maximum number of inputs listed in an error; it counts the others."""
 
 
 class Inputs(NamedTuple):
-    """What was read, in its order.
+    """The inputs, in order.
 
     Attributes:
-      rows: the values of the columns for each input: texts, or what else a table holds. None for a blank input.
+      rows: the values of the columns for each input: texts, or other values of a table. None for a blank input.
       source: the file, or None for texts from flags.
-      unit: what an input is called: text, line or row; inputs are counted from 1.
+      unit: the word for an input: text, line or row; inputs are counted from 1.
       extra: the value of the extra column for each input, or None.
     """
 
@@ -62,16 +62,16 @@ def read_inputs(
 
     Args:
       texts: from flags.
-      file: a file instead, or ``-`` for the lines of the standard input.
-      columns: of a table. Texts and lines have a tab between what would be in two columns.
-      config: of the run; it says how tables are read.
+      file: a file instead, or ``-`` for the lines of standard input.
+      columns: of a table. In texts and lines, a tab separates the two columns.
+      config: of the run; determines how tables are read.
       flag: the name of the flag for texts.
-      by_column: whether the first column is from ``--column``.
-      extra: a column that is read too, if the table has it.
+      by_column: whether ``--column`` set the first column.
+      extra: another column to read, if the table has it.
 
     Raises:
       ConfigError: if there is no input, or more than one source; if a file cannot be read, or a value in it is not a
-        text, naming file and row.
+        text, with file and row.
     """
     if texts and file is not None:
         raise ConfigError(f"got {flag} and --file; expected one of them")
@@ -84,23 +84,23 @@ def read_inputs(
     else:
         found = _read_lines(texts, file, columns)
     if not found.not_blank:
-        raise ConfigError(f"{found.source or flag}: there is no text in it, expected at least one that is not blank")
+        raise ConfigError(f"{found.source or flag}: no texts; expected at least one that is not blank")
     return found
 
 
 def text_of(value: Any, where: str) -> str:
-    """A value of a table as a text: strings and whole numbers are texts.
+    """A table's value as text: strings and whole numbers count as text.
 
     Raises:
-      ConfigError: if it is anything else.
+      ConfigError: for anything else.
     """
     if isinstance(value, str | int) and not isinstance(value, bool):
         return str(value)
-    raise ConfigError(f"{where}: got {value!r:.80}; expected a text. Pass --column with the column of the texts")
+    raise ConfigError(f"{where}: got {value!r:.80}; expected text. Pass --column with the column of the texts")
 
 
 def check_no_errors(errors: Mapping[int, str], inputs: Inputs, advice: str) -> None:
-    """Raises a ConfigError that names the inputs with errors, by their indices, if there are any."""
+    """Raises a ConfigError listing the inputs with ``errors``, given by index, if any."""
     if errors:
         named = bulleted([f"{inputs.where(i)}: {error}" for i, error in errors.items()], MAX_NAMED)
         raise ConfigError(f"{len(errors)} of {len(inputs.rows)} texts cannot be used:{named}\n{advice}")
@@ -125,11 +125,11 @@ def _read_table(
 ) -> Inputs:
     if not file.exists() and ":" not in file.name:
         others = sorted(str(one) for one in file.parent.glob("*") if one.is_file())
-        raise ConfigError(f"there is no file at {file}{nearest(str(file), others)}")
+        raise ConfigError(f"no file at {file}{nearest(str(file), others)}")
     table = tables.read(str(file), config.cache_dir, "file", quoted_tsv=config.data.quoted_tsv)
     if not by_column and columns[0] not in table.column_names:
         raise ConfigError(
-            f"{file} has no column {columns[0]!r}, on which the run was trained; it has "
+            f"{file} has no column {columns[0]!r}, which the run was trained on; it has "
             f"{', '.join(table.column_names)}; pass --column with one of them"
         )
     try:
@@ -142,5 +142,5 @@ def _read_table(
 
 
 def _without_blanks(rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...] | None]:
-    """The rows, with None for those whose values are all blank texts."""
+    """The rows, with None for those whose values are all blank."""
     return [None if all(isinstance(one, str) and not one.strip() for one in row) else row for row in rows]

@@ -1,4 +1,4 @@
-"""The command that shows what of a checkpoint would be adapted."""
+"""The command that shows the weights of a checkpoint that would be adapted."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def inspect(
     labels: int | None = None,
     revision: str | None = None,
 ) -> None:
-    """Show what of a checkpoint would be adapted. Reads config.json, and no weights.
+    """Show the weights of a checkpoint that would be adapted. Reads config.json only, no weights.
 
     Args:
       checkpoint: Folder, or id of a model on the hub.
-      lora: What is adapted, and how.
+      lora: What to adapt, and how.
       task: Task of the network. Default: the checkpoint's.
       labels: Number of classes of a classifier.
       revision: Branch, tag or commit of a model on the hub.

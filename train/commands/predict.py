@@ -39,8 +39,8 @@ def predict(
     Args:
       run: Run directory.
       text: Text to label. A pair of texts is separated by a tab.
-      file: File of texts: .txt with a text on each line, a table (jsonl, json, csv, tsv, parquet), or - for the lines
-        of the standard input. Blank lines keep their place in the output.
+      file: File of texts: .txt with one text per line, a table (jsonl, json, csv, tsv, parquet), or - for the lines
+        of standard input. Blank lines keep their place in the output.
       column: Column of a table. Default: the run's column of texts.
       out: Write to this new .jsonl file instead: text, label, its probability, the probabilities of all
         labels, and row (from 1), in the order of the input.
@@ -80,7 +80,7 @@ def outputs(run: FinishedRun, task: Texts, rows: list[list[str]]) -> np.ndarray:
 
 
 def _records(task: Texts, rows: Sequence[list[str] | None], scores: np.ndarray) -> list[dict[str, Any]]:
-    """The result of each row; ``scores`` are those of the rows that are not blank."""
+    """The result of each row; ``scores`` are those of the nonblank rows."""
     names = ("text",) if task.config.pair is None else ("text", "pair")
     answers = iter([_answer(task, one) for one in scores])
     blank = dict.fromkeys(_answer(task, scores[0]))
@@ -104,7 +104,7 @@ def _answer(task: Texts, scores: np.ndarray) -> dict[str, Any]:
 
 
 def _line(record: dict[str, Any]) -> str:
-    """One line for a text, whatever characters it has; an empty one for a blank text."""
+    """A text's record on one line, with line breaks escaped; empty for a blank text."""
     if record["label"] is None:
         return ""
     shown = [one for name, one in record.items() if name not in ("probabilities", "row")]

@@ -16,7 +16,7 @@ Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="
 
 
 def report(runs: Runs, out: Path = Path("report.html")) -> None:
-    """Write a page that compares runs, finished or not: metrics, curves, differences of their configurations, plans.
+    """Write a page that compares runs, finished or not: metrics, curves, configuration differences, plans.
 
     Args:
       runs: Run directories, at most 8.

@@ -1,4 +1,4 @@
-"""The command that shows what a run would train on."""
+"""The command that shows a run's training data."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from train.tasks import labels
 
 @dataclass(frozen=True)
 class ShowOptions:
-    """Show what a run would train on: examples with the tokens that carry loss marked, their lengths, their labels.
+    """Show a run's training data: examples with the tokens that carry loss marked, lengths, labels.
 
-    Reads and encodes the data as `python -m train CONFIG.py` does, and takes the same flags; see its --help. Reads no
+    Reads and encodes the data like `python -m train CONFIG.py`, and takes the same flags; see its --help. Reads no
     weights.
     """
 
-    #: Number of examples to show, the first ones; of images, for each label.
+    #: Number of examples to show, from the first; for images, per label.
     examples: int = 3
     #: Put a bar between tokens.
     tokens: bool = False
@@ -34,10 +34,10 @@ class ShowOptions:
 
 
 def show(config: TrainConfig, options: ShowOptions) -> None:
-    """Print what a run of a configuration would train on; draw a contact sheet of images.
+    """Print the training data of a configuration; for images, draw a contact sheet.
 
     Raises:
-      ConfigError: as a run, for the configuration and the data; or if an option does not apply to them.
+      ConfigError: as a run does, for the configuration and the data; or if an option does not apply.
     """
     images = isinstance(config.task, ImageClassification)
     if options.examples < 1:
@@ -60,7 +60,7 @@ def show(config: TrainConfig, options: ShowOptions) -> None:
 
 
 def _summary(name: str, data: TrainingData, examples: Examples) -> Iterator[str]:
-    """Lines about the training or the validation examples: how many they are, their lengths, how many carry loss."""
+    """Lines about the training or validation examples: their number, lengths, and tokens with loss."""
     task: Any = data.config.task
     if "input_ids" not in examples:
         domains = f", shown as {' and '.join(data.train)}" if len(data.train) > 1 else ""
@@ -83,7 +83,7 @@ def _summary(name: str, data: TrainingData, examples: Examples) -> Iterator[str]
 
 
 def token_counts(examples: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of each example, and how many of them carry loss, int [n] both; packed examples count one by one."""
+    """The numbers of tokens, and of those that carry loss, per example, int [n] both; packed examples are separate."""
     tokens, with_loss = [], []
     for row, ids in enumerate(examples["input_ids"]):
         segments = examples["segment_ids"][row] if "segment_ids" in examples else np.ones(len(ids), np.int32)

@@ -1,10 +1,10 @@
-"""How and where a step is computed.
+"""The computation of a step, and its placement on devices.
 
 ``keys``        random keys, one for each purpose
 ``optimizer``   schedule and optimizer
 ``step``        one pure training step
 ``layouts``     one device (jit), copies (pmap), sharded weights (mesh)
-``processes``   several processes: how they join, and what they agree on
-``flops``       the FLOPs of a step, and the peaks of devices
+``processes``   several processes: joining, and agreeing on values
+``flops``       the FLOPs of a step, and device peaks
 ``throughput``  speed and memory
 """

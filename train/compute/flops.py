@@ -1,13 +1,13 @@
-"""The FLOPs of a step, and how much of its devices it uses.
+"""The FLOPs of a step, and the utilization of its devices.
 
 ``count(step, *args)`` counts the floating point operations of a step's matrix products. Model FLOPs utilization (MFU,
-PaLM, Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B) is their share of what the devices could
+PaLM, Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B) relates them to what the devices could
 compute in the step's time::
 
     count(step, *args) / (seconds * devices * peak(device))
 
-Model FLOPs are those of the forward and the backward pass. They leave recomputation (`jax.checkpoint`) out: count the
-step without it, and time the one with it.
+Model FLOPs cover the forward and the backward pass, without recomputation (`jax.checkpoint`): count the step without
+it, and time the step with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
-# Dense, per JAX device, from the vendors' datasheets. Those of GPUs often state peaks with 2:4 sparsity, twice as high.
+# Dense, per JAX device, from the vendors' datasheets. Datasheets of GPUs often state peaks with 2:4 sparsity, double.
 # NVIDIA: nvidia.com/en-us/data-center, a page for each product; B200 and GB200 as parts of HGX B200 and GB200 NVL72.
 # TPU: docs.cloud.google.com/tpu/docs, a page for each version; a chip of v2, v3 or 7x is two JAX devices, one per core.
 PEAKS: dict[str, float] = {
@@ -36,7 +36,7 @@ PEAKS: dict[str, float] = {
     "TPU v6 lite": 918e12,  # v6e, Trillium
     "TPU v6e": 918e12,
     "TPU7x": 1153.5e12,  # Ironwood
-    "V100-PCIE": 112e12,  # V100 and T4 have no bfloat16: these are of float16
+    "V100-PCIE": 112e12,  # V100 and T4 have no bfloat16: float16 peaks
     "V100": 125e12,
     "T4": 65e12,
     "A100": 312e12,
@@ -54,14 +54,14 @@ PEAKS: dict[str, float] = {
     "B200": 2250e12,
     "GB200": 2500e12,
 }
-"""Peak bfloat16 FLOP/s by words of `jax.Device.device_kind`; the first match counts."""
+"""Peak bfloat16 FLOP/s by part of `jax.Device.device_kind`; the first match wins."""
 
 
 def peak(device: Any) -> float | None:
-    """The peak of a `jax.Device` in bfloat16 matrix products, in FLOP/s; None if unknown, as for a CPU or a slice of a
-    GPU (MIG).
+    """The peak of a `jax.Device` for bfloat16 matrix products, in FLOP/s; None if unknown, for example for a CPU or a
+    GPU slice (MIG).
 
-    It is bfloat16's peak whatever a program computes in: float32 cannot reach a utilization of 1.
+    It is bfloat16's peak whatever the program's dtype: float32 cannot reach a utilization of 1.
     """
     if "MIG" in device.device_kind:
         return None
@@ -71,11 +71,10 @@ def peak(device: Any) -> float | None:
 def count(fn: Callable[..., Any], *args: Any) -> float:
     """Count the floating point operations of ``fn(*args)`` in matrix products and convolutions, by tracing it.
 
-    A multiplication and the addition of its result are two operations. Everything else is left out, as are products
-    that no result depends on, and kernels that JAX cannot look into: Pallas's and vendors' (cuDNN's attention). The
-    body of a scan counts once per iteration, and that of a ``shard_map`` once per device. The most expensive branch of
-    a ``cond`` counts. A ``while_loop``, whose number of iterations is unknown, counts once. Ragged products count as
-    if every row belonged to a group.
+    A multiply-add is two operations. Everything else is left out, as are products that no result depends on, and
+    kernels opaque to JAX: Pallas's and vendors' (cuDNN's attention). The body of a scan counts once per iteration, of a
+    ``shard_map`` once per device. The most expensive branch of a ``cond`` counts. A ``while_loop`` counts as one
+    iteration. Ragged products count as if every row belonged to a group.
 
     Args:
       fn: a function of pytrees of arrays, such as a training step.
@@ -90,7 +89,7 @@ def count(fn: Callable[..., Any], *args: Any) -> float:
 
 def _of_jaxpr(jaxpr: Any) -> int:
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    live, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # a gradient's jaxpr holds equations that XLA drops
+    live, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # a gradient's jaxpr contains equations that XLA drops
     return sum(map(_of_equation, live.eqns))
 
 
@@ -134,7 +133,7 @@ def _sizes(names: Iterable[Any], operands: Iterable[Any]) -> dict[Any, int]:
 
 def _of_dot(eqn: Any, numbers: Any, groups: tuple[int, ...]) -> int:
     """Every element of the left operand is multiplied with every column of the right one. ``groups`` are axes of the
-    right one, of which each row of the left one uses one element."""
+    right operand, along which each row of the left one uses one element."""
     lhs, rhs = (v.aval for v in eqn.invars[:2])
     (_, contracted), (_, batch) = numbers
     columns = [n for axis, n in enumerate(rhs.shape) if axis not in (*contracted, *batch, *groups)]
@@ -143,19 +142,19 @@ def _of_dot(eqn: Any, numbers: Any, groups: tuple[int, ...]) -> int:
 
 def _of_conv(eqn: Any) -> int:
     """Exact: products with padding, or with the zeros between the elements of a dilated input, are left out. So each of
-    a convolution's two gradients, which are convolutions too, counts as much as the convolution."""
+    a convolution's two gradients, also convolutions, counts as much as the convolution."""
     lhs, rhs, out = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
     lhs_spec, rhs_spec, out_spec = eqn.params["dimension_numbers"]
     taps = math.prod(
         _taps(lhs[lhs_spec[axis]], rhs[rhs_spec[axis]], out[out_spec[axis]], eqn.params, axis - 2)
         for axis in range(2, len(lhs))
     )
-    # The kernel's input features are those of one group, whether features or the batch are grouped.
+    # The kernel's input features belong to one group, whether features or the batch are grouped.
     return 2 * out[out_spec[0]] * out[out_spec[1]] * rhs[rhs_spec[1]] * taps
 
 
 def _taps(size: int, kernel: int, out: int, params: dict[str, Any], axis: int) -> int:
-    """How many pairs of an output and a kernel position meet an element of the input, along one spatial axis."""
+    """The number of (output, kernel) position pairs that meet an input element, along one spatial axis."""
     start = np.arange(out)[:, None] * params["window_strides"][axis] - params["padding"][axis][0]
     position = start + np.arange(kernel) * params["rhs_dilation"][axis]
     dilation = params["lhs_dilation"][axis]

@@ -8,5 +8,5 @@ import jlora
 
 
 def random_key(seed: int, purpose: str) -> jax.Array:
-    """The key for one purpose of a run. Keys of different purposes are independent, and a new one changes no other."""
+    """The key for one purpose of a run. Keys for different purposes are independent."""
     return jlora.path_key(jax.random.key(seed), purpose)

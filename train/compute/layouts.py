@@ -1,7 +1,7 @@
-"""Where a step is computed: on one device (jit), on copies (pmap), or on a mesh with sharded weights.
+"""Device layouts of a step: one device (jit), copies (pmap), or a mesh with sharded weights.
 
 A `Layout` places the base, the state and batches, and compiles pure functions. The step, the loop and the metrics are
-the same for all of them, up to rounding and, under pmap, dropout's masks.
+the same for all layouts, up to rounding and, under pmap, dropout masks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from train.config import ComputeConfig, ConfigError, TrainConfig, refuse
 from train.data.batches import Batch
 
 RowFunction: TypeAlias = Callable[[Any, Any, Any], dict[str, jax.Array]]
-"""``fn(base, adapters, batch)``: arrays with a leading axis of the batch's rows."""
+"""``fn(base, adapters, batch)``: arrays whose leading axis is the batch's rows."""
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
@@ -34,10 +34,10 @@ class Layout(Protocol):
     """Places the base, the state and batches, and compiles functions of them.
 
     Attributes:
-      axis: the mapped axis that `train.compute.step.make_step` reduces over; None if XLA divides the batch.
-      devices: the number of devices that compute.
-      parts: the number of parts that a batch's rows are divided into; the batch size is a multiple.
-      ahead: how many steps may be dispatched before the host waits for one.
+      axis: the mapped axis that `train.compute.step.make_step` reduces over; None if XLA splits the batch.
+      devices: the number of devices in use.
+      parts: the number of parts of a batch's rows; the batch size is a multiple.
+      ahead: the number of steps dispatched before the host waits for one.
     """
 
     @property
@@ -48,8 +48,8 @@ class Layout(Protocol):
     ahead: int
 
     def place_base(self, shapes: Any, load: Callable[[Any], Any]) -> Any:
-        """The base on its devices: ``load(shardings)``, where these are a tree like ``shapes``, or None for one device
-        of this process."""
+        """The base on its devices: ``load(shardings)``, with a tree like ``shapes``, or None for one device of this
+        process."""
         ...
 
     def make_state(self, make: Callable[[Any], TrainState], base: Any) -> TrainState:
@@ -57,27 +57,27 @@ class Layout(Protocol):
         ...
 
     def place_batch(self, build: Callable[[slice], Batch], count: int) -> Any:
-        """A batch of ``count`` rows. Each process builds the rows that its devices compute."""
+        """A batch of ``count`` rows. Each process builds its devices' rows."""
         ...
 
     def compile_step(self, step: Step, state: TrainState) -> Callable[..., Any]:
-        """``step``, compiled for states sharded as ``state`` is. It donates the state that it is called with."""
+        """``step``, compiled for states sharded like ``state``. It donates its input state."""
         ...
 
     def compile_rows(self, fn: RowFunction) -> Callable[..., dict[str, np.ndarray]]:
-        """``fn``, compiled; the results for all rows are returned in every process."""
+        """``fn``, compiled; returns the results for all rows in every process."""
         ...
 
     def call(self, fn: Callable[..., Any], *trees: Any) -> Any:
-        """A pure function of placed trees, such as a merge of base and adapters."""
+        """Calls a pure function of placed trees, such as a merge of base and adapters."""
         ...
 
     def to_host(self, tree: Any) -> Any:
-        """Whole NumPy arrays, in every process."""
+        """The full arrays in NumPy, in every process."""
         ...
 
     def to_disk(self, state: TrainState) -> TrainState:
-        """The state in the form in which orbax saves it, from all processes together."""
+        """The state in the form that orbax saves, from all processes together."""
         ...
 
     def from_disk(self, state: TrainState) -> TrainState:
@@ -86,15 +86,15 @@ class Layout(Protocol):
 
 
 def _ahead(devices: int) -> int:
-    # On jax 0.10, several steps in flight on emulated devices deadlock: each waits for the others' threads.
+    # On jax 0.10, several steps in flight on emulated devices deadlock, waiting for each other's threads.
     return 1 if devices > 1 and jax.default_backend() == "cpu" else 16
 
 
 class Pmap:
-    """A copy of base and state on every device; each device computes its rows.
+    """Copies base and state to every device; each device computes its rows.
 
-    Placed arrays have a leading axis of this process's devices. All functions map the same axis name: it is part of the
-    shardings, and a step would compile again for a state with another one.
+    Placed arrays have a leading axis of this process's devices. All functions share one axis name: it is part of the
+    shardings, and a step would recompile for a state with another name.
     """
 
     axis = "devices"
@@ -143,7 +143,7 @@ class Pmap:
         return jax.tree.map(lambda x: np.asarray(_first_copy(x)), tree)
 
     def to_disk(self, state: TrainState) -> TrainState:
-        # orbax takes arrays of one process's devices for incomplete ones; it saves host arrays from the first process.
+        # orbax treats arrays on one process's devices as incomplete; host arrays it saves from the first process.
         return self.to_host(state)
 
     def from_disk(self, state: TrainState) -> TrainState:
@@ -155,7 +155,7 @@ class Pmap:
 
 
 def _first_copy(x: jax.Array) -> jax.Array:
-    """One of the copies, read on its device; ``x[0]`` would gather it from all of them."""
+    """One of the copies, read on its device; ``x[0]`` would gather from all devices."""
     return x.addressable_data(0)[0]
 
 
@@ -166,7 +166,7 @@ def _local_rows(x: jax.Array) -> np.ndarray:
 
 
 class Mesh:
-    """A mesh of one or more devices. Sharding rules place the weights, and adapters are sharded like their weights."""
+    """A mesh of one or more devices. Sharding rules place the weights; adapters follow their weights."""
 
     axis = None
 
@@ -178,11 +178,11 @@ class Mesh:
         if self.devices > jax.device_count() or config.data is None and jax.device_count() % others:
             raise ConfigError(
                 f"compute: a mesh of {' x '.join(f'{axis}={size}' for axis, size in sizes.items())} does not fit on "
-                f"{_all_devices()}; expected fsdp x tensor to divide them, or a product with data that is no larger"
+                f"{_all_devices()}; expected fsdp x tensor to divide them, or a product with data up to their number"
             )
         if self.devices < jax.device_count() and jax.process_count() > 1:
             raise ConfigError(
-                f"compute: a mesh of {self.devices} devices, where there are {_all_devices()}; expected all of them to "
+                f"compute: a mesh of {self.devices} devices, out of {_all_devices()}; expected all of them to "
                 "be used: leave compute.data out"
             )
         self.parts = sizes["data"] * sizes["fsdp"]
@@ -207,7 +207,7 @@ class Mesh:
         Raises:
           ConfigError: if the rules do not fit the base.
         """
-        # The user's rules may cover every leaf that one of the network's rules matches; that is not an error.
+        # The user's rules may cover every leaf of one of the network's rules; that is not an error.
         left = [path for path in named_leaves(shapes)[0] if not any(re.search(own, path) for own, _ in self._own)]
         rules = [rule for rule in self._rules if any(re.search(rule[0], path) for path in left)]
         try:
@@ -235,7 +235,7 @@ class Mesh:
 
     def place_batch(self, build: Callable[[slice], Batch], count: int) -> Any:
         if self.devices == 1:
-            return build(slice(0, count))  # jit copies NumPy arrays to the device itself, and sooner
+            return build(slice(0, count))  # jit copies NumPy arrays to the device itself, and earlier
         parts: dict[tuple[int, int], Batch] = {}
 
         def part(index: Any) -> Batch:
@@ -255,7 +255,7 @@ class Mesh:
 
     def compile_step(self, step: Step, state: TrainState) -> Callable[..., Any]:
         places = jax.tree.map(lambda x: x.sharding, state)
-        # Pinned: the compiler could choose other shardings for the new state, and the second step would compile again.
+        # Pinned: the compiler could choose other shardings for the new state, and the second step would recompile.
         return jax.jit(step, donate_argnums=0, out_shardings=(places, self._whole))
 
     def compile_rows(self, fn: RowFunction) -> Callable[..., dict[str, np.ndarray]]:
@@ -278,7 +278,7 @@ class Mesh:
 
 
 def one_device() -> Mesh:
-    """The first device alone: a mesh of one, which prints as jit."""
+    """The first device alone: a mesh of one, printed as jit."""
     return Mesh(ComputeConfig(layout="jit", data=1), [("", P())])
 
 
@@ -289,7 +289,7 @@ def make_layout(config: TrainConfig, rules: jlora.ShardingRules) -> Layout:
       rules: the network's sharding rules, for a mesh.
 
     Raises:
-      ConfigError: if it does not fit the devices, or its parts do not divide the batches.
+      ConfigError: if it does not fit the devices, or the batch sizes.
     """
     compute = config.compute
     if compute.layout == "jit" and jax.process_count() > 1:
@@ -313,7 +313,7 @@ def make_layout(config: TrainConfig, rules: jlora.ShardingRules) -> Layout:
 
 
 def parse_spec(text: str) -> P:
-    """The PartitionSpec that `ComputeConfig.rules` writes as ``fsdp,-,fsdp+tensor``."""
+    """Parses a PartitionSpec from `ComputeConfig.rules`, such as ``fsdp,-,fsdp+tensor``."""
     axes = [None if axis == "-" else tuple(axis.split("+")) for axis in text.replace(" ", "").split(",") if axis]
     return P(*(axis[0] if axis and len(axis) == 1 else axis for axis in axes))
 

@@ -12,10 +12,11 @@ from train.config import FitConfig
 
 
 def make_schedule(config: FitConfig, peak: float, steps: int) -> optax.Schedule:
-    """The learning rate by the number of updates done: the first step's is that of 0.
+    """The learning rate as a function of the update count, which starts at 0.
 
-    Warm-up takes the share ``config.warmup`` of the ``steps``. In its w steps the rate rises linearly from ``peak`` / w
-    to ``peak``, so that no step has a rate of 0. The next step has ``peak`` too, and ``config.schedule`` the rest.
+    Warm-up takes the fraction ``config.warmup`` of the ``steps``. In its w steps the rate rises linearly from
+    ``peak`` / w to ``peak``, so no step has a rate of 0. The next step has ``peak`` too; ``config.schedule`` determines
+    the rest.
     """
     warmup = round(config.warmup * steps)
     rest = max(1, steps - warmup)
@@ -28,10 +29,10 @@ def make_schedule(config: FitConfig, peak: float, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: FitConfig) -> optax.GradientTransformation:
-    """AdamW of the clipped gradient, without the learning rate: the step scales its updates by minus that.
+    """AdamW on the clipped gradient, without the learning rate: the step scales the updates by its negative.
 
-    The learning rate is a function of the step that `TrainState` counts, so the optimizer's state is two moments of
-    what is trained and one counter. With LoRA+, the updates of B are scaled by ``lora_plus``.
+    The learning rate is a function of the step in `TrainState`, so the optimizer's state is two moments of the trained
+    parameters and one counter. With LoRA+, the updates of B are scaled by ``lora_plus``.
     """
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
     parts = [clip, optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay)]

@@ -1,4 +1,4 @@
-"""Several processes that train together: how they join, and what they agree on."""
+"""Distributed runs: processes join, and agree on values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def join(config: ProcessesConfig) -> None:
     """Join the other processes, if there are any. Call this before anything touches a device.
 
     Raises:
-      ConfigError: if they cannot be joined.
+      ConfigError: if joining fails.
     """
     if jax.distributed.is_initialized():
         return
@@ -32,14 +32,14 @@ def join(config: ProcessesConfig) -> None:
         jax.distributed.initialize(config.coordinator, config.count, config.index)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"processes: they could not be joined ({str(error).splitlines()[0]}). Expected the same command on every "
+            f"processes: joining failed ({str(error).splitlines()[0]}). Expected the same command on every "
             "host, started within five minutes of each other, with --processes.coordinator HOST:PORT "
-            "--processes.count N --processes.index I, or --processes.auto where the environment describes them"
+            "--processes.count N --processes.index I, or --processes.auto if the environment describes them"
         ) from error
 
 
 def _is_in_environment() -> bool:
-    """Whether Slurm or a TPU slice started this process as one of several."""
+    """Whether Slurm or a TPU slice started several processes."""
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
         return True
     return (
@@ -48,7 +48,7 @@ def _is_in_environment() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Whether this process prints and writes."""
     return jax.process_index() == 0
 
 
@@ -59,13 +59,13 @@ def say(text: str = "") -> None:
 
 
 def first_decides(decide: Callable[[], T]) -> T:
-    """What ``decide`` returns in the first process, in all of them; no other process calls it.
+    """The result of ``decide``, called in the first process only, in all processes.
 
     Args:
-      decide: returns what JSON can hold.
+      decide: returns JSON values.
 
     Raises:
-      ConfigError: in all processes, if it raised one in the first.
+      ConfigError: in all processes, if ``decide`` raised it in the first.
     """
     if jax.process_count() == 1:
         return decide()
@@ -77,7 +77,7 @@ def first_decides(decide: Callable[[], T]) -> T:
             answer = {"error": str(error)}
     own = np.frombuffer(json.dumps(answer).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.array(own.size)))
-    text = multihost_utils.broadcast_one_to_all(np.resize(own, length))  # what the others send is ignored
+    text = multihost_utils.broadcast_one_to_all(np.resize(own, length))  # ignores the others' values
     answer = json.loads(bytes(np.asarray(text)))
     if "error" in answer:
         raise ConfigError(answer["error"])
@@ -85,7 +85,7 @@ def first_decides(decide: Callable[[], T]) -> T:
 
 
 def check_same(value: Mapping[str, Any], what: str) -> None:
-    """Raises a ConfigError in all processes if ``value`` differs in one of them, which lists the differences."""
+    """Raises a ConfigError in all processes if ``value`` differs in one; that one lists the differences."""
     if jax.process_count() == 1:
         return
     own = json.loads(json.dumps(value))
@@ -96,13 +96,13 @@ def check_same(value: Mapping[str, Any], what: str) -> None:
         f"{name}: {first.get(name)!r} in process 0, {one!r} here" for name, one in own.items() if one != first.get(name)
     ]
     raise ConfigError(
-        f"processes: {what} is not the same in all of them:{bullets(wrong or ['another process lists what differs'])}\n"
+        f"processes: {what} differs between them:{bullets(wrong or ['another process lists the differences'])}\n"
         "Expected the same command and data everywhere; start all of them again"
     )
 
 
 def leave(code: int) -> int:
-    """Exit at once if there are other processes: JAX's own exit would wait for them, and they for this one."""
+    """Exit immediately if there are other processes: JAX's own exit would wait for them, and they for this one."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -111,7 +111,7 @@ def leave(code: int) -> int:
 
 
 def all_agree(answer: bool) -> bool:
-    """Whether the answer is yes in every process."""
+    """Whether ``answer`` is True in every process."""
     return answer if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(answer)).all())
 
 

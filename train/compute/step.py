@@ -1,8 +1,8 @@
 """One training step, a pure function: (state, base, batch, key) → (state, metrics).
 
-The state holds what is trained and nothing more. The base is an argument of its own: it is never differentiated, never
-updated and has no optimizer state. A loss is a sum and a count, so the result does not depend on how a batch is divided
-over devices or into accumulated parts: each part gives its mean and its count, and means are weighted by the counts.
+The state holds only what is trained. The base is a separate argument: it is never differentiated, never updated and has
+no optimizer state. A loss is a sum and a count, so the result does not depend on how a batch is split over devices or
+into accumulated parts: each part gives its mean and its count, which weights the mean.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """What a step updates.
+    """The state that a step updates.
 
     Attributes:
       step: int32 scalar, the number of updates so far.
-      adapters: everything that is trained, as `jlora.init` returns it.
+      adapters: everything that is trained, as from `jlora.init`.
       opt_state: the optimizer's state for the adapters.
     """
 
@@ -54,21 +54,21 @@ def make_step(
     accumulate: int = 1,
     axis: str | None = None,
 ) -> Step:
-    """The step that trains the adapters of any model.
+    """A step that trains the adapters of any model.
 
     Args:
       forward: the bare model, ``forward(params, inputs, key) -> outputs``.
-      task: selects the inputs of a batch, and has the loss.
+      task: selects the inputs of a batch, and computes the loss.
       tx: the optimizer without its learning rate, see `train.compute.optimizer.make_optimizer`.
       schedule: the learning rate by the number of updates so far.
-      smoothing: of the labels.
+      smoothing: label smoothing.
       accumulate: number of parts of the batch, computed one after the other; it divides the rows.
       axis: the mapped axis (`jax.pmap`, `jax.shard_map`) of devices with different rows; None if the batch is one
         array, sharded or not.
 
     Returns:
-      ``step(state, base, batch, key) -> (state, metrics)``, to be compiled. The key is for dropout, the same in every
-      step. The metrics are float32 scalars: ``loss`` (mean of the batch), ``grad_norm``, ``learning_rate``.
+      ``step(state, base, batch, key) -> (state, metrics)``, to be compiled. The key is for dropout, and the same in
+      every step. The metrics are float32 scalars: ``loss`` (mean of the batch), ``grad_norm``, ``learning_rate``.
     """
     apply = jlora.lora(forward)
 
@@ -79,7 +79,7 @@ def make_step(
         return _mean(total, count), count
 
     def weighted(adapters: Any, base: Any, batch: Batch, key: jax.Array) -> tuple[Any, jax.Array]:
-        """Loss and gradient of a part, times its count, in float32; and the count."""
+        """Loss and gradient of a part, weighted by its count, in float32; and the count."""
         (loss, count), grads = jax.value_and_grad(loss_fn, has_aux=True)(adapters, base, batch, key)
         return jax.tree.map(lambda x: x.astype(jnp.float32) * count, (loss, grads)), count
 
@@ -115,10 +115,10 @@ def make_step(
 
 
 def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
-    """``total / count``, or 0 if the count is 0. A count of weighted examples may be less than 1."""
+    """``total / count``, or 0 if the count is 0. A weighted count may be less than 1."""
     return total / jnp.where(count > 0, count, 1)
 
 
 def _divided(rows: jax.Array, parts: int) -> jax.Array:
-    """[rows, ...] to [parts, rows / parts, ...]; a part has every ``parts``-th row: rows stay on their device."""
+    """[rows, ...] to [parts, rows / parts, ...]; parts take every ``parts``-th row: rows stay on their device."""
     return jnp.swapaxes(rows.reshape(-1, parts, *rows.shape[1:]), 0, 1)

@@ -1,4 +1,4 @@
-"""Speed and memory of a training."""
+"""Speed and memory of training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPEEDS = ("step_seconds", "examples_per_second", "tokens_per_second", "mfu")
 
 
 def speed(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The median of each measure of speed over a run's records, without compilation."""
+    """The median of each speed metric over a run's records, without compilation."""
     epochs = [one for one in records if one["phase"] == "fit" and "epoch" in one]
     lines = [one for one in records if one["phase"] == "fit" and "epoch" not in one] or epochs
     found = {name: [one[name] for one in lines if name in one] for name in SPEEDS}
@@ -22,8 +22,8 @@ def speed(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def peak_memory() -> int:
-    """Peak memory so far in bytes: of the fullest of this process's devices, or of the process itself where the devices
-    do not report it, as on CPUs."""
+    """Peak memory so far in bytes: of this process's fullest device, or of the process itself if the devices do not
+    report it, as on CPUs."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     if peaks := [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]:
         return max(peaks)
@@ -32,10 +32,10 @@ def peak_memory() -> int:
 
 
 def line(summary: Mapping[str, Any]) -> str:
-    """Speed and memory of a summary, as a line to print."""
+    """The speed and memory in a summary, as a line to print."""
     parts = []
     if "step_seconds" in summary:
-        parts.append(f"{1000 * summary['step_seconds']:.1f} ms a step")
+        parts.append(f"{1000 * summary['step_seconds']:.1f} ms per step")
         rate = summary["examples_per_second"]
         parts.append(f"{rate:,.{0 if rate >= 10 else 1}f} examples/s")
     if "tokens_per_second" in summary:

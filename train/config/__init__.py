@@ -1,12 +1,12 @@
 """The configuration of a run, the schema of the files in ``configs/``.
 
-``fields``    types with constraints, and the walk that checks every field
+``fields``    types with constraints, and the check of every field
 ``tasks``     classification, regression, language modelling
 ``networks``  checkpoints, and networks trained from scratch
-``training``  data, training, devices, checkpoints; `TrainConfig` holds all of them
+``training``  data, training, devices, checkpoints; `TrainConfig` holds them all
 
-A field is declared in one place: its type with its constraint, its default, and below it the text of ``--help``. What
-must hold between fields is in the method `conflicts` of their dataclass.
+Each field is declared once: its type with its constraint, its default, and below it the text of ``--help``. Constraints
+between fields are in the method `conflicts` of their dataclass.
 """
 
 from pathlib import Path

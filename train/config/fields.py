@@ -1,4 +1,4 @@
-"""Field types: a field of a configuration declares its type and its constraint, and one walk checks all of them."""
+"""Field types: each field of a configuration declares its type and constraint; `problems` checks them all."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from jlora.messages import shown
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be run; the message says why, and what to pass instead."""
+    """An unusable configuration; the message states the reason and what to pass instead."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """What a value has to satisfy beside its type; the second argument of `Annotated`.
+    """A condition on a value besides its type; the second argument of `Annotated`.
 
     Attributes:
-      words: type and constraint, as an error message words them.
+      words: type and constraint, worded for error messages.
       holds: whether a value of the right type satisfies the constraint.
       example: a valid value, as on the command line, for fields without a default.
     """
@@ -45,15 +45,15 @@ Column = Annotated[str, Constraint("the name of a column", bool, "text")]
 
 
 class Part:
-    """A part of a configuration: a dataclass whose fields say what they may hold."""
+    """A part of a configuration: a dataclass whose fields declare their allowed values."""
 
     def conflicts(self) -> Iterator[str]:
-        """Problems between fields of the right types; each begins with the name of a field."""
+        """Conflicts between fields of the right types; each line begins with a field's name."""
         yield from ()
 
 
 def problems(part: Part, prefix: str = "") -> Iterator[str]:
-    """All problems of a configuration: of its fields, of the parts in them, and between fields."""
+    """All problems of a configuration: in its fields, in its parts, and between fields."""
     typed = True
     for name, value, default, hint in _fields(part):
         if not fits(value, hint):
@@ -67,7 +67,7 @@ def problems(part: Part, prefix: str = "") -> Iterator[str]:
 
 
 def misplaced_parts(part: Part) -> list[str]:
-    """The problems of fields that have to hold a part of the configuration, and hold something else."""
+    """The problems of fields that should hold a part of the configuration, but hold something else."""
     return [_problem(*field) for field in _fields(part) if _parts(field[-1]) and not fits(field[1], field[-1])]
 
 
@@ -116,14 +116,14 @@ def _words(option: Any) -> str:
 
 
 def _bare(hint: Any) -> Any:
-    """A type without its constraint; those inside of it do not matter here."""
+    """A type without its constraint; inner ones do not matter here."""
     if get_origin(hint) in (Union, UnionType):
         return Union[tuple(_bare(option) for option in get_args(hint))]  # noqa: UP007
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _options(hint: Any) -> list[Any]:
-    """The types of a union but for None, or the one type that there is."""
+    """The types of a union except None, or the single type."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return [option for option in options if option is not NoneType]
 

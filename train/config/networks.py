@@ -1,4 +1,4 @@
-"""Networks: the checkpoint to adapt, or a small network that is trained from scratch first."""
+"""Networks: the checkpoint to adapt, or a small network to train from scratch first."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Pretrained(Part):
     revision: str | None = None
     #: The dtype of activations.
     dtype: Dtype = "float32"
-    #: The dtype of the frozen weights. Default: as they are stored.
+    #: The dtype of the frozen weights. Default: as stored.
     param_dtype: Dtype | None = None
-    #: Apply the network's own dropout in training, beside the adapters'.
+    #: Apply the network's own dropout in training, besides the adapters'.
     dropout: bool = False
-    #: Give a language model with tied embeddings an output projection of its own.
+    #: Give a language model with tied embeddings a separate output projection.
     untie: bool = False
 
 

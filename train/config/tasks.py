@@ -1,4 +1,4 @@
-"""Tasks: what is trained, and from which columns of the data."""
+"""Tasks: what to train, and on which columns of the data."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ MaxLength = Annotated[int, at_least(4)]
 
 @dataclass(frozen=True)
 class SequenceClassification(Part):
-    """Classify a text or a pair of texts, or predict a number for it (regression)."""
+    """Classify a text or a pair of texts, or predict a number (regression)."""
 
     #: Column of the text.
     text: Column = "text"
     #: Column of the second text of a pair.
     pair: Column | None = None
-    #: Column of the label: the name of a class, its number, or with --task.regression the number to predict.
+    #: Column of the label: a class by name or number, or with --task.regression the number to predict.
     label: Column = "label"
-    #: Names of the classes. Default: those that the dataset declares, or else the distinct labels of the training
+    #: Names of the classes. Default: the dataset's own, or else the distinct labels of the training
     #: examples.
     labels: Labels | None = None
     #: Weight of each class in the training loss, a weighted mean as in PyTorch: a number for each label, or "balanced"
@@ -37,7 +37,7 @@ class SequenceClassification(Part):
     class_weights: ClassWeights | None = None
     #: Predict a number, with mean squared error as the loss.
     regression: bool = False
-    #: Maximum number of tokens of an example. Longer ones are truncated, and the log says how many.
+    #: Maximum number of tokens of an example. Longer ones are truncated, and the log reports how many.
     max_length: MaxLength = 128
     #: The side on which long texts are truncated.
     truncation: Literal["right", "left"] = "right"
@@ -51,19 +51,19 @@ class SequenceClassification(Part):
 
 @dataclass(frozen=True)
 class CausalLM(Part):
-    """Supervised fine-tuning of a language model. The loss is on what the model is to generate.
+    """Supervised fine-tuning of a language model. The loss covers what the model is to generate.
 
     An example is a conversation (--task.messages), a prompt and its completion, or plain text. Conversations carry loss
     on the assistant's turns, each with the token that ends it; completions follow their prompts without a space and
     carry loss; plain text carries loss throughout. A token carries loss if any of its characters does. Prompts and
-    plain texts get one begin and one end token, where the tokenizer has them; chat templates write their own.
+    plain texts get one begin and one end token, if the tokenizer has them; chat templates write their own.
 
-    Messages are {"role", "content"} and whatever else the chat template reads (tool_calls, name, reasoning_content). A
-    content is a string or a list of {"type": "text", "text"}, joined by newlines for templates that take strings only.
-    Keys without a value are dropped. Where the template marks the assistant's text with {% generation %}, that carries
-    loss; elsewhere it is the text after the generation prompt, up to the end token. A template that shows earlier turns
-    differently from how they were generated (without their thinking) turns a conversation into several examples. It is
-    an error if a template leaves out part of a message.
+    Messages are {"role", "content"} and any other keys that the chat template reads (tool_calls, name,
+    reasoning_content). A content is a string or a list of {"type": "text", "text"}, joined by newlines for templates
+    that take strings only. Keys without a value are dropped. If the template marks the assistant's text with
+    {% generation %}, that text carries loss; otherwise the text from the generation prompt to the end token does. A
+    template that renders earlier turns differently from how they were generated (without their thinking) turns a
+    conversation into several examples. A template that leaves out part of a message is an error.
     """
 
     #: Column of the conversations. Pass this, or prompt and completion, or text.
@@ -76,17 +76,17 @@ class CausalLM(Part):
     text: Column | None = None
     #: Column of the tools for the chat template: lists of JSON schemas, or the same as JSON text.
     tools: Column | None = None
-    #: System message of conversations that have none.
+    #: System message for conversations without one.
     system: str | None = None
     #: Format prompts and completions with the chat template, as a question and its answer.
     chat: bool = False
-    #: Chat template (Jinja), or a file that holds one. Default: the tokenizer's.
+    #: Chat template (Jinja), or a file with one. Default: the tokenizer's.
     template: str | None = None
     #: Include prompts, or the other roles' messages, in the loss.
     learn_prompt: bool = False
     #: Pack several examples into one sequence of max_length tokens. They do not attend to each other.
     pack: bool = False
-    #: Maximum number of tokens of a sequence. Longer ones are truncated on the right, and the log says how many.
+    #: Maximum number of tokens of a sequence. Longer ones are truncated on the right, and the log reports how many.
     max_length: MaxLength = 512
 
     def conflicts(self) -> Iterator[str]:
@@ -113,11 +113,11 @@ class CausalLM(Part):
 
 @dataclass(frozen=True)
 class Domain(Part):
-    """A fixed transformation of all images."""
+    """A fixed transformation applied to all images."""
 
     #: Counter-clockwise rotations by 90 degrees.
     quarter_turns: Annotated[int, at_least(0)] = 0
-    #: Exchange black and white.
+    #: Swap black and white.
     invert: bool = False
 
 
@@ -128,9 +128,9 @@ class ImageClassification(Part):
     #: Column of the image: a path, the content of an image file, an image of the datasets library, or pixels as
     #: numbers, flat or row by row.
     image: Column = "image"
-    #: Column of the label: the name of a class, or its number.
+    #: Column of the label: a class by name or number.
     label: Column = "label"
-    #: Names of the classes. Default: those that the dataset declares, or else the distinct labels of the training
+    #: Names of the classes. Default: the dataset's own, or else the distinct labels of the training
     #: examples.
     labels: Labels | None = None
     #: Weight of each class in the training loss, a weighted mean as in PyTorch: a number for each label, or "balanced"
@@ -139,10 +139,10 @@ class ImageClassification(Part):
     #: Height and width of the square images in pixels; other images are resized, without keeping their aspect ratio.
     #: Default: the checkpoint's, or that of the first image.
     side: Count | None = None
-    #: The value of white, for pixels that are numbers and for formats that do not define it (32 bits, floats).
+    #: The value of white, for pixels given as numbers and for formats that do not define it (32 bits, floats).
     brightest: Positive = 255.0
-    #: Named transformations of the images. Validation examples are measured in each; training uses the last one, and
-    #: the training of a base from scratch the first.
+    #: Named transformations of the images. Validation covers each; training uses the last one, and
+    #: training a base from scratch uses the first.
     domains: dict[str, Domain] = field(default_factory=dict)
 
 

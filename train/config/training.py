@@ -39,7 +39,7 @@ Lengths = Annotated[tuple[Count, ...], Constraint("one or more lengths >= 1", bo
 
 NEW_HEAD = LoraConfig(targets=(), train_also=HEADS)
 EVERYTHING = LoraConfig(targets=(), train_also=(r".",))
-"""What the modes head and full train."""
+"""The weights that the modes head and full train."""
 
 
 def default_cache_dir() -> Path:
@@ -52,26 +52,26 @@ class DataConfig(Part):
     """Training and validation examples.
 
     A source is a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder of such files, or a dataset on the hub as
-    owner/name or owner/name/config. A split may follow after a colon: of a dataset or folder, or the rows of a file
-    whose column "split" names it. Example: nyu-mll/glue/sst2:train.
+    owner/name or owner/name/config. A split may follow after a colon: a split of the dataset or folder, or the rows of
+    a file whose column "split" contains it. Example: nyu-mll/glue/sst2:train.
 
-    Values are read as they are written: cells of .csv and .tsv are strings, values of .json and .jsonl keep their JSON
-    types, and each line of a .txt is a row with the column "text". Text files are UTF-8, and may
-    be compressed as .gz, .bz2 or .xz.
+    Values are read unchanged: cells of .csv and .tsv are strings, values of .json and .jsonl keep their JSON types, and
+    each line of a .txt is a row with the column "text". Text files are UTF-8, and may be compressed as .gz, .bz2 or
+    .xz.
     """
 
     #: Source of the training examples.
     train: Source
-    #: Source of the validation examples. Default: the split of the same dataset, or the file beside the training file,
-    #: that is called validation, dev, valid, val or test.
+    #: Source of the validation examples. Default: the split of the same dataset, or the file next to the training file,
+    #: named validation, dev, valid, val or test.
     validation: Source | None = None
     #: Maximum number of training examples, a fixed random choice.
     limit: Limit | None = None
     #: Maximum number of validation examples, the first ones.
     validation_limit: Limit | None = None
-    #: Fraction of the training examples to hold out for validation, where there are no validation examples.
+    #: Fraction of the training examples to hold out for validation, if there are no validation examples.
     holdout: Fraction = 0.0
-    #: Read quotes in .tsv files as in .csv files, instead of as characters of the cell.
+    #: Treat quotes in .tsv files as in .csv files, not as characters of the cell.
     quoted_tsv: bool = False
     #: Lengths to which batches of texts are padded. Default: quarters of the task's max_length.
     buckets: Lengths | None = None
@@ -86,33 +86,33 @@ class DataConfig(Part):
 
 @dataclass(frozen=True)
 class FitConfig(Part):
-    """A training with AdamW."""
+    """Training with AdamW."""
 
     #: Passes over the training examples.
     epochs: Count = 20
-    #: Examples in a step, over all devices. The last, incomplete batch of an epoch is dropped.
+    #: Examples per step, over all devices. The last, incomplete batch of an epoch is dropped.
     batch_size: Count = 64
     #: Decay of the learning rate after the warm-up.
     schedule: Schedule = "cosine"
     #: Fraction of all steps over which the learning rate rises linearly to its peak: step 1 of w has peak / w.
     warmup: Fraction = 0.1
-    #: Decoupled weight decay of everything that is trained.
+    #: Decoupled weight decay of all trained parameters.
     weight_decay: NotNegative = 1e-4
     #: Maximum global norm of the gradient, or None.
     clip: Positive | None = 1.0
     #: Learning rate of B as a multiple of A's (LoRA+, Hayou et al. 2024, who use 16).
     lora_plus: Positive = 1.0
-    #: Probability that is spread over all classes, or over the vocabulary.
+    #: Probability spread over all classes, or over the vocabulary.
     label_smoothing: Fraction = 0.0
-    #: Stop after so many evaluations in a row without a new best. Keeps the best adapters, unless --keep last.
+    #: Stop after this many evaluations in a row without a new best. Keeps the best adapters, unless --keep last.
     patience: Annotated[int, at_least(1, 3)] | None = None
 
 
 @dataclass(frozen=True)
 class LearningRates(Part):
-    """Peak learning rates. --learning-rate VALUE sets that of the mode."""
+    """Peak learning rates. --learning-rate VALUE sets the mode's."""
 
-    #: For the training of a base from scratch.
+    #: For training a base from scratch.
     base: Positive = 2e-3
     #: For adapters (--mode lora).
     lora: Positive = 1e-3
@@ -135,23 +135,23 @@ ShardingRules = Annotated[
 
 @dataclass(frozen=True)
 class ComputeConfig(Part):
-    """Devices and memory. Training gives the same results with all of these, but for rounding, and for the dropout
-    masks with pmap and accumulate.
+    """Devices and memory. The results of training do not depend on these, up to rounding, and to the dropout
+    masks under pmap and accumulate.
     """
 
-    #: jit: one device. pmap: batches divided over all devices, each with a copy of the base. mesh: a mesh of data x
-    #: fsdp x tensor; batches are divided over the first two axes, weights over the last two.
+    #: jit: one device. pmap: batches split over all devices, each with a copy of the base. mesh: a mesh of data x
+    #: fsdp x tensor; batches are split over the first two axes, weights over the last two.
     layout: LayoutName = "jit"
-    #: Size of the mesh axis data. Default: all devices that fsdp and tensor leave.
+    #: Size of the mesh axis data. Default: all devices left by fsdp and tensor.
     data: Annotated[int, at_least(1, 8)] | None = None
-    #: Size of the mesh axis fsdp: every weight is divided into so many parts, and gathered where it is used.
+    #: Size of the mesh axis fsdp: every weight is split into this many parts, and gathered for use.
     fsdp: Count = 1
-    #: Size of the mesh axis tensor: every matrix product is divided over so many devices.
+    #: Size of the mesh axis tensor: every matrix product is split over this many devices.
     tensor: Count = 1
-    #: Sharding rules that precede the network's own: a pattern of paths, and for each axis of the weight a mesh axis or
-    #: -, such as lm_head/kernel fsdp,tensor.
+    #: Sharding rules that take precedence over the network's own: a pattern of paths, and for each axis of the weight a
+    #: mesh axis or -, such as lm_head/kernel fsdp,tensor.
     rules: ShardingRules = field(default_factory=dict)
-    #: Gradient accumulation: parts of a batch that are computed one after the other.
+    #: Gradient accumulation: parts of a batch, computed one after the other.
     accumulate: Count = 1
     #: Rematerialization in the backward pass: nothing (none), everything but matrix products (dots), or whole layers
     #: (full).
@@ -173,7 +173,7 @@ def _is_address(text: str) -> bool:
 
 @dataclass(frozen=True)
 class ProcessesConfig(Part):
-    """Processes that train together. Each runs the same command on the same data, shared or copied."""
+    """Processes of a distributed run. Each runs the same command on the same data, shared or copied."""
 
     #: Address of the first process, HOST:PORT.
     coordinator: Annotated[str, Constraint("HOST:PORT", _is_address, "10.0.0.1:1234")] | None = None
@@ -181,7 +181,7 @@ class ProcessesConfig(Part):
     count: Annotated[int, at_least(1, 2)] | None = None
     #: Index of this process, from 0.
     index: Annotated[int, at_least(0)] | None = None
-    #: Read all this from the environment: TPU pods, Slurm, Open MPI, Kubernetes. The default where the environment
+    #: Read all this from the environment: TPU pods, Slurm, Open MPI, Kubernetes. The default if the environment
     #: variables of Slurm or a TPU name several processes.
     auto: bool = False
 
@@ -197,13 +197,13 @@ class ProcessesConfig(Part):
 
 @dataclass(frozen=True)
 class SaveConfig(Part):
-    """Checkpoints, from which an interrupted run resumes."""
+    """Checkpoints, to resume an interrupted run from."""
 
     #: Minutes between checkpoints.
     every_minutes: Positive = 5.0
     #: Steps between checkpoints, instead of minutes.
     every_steps: Annotated[int, at_least(1, 100)] | None = None
-    #: Number of newest checkpoints to keep, beside the best one with --keep best.
+    #: Number of newest checkpoints to keep, besides the best one with --keep best.
     max_to_keep: Count = 3
 
 
@@ -223,22 +223,22 @@ Resume = Annotated[
 
 @dataclass(frozen=True)
 class TrainConfig(Part):
-    """A run: a network, adapted to a task."""
+    """A run: adapts a network to a task."""
 
     #: Name of the configuration; run directories are named after it.
     name: Annotated[str, Constraint("letters, digits and underscores", str.isidentifier, "digits")]
     task: TaskConfig
     model: NetworkConfig
     data: DataConfig
-    #: What is adapted, and how; as jlora.LoraConfig.
+    #: What to adapt, and how; as jlora.LoraConfig.
     lora: LoraConfig
-    #: What is trained: adapters (lora), all weights (full), or a new head alone (head).
+    #: What to train: adapters (lora), all weights (full), or a new head alone (head).
     mode: Mode = "lora"
     #: Seed of initialization, data order and dropout.
     seed: Annotated[int, at_least(0)] = 0
-    #: Training from scratch of the base, for a network without a checkpoint.
+    #: Training of the base from scratch, for a network without a checkpoint.
     base: FitConfig | None = None
-    #: Training of the adapters, or of what --mode names, with AdamW.
+    #: Training with AdamW of the adapters, or of the weights that --mode selects.
     fit: FitConfig = FitConfig()
     learning_rate: LearningRates = LearningRates()
     #: Epochs between evaluations on the validation examples.
@@ -247,20 +247,20 @@ class TrainConfig(Part):
     eval_every_steps: Annotated[int, at_least(1, 100)] | None = None
     #: Batch size of evaluations.
     eval_batch_size: Count = 64
-    #: Adapters to keep: the last ones, or the best ones by the task's main metric. Default: the last ones, and with
-    #: --fit.patience the best ones.
+    #: Adapters to keep: the last ones, or the best ones by the task's main metric. Default: the last ones; with
+    #: --fit.patience, the best ones.
     keep: Literal["last", "best"] | None = None
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     processes: ProcessesConfig = ProcessesConfig()
     save: SaveConfig = SaveConfig()
     #: Default: resume the run in --run-dir, or the newest unfinished run of this configuration under runs/ that has a
-    #: checkpoint. auto: also a run under runs/ with another number of epochs; a finished run is trained further if
-    #: there are more of them. never: always start in a new directory. A number: resume from the checkpoint of this
+    #: checkpoint. auto: also a run under runs/ with another number of epochs; a finished run trains further if
+    #: the number grew. never: always start in a new directory. A number: resume from the checkpoint of this
     #: step, and delete later ones (0 starts over).
     resume: Resume | None = None
-    #: Steps between lines of metrics, printed and in metrics.jsonl. Default: about fifty lines a run.
+    #: Steps between lines of metrics, printed and in metrics.jsonl. Default: about fifty lines per run.
     log_every: Annotated[int, at_least(1, 10)] | None = None
-    #: Log metrics to these too, beside metrics.jsonl.
+    #: Log metrics to these too, besides metrics.jsonl.
     log: tuple[Writer, ...] = ()
     #: Run directory. Default: a new one under runs/.
     run_dir: Directory | None = None
@@ -283,7 +283,7 @@ class TrainConfig(Part):
         elif self.base is not None:
             yield "base: got a FitConfig, expected None: a Pretrained network is not trained from scratch"
         if isinstance(task, CausalLM) and self.mode == "head":
-            yield "mode: got 'head', expected 'lora' or 'full': a language model gets no new head; pass --mode lora"
+            yield "mode: got 'head', expected 'lora' or 'full': a language model needs no new head; pass --mode lora"
         for phase, fit in self._phases():
             if fit.lora_plus != 1 and (phase == "base" or self.mode != "lora"):
                 what = "a base" if phase == "base" else f"mode {self.mode!r}"
@@ -294,22 +294,22 @@ class TrainConfig(Part):
                 yield f"base.patience: got {fit.patience}, expected None: a base is trained for all its epochs"
 
     def check(self) -> None:
-        """Check all that needs neither devices nor data.
+        """Check everything that needs neither devices nor data.
 
         Raises:
-          ConfigError: with a line for each problem: the field, the value, what was expected, and what to pass instead.
+          ConfigError: with a line for each problem: the field, its value, the expected one, and what to pass instead.
         """
         refuse(problems(self))
 
     def check_parts(self) -> None:
         """Check the kinds of the parts before flags override fields of them; raises as `check`.
 
-        tyro would replace a part of another kind by its defaults.
+        tyro would replace a part of another kind with defaults.
         """
         refuse(misplaced_parts(self))
 
     def check_examples(self, count: int) -> None:
-        """Check what depends on the number of training examples; raises as `check`."""
+        """Check the fields that depend on the number of training examples; raises as `check`."""
         refuse(
             f"{phase}.batch_size: got {fit.batch_size}, expected at most the {count} training examples; "
             f"pass {flag(phase + '.batch_size')} {count}"
@@ -319,7 +319,7 @@ class TrainConfig(Part):
 
     @property
     def adapted(self) -> LoraConfig:
-        """What the mode trains."""
+        """The LoRA config of the mode."""
         return {"lora": self.lora, "full": EVERYTHING, "head": NEW_HEAD}[self.mode]
 
     def _phases(self) -> list[tuple[str, FitConfig]]:

@@ -1,4 +1,4 @@
-"""From sources to batches: sources -> tables -> examples (made by `train.tasks`) -> batches.
+"""From sources to batches: sources -> tables -> examples (by `train.tasks`) -> batches.
 
 ``lines``        text files: encoding, compression, lines
 ``delimited``    rows of .csv and .tsv
@@ -7,6 +7,6 @@
 ``arrow_cache``  files as one memory-mapped dataset, cached by content
 ``sources``      a file, a folder or a dataset on the hub as rows with their provenance
 ``tables``       the training and the validation table of a configuration, and checked columns
-``truncation``   what ``max_length`` cuts from texts
+``truncation``   tokens that ``max_length`` cuts from texts
 ``batches``      examples as padded batches of few shapes
 """

@@ -23,7 +23,7 @@ from train.data.lines import File
 from train.messages import listed
 
 READERS = 1
-"""The version of `train.data.formats`: files that another version converted are converted again."""
+"""The version of `train.data.formats`: another version's files are converted again."""
 
 
 def cached_rows(
@@ -31,7 +31,7 @@ def cached_rows(
 ) -> tuple[datasets.Dataset, dict[str, int], str]:
     """``(rows, rows of each file by name, digest)``; see `train.data.formats.read_tables`.
 
-    The digest is the SHA-256 of the file; of several files, that of their digests.
+    The digest is the SHA-256 of the file; for several files, of their digests.
     """
     digests = [path_digest(file.path) for file in files]
     key = [READERS, quoted_tsv, str(features), [file.suffix for file in files], digests]
@@ -45,7 +45,7 @@ def cached_rows(
 
 
 def path_digest(path: Path) -> str:
-    """The SHA-256 of a file; of a folder, that of the names and digests of its files."""
+    """The SHA-256 of a file; for a folder, of its files' names and digests."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         lines = "".join(f"{path_digest(file)}  {file.relative_to(path)}\n" for file in files)
@@ -55,12 +55,12 @@ def path_digest(path: Path) -> str:
 
 
 def rows_digest(rows: datasets.Dataset) -> str:
-    """The SHA-256 of what rows hold, however they are chunked in memory and on disk."""
+    """The SHA-256 of the rows' values, however they are chunked in memory and on disk."""
     digest = hashlib.sha256()
     batches: Any = rows.with_format("arrow").iter(1000)
     for batch in batches:
         sink = pa.BufferOutputStream()
-        # Copied, so that a slice of a larger array has the bytes of an array of its own.
+        # Copied, so that a slice of a larger array has the bytes of a separate array.
         whole = batch.take(list(range(len(batch)))).combine_chunks().replace_schema_metadata()
         with pa.ipc.new_stream(sink, whole.schema) as writer:
             writer.write_table(whole)
@@ -93,12 +93,12 @@ def _convert(files: Sequence[File], folder: Path, quoted_tsv: bool, features: da
                 stack.enter_context(pa.ipc.new_stream(sink, pa.schema([])))
         if not sum(counts):
             names = listed([file.name for file in files], 4)
-            raise ConfigError(f"{names} {'is' if len(files) == 1 else 'are'} empty: there are no rows")
+            raise ConfigError(f"{names} {'is' if len(files) == 1 else 'are'} empty: no rows")
         (draft / "rows.json").write_text(json.dumps({"rows": counts}))
         write_sums(draft)
         try:
             draft.rename(folder)
-        except OSError:  # another run converted the same files meanwhile, or what is there is damaged
+        except OSError:  # another run has converted the same files, or the folder is damaged
             if not _is_intact(folder):
                 shutil.rmtree(folder)
                 draft.rename(folder)

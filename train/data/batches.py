@@ -1,7 +1,7 @@
 """Examples in, batches of few shapes out, so that each shape is compiled once.
 
-Examples are columns by name, and so is a batch. The order of the examples is a pure function of (seed, epoch): a run
-can be repeated, resumed or split over processes without any state.
+Examples and batches are columns by name. The order of the examples is a pure function of (seed, epoch): a run
+can be repeated, resumed or split over processes without state.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Ragged(list[np.ndarray]):
 
     Attributes:
       fill: the padding value.
-      left: whether padding goes before the values rather than after them.
-      truncation: what was cut from texts; None for other columns.
+      left: whether padding precedes the values.
+      truncation: the tokens cut from texts; None for other columns.
     """
 
     def __init__(
@@ -54,19 +54,19 @@ def lengths(examples: Examples) -> np.ndarray | None:
 
 
 def truncation_of(examples: Examples) -> Truncation | None:
-    """What was cut from texts; None for examples without texts."""
+    """The tokens cut from texts; None for examples without texts."""
     found = (column.truncation for column in examples.values() if isinstance(column, Ragged))
     return next((one for one in found if one is not None), None)
 
 
 def default_buckets(max_length: int) -> tuple[int, ...]:
-    """Four quarters of ``max_length``, each rounded up to a multiple of 8 but to ``max_length`` at most."""
+    """Four quarters of ``max_length``, each rounded up to a multiple of 8, at most ``max_length``."""
     return tuple(sorted({min(max_length, -(-max_length * i // 32) * 8) for i in (1, 2, 3, 4)}))
 
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of ``count`` examples, int [count], that depends on these arguments alone."""
+    """A permutation of ``count`` examples, int [count], that depends only on these arguments."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
@@ -79,8 +79,8 @@ def training_rows(count: int, batch_size: int, seed: int, step: int) -> np.ndarr
 def ordered_rows(examples: Examples, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
     """All examples, sorted by length, as ``(rows, own)`` for each batch.
 
-    ``rows``, int [batch_size], index the examples. The last batch repeats its last row; only its first ``own`` rows
-    count.
+    ``rows``, int [batch_size], index the examples. The last batch is filled by repeating its last row; only its first
+    ``own`` rows count.
     """
     count, long = size(examples), lengths(examples)
     order = np.arange(count) if long is None else np.argsort(long, kind="stable")
@@ -90,7 +90,7 @@ def ordered_rows(examples: Examples, batch_size: int) -> Iterator[tuple[np.ndarr
 
 
 def bucket_of(examples: Examples, rows: np.ndarray, buckets: Sequence[int]) -> tuple[int, ...]:
-    """The bucket of a batch, so that `batch_of` pads any part of its rows alike; empty if no column is ragged."""
+    """The bucket of a batch, so that `batch_of` pads every part of its rows alike; empty if no column is ragged."""
     longest = [max(len(column[row]) for row in rows) for column in examples.values() if isinstance(column, Ragged)]
     return (_bucket(buckets, max(longest)),) if longest else ()
 

@@ -14,13 +14,13 @@ _DELIMITERS = {";": "save the file with commas", "\t": "name the file .tsv", ","
 
 
 def delimited_tables(file: File, delimiter: str, quoted: bool) -> Iterator[pa.Table]:
-    """The rows of a file whose first record names its columns.
+    """The rows of a file whose first record is the header.
 
     Args:
-      quoted: whether cells may be quoted; without it, a quote is a character like any other.
+      quoted: whether cells may be quoted; otherwise a quote is an ordinary character.
 
     Raises:
-      ConfigError: naming file, row and line, if the header or a row is malformed.
+      ConfigError: with file, row and line, if the header or a row is malformed.
     """
     rows = _records(file, delimiter, quoted)
     names = next(rows, None)
@@ -32,7 +32,7 @@ def delimited_tables(file: File, delimiter: str, quoted: bool) -> Iterator[pa.Ta
 
 
 def _records(file: File, delimiter: str, quoted: bool) -> Iterator[list[str]]:
-    """The header, then the cells of each row, checked to be as many; blank lines are skipped."""
+    """The header, then the cells of each row, with their number checked; skips blank lines."""
     csv.field_size_limit(2**31 - 1)  # a cell may be a book
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     reader = csv.reader(file.lines(), delimiter=delimiter, quoting=quoting, strict=True)
@@ -52,7 +52,7 @@ def _records(file: File, delimiter: str, quoted: bool) -> Iterator[list[str]]:
             advice = "a tab inside a cell looks like a delimiter; --data.quoted-tsv reads quoted cells"
             if quoted:
                 name = "tab" if delimiter == "\t" else "comma"
-                advice = f"quote cells that hold a {name}, and remove a {name} at the end of the line"
+                advice = f"quote cells that contain a {name}, and remove a {name} at the end of the line"
             raise ConfigError(
                 f"{file.name}, row {row} (line {line}): got {len(cells)} cells, expected {columns}, as in the header; "
                 f"{advice}"
@@ -70,12 +70,12 @@ def _csv_fault(error: str) -> str:
 
 
 def _check_header(names: list[str], file: File, delimiter: str) -> None:
-    """Only the first column may have no name, as pandas writes its index; elsewhere it is a trailing delimiter."""
+    """Only the first column may lack a name (pandas' index); elsewhere that means a trailing delimiter."""
     if repeated := sorted({name for name in names if names.count(name) > 1 and name}):
         raise ConfigError(f"{file.name}: the header has {', '.join(map(repr, repeated))} twice; rename one of them")
     if len(names) == 1 and (others := [(one, advice) for one, advice in _DELIMITERS.items() if one in names[0]]):
         raise ConfigError(
-            f"{file.name}: the header is one column, {names[0]!r}: expected columns divided by {delimiter!r}, got "
+            f"{file.name}: the header is one column, {names[0]!r}: expected columns separated by {delimiter!r}, got "
             f"{others[0][0]!r}; {others[0][1]}"
         )
     if unnamed := [i for i, name in enumerate(names, 1) if not name and i > 1]:

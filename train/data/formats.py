@@ -1,7 +1,7 @@
-"""Files in, Arrow tables of one schema out. Values are read as written: no type and no missing value is guessed.
+"""Files in, Arrow tables of one schema out. Values are read unchanged: no guessing of types or missing values.
 
 Cells of .csv and .tsv are strings. Values of .json and .jsonl keep their JSON types, and a column without a single
-Arrow type stays JSON text. A line of .txt is a row. Columns of .parquet have the types that the file declares.
+Arrow type stays JSON text. A line of .txt is a row. Columns of .parquet have the file's declared types.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def read_tables(
     """The rows of files as tables of one schema, each with the index of its file.
 
     Args:
-      quoted_tsv: whether cells of .tsv may be quoted, as those of .csv may.
+      quoted_tsv: whether cells of .tsv may be quoted, as in .csv.
       features: the declared types of the columns, or None.
 
     Raises:
-      ConfigError: naming file and row, if a file does not have the format of its suffix, or its columns differ from
+      ConfigError: with file and row, if a file does not have the format of its suffix, or its columns differ from
         those of the other files.
     """
     types = json_types(files) if features is None and any(map(is_json, files)) else {}
@@ -61,7 +61,7 @@ def _cast(table: pa.Table, schema: pa.Schema, file: File) -> pa.Table:
         return table_cast(table, schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"{file.name}: its values are not of the types that the other files have, or that are declared: {error}"
+            f"{file.name}: its values do not have the types of the other files, or the declared types: {error}"
         ) from error
 
 

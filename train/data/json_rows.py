@@ -21,10 +21,10 @@ def is_json(file: File) -> bool:
 def json_tables(
     file: File, types: Mapping[str, pa.DataType | None], features: datasets.Features | None
 ) -> Iterator[pa.Table]:
-    """The rows of a file, as `features` declares them, or with the ``types`` that `json_types` found.
+    """The rows of a file, with the types declared in `features`, or the ``types`` from `json_types`.
 
     Raises:
-      ConfigError: naming file and line or row, if it is not JSON, or its values are not of the declared types.
+      ConfigError: with file and line or row, if it is not JSON, or its values do not have the declared types.
     """
     for batch in in_batches(row for _, row in _objects(file)):
         if features is None:
@@ -34,7 +34,7 @@ def json_tables(
         try:
             yield datasets.Dataset.from_dict(values, features=features).data.table
         except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError, TypeError) as error:
-            raise ConfigError(f"{file.name}: its values are not of the types that are declared: {error}") from error
+            raise ConfigError(f"{file.name}: its values do not have the declared types: {error}") from error
 
 
 def _json_array(values: list[Any], kind: pa.DataType | None) -> pa.Array:
@@ -55,7 +55,7 @@ def json_types(files: Iterable[File]) -> dict[str, pa.DataType | None]:
 
 
 def _value_types(values: Iterable[Any]) -> set[Any]:
-    """Names of the types of values; a list is the frozenset of the types in it."""
+    """The names of the values' types; a list becomes the frozenset of its types."""
     values, found = list(values), set()
     for kind in set(map(type, values)):
         if kind is int:
@@ -87,7 +87,7 @@ _ARROW_TYPES = (
 
 
 def _objects(file: File) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file with their places: an object per line, or a list of objects."""
+    """The rows of a file with their places: one object per line, or a list of objects."""
     rows = file.lines()
     blank: list[str] = []
     first = next((line for line in rows if line.strip() or blank.append(line)), "")
@@ -121,7 +121,7 @@ def _parse(text: str, name: str, line: int | None = None) -> Any:
             f"{error.msg.removesuffix(' at')}"
         ) from error
     except UnicodeEncodeError as error:
-        raise ConfigError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is not a character") from error
+        raise ConfigError(f"{where}: a lone surrogate (\\ud800 to \\udfff) is not a character") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: {error}") from error
 
@@ -130,7 +130,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
     return found
 
 
@@ -139,7 +139,7 @@ def _objects_of_list(value: Any, name: str) -> Iterator[tuple[str, dict[str, Any
         if all(isinstance(one, list) for one in value.values()):
             raise ConfigError(
                 f"{name}: got one object with {', '.join(map(repr, value))}, expected a list of objects, such as "
-                f'[{{"text": "..."}}]. If one of these holds the rows, extract it: jq .{next(iter(value), "rows")} '
+                f'[{{"text": "..."}}]. If one of these contains the rows, extract it: jq .{next(iter(value), "rows")} '
                 f"{name} > rows.json"
             )
         value = [value]

@@ -17,7 +17,7 @@ from train.config import ConfigError
 T = TypeVar("T")
 
 BATCH = 10_000
-"""Rows converted at once."""
+"""Rows per conversion."""
 
 _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
@@ -28,7 +28,7 @@ class File:
 
     Attributes:
       path: where it is stored.
-      name: its name in messages, with the suffixes that say its format and compression.
+      name: its name in messages, with the suffixes of its format and compression.
     """
 
     path: Path
@@ -55,10 +55,10 @@ def decode(content: bytes, name: str, first: int = 1) -> str:
 
     Args:
       name: the file's name, for errors.
-      first: the line number at which ``content`` starts; only a file's first line may have a byte order mark.
+      first: the number of the first line in ``content``; only a file's first line may have a byte order mark.
 
     Raises:
-      ConfigError: if it is not UTF-8 or has a NUL byte, naming the line.
+      ConfigError: if it is not UTF-8 or contains a NUL byte, with the line.
     """
     try:
         text = content.decode("utf-8-sig" if first == 1 else "utf-8")
@@ -84,7 +84,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def in_batches(rows: Iterable[T]) -> Iterator[list[T]]:
-    """The rows in lists of `BATCH`, the last one shorter."""
+    """The rows in lists of `BATCH`; the last one may be shorter."""
     rows = iter(rows)
     while batch := list(itertools.islice(rows, BATCH)):
         yield batch

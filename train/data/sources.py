@@ -1,4 +1,4 @@
-"""The name of a source in (a file, a folder, a dataset on the hub), its rows and their provenance out."""
+"""The name of a source (a file, a folder, a dataset on the hub) in, its rows and their provenance out."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from train.messages import listed
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 VALIDATION = ("validation", "dev", "valid", "val", "test")
-"""Names of validation splits and files, by preference."""
+"""Names of validation splits and files, in order of preference."""
 
 
 @dataclass
 class Provenance:
-    """Where a set of examples comes from, and what became of every row.
+    """The origin of a set of examples, and the use of every row.
 
     Attributes:
-      source: the file, folder or dataset, as configured or found.
+      source: the file, folder or dataset, configured or found.
       found: how it was found; None if it was configured.
-      files: the files that were read, with the rows of each; empty for a dataset that `datasets` read.
+      files: the files read, with the rows of each; empty for a dataset read by `datasets`.
       split: the split of the source, or None.
-      digest: SHA-256 of the file; of several files, that of their digests; of a dataset on the hub, that of its rows.
+      digest: SHA-256 of the file; of several files, of their digests; of a dataset on the hub, of its rows.
       read: number of rows read.
-      dropped: number of rows that are not used, by reason.
+      dropped: number of unused rows, by reason.
     """
 
     source: str
@@ -53,7 +53,7 @@ class Provenance:
         return {**dataclasses.asdict(self), "used": self.used}
 
     def describe(self) -> str:
-        """One line that says all of it."""
+        """A one-line description."""
         files = "" if [*self.files] in ([], [self.source]) else f" ({listed(list(self.files), 4)})"
         split = f", split {self.split}" if self.split else ""
         found = f", {self.found}" if self.found else ""
@@ -78,10 +78,10 @@ def source_digest(source: str) -> str | None:
 
 
 def find_validation(train: str) -> tuple[str, str]:
-    """The validation source that belongs to a training source, and how it was found.
+    """The validation source for a training source, and how it was found.
 
     Raises:
-      ConfigError: if there is no file with a name in `VALIDATION` beside a training file.
+      ConfigError: if no file next to a training file has a name in `VALIDATION`.
     """
     location, _ = parse(train)
     path = Path(location)
@@ -91,9 +91,9 @@ def find_validation(train: str) -> tuple[str, str]:
     for name in VALIDATION:
         for suffix in (first, *SUFFIXES):
             if (sibling := path.with_name(name + suffix)).is_file() and sibling != path:
-                return str(sibling), f"found beside {path.name}"
+                return str(sibling), f"found next to {path.name}"
     raise ConfigError(
-        f"data.validation: got None, and beside {path} there is no file named {', '.join(VALIDATION[:-1])} or "
+        f"data.validation: got None, and no file next to {path} is named {', '.join(VALIDATION[:-1])} or "
         f"{VALIDATION[-1]}; pass --data.validation FILE, or --data.holdout 0.1 to hold out a tenth of the training "
         "examples"
     )
@@ -102,7 +102,7 @@ def find_validation(train: str) -> tuple[str, str]:
 def read_source(
     source: str, cache_dir: Path, field: str, found: str | None, quoted_tsv: bool
 ) -> tuple[datasets.Dataset, Provenance]:
-    """All rows of a source's split. A file is read whole; rows of its split are chosen later, by a column.
+    """All rows of a source's split. A file is read completely; its split is selected later, by a column.
 
     Args:
       field: the configuration's field with the source, for errors. Without a split, ``data.train`` reads the split
@@ -126,10 +126,10 @@ def read_source(
             siblings = sorted(str(file) for file in path.parent.glob("*") if file.suffix in SUFFIXES)
             missing = next((one for one in reversed(path.parents) if not one.is_dir()), None)
             why = nearest(location, siblings) if missing is None else f": there is no folder {missing}"
-            raise ConfigError(f"there is no file at {location}{why}")
+            raise ConfigError(f"no file at {location}{why}")
     except ConfigError as error:
         raise ConfigError(f"{field}: {error}") from error
-    except Exception as error:  # a malformed file raises whatever its reader likes; datasets has no common class
+    except Exception as error:  # readers raise any error for a malformed file; datasets has no common class
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
             f"{field}: {source} cannot be read: {reason[0]} Expected a file ({', '.join(SUFFIXES)}), a folder of such "
@@ -143,13 +143,13 @@ def read_source(
 def _read_dataset(
     location: str, splits: Sequence[str], cache_dir: Path, quoted_tsv: bool
 ) -> tuple[datasets.Dataset, dict[str, int], str, str]:
-    """``(rows, rows of each file, digest, split)`` of a folder or a dataset on the hub; the first split that it has.
+    """``(rows, rows of each file, digest, split)`` of a folder or a dataset on the hub, for its first matching split.
 
-    Its files in one of `SUFFIXES` are read here. Others, such as pictures, are read by `datasets`, whose cache is keyed
-    by names and times; so each content of a folder has a cache of its own.
+    Files in one of `SUFFIXES` are read here. Others, such as images, are read by `datasets`, whose cache is keyed
+    by names and times; so each content of a folder gets its own cache.
     """
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs errors before raising them
     local, cache = Path(location).is_dir(), cache_dir / "datasets"
     if local:
         digest = path_digest(Path(location))
@@ -159,7 +159,7 @@ def _read_dataset(
         name, configuration, digest = f"{owner}/{name}", rest[0] if rest else None, ""
     builder = datasets.load_dataset_builder(name, configuration, cache_dir=str(cache))
     urls: Mapping[str, Sequence[str]] = {str(one): names for one, names in (builder.config.data_files or {}).items()}
-    # Parquet on the hub is left to `datasets`: its types are declared, whoever reads it.
+    # Parquet on the hub is left to `datasets`: its types are declared in the file.
     if urls and builder.name in (("csv", "json", "text", "parquet") if local else ("csv", "json", "text")):
         split = _first_split(splits, list(urls))
         paths = urls[split] if local else _download(urls[split], cache)
@@ -175,7 +175,7 @@ def _first_split(wanted: Sequence[str], splits: Sequence[str]) -> str:
     for name in wanted:
         if name in splits:
             return name
-    raise ConfigError(f"there is no split {' or '.join(wanted)}; there are {', '.join(splits)}")
+    raise ConfigError(f"no split {' or '.join(wanted)}; expected one of {', '.join(splits)}")
 
 
 def _download(urls: Sequence[str], cache: Path) -> list[str]:

@@ -21,10 +21,10 @@ from train.data.sources import Provenance, find_validation, read_source, source_
 
 
 class Table(datasets.Dataset):
-    """Rows that keep their provenance through every selection.
+    """Rows that keep their provenance through selections.
 
     Attributes:
-      provenance: where they come from; None for rows that were not read from a source.
+      provenance: their origin; None for rows not read from a source.
       rows: the index of each row in the source, int [n].
     """
 
@@ -50,7 +50,7 @@ class Table(datasets.Dataset):
         return found
 
     def keep(self, indices: Sequence[int] | np.ndarray, why: str) -> Table:
-        """These rows alone; the provenance counts the others as dropped for the reason ``why``."""
+        """Keep only these rows; the provenance counts the others as dropped, with the reason ``why``."""
         found = self.select(indices)
         if self.provenance is not None:
             dropped = {**self.provenance.dropped, why: len(self) - len(found)}
@@ -58,19 +58,19 @@ class Table(datasets.Dataset):
         return found
 
     def count_dropped(self, count: int, why: str) -> None:
-        """Count rows in the provenance that a task does not use."""
+        """Count rows that a task does not use in the provenance."""
         if self.provenance is not None and count:
             self.provenance.dropped[why] = self.provenance.dropped.get(why, 0) + count
 
     def locate(self, rows: Sequence[int], most: int = 5) -> str:
-        """Where rows are in their files, such as ``rows 2, 7 of train.csv``; counted from 1, without a header."""
+        """The rows' places in their files, such as ``rows 2, 7 of train.csv``; counted from 1, without the header."""
         name, numbers = "", [row + 1 for row in rows]
         if self.provenance is not None and self.rows is not None:
             files = self.provenance.files or {self.provenance.source: self.provenance.read}
             places = self.rows[list(rows)]
             starts = np.cumsum([0, *files.values()])
             first = int(np.searchsorted(starts, places[0], side="right")) - 1
-            # Of several files, only the first one with such a row is named.
+            # # With several files, name only the first one with such a row.
             places = np.sort(places[(places >= starts[first]) & (places < starts[first + 1])])
             name, numbers = f" of {list(files)[first]}", [int(place - starts[first]) + 1 for place in places]
         shown = [f"{number:,}" for number in numbers[:most]]
@@ -81,7 +81,7 @@ class Table(datasets.Dataset):
 def load(config: DataConfig, cache_dir: Path) -> dict[str, Table]:
     """The training and the validation table, each with its provenance.
 
-    Rows are memory-mapped from Arrow files in ``cache_dir``, which are keyed by content; only datasets on the hub are
+    Rows are memory-mapped from Arrow files in ``cache_dir``, keyed by content; only datasets on the hub are
     downloaded.
 
     Returns:
@@ -91,7 +91,7 @@ def load(config: DataConfig, cache_dir: Path) -> dict[str, Table]:
       ConfigError: if a source does not exist, cannot be read or is empty, or if there is no validation data.
     """
     train = read(config.train, cache_dir, "data.train", quoted_tsv=config.quoted_tsv)
-    # Files are often sorted. The choice does not depend on the run's seed, so that runs can be compared.
+    # Files are often sorted. The choice does not depend on the run's seed, so runs stay comparable.
     order = np.random.default_rng(0).permutation(len(train))
     if config.validation is None and config.holdout:
         apart = round(config.holdout * len(train))
@@ -100,8 +100,8 @@ def load(config: DataConfig, cache_dir: Path) -> dict[str, Table]:
                 f"data.holdout: {config.holdout} of {len(train)} training examples are {apart}; expected at least one "
                 "on each side. Pass another --data.holdout, or --data.validation FILE"
             )
-        validation = train.keep(order[:apart], "trained on")
-        train, order = train.keep(order[apart:], "set apart for validation"), np.arange(len(train) - apart)
+        validation = train.keep(order[:apart], "used for training")
+        train, order = train.keep(order[apart:], "held out for validation"), np.arange(len(train) - apart)
     else:
         source, found = (config.validation, None) if config.validation else find_validation(config.train)
         validation = read(source, cache_dir, "data.validation", found=found, quoted_tsv=config.quoted_tsv)
@@ -135,11 +135,11 @@ def read(source: str, cache_dir: Path, field: str, *, found: str | None = None, 
     chosen = [i for i, value in enumerate(cells(table, "split")) if value == provenance.split]
     if not chosen:
         raise ConfigError(f"{field}: {provenance.source} has no row whose split is {provenance.split!r}")
-    return table.keep(chosen, "of other splits")
+    return table.keep(chosen, "in other splits")
 
 
 def data_digests(config: DataConfig) -> list[str | None]:
-    """The digests of the training and the validation source; None for one that is not a local file or folder."""
+    """The digests of the training and the validation source; None unless it is a local file or folder."""
     try:
         validation = config.validation or find_validation(config.train)[0]
     except ConfigError:
@@ -148,14 +148,15 @@ def data_digests(config: DataConfig) -> list[str | None]:
 
 
 def column(table: Table, name: str, field: str) -> list[Any]:
-    """A column's values, checked: none is missing, and all are of one kind that the field can hold.
+    """A column's values, checked: none is missing, and all are of one kind that the field accepts.
 
     Args:
       field: the configuration's field with the column's name, for errors.
 
     Raises:
-      ConfigError: if there is no such column; naming rows, if values are missing (an empty label counts as missing), if
-        they are of several kinds, or of one that the field cannot hold: dates, bytes, and for labels lists and objects.
+      ConfigError: if there is no such column; with rows, if values are missing (an empty label counts as missing), if
+        they are of several kinds, or of one that the field does not accept: dates, bytes, and for labels lists and
+        objects.
     """
     if name not in table.column_names:
         advice = "rename the column" if field == "file" else f"pass --{field.replace('_', '-')} and one of them"
@@ -192,7 +193,7 @@ def texts(table: Table, name: str, field: str) -> list[str]:
     """A column's values as text, exactly as written; whole numbers count as text.
 
     Raises:
-      ConfigError: as `column` does; naming the row, if a value is neither.
+      ConfigError: as `column`; with the row, if a value is neither.
     """
     values = column(table, name, field)
     for row, value in enumerate(values):
@@ -213,7 +214,7 @@ def cells(table: datasets.Dataset, name: str) -> list[Any]:
     """A column's values, unchecked: some may be missing."""
     if not isinstance(table.features[name], datasets.Json):
         return table[name][:]
-    # The parser with which datasets decodes JSON rounds numbers.
+    # The parser that datasets uses for JSON rounds numbers.
     rows: Any = table.select_columns([name]).with_format("arrow")[:]
     written = (text for chunk in rows.column(name).chunks for text in chunk.storage.to_pylist())
     return [None if text is None else json.loads(text) for text in written]
@@ -238,4 +239,4 @@ _UNFIT = {
     "task.image": ("a date or time",),
     "": ("a date or time", "bytes"),
 }
-"""Kinds of values that a field cannot hold; the last entry is for all other fields."""
+"""Kinds of values that a field does not accept; the last entry is for all other fields."""

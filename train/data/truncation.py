@@ -1,4 +1,4 @@
-"""Token counts of texts in, a summary of what ``max_length`` cuts from them out."""
+"""Token counts of texts in, a summary of the truncation by ``max_length`` out."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 
 class Truncation(NamedTuple):
-    """What truncation to ``limit`` tokens costs a set of texts.
+    """The cost of truncating a set of texts to ``limit`` tokens.
 
     Attributes:
       limit: maximum tokens per example.
       examples: number of examples before truncation.
       longest: tokens of the longest example.
       cut: examples longer than ``limit``.
-      dropped: examples left out because no token that carries loss remains.
+      dropped: examples left out because no token with loss remains.
       tokens: tokens that carry loss, over all examples before truncation; for classification, all tokens.
-      lost: how many of these are cut.
-      ends: examples whose last token carries loss and is cut, so that their end is not trained on; None for
+      lost: the number of these that are cut.
+      ends: examples whose last token carries loss and is cut, so their end is never trained; None for
         classification.
     """
 
@@ -37,7 +37,7 @@ class Truncation(NamedTuple):
         return cls(limit, len(lengths), max(lengths, default=0), len(over), 0, sum(lengths), sum(over), None)
 
     def describe(self, name: str, *, training: bool = True) -> str:
-        """One line about the set ``name``; when ``training``, with the flag that avoids truncation."""
+        """One line about the set ``name``; in ``training``, with the flag that avoids truncation."""
         if not self.cut and not self.dropped:
             return f"{name}: {self.examples:,} examples of at most {self.longest:,} tokens, none is cut"
         parts = []

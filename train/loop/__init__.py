@@ -1,11 +1,11 @@
 """The training loop.
 
-``state``        when something is due, averages, and the loop's part of a checkpoint
+``state``        intervals, averages, and the loop's part of a checkpoint
 ``stop``         Ctrl-C and SIGTERM
 ``evaluate``     metrics of a model on all examples
-``checkpoints``  what a training is resumed from, on the same devices or on others
-``extend``       a run with more epochs than it was planned with
+``checkpoints``  checkpoints, to resume on the same or other devices
+``extend``       a run extended by more epochs
 ``feed``         the batch of each step
-``run_files``    the metrics and checkpoints of a run in training
-``loop``         a step, and what is due after it
+``run_files``    the metrics and checkpoints of a run during training
+``loop``         the steps, and the evaluations, records and checkpoints between them
 """

@@ -1,16 +1,16 @@
-"""Checkpoints of a training, from which it is resumed on the same devices or on others.
+"""Training checkpoints, to resume on the same or other devices.
 
     checkpoints/120/
-      adapters/     what is trained, never the base
-      opt_state/    of the optimizer
-      rng/          the key that dropout's keys are folded from
+      adapters/     the trained parameters, never the base
+      opt_state/    the optimizer's state
+      rng/          the key from which dropout keys are folded
       loop/         JSON: step, averages, best metric; the same on any number of devices
       factors/      JSON: scale, axes and rate of each adapter
       config/       JSON: the run's configuration
       SHA256SUMS    of all these files
 
-orbax writes them in the background, while training continues. An unfinished checkpoint is ignored, and one with a
-changed bit is refused.
+orbax writes them in the background, while training continues. Unfinished checkpoints are ignored, and one with a
+flipped bit is an error.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ ITEMS = ("adapters", "opt_state", "rng", "loop", "factors", "config")
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be written or read; the message says which and why, and lists the others."""
+    """A checkpoint cannot be written or read; the message gives the reason and lists the usable ones."""
 
 
 class Checkpoints:
-    """The checkpoints in a folder: the newest ones, as many as the configuration keeps, and the best one if wanted.
+    """The checkpoints in a folder: the newest ones, up to the configured number, and optionally the best one.
 
-    They are opened to be read; `begin` opens them to be written. All processes call each method.
+    Opened for reading; `begin` opens them for writing. All processes call each method.
     """
 
     def __init__(self, folder: Path, config: SaveConfig, *, keep_best: bool):
         self.folder = folder
         self._policy = _Policy(config.max_to_keep, keep_best)
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it then raises
-        # A process that comes here late may find the folder that the first one has made in `begin` meanwhile.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs errors before raising them
+        # By now, the first process may have created the folder in `begin`.
         self._manager = self._open(read_only=True) if first_decides(folder.is_dir) else None
 
     def _open(self, *, read_only: bool) -> ocp.CheckpointManager:
@@ -66,13 +66,13 @@ class Checkpoints:
         )
         try:
             return ocp.CheckpointManager(self.folder.resolve(), item_names=ITEMS, options=options)
-        except Exception as error:  # orbax and tensorstore have no common class for what a disk may do
+        except Exception as error:  # orbax and tensorstore have no common class for I/O errors
             raise CheckpointError(
-                f"{self.folder}: checkpoints cannot be kept here ({one_line(error)}); expected a writable directory"
+                f"{self.folder}: checkpoints cannot be stored here ({one_line(error)}); expected a writable directory"
             ) from error
 
     def begin(self, step: int) -> None:
-        """Open the folder to write checkpoints after ``step``, and delete later ones and unfinished ones.
+        """Open the folder to write checkpoints after ``step``, and delete later and unfinished ones.
 
         Raises:
           CheckpointError: if it cannot be written.
@@ -99,11 +99,11 @@ class Checkpoints:
         return self._guarded(step, read)
 
     def restore(self, step: int, layout: Layout, like: TrainState, key: jax.Array) -> tuple[TrainState, jax.Array]:
-        """The training state and the key.
+        """Restore the training state and the key.
 
         Args:
           like: a state with the shapes, dtypes and shardings to restore.
-          key: of the same kind as the saved one.
+          key: of the same type as the saved one.
 
         Raises:
           CheckpointError: if they cannot be read, or belong to other adapters.
@@ -133,7 +133,7 @@ class Checkpoints:
         """Write a checkpoint in the background; the state may be donated when this returns.
 
         Raises:
-          CheckpointError: if this one, or the one before, could not be written.
+          CheckpointError: if this or the previous one could not be written.
         """
         self._policy.best_step = loop.best_step
         kept = layout.to_disk(state)
@@ -148,23 +148,23 @@ class Checkpoints:
         self._writing(lambda manager: manager.save(loop.step, args=items))
 
     def wait(self) -> None:
-        """Return when all saved checkpoints are on disk; raises as `save`."""
+        """Wait until all saved checkpoints are on disk; raises as `save`."""
         self._writing(lambda manager: manager.wait_until_finished())
 
     def close(self) -> None:
-        """Close the folder. Errors of writing were raised by `save` or `wait`."""
+        """Close the folder. Write errors are raised by `save` or `wait`."""
         if self._manager is not None:
             with contextlib.suppress(Exception):
                 self._manager.close()
 
     def _seal(self) -> None:
-        """Write the sums of a checkpoint's files. orbax calls this in the first process before it renames the draft."""
+        """Write the checksums of a checkpoint. orbax calls this in the first process before it renames the draft."""
         for draft in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            # Files beside the items are orbax's own, which it will write again.
+            # Files next to the items are orbax's own, and will be rewritten.
             write_sums(draft, {name: file for name, file in files_in(draft).items() if "/" in name})
 
     def _restore(self, step: int, **items: Any) -> Any:
-        assert self._manager is not None, "steps() has the checkpoints that can be restored"
+        assert self._manager is not None, "steps() lists the restorable checkpoints"
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def _writing(self, write: Callable[[ocp.CheckpointManager], Any]) -> None:
@@ -181,7 +181,7 @@ class Checkpoints:
 
     def _guarded(self, step: int, read: Callable[[], Any]) -> Any:
         try:
-            check_sums(self.folder / str(step))  # before orbax, which prints beside what it raises
+            check_sums(self.folder / str(step))  # before orbax, which prints in addition to raising
             return read()
         except Exception as error:  # as above
             reason = f": {error}\n" if isinstance(error, TensorError) else f" ({one_line(error)}). "
@@ -195,7 +195,7 @@ class Checkpoints:
 
 
 class _Policy:
-    """Keeps the newest checkpoints and the best one. `LoopState` knows the best step: the first of equal metrics."""
+    """Keeps the newest checkpoints and the best one. `LoopState` tracks the best step, the first on a tie."""
 
     def __init__(self, newest: int, keep_best: bool):
         self._newest, self._keep_best = newest, keep_best
@@ -207,7 +207,7 @@ class _Policy:
 
 
 def _target(x: Any) -> Any:
-    """What orbax restores: an array with the same shape and sharding, or a NumPy array."""
+    """The restore target for orbax: an array with the same shape and sharding, or a NumPy array."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x
 
 

@@ -29,12 +29,12 @@ def make_measure(
 ) -> Measure:
     """``measure(params, adapters, examples)``: `Task.measure` of every example, in the examples' order.
 
-    It is compiled once for each structure of its arguments and each bucket.
+    Compiles once per argument structure and bucket.
 
     Args:
       layout: of params and adapters.
-      batch_size: examples at once; rounded up to a multiple of the layout's parts.
-      stop: asked before each batch; a request raises `train.loop.stop.Stopped`.
+      batch_size: examples per batch; rounded up to a multiple of the layout's parts.
+      stop: checked before each batch; a request raises `train.loop.stop.Stopped`.
     """
     adapted = jlora.lora(forward)
     batch_size = -(-batch_size // layout.parts) * layout.parts
@@ -66,14 +66,14 @@ def make_measure(
 def evaluate_models(
     task: Task, models: Mapping[str, tuple[Any, Any]], measure: Measure, test: Mapping[str, Examples]
 ) -> tuple[dict[str, dict[str, dict[str, float]]], Callable[[str, str], int]]:
-    """Several models on every set of test examples.
+    """Evaluate several models on every set of test examples.
 
     Args:
       models: parameters and adapters (or None) by the model's name.
       test: examples by the name of their set.
 
     Returns:
-      The metrics by model and set, and a function of two models' names: how many of their predictions differ.
+      The metrics by model and set, and a function of two models' names that counts their differing predictions.
     """
     found = {
         model: {name: measure(params, adapters, examples) for name, examples in test.items()}

@@ -1,8 +1,8 @@
-"""A run that is trained with more or fewer epochs than it was planned with.
+"""Runs resumed with another number of epochs than planned.
 
-The order of the data and dropout's masks are functions of the step and do not depend on the number of epochs. The
-learning rate does: from the step at which a run is resumed, it follows the new number. `LoopState` keeps which number
-of epochs was planned from which step on, so that the learning rates of all steps are known and can be compared.
+The order of the data and dropout's masks are functions of the step, independent of the number of epochs. The
+learning rate is not: from the step where the run resumes, it follows the new number. `LoopState` records the planned
+numbers of epochs and their first steps, so the learning rates of all steps are known and comparable.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from train.loop.state import Intervals, LoopState
 
 
 def extend(fit: FitConfig, peak: float, intervals: Intervals, state: LoopState, *, finished: bool) -> str:
-    """Add the number of epochs of ``fit`` to those that ``state`` was planned with.
+    """Add the number of epochs in ``fit`` to the planned ones in ``state``.
 
     Args:
-      peak: learning rate.
-      finished: whether the run was trained to its end.
+      peak: peak learning rate.
+      finished: whether the run finished.
 
     Returns:
-      How the result compares with a run of these epochs from the start; empty if their number did not change.
+      A comparison of the result with a run of these epochs from the start; empty if their number did not change.
 
     Raises:
       ConfigError: if nothing is left to train.
@@ -30,7 +30,7 @@ def extend(fit: FitConfig, peak: float, intervals: Intervals, state: LoopState, 
     step = state.step
     if step > intervals.steps or finished and step == intervals.steps:
         raise ConfigError(
-            f"fit.epochs: got {fit.epochs}, which are {intervals.steps} steps, and the run is at step {step}: nothing "
+            f"fit.epochs: got {fit.epochs}, which is {intervals.steps} steps, and the run is at step {step}: nothing "
             f"is left to train; pass --fit.epochs {step // intervals.epoch + 1} or more, or --resume STEP for an "
             "earlier one"
         )
@@ -56,11 +56,11 @@ def _comparison(fit: FitConfig, peak: float, intervals: Intervals, step: int, tr
     else:
         text += (
             f"From there the learning rate, {planned[-1]:.2e}, is that of a run of {fit.epochs} epochs from the start. "
-            f"Earlier steps had another one, step {worst + 1} {actual[worst]:.2e} instead of {planned[worst]:.2e}, so "
-            "the result differs from that run's; with --fit.schedule constant and --fit.warmup 0 it would not"
+            f"Earlier steps had another one (step {worst + 1}: {actual[worst]:.2e} instead of {planned[worst]:.2e}), "
+            "so the result differs from that run's; with --fit.schedule constant and --fit.warmup 0 it would not"
         )
     if step == trained[-1][1] * intervals.epoch and not intervals.is_eval_due(step):
-        text += f". Step {step} was evaluated as the last one, which that run would not do"
+        text += f". Step {step} was evaluated as the last one, which that run would skip"
     return text
 
 

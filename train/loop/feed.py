@@ -14,12 +14,12 @@ from train.loop.state import StepCounts
 
 
 class StepInput(NamedTuple):
-    """Which examples a step trains on.
+    """The examples of a training step.
 
     Attributes:
-      rows: numbers of the examples, int [batch].
-      bucket: the length that they are padded to, as a tuple; empty without texts.
-      counts: what the step computes.
+      rows: indices of the examples, int [batch].
+      bucket: their padded length, as a tuple; empty without texts.
+      counts: the size of the step's computation.
     """
 
     rows: np.ndarray
@@ -33,11 +33,11 @@ class StepInput(NamedTuple):
 
 
 class Feed:
-    """The batches of a training.
+    """The batches of training.
 
     Args:
       examples: to train on.
-      buckets: the lengths that batches are padded to.
+      buckets: the padded lengths of batches.
       seed: of the examples' order.
       ideal_seconds: the time of a step at the devices' peak, by the batch's shape; 0 if that is unknown.
     """
@@ -54,11 +54,11 @@ class Feed:
         self._lengths, self._ideal_seconds = lengths(examples), ideal_seconds
 
     def rows(self, step: int) -> np.ndarray:
-        """The numbers of the examples of a step, counted from 0."""
+        """The indices of the examples of a step, counted from 0."""
         return training_rows(size(self._examples), self._batch_size, self._seed, step)
 
     def input(self, step: int) -> StepInput:
-        """What a step trains on, counted from 0."""
+        """The examples of a step, counted from 0."""
         rows = self.rows(step)
         bucket = bucket_of(self._examples, rows, self._buckets)
         shape = (len(rows), *bucket)

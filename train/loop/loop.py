@@ -1,4 +1,4 @@
-"""A training: steps, with records, evaluations and checkpoints on the way."""
+"""The training loop: steps, with records, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from train.report import console
 from train.rundir.records import Record
 
 AHEAD_SECONDS = 1.0
-"""How much work, in seconds, is dispatched to the devices at once."""
+"""The work dispatched to the devices ahead of time, in seconds."""
 
 UNSAVED_SECONDS = 30
-"""How much training a Ctrl-C may cost while something is compiled."""
+"""The training that a Ctrl-C during compilation may lose, in seconds."""
 
 START_OVER = "there is no checkpoint, and the same command starts over"
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a job: of the adapters, or of a base from scratch.
+    """One training phase of a job: the adapters, or a base from scratch.
 
     Attributes:
-      job: the configuration, and what was made of it.
-      phase: which training: its part of the configuration, and its name in records and on the progress bar.
+      job: the configuration with its data, network and task.
+      phase: the name of the phase in the configuration, in records and on the progress bar.
       examples: to train on.
       start: the adapters to start from, a pure function of the base.
       evaluate: takes placed adapters and returns metrics for the record; may raise `train.loop.stop.Stopped`.
-      metric: of these, the one that decides which adapters are the best.
+      metric: the metric among these that selects the best adapters.
       log: called with each record.
       ideal_seconds: the time of a step at the devices' peak, by the batch's shape; 0 if that is unknown.
     """
@@ -75,12 +75,12 @@ class Training:
 
 
 class FitResult(NamedTuple):
-    """How a training ended.
+    """The result of training.
 
     Attributes:
-      adapters: the ones that are kept, the newest or the best, on their devices.
-      state: of the loop at the end.
-      ended: why it ended, for a person.
+      adapters: the kept ones, the newest or the best, on their devices.
+      state: the loop's state at the end.
+      ended: why training ended, for a person.
       kept_step, kept_metric: of the kept adapters; the metric is None if it was not measured.
     """
 
@@ -97,10 +97,10 @@ def fit(training: Training, base: Any, *, files: RunFiles | None = None, stop: S
     Args:
       base: its parameters, on the devices of the job's layout.
       files: metrics and checkpoints, and where to resume; None for a training that is not saved.
-      stop: asked after each step.
+      stop: checked after each step.
 
     Raises:
-      ConfigError: if loss or gradient are not finite, naming the step, its examples and the newest checkpoint.
+      ConfigError: if loss or gradient are not finite, with the step, its examples and the newest checkpoint.
       CheckpointError: if a checkpoint cannot be written or read.
       Stopped: if ``stop`` was requested, after a checkpoint was saved.
     """
@@ -110,7 +110,7 @@ def fit(training: Training, base: Any, *, files: RunFiles | None = None, stop: S
 
 
 class _InFlight(NamedTuple):
-    """A step that was dispatched; its metrics may still be computed."""
+    """A dispatched step, whose metrics may not be ready yet."""
 
     step: int
     metrics: Mapping[str, Any]
@@ -119,7 +119,7 @@ class _InFlight(NamedTuple):
 
 
 class _Loop:
-    """A training in this process: its state, one step, and what is due after a step."""
+    """A training in this process: its state, one step, and the work due after a step."""
 
     progress: console.Progress
 
@@ -197,11 +197,11 @@ class _Loop:
     # One step
 
     def advance(self) -> None:
-        """Dispatch one step. Its metrics stay on the devices for a while: the host need not wait for them."""
+        """Dispatch one step. Its metrics stay on the devices for now, so the host need not wait for them."""
         one = self.feed.input(self.state.step)
         batch = self.feed.place(self.layout, one)
         is_compiled = one.shape in self.compiled
-        if not is_compiled:  # compilation is not timed: the steps before and after are not in flight meanwhile
+        if not is_compiled:  # keeps compilation out of the timing: no step is in flight during it
             self.collect(0)
         with contextlib.nullcontext() if is_compiled else self.compiling():
             self.train_state, metrics = self.step(self.train_state, self.base, batch, self.key)
@@ -212,14 +212,14 @@ class _Loop:
         self.progress.advance()
 
     def ahead(self) -> int:
-        """How many steps may be in flight: few enough that a stop need not wait long for them."""
+        """The maximum number of steps in flight: few enough that a stop need not wait long."""
         seconds = self.estimate.step_seconds
         return 1 if seconds is None else min(self.layout.ahead, max(1, int(AHEAD_SECONDS / max(seconds, 1e-6))))
 
     def collect(self, leave: int) -> None:
-        """Wait for all steps in flight but the newest ``leave``, and take their metrics in order.
+        """Wait for all steps in flight except the newest ``leave``, and collect their metrics in order.
 
-        Records are logged as soon as their metrics are here; `evaluate` logs those with metrics of its own.
+        Records are logged as soon as their metrics arrive; `evaluate` logs those with its own metrics.
         """
         while len(self.in_flight) > leave:
             done = self.in_flight.popleft()
@@ -262,7 +262,7 @@ class _Loop:
         return self.state.add_eval(self.t.metric, metrics[self.t.metric.name])
 
     def log(self, done: int, metrics: dict[str, float]) -> None:
-        """Log the records that are due after a step. ``metrics`` of an evaluation go into the last of them."""
+        """Log the records due after a step. The last one includes the ``metrics`` of an evaluation."""
         state, records = self.state, list[Record]()
         is_end = self.intervals.is_epoch_end(done)
         if self.intervals.is_log_due(done):
@@ -278,7 +278,7 @@ class _Loop:
             self.progress.show(record, [name for name in metrics if name in record], left)
 
     def is_save_due(self, files: RunFiles) -> bool:
-        """By steps, or by the first process's clock. Several processes ask for that together, and not at every step."""
+        """By steps, or by the first process's clock, which several processes query together, but not at every step."""
         config = files.config.save
         if config.every_steps is not None:
             return self.state.step % config.every_steps == 0
@@ -299,8 +299,8 @@ class _Loop:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """For the call that compiles a program. That may take minutes without a check for signals, so Ctrl-C ends the
-        process at once, and what it would lose is saved before. Several processes stop together, after it."""
+        """For a call that compiles a program. That may take minutes without a check for signals, so Ctrl-C ends the
+        process at once, after saving what would be lost. Several processes stop together, after compilation."""
         if self.files is None or jax.process_count() > 1:
             yield
             return
@@ -312,7 +312,7 @@ class _Loop:
             yield
 
     def save_and_stop(self) -> str:
-        """Save a checkpoint, and say where the training will resume."""
+        """Save a checkpoint, and return a message with the step to resume from."""
         done = f"{self.t.phase}: stopped after step {self.state.step} of {self.intervals.steps}"
         if self.files is None:
             return f"{done}; {START_OVER}"
@@ -321,14 +321,14 @@ class _Loop:
         return f"{done}; {self.files.command} resumes from there"
 
     def diverged(self, step: int, metrics: Mapping[str, Any]) -> str:
-        """What to report of a step, counted from 1, whose metrics are not finite."""
+        """The error for a step, counted from 1, whose metrics are not finite."""
         rows = self.feed.rows(step - 1)
         shown = ", ".join(map(str, rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
         saved = [] if self.files is None else self.files.checkpoints.steps()
         good = f"; the newest checkpoint, of step {saved[-1]}, is from before" if saved else ""
         phase = self.t.phase
         return (
-            f"{phase}: the training diverged: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} in step "
+            f"{phase}: training diverged: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} in step "
             f"{step} (epoch {(step - 1) // self.intervals.epoch + 1}), on the training examples {shown}{good}. Pass a "
             f"smaller --learning-rate.{self.t.rate_name}, more --{phase}.warmup or --{phase}.clip 1.0, or remove the "
             "examples"

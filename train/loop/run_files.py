@@ -1,4 +1,4 @@
-"""The files of a run while it trains: metrics and checkpoints."""
+"""The files of a run during training: metrics and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from train.rundir.records import Record, Records
 
 
 class RunFiles:
-    """The metrics and checkpoints of a run; a context that closes them.
+    """The metrics and checkpoints of a run; a context manager that closes them.
 
-    Opening only reads. The directory changes with `begin`, for a new run, or `resume`, for one with a checkpoint.
+    Opening only reads. `begin`, for a new run, and `resume`, for one with a checkpoint, modify the directory.
 
     Attributes:
       path: the run directory.
-      config: of the run.
-      state: of the loop, at the step that training starts from.
-      note: what to print about a run that was stopped before; empty for a new one.
-      keep_best: whether the best adapters are kept rather than the last ones.
+      config: the run's.
+      state: the loop's, at the step where training starts.
+      note: text to print for a run that was stopped before; empty for a new one.
+      keep_best: whether to keep the best adapters instead of the last ones.
       records: the metrics.
-      checkpoints: of the training.
+      checkpoints: the training's checkpoints.
       command: the command that resumes the run, for messages.
     """
 
@@ -37,11 +37,11 @@ class RunFiles:
         """Open the files of a run.
 
         Args:
-          plan: written to plan.txt.
-          intervals: of the training.
+          plan: the content of plan.txt.
+          intervals: the intervals of training.
 
         Raises:
-          ConfigError: if the configuration asks for a step without a checkpoint, or nothing is left to train.
+          ConfigError: if ``resume`` is a step without a checkpoint, or nothing is left to train.
           CheckpointError: if the checkpoint cannot be read.
         """
         self.path, self.config, self._directory, self._plan = directory.path, config, directory, plan
@@ -53,7 +53,7 @@ class RunFiles:
         self._identity, self._writers = to_json(config), writers.Writers(())
         self.state, notes = self._stored_state(), []
         if self.keep_best and self.state.best_step not in (None, *self.checkpoints.steps()):
-            notes.append(f"the best checkpoint, of step {self.state.best_step}, is gone: the best one after it is kept")
+            notes.append(f"the best checkpoint, of step {self.state.best_step}, is missing: keeping the best later one")
             self.state.best_metric, self.state.best_step, self.state.evals_since_best = None, None, 0
         peak = getattr(config.learning_rate, config.mode)
         extension = extend(config.fit, peak, intervals, self.state, finished=directory.extends)
@@ -71,12 +71,12 @@ class RunFiles:
         self.checkpoints.close()
 
     def _stored_state(self) -> LoopState:
-        """The loop's state in the checkpoint that the configuration asks for, or that of a new run."""
+        """The loop's state in the configured checkpoint, or a new run's."""
         steps, asked = self.checkpoints.steps(), self.config.resume
         step = asked if isinstance(asked, int) else max(steps, default=0)
         if step not in (0, *steps):
             raise ConfigError(
-                f"resume: got step {step}, and there are checkpoints of {', '.join(map(str, steps)) or 'no step'};"
+                f"resume: got step {step}; there are checkpoints of {', '.join(map(str, steps)) or 'no step'};"
                 " pass one of these, 0 to start over, or --resume auto for the newest"
             )
         if self._directory.extends and not steps:
@@ -84,14 +84,14 @@ class RunFiles:
         return self.checkpoints.loop_state(step) if step else LoopState()
 
     def begin(self) -> None:
-        """Start a new run: without metrics, and without the checkpoints that an earlier one may have left."""
+        """Start a new run: delete metrics and checkpoints of an earlier one."""
         self._open_to_write()
         self.records.cut(0)
 
     def resume(self, layout: Layout, like: TrainState, key: jax.Array) -> tuple[TrainState, jax.Array]:
-        """Restore the checkpoint, and then drop the metrics and checkpoints that came after it.
+        """Restore the checkpoint, then drop later metrics and checkpoints.
 
-        Arguments, results and errors are those of `Checkpoints.restore`; after an error, all files are as they were.
+        Arguments, results and errors as for `Checkpoints.restore`; an error leaves all files unchanged.
         """
         restored = self.checkpoints.restore(self.state.step, layout, like, key)
         self._open_to_write()
@@ -113,7 +113,7 @@ class RunFiles:
         self._writers.write(record)
 
     def log_base(self, record: Record) -> None:
-        """`log` a record of the base's training, which a resumed run has already."""
+        """`log` a record of the base's training; a resumed run already has it."""
         if not self.state.step:
             self.log(record)
 

@@ -1,4 +1,4 @@
-"""What the loop counts: when something is due, averages over steps, the time left, the state in a checkpoint."""
+"""The loop's bookkeeping: intervals, averages over steps, the time left, the state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 DEFAULT_LOGS = 50
-"""How often a training logs its metrics by default, at least."""
+"""The minimum number of metric records of a training, by default."""
 
 
 class PrimaryMetric(NamedTuple):
-    """The metric that decides which adapters are the best.
+    """The metric that selects the best adapters.
 
     Attributes:
       name: in the records, such as ``validation_accuracy``.
@@ -24,19 +24,19 @@ class PrimaryMetric(NamedTuple):
     higher_is_better: bool
 
     def is_better(self, value: float, best: float | None) -> bool:
-        """Whether ``value`` is better than the best so far; anything is better than none and than NaN."""
+        """Whether ``value`` beats the best so far; anything beats None and NaN."""
         return best is None or math.isnan(best) or (value > best if self.higher_is_better else value < best)
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """When something is due, by the number of steps done so far.
+    """The steps after which something is due.
 
     Attributes:
-      epoch: steps of an epoch.
-      steps: of the whole training.
-      log: steps between two records of metrics.
-      eval: steps between two evaluations.
+      epoch: steps per epoch.
+      steps: steps of the whole training.
+      log: steps between records of metrics.
+      eval: steps between evaluations.
     """
 
     epoch: int
@@ -48,7 +48,7 @@ class Intervals:
     def of(
         epochs: int, steps_per_epoch: int, *, log_every: int | None, eval_every: int, eval_every_steps: int | None
     ) -> Intervals:
-        """The intervals of a training of ``epochs``; ``eval_every`` counts epochs, the other two count steps."""
+        """The intervals of a training of ``epochs``; ``eval_every`` is in epochs, the other two in steps."""
         steps = epochs * steps_per_epoch
         log = log_every or max(1, steps // DEFAULT_LOGS)
         return Intervals(steps_per_epoch, steps, log, eval_every_steps or eval_every * steps_per_epoch)
@@ -60,22 +60,22 @@ class Intervals:
         return done % self.eval == 0 or done == self.steps
 
     def is_log_due(self, done: int) -> bool:
-        """Records within epochs. Those that would only repeat the epochs' own are left out."""
+        """Records within epochs, except those that would only repeat the epochs' own."""
         inside = self.is_eval_due(done) and not self.is_epoch_end(done)
         return inside or self.log != self.epoch and done % self.log == 0
 
     def evals_after(self, done: int) -> int:
-        """How many evaluations are still due after ``done`` steps."""
+        """The number of evaluations left after ``done`` steps."""
         last = done < self.steps and self.steps % self.eval != 0
         return self.steps // self.eval - done // self.eval + last
 
 
 class StepCounts(NamedTuple):
-    """What one step computes.
+    """The size of one step's computation.
 
     Attributes:
-      examples, tokens: in its batch, without padding; no tokens where there are no texts.
-      ideal_seconds: the time that it would take at the devices' peak; 0 if that is unknown.
+      examples, tokens: in its batch, without padding; 0 tokens without texts.
+      ideal_seconds: its time at the devices' peak; 0 if unknown.
       padded_tokens: tokens with the padding.
     """
 
@@ -87,15 +87,15 @@ class StepCounts(NamedTuple):
 
 @dataclass
 class Averages:
-    """Averages over steps: metrics over all of them, speed over those that were timed.
+    """Averages over steps: metrics over all of them, speed over the timed ones.
 
     Attributes:
       steps: number of steps.
       sums: of each metric.
-      learning_rate: of the newest step; None before the first one.
+      learning_rate: the newest step's; None before the first one.
       tokens, padded_tokens: in all steps, see `StepCounts`.
-      timed_steps, timed_examples, timed_tokens: in the steps that were timed, which are those that compiled nothing.
-      seconds, ideal_seconds: that the timed steps took, and would take at the devices' peak.
+      timed_steps, timed_examples, timed_tokens: in the timed steps, those without compilation.
+      seconds, ideal_seconds: the time of the timed steps, actual and at the devices' peak.
     """
 
     steps: int = 0
@@ -110,7 +110,7 @@ class Averages:
     ideal_seconds: float = 0.0
 
     def add(self, metrics: Mapping[str, Any], counts: StepCounts, seconds: float | None = None) -> None:
-        """Add a step; ``seconds`` is None if it was not timed."""
+        """Add a step; ``seconds`` is None if not timed."""
         self.steps += 1
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
@@ -143,7 +143,7 @@ class Averages:
 
 @dataclass
 class TimeEstimate:
-    """An estimate of the time left, from what this process has timed.
+    """Estimates the time left, from this process's timings.
 
     Attributes:
       seconds, steps: of all timed steps, and their number.
@@ -161,11 +161,11 @@ class TimeEstimate:
 
     @property
     def step_seconds(self) -> float | None:
-        """The mean time of a step; None before one was timed."""
+        """The mean time of a step; None before the first timing."""
         return self.seconds / self.steps if self.steps else None
 
     def left(self, done: int, intervals: Intervals) -> float | None:
-        """Seconds of the steps and evaluations after step ``done``; None before a step was timed."""
+        """Seconds of the steps and evaluations after step ``done``; None before the first timing."""
         if self.step_seconds is None:
             return None
         return self.step_seconds * (intervals.steps - done) + self.eval_seconds * intervals.evals_after(done)
@@ -182,11 +182,11 @@ class LoopState:
       seconds: training time so far.
       since_log, since_epoch: averages since the last record, and since the epoch began.
       metric: the newest value of the primary metric; None before the first evaluation.
-      best_metric, best_step: its best value, and the step that it was measured at.
+      best_metric, best_step: its best value, and the step of that evaluation.
       evals_since_best: evaluations after that one.
-      eval_pending: whether this step's evaluation was due and is not done.
+      eval_pending: whether this step's evaluation is due and not done yet.
       metrics_bytes, metrics_digest: size and SHA-256 of metrics.jsonl.
-      planned_epochs: which number of epochs was planned from which step on, as ``[step, epochs]``; see
+      planned_epochs: the planned numbers of epochs and their first steps, as ``[step, epochs]``; see
         `train.loop.extend`.
     """
 
@@ -204,7 +204,7 @@ class LoopState:
     planned_epochs: list[list[int]] = field(default_factory=list)
 
     def add_eval(self, metric: PrimaryMetric, value: float) -> bool:
-        """Add an evaluation, and return whether it is the best one."""
+        """Add an evaluation, and return whether it is the best so far."""
         is_best = metric.is_better(value, self.best_metric)
         self.metric = value
         if is_best:
@@ -214,15 +214,15 @@ class LoopState:
         return is_best
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` takes."""
+        """The state as JSON; `from_json` is the inverse."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> LoopState:
-        """The state that `to_json` wrote.
+        """The state from `to_json`.
 
         Raises:
-          KeyError, TypeError: if it is something else.
+          KeyError, TypeError: for anything else.
         """
         averages = {name: Averages(**value[name]) for name in ("since_log", "since_epoch")}
         return LoopState(**{**value, **averages})

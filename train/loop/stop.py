@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: a training saves a checkpoint and stops; everything else ends at once.
+"""Ctrl-C and SIGTERM: training saves a checkpoint and stops; everything else exits immediately.
 
-A training asks its `Stop` after each step whether a signal came. While a program is imported or compiled nobody asks,
-and there Ctrl-C ends the process at once with one line (`watch_ctrl_c`, `on_ctrl_c`). The files of a run survive that.
+Training polls its `Stop` for signals after each step. During imports and compilation nothing polls, so Ctrl-C ends the
+process immediately, with one line (`watch_ctrl_c`, `on_ctrl_c`). A run's files survive that.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from types import FrameType
 from typing import Any
 
 EXIT_CODE = 75
-"""Of a run that SIGTERM stopped and that the same command resumes: EX_TEMPFAIL of sysexits.h."""
+"""Exit code after SIGTERM, when the same command resumes the run: EX_TEMPFAIL of sysexits.h."""
 
 INTERRUPTED = 130
-"""Of a run that Ctrl-C stopped, as shells expect it."""
+"""Exit code after Ctrl-C, as shells expect."""
 
 
 class Stopped(Exception):
-    """The run was stopped by a signal; the message says where it will resume.
+    """The run was stopped by a signal; the message states where it resumes.
 
     Attributes:
-      code: the exit code, by the signal.
+      code: the exit code for the signal.
     """
 
     def __init__(self, message: str = "", code: int = EXIT_CODE):
@@ -34,7 +34,7 @@ class Stopped(Exception):
 
 
 class _CtrlC:
-    """What Ctrl-C does to this process now."""
+    """This process's current response to Ctrl-C."""
 
     line: str | None = "stopped"
     count = 0  # signals so far
@@ -42,11 +42,11 @@ class _CtrlC:
 
     @classmethod
     def listen(cls, pipe: int) -> None:
-        """Read the numbers of signals. This is a thread of its own: the main one may be in a compiler for minutes."""
+        """Read the numbers of signals. Runs in a separate thread: the main one may be compiling for minutes."""
         while number := os.read(pipe, 1):
             if number[0] == signal.SIGINT:
                 cls.count += 1
-                # This thread may be late: a signal that a `Stop` has noted needs nothing more.
+                # This thread may be late: a signal noted by a `Stop` needs nothing more.
                 if cls.count > cls.handled and (cls.line is not None or cls.count > 1):
                     cls.end()
 
@@ -60,7 +60,7 @@ class _CtrlC:
 
 
 def watch_ctrl_c() -> None:
-    """From now on Ctrl-C ends this process at once, unless `on_ctrl_c` says otherwise. Call it in the main thread."""
+    """Make Ctrl-C end this process immediately, except inside `on_ctrl_c`. Call it in the main thread."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -70,7 +70,7 @@ def watch_ctrl_c() -> None:
 
 @contextlib.contextmanager
 def on_ctrl_c(line: str | None) -> Iterator[None]:
-    """In this context, Ctrl-C ends a watched process with ``line``; with None the first one is left to a `Stop`."""
+    """In this context, Ctrl-C ends a watched process with ``line``; with None, a `Stop` handles the first one."""
     before, _CtrlC.line = _CtrlC.line, line
     if line is not None and (_CtrlC.count or _CtrlC.handled):
         _CtrlC.end()
@@ -81,10 +81,10 @@ def on_ctrl_c(line: str | None) -> Iterator[None]:
 
 
 class Stop:
-    """In this context, the first SIGINT or SIGTERM is noted, for `requested`; a second one ends the process at once.
+    """In this context, `requested` reports the first SIGINT or SIGTERM; a second one ends the process immediately.
 
-    With several processes, JAX handles SIGTERM once they have joined: it is enough that one of them gets it, and all
-    learn of it at the same step. So all of them must call `requested` equally often. SIGINT is passed on as SIGTERM.
+    With several processes, JAX handles SIGTERM once they have joined: if one of them receives it, all stop at the same
+    step. So all must call `requested` equally often. SIGINT is forwarded as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -103,12 +103,12 @@ class Stop:
             self._restore(number)
 
     def joined(self) -> None:
-        """Take SIGTERM back from JAX, which took it when processes were joined, if this is the only one."""
+        """Take SIGTERM back from JAX, which handles it after joining, if this is the only process."""
         if self._before and not _several():
             signal.signal(signal.SIGTERM, self._note)
 
     def requested(self) -> bool:
-        """Whether the run is to stop."""
+        """Whether the run should stop."""
         if not _several():
             return self._noted
         if self._noted:
@@ -122,7 +122,7 @@ class Stop:
         return self._agreed
 
     def check(self) -> None:
-        """Raises `Stopped` if the run is to stop before it trains."""
+        """Raises `Stopped` if the run should stop before training."""
         if self.requested():
             raise Stopped(BEFORE, self.code)
 
@@ -135,12 +135,12 @@ class Stop:
 
     def _restore(self, number: int) -> None:
         handler = self._before.pop(number, None)
-        # With several processes, SIGTERM has JAX's handler by now, which stays.
+        # With several processes, JAX's SIGTERM handler is installed by now, and stays.
         if handler is not None and not (_several() and number == signal.SIGTERM):
             signal.signal(number, handler)
 
 
-BEFORE = "stopped before training; the same command starts again, or resumes the run"
+BEFORE = "stopped before training; the same command starts over, or resumes the run"
 
 
 def _several() -> bool:

@@ -1,4 +1,4 @@
-"""A network as functions of its parameters: all that the rest of the program knows of it."""
+"""A network as functions of its parameters: its interface to the rest of the program."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from train.data.batches import Examples
 
 Inputs = Mapping[str, jax.Array]
 Forward = Callable[..., jax.Array]
-"""``forward(params, inputs, key=None)``: the outputs; a key turns the network's own dropout on."""
+"""``forward(params, inputs, key=None)``: the outputs; a key turns on the network's own dropout."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network and what belongs to it.
+    """A network with its initializer, sharding rules and tokenizer.
 
     Attributes:
       forward: see `Forward`; inputs are a dictionary of arrays.
       init: ``init(key)``: random parameters.
       rules: sharding rules for a mesh with the axes data, fsdp and tensor; see `jlora.shardings`.
-      load: ``load(key, shardings)``: the checkpoint's parameters, at these shardings, or for None on one device. A head
+      load: ``load(key, shardings)``: the checkpoint's parameters, at these shardings, or on one device for None. A head
         that the checkpoint lacks is drawn from the key; without a key it is an error. None for a network from scratch.
       model: the module of `jlora.models`, or None.
-      tokenizer: of transformers, as the task needs it; None for images.
+      tokenizer: from transformers, set up for the task; None for images.
       channels, mean, std: of the images, as the network expects them.
       source: the checkpoint, or None.
     """
@@ -49,7 +49,7 @@ class Network:
 
 
 def check_tokens(network: Network, *sets: Mapping[str, Examples]) -> None:
-    """Raises a ConfigError if the examples hold tokens beyond the network's vocabulary."""
+    """Raises a ConfigError if the examples contain tokens beyond the network's vocabulary."""
     known = getattr(getattr(network.model, "config", None), "vocab_size", None)
     if known is None or network.tokenizer is None:
         return
@@ -58,6 +58,6 @@ def check_tokens(network: Network, *sets: Mapping[str, Examples]) -> None:
     if largest >= known:
         word = network.tokenizer.convert_ids_to_tokens(largest)
         raise ConfigError(
-            f"model.path: the tokenizer makes the token {largest} ({word!r}), and the network of {network.source} "
-            f"knows {known} tokens; expected the tokenizer that belongs to the weights"
+            f"model.path: the tokenizer has the token {largest} ({word!r}), but the network of {network.source} "
+            f"has {known} tokens; expected the tokenizer that belongs to the weights"
         )

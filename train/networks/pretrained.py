@@ -23,7 +23,7 @@ TASKS: dict[type, models.TaskName] = {
 
 
 def pretrained(config: Pretrained, task: TaskConfig, remat: Remat) -> Network:
-    """The network of a checkpoint, with a new head where the task needs one. Its weights are not read yet.
+    """The network of a checkpoint, with a new head if the task needs one. Does not read the weights yet.
 
     Raises:
       ConfigError: if the task does not fit the network, or there is no tokenizer.
@@ -54,16 +54,16 @@ def pretrained(config: Pretrained, task: TaskConfig, remat: Remat) -> Network:
 
 
 def checkpoint_side(config: Pretrained) -> int:
-    """The side of the images that a checkpoint was trained on."""
+    """The side of a checkpoint's training images."""
     model: Any = models.build(config.path, task="image-classification", labels=1, revision=config.revision)
     return model.config.image_size
 
 
 def _options(config: Pretrained, task: TaskConfig) -> dict[str, Any]:
-    """The arguments that `models.build` and `models.load` share."""
+    """The shared arguments of `models.build` and `models.load`."""
     return {
         "task": TASKS[type(task)],
-        # A regression has one output, and no names for it.
+        # A regression has one unnamed output.
         "labels": None if isinstance(task, CausalLM) else task.labels or 1,
         "dtype": jnp.dtype(config.dtype),
         "revision": config.revision,
@@ -79,7 +79,7 @@ def _load(config: Pretrained, options: dict[str, Any], key: jax.Array | None, sh
             config.path, **options, param_dtype=dtype, key=key if has_head else None, shardings=shardings
         )[1]
     except (ModelError, TensorError) as error:
-        advice = "\nA new head has to be trained: --lora.train-also classifier" if has_head and key is None else ""
+        advice = "\nA new head must be trained: --lora.train-also classifier" if has_head and key is None else ""
         raise ConfigError(f"model.path: {error}{advice}") from error
 
 
@@ -87,17 +87,17 @@ def _check_length(task: SequenceClassification | CausalLM, model: Any) -> None:
     most = getattr(model.config, "max_length", None)
     if most is not None and task.max_length > most:
         raise ConfigError(
-            f"task.max_length: got {task.max_length}, expected at most {most}, the number of positions of the network; "
+            f"task.max_length: got {task.max_length}, expected at most {most}, the network's number of positions; "
             f"pass --task.max-length {most}"
         )
 
 
 def _image_format(config: Pretrained) -> dict[str, Any]:
-    """How a checkpoint expects its images: mean and standard deviation of each channel, of values from 0 to 1."""
+    """A checkpoint's image normalization: mean and standard deviation of each channel, for values from 0 to 1."""
     file = models.fetch(config.path, config.revision) / "preprocessor_config.json"
     found = read_json(file) if file.is_file() else {}
     normalized = found.get("do_normalize", True)
     mean, std = (found.get("image_mean", 0.5), found.get("image_std", 0.5)) if normalized else (0.0, 1.0)
-    # The checkpoint's own are of values from 0 to 255 times its rescale_factor.
+    # The checkpoint's are for values from 0 to 255 times its rescale_factor.
     white = 255 * found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 255
     return {"channels": 3, "mean": np.divide(mean, white), "std": np.divide(std, white)}

@@ -10,7 +10,7 @@ from train.networks.scratch import from_scratch
 
 
 def make_network(config: TrainConfig) -> Network:
-    """The network of a configuration that `train.tasks.registry.resolved` has completed. Its weights are not read yet.
+    """The network of a configuration completed by `train.tasks.registry.resolved`. Does not read the weights yet.
 
     Raises:
       ConfigError: if a checkpoint cannot be used.

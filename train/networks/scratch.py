@@ -1,4 +1,4 @@
-"""Small networks on images that are trained from scratch: a patch transformer and an MLP."""
+"""Small image networks to train from scratch: a patch transformer and an MLP."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ RULES: dict[type, jlora.ShardingRules] = {
         (r"(bias|scale|positions)$", P()),
     ),
 }
-"""The products of a block come in pairs: the first is sharded by its outputs, the second by its inputs."""
+"""A block's products form pairs: the first is sharded along its outputs, the second along its inputs."""
 
 
 def from_scratch(config: PatchTransformer | Mlp, task: ImageClassification, remat: Remat) -> Network:
-    """A network for the images of a task, which it sees from -1 to 1.
+    """A network for a task's images, scaled to [-1, 1].
 
     Raises:
       ConfigError: if the patches do not divide the images.
@@ -66,14 +66,14 @@ class _Mlp(nn.Module):
 
 
 class _Block(nn.Module):
-    """A pre-norm transformer block: attention, then an MLP, each added to its input."""
+    """A pre-norm transformer block: attention, then an MLP, each with a residual connection."""
 
     heads: int
     hidden: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[batch, patches, width] to the same."""
+        """[batch, patches, width] to the same shape."""
         y = nn.LayerNorm(name="attention_norm")(x)
         x = x + nn.MultiHeadDotProductAttention(self.heads, name="attention")(y)
         y = nn.LayerNorm(name="mlp_norm")(x)

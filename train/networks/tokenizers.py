@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints: loaded, set up for a task, and exported as the checkpoint has them."""
+"""Tokenizers of checkpoints: loaded, set up for a task, and exported unchanged."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-            # Without its files transformers makes a tokenizer that knows no word.
+            # Without its files, transformers returns a tokenizer with an empty vocabulary.
             if set(tokenizer("a b c", add_special_tokens=False)["input_ids"]) <= set(tokenizer.all_special_ids):
-                raise ValueError("it knows no word")
+                raise ValueError("its vocabulary is empty")
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
                 f"model.path: {path} has no tokenizer that transformers can read ({str(error).splitlines()[0]}). "
-                "Expected the files that its save_pretrained writes, such as tokenizer.json, beside the weights"
+                "Expected the files of its save_pretrained, such as tokenizer.json, next to the weights"
             ) from error
     return tokenizer
 
 
 def set_up(tokenizer: Any, task: SequenceClassification | CausalLM) -> Any:
-    """The tokenizer, changed in place to what a task needs; nothing else changes it, and it is never exported."""
+    """The tokenizer, modified in place for a task; nothing else modifies it, and it is never exported."""
     if isinstance(task, CausalLM):
         if task.template is not None:
             tokenizer.chat_template = task.template
         return tokenizer
     tokenizer.truncation_side = task.truncation
-    if tokenizer.pad_token_id is None:  # as GPT-2's; the attention mask tells padding from text
+    if tokenizer.pad_token_id is None:  # GPT-2, for example; the attention mask distinguishes padding from text
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 class CheckpointFiles(NamedTuple):
-    """The files of a checkpoint that belong to an export, in the place of a tokenizer in `jlora.models.export`.
+    """The checkpoint's files for an export; takes the place of a tokenizer in `jlora.models.export`.
 
     Attributes:
       model: the checkpoint.
-      template: the run's own chat template, or None. transformers and vLLM use its file before tokenizer_config.json.
-      pad_token_id: the token with which the run padded, for config.json, or None.
+      template: the run's own chat template, or None. transformers and vLLM prefer its file to tokenizer_config.json.
+      pad_token_id: the run's padding token, for config.json, or None.
     """
 
     model: Pretrained
@@ -71,6 +71,6 @@ class CheckpointFiles(NamedTuple):
 
 
 def exported_files(model: Pretrained, task: TaskConfig, tokenizer: Any) -> CheckpointFiles:
-    """What an export of a run has from its checkpoint; ``tokenizer`` is the run's, or None."""
+    """The files for an export of a run from its checkpoint; ``tokenizer`` is the run's, or None."""
     template = task.template if isinstance(task, CausalLM) else None
     return CheckpointFiles(model, template, None if tokenizer is None else tokenizer.pad_token_id)

@@ -1,4 +1,4 @@
-"""What a run shows, and reports on finished runs.
+"""The output of a run, and reports on runs.
 
 ``console``    the progress of a run, its tables of metrics, and the plot of its curves
 ``examples``   training examples as text

@@ -1,4 +1,4 @@
-"""What a run shows: its progress, tables of metrics, and the plot of its curves."""
+"""The output of a run: progress, tables of metrics, and the plot of its curves."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from train.loop.state import Intervals
 
 
 class Progress:
-    """The progress of a training: a bar if stderr is a terminal, and a line on stdout for each record, unless both are
+    """Training progress: a bar if stderr is a terminal, and a line on stdout for each record, unless both are
     the same terminal.
 
-    Only the first of several processes shows it. Use as a context manager: `advance` after every step, `show` after
-    every record.
+    Only the first process shows it. Use as a context manager: `advance` after every step, `show` after every record.
 
     Args:
       phase: the name of the training.
       intervals: of the training.
-      done: the number of steps done before.
+      done: the number of steps already done.
     """
 
     def __init__(self, phase: str, intervals: Intervals, done: int):
@@ -58,23 +57,23 @@ class Progress:
     def show(self, record: Mapping[str, Any], metrics: Sequence[str] = (), left: float | None = None) -> None:
         """Show a record.
 
-        The record at the end of an epoch is left out if nothing was evaluated and other lines say the same.
+        Skips the record at the end of an epoch if nothing was evaluated and other lines show the same.
 
         Args:
-          metrics: the names of those of its values that an evaluation added.
-          left: the seconds until the training ends, if known.
+          metrics: the names of its values from an evaluation.
+          left: the seconds until the end of training, if known.
         """
         if "epoch" in record and not metrics and self._intervals.log != self._intervals.epoch:
             return
         parts, measured = self._parts(record, left), [f"{name} {record[name]:.4f}" for name in metrics]
-        self._metrics = "  ".join(measured) or self._metrics  # the bar keeps the newest ones
+        self._metrics = "  ".join(measured) or self._metrics  # the bar keeps showing the newest ones
         if not self._bar.disable:
             self._bar.set_postfix_str("  ".join([*parts, self._metrics]).rstrip())
         width = len(str(self._intervals.steps))
         self._say("  ".join([f"step {record['step']:>{width}} of {self._intervals.steps}", *parts, *measured]))
 
     def _parts(self, record: Mapping[str, Any], left: float | None) -> list[str]:
-        """What a line and the bar show of a record besides its step and the evaluated metrics."""
+        """The parts of a record on a line and the bar, besides its step and the evaluated metrics."""
         intervals = self._intervals
         epoch = f"epoch {-(-record['step'] // intervals.epoch)} of {intervals.steps // intervals.epoch}"
         whole = "epoch" in record
@@ -90,7 +89,7 @@ class Progress:
 
     def _say(self, line: str) -> None:
         if self._plain:
-            tqdm.write(f"{self._phase}  {line}", file=sys.stdout)  # which clears a bar on the same terminal first
+            tqdm.write(f"{self._phase}  {line}", file=sys.stdout)  # clears a bar on the same terminal first
             sys.stdout.flush()
 
 
@@ -101,7 +100,7 @@ def _clock(seconds: float) -> str:
 
 
 def ending(summary: Mapping[str, Any]) -> str:
-    """Why a run ended, and which step was kept, as text."""
+    """The reason for a run's end, and its kept step, as text."""
     kept, best = summary["kept_step"], summary["best_step"]
     text = f"ended at step {summary['steps']} of {summary['planned_steps']}: {summary['ended']}\n"
     text += f"kept: step {kept}, the {summary['kept']} one"
@@ -113,7 +112,7 @@ def ending(summary: Mapping[str, Any]) -> str:
 
 
 def comparison_table(summary: dict[str, Any]) -> str:
-    """The primary metric of a run's models on every set of examples, and how many of their predictions differ."""
+    """The primary metric of a run's models on every set of examples, and the numbers of differing predictions."""
     sets, primary = summary["examples"], summary["primary"]
     differ = f"of {sum(sets.values()):,} predictions differ from"
     differing = summary["differing_predictions"]

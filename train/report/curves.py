@@ -1,4 +1,4 @@
-"""Curves and the picture of a report, drawn with matplotlib, which is imported only when something is drawn."""
+"""Curves and the picture of a report, drawn with matplotlib, which is imported on use."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c", "#a08a00")
-"""Of the runs in their order, after Okabe and Ito: distinct for any colour vision, on light and dark pages."""
+"""The runs' colours in order, after Okabe and Ito: distinct for any colour vision, on light and dark pages."""
 
 LINES = ("solid",) * 4 + ("dashed",) * 4
-"""Of the runs in their order, in the page's CSS and in matplotlib."""
+"""The runs' line styles in order, in the page's CSS and in matplotlib."""
 
 INK = "#5b6472"
-"""Of axes and labels; in the page these take the colour of its text instead."""
+"""The colour of axes and labels; in the page they take its text colour instead."""
 
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": INK,
@@ -35,9 +35,9 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.2,
     "grid.color": INK,
     "svg.fonttype": "none",
-    "svg.hashsalt": "jlora",  # so that the same runs make the same page
+    "svg.hashsalt": "jlora",  # the same runs give the same page
     "text.color": INK,
-    "text.parse_math": False,  # a $ in a name stays a $
+    "text.parse_math": False,  # a $ in a name is literal
     "xtick.color": INK,
     "ytick.color": INK,
 }

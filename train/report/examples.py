@@ -14,18 +14,18 @@ from train.data.batches import Examples
 from train.tasks.base import Task
 
 SHORT = 300
-"""Characters of the example that a run shows at its start."""
+"""The number of characters of the example that a run prints at its start."""
 
 
 class Piece(NamedTuple):
-    """Consecutive tokens that all carry loss, or all do not."""
+    """Consecutive tokens, all with or all without loss."""
 
     text: str
     loss: bool
 
 
 class Marks(NamedTuple):
-    """What is put before and after tokens that carry loss, in words how these are marked, and what separates tokens."""
+    """The marks before and after tokens that carry loss, their legend in words, and the separator of tokens."""
 
     before: str
     after: str
@@ -54,7 +54,7 @@ def first(task: Task, examples: Examples) -> str | None:
 
 
 def about(task: Task, examples: Examples, row: int) -> str:
-    """The length of an example, how many of its tokens carry loss, and its label."""
+    """The length of an example, the number of its tokens that carry loss, and its label."""
     long = len(examples["input_ids"][row])
     facts = [f"{long:,} token{'s' if long != 1 else ''}"]
     if "loss_mask" in examples:
@@ -67,7 +67,7 @@ def about(task: Task, examples: Examples, row: int) -> str:
 
 
 def label(task: Task, value: Any) -> str:
-    """A label by its name, with its number if that is another one."""
+    """A label by its name, with its number if that differs."""
     names: Sequence[str] = getattr(task, "labels", ())
     if not names:
         return f"label {value:g}"
@@ -75,17 +75,17 @@ def label(task: Task, value: Any) -> str:
 
 
 def loss_mask_of(examples: Examples, row: int) -> np.ndarray:
-    """Which tokens of an example carry loss, bool [length]; never the first, which nothing can predict."""
+    """Which tokens of an example carry loss, bool [length]; never the first, which has no context."""
     found = np.asarray(examples["loss_mask"][row], bool).copy()
     found[:1] = False
     return found
 
 
 def pieces(task: Any, examples: Examples, row: int, *, every: bool = False) -> list[list[Piece]]:
-    """The text of an example, or of each example packed in it, in parts that carry loss and parts that do not.
+    """The text of an example, or of each example packed in it, split into parts with and without loss.
 
     Args:
-      every: whether each token is a part of its own.
+      every: whether each token is a separate part.
     """
     ids = examples["input_ids"][row]
     mask = loss_mask_of(examples, row) if "loss_mask" in examples else np.zeros(len(ids), bool)
@@ -102,9 +102,9 @@ def pieces(task: Any, examples: Examples, row: int, *, every: bool = False) -> l
 
 
 def split_text(tokenizer: Any, ids: Sequence[int], borders: Sequence[int]) -> list[str]:
-    """The text of some tokens, split before those at ``borders``; a character of several tokens goes to the later part.
+    """The text of some tokens, split before those at ``borders``; a character of several tokens joins the later part.
 
-    Each part is decoded with all tokens before it, since these can change its text, such as the space before a word.
+    Each part is decoded with all previous tokens, which can change its text, such as the space before a word.
     """
     whole = _decoded(tokenizer, ids)
     ends = [len(_decoded(tokenizer, ids[:border]).rstrip("\ufffd")) for border in borders]
@@ -135,7 +135,7 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _cut(parts: Sequence[Piece], most: int) -> list[Piece]:
-    """The parts, each shortened in its middle, so that all are visible and together have about ``most`` characters."""
+    """The parts, each shortened in the middle, so that all stay visible, with about ``most`` characters in total."""
     share = max(most // max(len(parts), 1), 40)
     found: list[Piece] = []
     for part in parts:

@@ -28,15 +28,15 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A run, as its files have it.
+    """A run, read from its files.
 
     Attributes:
-      name: of the folder, with as many of its parents as distinguish it from the other runs.
+      name: the folder's, with enough of its parents to be unique among the runs.
       config: its fields by dotted names.
       primary: the main metric.
-      records: of the training, without those of its base.
+      records: the training's, without its base's.
       summary: empty while the run is unfinished.
-      plan: which weights are adapted; empty in runs of earlier versions.
+      plan: the adapted weights; empty in runs of earlier versions.
     """
 
     name: str
@@ -54,18 +54,18 @@ class ReportedRun:
         return {(*key, metric): value for *key, metrics in sets for metric, value in (metrics or {}).items()}
 
     def averages(self, name: str) -> Points:
-        """A training metric over the steps: at the ends of epochs, or in between if more records are there."""
+        """A training metric over the steps: at the ends of epochs, or in between if there are more records there."""
         ends = [record for record in self.records if "epoch" in record]
         lines = [record for record in self.records if "epoch" not in record]
         return max(_points(lines, name), _points(ends, name), key=len)
 
     def evaluations(self, name: str) -> Points:
-        """A metric of validation examples, over the steps at which it was measured."""
+        """A metric of validation examples, over the steps of its evaluations."""
         return _points(self.records, name)
 
 
 def _points(records: Sequence[Mapping[str, Any]], name: str) -> Points:
-    """Infinite values become NaN, which leaves a gap in the curve."""
+    """Infinite values become NaN, a gap in the curve."""
     values = [(record["step"], record[name]) for record in records if is_number(record.get(name))]
     return [(step, float(value) if math.isfinite(value) else math.nan) for step, value in values]
 
@@ -76,10 +76,10 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
-    """Read the runs in these folders, each of them once.
+    """Read the runs in these folders, each once.
 
     Raises:
-      ConfigError: listing all folders that are not runs, and all files and lines that cannot be read.
+      ConfigError: listing all folders that are not runs, and all unreadable files and lines.
     """
     problems: list[str] = []
     folders = list({folder.resolve(): folder for folder in folders}.values())
@@ -133,5 +133,5 @@ def _read(folder: Path, name: str, problems: list[str]) -> ReportedRun:
 
 
 def _primary(config: Mapping[str, Any]) -> str:
-    """The main metric of a configuration's task, for runs whose summary does not name it yet."""
+    """The main metric of a configuration's task, for runs whose summary lacks it."""
     return Regression.primary if config.get("task.regression") else PRIMARY.get(str(config.get("task")), "loss")

@@ -1,4 +1,4 @@
-"""What is shown of runs: rows of tables, and points of curves."""
+"""The content of a report: rows of tables, and points of curves."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Rows = list[tuple[str, list[str]]]
 """Rows of a table: a label, and a cell for each run."""
 
 RATES = ("tokens_per_second", "examples_per_second")
-"""Of these the first that a run has is drawn."""
+"""The report draws the first of these that a run has."""
 
 
 def metric_tables(runs: Sequence[ReportedRun]) -> dict[str, Rows]:
-    """Tables of the runs' metrics by title, without rows in which every cell would be empty."""
+    """Tables of the runs' metrics by title, without empty rows."""
     primaries = _in_order(run.primary for run in runs)
     tables = {primary: _of_models(runs, primary) for primary in primaries}
     tables["other metrics, adapted"] = _others(runs, primaries)
@@ -40,7 +40,7 @@ def main_metrics(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
 
 
 def differing_fields(runs: Sequence[ReportedRun]) -> Rows:
-    """The fields, except `ASIDE`, in which the configurations differ; a cell is empty if the run has no such field."""
+    """The fields, except `ASIDE`, in which the configurations differ; a cell is empty if the run lacks the field."""
     names = _in_order(name for run in runs for name in run.config if name.split(".")[0] not in ASIDE)
     parts = _in_order(name.split(".")[0] for name in names)
     names.sort(key=lambda name: parts.index(name.split(".")[0]))
@@ -54,7 +54,7 @@ def differing_fields(runs: Sequence[ReportedRun]) -> Rows:
 
 
 def plans(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
-    """The names of the runs, by their plan."""
+    """The names of the runs by plan."""
     found: dict[str, list[str]] = {}
     for run in runs:
         found.setdefault(run.plan, []).append(run.name)
@@ -62,7 +62,7 @@ def plans(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
 
 
 def curves(runs: Sequence[ReportedRun]) -> dict[str, list[Points]]:
-    """The points of every run (no points if it has none), by the title of the panel that shows them."""
+    """The points of every run (possibly none), by panel title."""
     measured = _in_order(f"{name}_{run.primary}" for run in runs for name in _sets([run], run.primary))
     speeds = _in_order(name for run in runs for name in [name for name in RATES if run.averages(name)][:1])
     found = {"training loss": [run.averages("loss") for run in runs]}
@@ -80,7 +80,7 @@ def _words(name: str) -> str:
 
 
 def _sets(runs: Sequence[ReportedRun], metric: str) -> list[str]:
-    """The sets of examples on which a metric was measured."""
+    """The sets of examples with a value of a metric."""
     ending = f"_{metric}"
     ended = [name for run in runs for _, name, of_set in run.final_metrics if of_set == metric]
     way = [name for run in runs if run.primary == metric for record in run.records for name in record]
@@ -107,7 +107,7 @@ def _others(runs: Sequence[ReportedRun], primaries: Sequence[str]) -> Rows:
 
 
 def _metric(run: ReportedRun, model: str, name: str, metric: str) -> str:
-    """A model's metric; for the adapted model of an unfinished run the newest value, and the step it is from."""
+    """A model's metric; for the adapted model of an unfinished run, the newest value and its step."""
     if run.summary or model != "adapted":
         return _number(run.final_metrics.get((model, name, metric)), "{:.4f}")
     step, value = (run.evaluations(f"{name}_{metric}") or [(0, None)])[-1]
@@ -119,7 +119,7 @@ def _number(value: Any, form: str) -> str:
 
 
 def _scaled(name: str, scale: float, form: str) -> Callable[[Mapping[str, Any]], str]:
-    """A function that shows a number of a summary in another unit."""
+    """A function that formats a number of a summary in another unit."""
     return lambda summary: _number(summary[name] * scale if is_number(summary.get(name)) else None, form)
 
 

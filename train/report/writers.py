@@ -5,7 +5,7 @@ configured is not imported.
 
     runs/digits-lora-seed0-20261122-120000/
       tensorboard/base, tensorboard/fit   event files: tensorboard --logdir runs
-      wandb/                              files of Weights & Biases; id is the id of the run there
+      wandb/                              files of Weights & Biases; id is the run's id there
 """
 
 from __future__ import annotations
@@ -70,12 +70,11 @@ def open_writers(names: Sequence[str], run_dir: Path, config: Mapping[str, Any],
     Args:
       run_dir: the run directory, whose name is the run's.
       config: the run's configuration as JSON, which Weights & Biases shows.
-      first_step: the first step that will be trained now: 1, or the one after the checkpoint that a run is resumed
-        from. TensorBoard hides what a killed process wrote from there on. Weights & Biases cannot: there these steps
-        appear twice.
+      first_step: the first step to train: 1, or the one after the checkpoint that a run resumes from. TensorBoard hides
+        later values of a killed process. Weights & Biases cannot: these steps appear twice there.
 
     Raises:
-      ConfigError: if Weights & Biases refuses, as it does without an account.
+      ConfigError: if Weights & Biases refuses, for example without an account.
     """
     make = {
         "tensorboard": lambda: _TensorBoard(run_dir / "tensorboard", first_step),
@@ -101,8 +100,8 @@ class _Writer(Protocol):
 class _TensorBoard:
     """Event files by tensorboardX, which needs neither TensorFlow nor PyTorch.
 
-    Each phase has a folder of its own: ``purge_step`` hides steps of the whole folder, and the base, whose steps count
-    from 1 too, is not trained again when the fit is resumed.
+    Each phase has its own folder: ``purge_step`` hides steps of the whole folder, and the base, whose steps count
+    from 1 too, is not retrained when the fit resumes.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -126,16 +125,16 @@ class _TensorBoard:
             str(self._folder / phase),
             purge_step=self._first_step,
             flush_secs=10,
-            # Files are named after the second in which they are opened: without a suffix, one could overwrite another.
+            # Files are named after the second of their opening: without a suffix, one could overwrite another.
             filename_suffix=f".{time.time_ns()}",
         )
 
 
 class _Wandb:
-    """A run of Weights & Biases; the same one each time that a run directory is resumed.
+    """A run of Weights & Biases; the same one whenever a run directory resumes.
 
-    Its own steps must not decrease, but ours do when the next phase starts or a run is resumed. So each phase has its
-    step as a metric, over which the others are drawn.
+    Its own steps must not decrease, but ours do when the next phase starts or a run resumes. So each phase logs its
+    step as a metric, the x-axis of the others.
     """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]):
@@ -167,7 +166,7 @@ class _Wandb:
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """The id of the run, kept in its directory: another directory of the same name is another run."""
+    """The id of the run, stored in its directory: another directory of the same name is another run."""
     path = run_dir / "wandb" / "id"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

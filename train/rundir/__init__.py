@@ -1,11 +1,11 @@
-"""What a run directory holds. Other rooms ask here for the names and the content of its files.
+"""Run directories: the names and the content of their files.
 
-``directory``  the names of its files, and how each is read and written
+``directory``  the names of its files, and their reading and writing
 ``records``    ``metrics.jsonl``
-``bases``      bases that were trained from scratch
+``bases``      bases trained from scratch
 ``arrays``     trees of arrays on disk
 ``codec``      configurations as JSON
-``changes``    what of a configuration and its data may change when a run is resumed
-``claim``      the directory that a run resumes, or a new one, locked
-``finished``   a finished run, opened again
+``changes``    changes of configuration and data that a resumed run allows
+``claim``      the directory of a resumed or new run, locked
+``finished``   a finished run, opened for use
 """

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write a tree of this process's arrays to ``path``, replacing what is there; readers see all of it or nothing."""
+    """Write a tree of this process's arrays to ``path``, replacing an existing one, atomically."""
     with _checkpointer() as checkpointer:
         checkpointer.save(path.resolve(), tree, force=True)
 
@@ -29,7 +29,7 @@ def load_tree(path: Path, like: Any, shardings: Any = None) -> Any:
 
 
 def _checkpointer() -> ocp.StandardCheckpointer:
-    """An orbax checkpointer that waits for no other process."""
+    """An orbax checkpointer that does not wait for other processes."""
     index = jax.process_index()
     options = ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"

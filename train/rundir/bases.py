@@ -1,9 +1,9 @@
-"""Bases that were trained from scratch. The cache and the run directories keep them in one form:
+"""Bases trained from scratch. The cache and the run directories share one layout:
 
 params/          the parameters (orbax)
 records.json     the records of the training
-identity.json    what determines the base; see `train.pretrain`
-SHA256SUMS       of all of these files
+identity.json    everything that determines the base; see `train.pretrain`
+SHA256SUMS       of all these files
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from train.rundir.records import Record
 
 
 def save_base(path: Path, params: Any, records: list[Record], identity: dict[str, Any]) -> None:
-    """Write a base to ``path``, unless another run has put the same one there meanwhile."""
+    """Write a base to ``path``, unless another run has already written the same one."""
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}{DRAFT}")
     draft.mkdir(parents=True)
     try:
@@ -41,7 +41,7 @@ def save_base(path: Path, params: Any, records: list[Record], identity: dict[str
 
 
 def copy_base(source: Path, path: Path) -> None:
-    """Copy the base at ``source`` to ``path`` in a run directory, replacing what is there."""
+    """Copy the base at ``source`` to ``path`` in a run directory, replacing an existing one."""
     draft = path.with_name(path.name + DRAFT)
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(source, draft)
@@ -50,10 +50,10 @@ def copy_base(source: Path, path: Path) -> None:
 
 
 def load_base(path: Path, like: Any, shardings: Any = None) -> Any:
-    """The parameters of the base at ``path``, as `train.rundir.arrays.load_tree` reads them.
+    """The parameters of the base at ``path``, as from `train.rundir.arrays.load_tree`.
 
     Raises:
-      ConfigError: naming each file that is damaged or missing.
+      ConfigError: listing each file that is damaged or missing.
     """
     try:
         check_sums(path)

@@ -1,4 +1,4 @@
-"""What may change between two starts of a run, and what did."""
+"""The allowed and the actual changes between two starts of a run."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from train.rundir.codec import flat, to_json
 from train.rundir.directory import RunDirectory
 
 HOW = ("cache_dir", "compute", "log", "processes", "resume", "run_dir", "save")
-"""Fields that set how a run is computed, watched and saved. They do not change what it learns, except for rounding and
+"""Fields for the computation, logging and saving of a run. They do not affect the result, except for rounding and
 dropout masks."""
 
 ASIDE = tuple(name for name in HOW if name != "compute")
-"""Those of them that do not affect speed and memory either."""
+"""Those that do not affect speed and memory either."""
 
 LATER = ("eval_batch_size", "eval_every", "eval_every_steps", "fit.epochs", "fit.patience", "keep", "log_every")
-"""Fields that may change when a run is resumed. They do not change what it learns, except for the learning rate (see
-`train.loop.extend`) and when it ends."""
+"""Fields that may change when a run resumes. They do not affect the result, except through the learning rate (see
+`train.loop.extend`) and the end of training."""
 
 MORE = ("fit.epochs", "fit.patience")
-"""Those of them that extend a finished run."""
+"""Those that extend a finished run."""
 
 
 def config_changes(written: Mapping[str, Any], config: TrainConfig) -> dict[str, str]:
-    """The fields, except `HOW`, in which ``config`` differs from a run's configuration in JSON, with a line for each.
+    """The fields, except `HOW`, in which ``config`` differs from a run's configuration in JSON, with one line each.
 
-    A field that did not exist when the run was started counts as its default.
+    A field that did not exist yet when the run started counts as its default.
     """
     found, wanted = flat(written), flat(to_json(config))
     found = {name: default for name in wanted if (default := _default(config, name)) is not None} | found
@@ -41,9 +41,9 @@ def config_changes(written: Mapping[str, Any], config: TrainConfig) -> dict[str,
 
 
 def data_changes(directory: RunDirectory, data: Mapping[str, Any]) -> list[str]:
-    """A line for each source that has changed since the run was started.
+    """One line per source that has changed since the run started.
 
-    Runs of earlier versions have no ``data.json``: nothing is known of their data.
+    Runs of earlier versions have no ``data.json``: their data are unknown.
     """
     then = flat(directory.read_data())
     return [
@@ -54,7 +54,7 @@ def data_changes(directory: RunDirectory, data: Mapping[str, Any]) -> list[str]:
 
 
 def _default(config: Any, name: str) -> Any:
-    """A field's default, as JSON; None also where there is no default."""
+    """A field's default, as JSON; None also if there is no default."""
     *parts, last = name.split(".")
     for part in parts:
         config = getattr(config, part, None)

@@ -1,4 +1,4 @@
-"""The directory of a run: the one that its configuration resumes or a new one, used by one run at a time."""
+"""The directory of a run, resumed or new, used by one run at a time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from train.rundir.directory import RunDirectory
 
 
 class ClaimedDirectory(RunDirectory):
-    """A run directory that this run alone writes to. A context that releases it.
+    """A run directory reserved for this run. A context manager that releases it.
 
     Attributes:
       finished: whether it holds a finished run.
-      extends: whether that run is trained further.
+      extends: whether this run extends it.
     """
 
     def __init__(self, path: Path, finished: bool, extends: bool, lock: filelock.BaseFileLock | None):
@@ -39,21 +39,21 @@ class ClaimedDirectory(RunDirectory):
             self._lock.release()
 
     def begin(self, config: TrainConfig, data: Mapping[str, Any]) -> None:
-        """Write the configuration and what was read; those of a finished run stay until it is reopened."""
+        """Write the configuration and the data's provenance; a finished run's stay until it is reopened."""
         if is_first() and not self.finished:
             self.write_config(config)
             self.write_data(data)
 
 
 def claim(config: TrainConfig, data: Mapping[str, Any]) -> ClaimedDirectory:
-    """Find or make the directory for a configuration, and lock it. The first process chooses; no file is changed.
+    """Find or create the directory for a configuration, and lock it. The first process chooses; no file changes.
 
     Args:
       data: the provenance of the examples, as JSON.
 
     Raises:
-      ConfigError: if the directory holds another run, naming the fields that differ, or a run on other data, or other
-        files; if another run uses it; or if it cannot be made.
+      ConfigError: if the directory holds another run, listing the differing fields, or a run on other data, or other
+        files; if another run uses it; or if it cannot be created.
     """
     locks: list[filelock.BaseFileLock] = []
 
@@ -104,15 +104,15 @@ def _lock(directory: RunDirectory) -> filelock.BaseFileLock:
         lock.acquire()
     except filelock.Timeout:
         raise ConfigError(
-            f"run_dir: {directory} is in use by another process that trains in it; wait for it, or pass another "
-            "--run-dir. If no process does, a host that was lost still holds the lock on the file server: remove "
+            f"run_dir: {directory} is in use by another training process; wait for it, or pass another "
+            "--run-dir. If there is none, a lost host still holds the lock on the file server: remove "
             f"{directory.lock_file}"
         ) from None
     return lock
 
 
 def _check_same_run(directory: RunDirectory, config: TrainConfig, data: Mapping[str, Any]) -> bool:
-    """Check that the directory holds this run, or none; return whether the run is a finished one that is extended."""
+    """Check that the directory holds this run, or none; return whether this extends a finished run."""
     if not directory.names():
         return False
     finished = directory.is_finished
@@ -148,16 +148,16 @@ def _new_below_runs(config: TrainConfig) -> Path:
         try:
             path.mkdir(parents=True)
             return path
-        except FileExistsError:  # another run began in this second
+        except FileExistsError:  # another run started in the same second
             name = f"{name.rsplit('.', 1)[0]}.{number}"
     raise AssertionError
 
 
 def _resumable(config: TrainConfig, data: Mapping[str, Any]) -> Path | None:
-    """The newest run below runs/ that this configuration resumes: it has a checkpoint, and no process trains in it.
+    """The newest run below runs/ that this configuration can resume: one with a checkpoint, not in use by a process.
 
     That is an unfinished run of the same configuration; with ``resume="auto"`` also one that differs in `LATER`, and a
-    finished run of fewer epochs. A run that is skipped because its data changed is reported.
+    finished run of fewer epochs. Reports runs skipped because their data changed.
     """
     stem, auto = _below_runs(config), config.resume == "auto"
     for path in sorted(stem.parent.glob(f"{stem.name}-*"), reverse=True):

@@ -45,10 +45,10 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_json(kind: Any, value: Any, path: str = "") -> Any:
-    """The configuration of type ``kind`` that `to_json` wrote as ``value``; ``path`` is the field it belongs to.
+    """The configuration of type ``kind`` from the ``value`` of `to_json`; ``path`` is its field.
 
     Raises:
-      ValueError: naming each field that is unknown, missing or of another type.
+      ValueError: listing each field that is unknown, missing or of another type.
     """
     if get_origin(kind) in (Union, UnionType):
         options: list[Any] = [one for one in get_args(kind) if one is not type(None)]
@@ -78,7 +78,7 @@ def from_json(kind: Any, value: Any, path: str = "") -> Any:
 
 
 def _part(kind: type[Any], value: Any, prefix: str) -> Any:
-    """The dataclass ``kind`` of the fields below ``prefix``."""
+    """The dataclass ``kind`` from the fields below ``prefix``."""
     hints, fields = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
     if not isinstance(value, Mapping) or value.get("kind", kind.__name__) != kind.__name__:
         raise ValueError(f"{prefix or 'the file'} = {shown(value)}; expected a {kind.__name__}")

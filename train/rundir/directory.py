@@ -1,17 +1,17 @@
-"""The files of a run directory: their names, and how each is read and written.
+"""The files of a run directory: their names, and their reading and writing.
 
     runs/digits-lora-seed0-20261122-120000/
-      config.json      the whole configuration: defaults, overrides, and what was taken from the data
-      data.json        what was read: sources, files, rows, digests
-      plan.txt         which weights are adapted, and how
-      metrics.jsonl    a line for each epoch of each training, and some in between; see `train.rundir.records`
-      checkpoints/     what the training resumes from; see `train.loop.checkpoints`
+      config.json      the whole configuration: defaults, overrides, and values taken from the data
+      data.json        provenance: sources, files, rows, digests
+      plan.txt         the adapted weights and their adapters
+      metrics.jsonl    one line per epoch of each training, and some in between; see `train.rundir.records`
+      checkpoints/     training checkpoints; see `train.loop.checkpoints`
       base/            the base, if it was trained from scratch; see `train.rundir.bases`
-      adapters/        the adapters that were kept, as `jlora.save` writes them
+      adapters/        the kept adapters, written by `jlora.save`
       curves.png       loss and metrics over the steps, if matplotlib is installed
       summary.json     the final metrics
-      SHA256SUMS       of the files that a finished run is used by: all but checkpoints and curves
-      run.lock         held by the process that trains
+      SHA256SUMS       of the files that make up a finished run: all but checkpoints and curves
+      run.lock         held by the training process
 
 The summary is written last: a run directory without one is unfinished.
 """
@@ -30,15 +30,15 @@ from train.config import ConfigError, TrainConfig
 from train.rundir.codec import from_json, to_json
 
 DRAFT = ".draft"
-"""How the name of a file ends that is still being written."""
+"""The suffix of files being written."""
 
 
 class RunDirectory:
-    """A run directory, read and written file by file. Making one touches no file.
+    """A run directory, read and written file by file. Constructing one touches no file.
 
     Attributes:
-      path: of the directory.
-      config, data, plan, metrics, checkpoints, base, adapters, curves, summary, sums, lock_file: of its files.
+      path: the directory.
+      config, data, plan, metrics, checkpoints, base, adapters, curves, summary, sums, lock_file: its files.
     """
 
     def __init__(self, path: Path):
@@ -72,16 +72,16 @@ class RunDirectory:
         return any(self.checkpoints.glob("[0-9]*"))
 
     def read_config_json(self) -> dict[str, Any]:
-        """The run's configuration as `to_json` wrote it, maybe in an earlier version.
+        """The run's configuration as written by `to_json`, possibly of an earlier version.
 
         Raises:
-          ConfigError: if there is none, it cannot be read, or it is not a run's.
+          ConfigError: if it is missing, cannot be read, or is not a run's.
         """
         if not self.config.is_file():
             found = sorted(str(file.parent) for file in self.path.parent.glob(f"*/{self.summary.name}"))
             raise ConfigError(
                 f"{self} is not a run directory: it has no {self.config.name}; "
-                + (f"next to it there are {', '.join(found)}" if found else "python -m train makes one below runs/")
+                + (f"next to it there are {', '.join(found)}" if found else "python -m train creates one below runs/")
             )
         config = _read(self.config)
         if (kind := config.get("kind")) != TrainConfig.__name__:
@@ -95,7 +95,7 @@ class RunDirectory:
         """The run's configuration.
 
         Raises:
-          ConfigError: as `read_config_json`; and naming each field that this version does not accept.
+          ConfigError: as `read_config_json`; and listing each field that this version does not accept.
         """
         written = self.read_config_json()
         try:
@@ -106,11 +106,11 @@ class RunDirectory:
         return config
 
     def read_data(self) -> dict[str, Any]:
-        """What was read, by the names of the sets; empty in runs of earlier versions, which have no such file."""
+        """The provenance of each set by name; empty in runs of earlier versions, which lack the file."""
         return _read(self.data) if self.data.is_file() else {}
 
     def read_plan(self) -> str:
-        """The plan; empty in runs of earlier versions, which have no such file."""
+        """The plan; empty in runs of earlier versions, which lack the file."""
         return self.plan.read_text(encoding="utf-8", errors="replace").rstrip() if self.plan.is_file() else ""
 
     def read_summary(self) -> dict[str, Any]:
@@ -122,10 +122,10 @@ class RunDirectory:
         return _read(self.summary)
 
     def check_sums(self) -> None:
-        """Check that a finished run's files are as they were written.
+        """Check that a finished run's files are unchanged.
 
         Raises:
-          ConfigError: naming each file that is not.
+          ConfigError: listing each changed file.
         """
         try:
             check_sums(self.path)
@@ -142,17 +142,17 @@ class RunDirectory:
         self.plan.write_text(f"{plan}\n", encoding="utf-8")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the sums, then the summary, which makes the run a finished one."""
+        """Write the checksums, then the summary, which marks the run as finished."""
         draft = self.summary.with_name(self.summary.name + DRAFT)
         write_json(draft, summary, sort_keys=False)
         used = [self.config, self.data, self.metrics, self.plan, self.adapters / SUMS]
-        used += [self.base / SUMS] * self.base.is_dir()  # adapters and base have sums of their own
+        used += [self.base / SUMS] * self.base.is_dir()  # adapters and base have their own checksums
         sums = {file.relative_to(self.path).as_posix(): file for file in used}
         write_sums(self.path, {**sums, self.summary.name: draft})
         os.replace(draft, self.summary)
 
     def reopen(self, config: TrainConfig) -> None:
-        """Make a finished run an unfinished one with this configuration; other files stay until they are replaced."""
+        """Reopen a finished run with this configuration; other files stay until they are replaced."""
         self.summary.unlink()
         self.sums.unlink()
         self.write_config(config)

@@ -1,4 +1,4 @@
-"""A finished run, opened again: its network with the trained adapters."""
+"""A finished run, opened for use: its network with the trained adapters."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class FinishedRun:
 
     Attributes:
       folder: the run directory.
-      config: of the run, with what it took from its data.
-      network, task: as the configuration says.
-      params: of the base.
-      adapters: that were kept.
+      config: the run's, with the values taken from its data.
+      network, task: those of the configuration.
+      params: the base's parameters.
+      adapters: the kept adapters.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class FinishedRun:
 
     @property
     def tree(self) -> Any:
-        """The base with the adapters attached, for functions that `jlora.lora` has wrapped."""
+        """The base with the adapters attached, for functions wrapped by `jlora.lora`."""
         return jlora.attach(self.params, self.adapters)
 
 
@@ -49,7 +49,7 @@ def open_run(folder: Path) -> FinishedRun:
     """The finished run in ``folder``.
 
     Raises:
-      ConfigError: if there is none, the run is unfinished, or a file of it is damaged, was changed or is missing.
+      ConfigError: if there is none, the run is unfinished, or one of its files is damaged, changed or missing.
     """
     directory = RunDirectory(folder)
     config = directory.read_config()

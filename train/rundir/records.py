@@ -1,4 +1,4 @@
-"""The records of a run: ``metrics.jsonl``, one JSON object a line."""
+"""The records of a run: ``metrics.jsonl``, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from train.compute import processes
 from train.rundir.directory import DRAFT
 
 Record = dict[str, Any]
-"""``phase``, ``step`` (of the phase, from 1) and the metrics logged there; at the end of an epoch also ``epoch``."""
+"""``phase``, ``step`` (of the phase, from 1) and its metrics; at the end of an epoch also ``epoch``."""
 
 
 class Records:
-    """A file of records, written by the first process alone; each new one is passed on to ``beside`` too."""
+    """A file of records, written by the first process only; each new one also goes to ``beside``."""
 
     def __init__(self, file: Path, beside: Callable[[Record], None] = lambda _: None):
         self.file, self._beside = file, beside
@@ -25,7 +25,7 @@ class Records:
     def cut(self, size: int, digest: str = "") -> None:
         """Keep the first ``size`` bytes of the file, and drop the rest.
 
-        If these do not have the digest that `sync` returned, that is printed, and the readable records are kept.
+        If their digest differs from the one returned by `sync`, prints that and keeps the readable records.
         """
         if not processes.is_first():
             return
@@ -36,8 +36,8 @@ class Records:
                 line for line in kept.splitlines(keepends=True) if line.endswith(b"\n") and parse_record(line)
             )
             print(
-                f"{self.file} is not as the checkpoint left it: of {size:,} bytes, {len(kept):,} of whole records are "
-                "kept, and the others are lost"
+                f"{self.file} has changed since the checkpoint: of {size:,} bytes, {len(kept):,} of whole records are "
+                "kept, the others are lost"
             )
         draft = self.file.with_name(self.file.name + DRAFT)
         draft.write_bytes(kept)
@@ -58,7 +58,7 @@ class Records:
         self._beside(record)
 
     def sync(self) -> tuple[int, str]:
-        """Flush the file to disk, so that it survives a crash of the machine; return its size in bytes and digest."""
+        """Flush the file to disk, to survive a crash of the machine; return its size in bytes and its digest."""
         if not processes.is_first():
             return 0, ""
         with self.file.open("ab") as stream:
@@ -67,14 +67,14 @@ class Records:
         return len(content), _digest(content)
 
     def read(self) -> list[Record]:
-        """All records, also those of earlier processes of the run; none in processes other than the first."""
+        """All records, including those of earlier processes of the run; none in processes other than the first."""
         return [json.loads(line) for line in self.file.read_text().splitlines()] if processes.is_first() else []
 
 
 def read_records(file: Path) -> tuple[list[Record], dict[int, bytes]]:
-    """The records that can be read, and the lines that cannot, by their numbers.
+    """The readable records, and the unreadable lines by number.
 
-    A last line without an end is left out if it cannot be read: a process was killed while it wrote it.
+    An unreadable, unterminated last line is skipped: a process was killed while writing it.
     """
     *lines, torn = file.read_bytes().split(b"\n") if file.is_file() else [b""]
     found = [parse_record(line) for line in lines]

@@ -6,7 +6,7 @@
 ``classify``       classification and regression of texts
 ``pictures``       image files and pixels as arrays
 ``images``         classification of images
-``spans``          texts with spans that carry loss, as tokens with a loss mask
+``spans``          texts with loss spans, as tokens with a loss mask
 ``conversations``  a row's messages and tools, checked
 ``chat``           messages in a chat template, as texts with spans
 ``language``       language modelling

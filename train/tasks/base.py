@@ -1,4 +1,4 @@
-"""The interface of a task: all that the step, the loop and the evaluation know of it."""
+"""The interface of a task: all that the step, the loop and the evaluation use of it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from train.data.batches import Batch, Examples
 from train.data.tables import Table
 
 Measured: TypeAlias = Mapping[str, np.ndarray]
-"""What `Task.measure` returns, over all examples: arrays [n, ...]."""
+"""The results of `Task.measure` over all examples: arrays [n, ...]."""
 
 
 class Task(Protocol):
     """Tables in, examples out; outputs of a network in, loss, metrics and predictions out.
 
     Attributes:
-      primary: the metric by which models are compared.
-      higher_is_better: whether the better model has the higher value.
+      primary: the metric for comparing models.
+      higher_is_better: whether higher is better.
     """
 
     primary: str
     higher_is_better: bool
 
     def encode(self, table: Table) -> dict[str, Examples]:
-        """A table as examples, by the name of their domain; most tasks have a single one, named ``""``."""
+        """A table as examples by domain name; most tasks have a single domain, ``""``."""
         ...
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -39,12 +39,12 @@ class Task(Protocol):
     def loss(self, outputs: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
         """``(total, count)``: the summed loss of a batch, and the (weighted) number of its terms; float32 scalars.
 
-        ``smoothing`` is the share of a label's probability that is spread over all classes.
+        ``smoothing`` is the share of a label's probability spread over all classes.
         """
         ...
 
     def measure(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """What `metrics` and `predictions` need, per example."""
+        """The inputs of `metrics` and `predictions`, per example."""
         ...
 
     def metrics(self, measured: Measured) -> dict[str, float]:
@@ -52,7 +52,7 @@ class Task(Protocol):
         ...
 
     def predictions(self, measured: Measured) -> np.ndarray:
-        """The prediction for each example, [n, ...], such that equal predictions are equal values."""
+        """The prediction for each example, [n, ...], with equal values for equal predictions."""
         ...
 
 

@@ -1,9 +1,9 @@
-"""Messages in, texts whose spans are the assistant's turns out, as the tokenizer's chat template renders them.
+"""Messages in, texts rendered by the chat template out, with the assistant's turns as spans.
 
-A turn carries loss in the text in which it is generated: the conversation up to it, where the turn follows the
-generation prompt. Most templates render a turn the same way when the conversation continues, so that one text holds all
-turns. A template that does not (it drops earlier thinking, or moves tools to the last question) yields another text
-wherever that happens.
+A turn carries loss in the text where it is generated: the conversation up to the turn, which follows the generation
+prompt. Most templates render a turn the same way when the conversation continues, so one text holds all turns. A
+template that does not (it drops earlier thinking, or moves tools to the last question) yields a new text at each such
+point.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from train.tasks.spans import SpannedText
 ANOTHER_TEMPLATE = "pass a --task.template that renders it (Jinja, or a file with it)"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _PROBES = ("jloraOne", "jloraTwo")
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # Unicode reserves these for the inside of programs: no text has them
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # Unicode noncharacters, reserved for internal use: no text has them
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _CAPTURE = re.compile(r"\{%[-+]?\s*(macro|call|filter|set\s+[^=%]*%\}|for\s[^%]*\brecursive\b)")
-"""Blocks that Jinja renders before it is known where their text goes, so that transformers misplaces marks in them."""
+"""Blocks that Jinja renders before placing their text, so that transformers misplaces marks in them."""
 
 
 class Chat:
     """A tokenizer's chat template.
 
     Args:
-      tokenizer: has a chat template.
+      tokenizer: must have a chat template.
       system: the system message for conversations without one, or None.
 
-    All methods raise a ConfigError that does not name the row, which the caller knows.
+    All methods raise a ConfigError without the row; the caller adds it.
     """
 
     def __init__(self, tokenizer: Any, system: str | None = None):
@@ -47,10 +47,10 @@ class Chat:
         self._rendered: set[tuple[str, str]] = set()
 
     def turns(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[SpannedText]:
-        """Texts that hold the assistant's turns, each turn as a span of one of them; empty without a turn.
+        """Texts with the assistant's turns, each a span in one of them; empty without a turn.
 
         Args:
-          messages, tools: as `messages_of` and `tools_of` return them.
+          messages, tools: as from `messages_of` and `tools_of`.
         """
         messages, found, seen = self._complete(messages), [], 0
         for i, message in enumerate(messages):
@@ -65,7 +65,7 @@ class Chat:
         return found
 
     def whole(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> SpannedText:
-        """A conversation as the template renders it, as one span."""
+        """A rendered conversation, as one span."""
         messages = self._complete(messages)
         text = self._render(messages, tools)
         spanned = SpannedText(text, [(0, len(text))])
@@ -73,11 +73,11 @@ class Chat:
         return spanned
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
-        """The text from which the assistant's next turn is generated."""
+        """The text that prompts the assistant's next turn."""
         return self._render(self._complete(messages), tools, prompt=True)
 
     def unread_keys(self, messages: Sequence[Message]) -> set[str]:
-        """Keys of messages that the template never names, and so cannot read."""
+        """Message keys that the template never names, so cannot read."""
         source = self._source(None)
         keys = {key for one in messages for key in one}.difference(_REASONING)  # transformers fills in the aliases
         return {key for key in keys if not re.search(rf"\b{re.escape(key)}\b", source)}
@@ -92,7 +92,7 @@ class Chat:
         return next((token for token in self._special if spans and text[: spans[-1][1]].endswith(token)), None)
 
     def _complete(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages, with the default system message, and contents in the form that the template takes."""
+        """The messages, with the default system message, and contents in the template's form."""
         start = [] if self._system is None or messages[0]["role"] == "system" else [_message("system", self._system)]
         return [*start, *(message | self._joined_parts(message) for message in messages)]
 
@@ -105,7 +105,7 @@ class Chat:
 
     @functools.cached_property
     def _takes_parts(self) -> bool:
-        """Whether the template renders a list of text parts as it renders a string."""
+        """Whether the template renders a list of text parts like a string."""
         text, parts = _PROBES[0], [{"type": "text", "text": _PROBES[0]}]
         try:
             return len({self._render([_message("user", content)], None) for content in (text, parts)}) == 1
@@ -115,10 +115,10 @@ class Chat:
     # A turn
 
     def _last_turn(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> SpannedText:
-        """A conversation that ends with a turn of the assistant, with that turn as its span."""
+        """A conversation that ends with an assistant's turn, with that turn as its span."""
         text = self._render(messages, tools)
         if _GENERATION.search(self._source(tools)):
-            # Earlier turns are marked too, as they are in the conversation without the last one.
+            # Earlier turns are marked too, like in the conversation without the last one.
             earlier = messages[:-1] if any(one["role"] == "assistant" for one in messages[:-1]) else []
             before = self._marked(earlier, tools).spans if earlier else []
             marked = self._marked(messages, tools)
@@ -131,21 +131,21 @@ class Chat:
         before = self._prompt_before(messages, tools)
         if not text.startswith(before):
             text = self._moved_to(before, messages, text, tools)
-        # A turn ends with its end token, where generation stops; templates often start a new line after it.
+        # A turn ends with its end token, at which generation stops; templates often start a new line after it.
         closed = text.rstrip()
         return SpannedText(text, [(len(before), len(closed) if closed.endswith(self._special) else len(text))])
 
     def _moved_to(self, before: str, messages: Sequence[Message], text: str, tools: Sequence[Any] | None) -> str:
-        """The prompt ``before`` and the turn after it, where ``text`` renders the earlier messages differently.
+        """The prompt ``before`` and the turn after it, for a ``text`` that renders earlier messages differently.
 
-        Both end the earlier part with the last question and the generation prompt. (Mistral's template puts the system
-        message before a question that is the last message, but not once it is answered.)
+        In both, the earlier part ends with the last question and the generation prompt. (Mistral's template puts the
+        system message before a final question, but not once it is answered.)
         """
         *earlier, turn = messages
         question = earlier[-1].get("content") if earlier else None
         if isinstance(question, str) and (question := question.strip()) in before:
             end = before[before.rindex(question) :]
-            # Found with another answer in place: the real one may repeat the question.
+            # Located with a different answer: the real one may repeat the question.
             at = self._render([*earlier, turn | {"content": _PROBES[0]}], tools).rfind(end)
             if at >= 0 and text[at:].startswith(end):
                 return before + text[at + len(end) :]
@@ -158,14 +158,14 @@ class Chat:
         )
 
     def _prompt_before(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> str:
-        """The text from which the last message is generated."""
+        """The text that prompts the last message."""
         *earlier, turn = messages
         if earlier:
             try:
                 return self._render(earlier, tools, prompt=True)
             except ConfigError:  # some templates reject a conversation without a question
                 pass
-        # What any answer begins with, up to the generation prompt.
+        # The common start of any answer, up to the generation prompt.
         texts = [self._render([*earlier, turn | {"content": probe}], tools) for probe in ("a", "b")]
         begin, opening = os.path.commonprefix(texts), self._generation_prompt
         return begin[: begin.rindex(opening) + len(opening)] if opening and opening in begin else begin.rstrip()
@@ -184,7 +184,7 @@ class Chat:
     def _source(self, tools: Sequence[Any] | None) -> str:
         try:
             return self._tokenizer.get_chat_template(None, tools)
-        except ValueError as error:  # several templates, and no default
+        except ValueError as error:  # several templates, no default
             raise ConfigError(f"{str(error).splitlines()[0]} Or pass --task.template") from error
 
     def _render(
@@ -196,14 +196,14 @@ class Chat:
             )
 
     def _marked(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> SpannedText:
-        """The text, with the spans that the template marks by `{% generation %}`."""
+        """The text, with the spans marked by `{% generation %}`."""
         source = self._source(tools)
         if not _CAPTURE.search(source):
             options: dict[str, Any] = {**self._tokenizer.special_tokens_map, "return_assistant_tokens_mask": True}
             with _template_errors(messages):
                 rendered: Any = render_jinja_template([list(messages)], tools, chat_template=source, **options)  # pyright: ignore[reportArgumentType]
             return SpannedText(rendered[0][0], rendered[1][0])
-        # Characters follow the marked text to wherever the template puts it. The `if` takes over the tag's whitespace
+        # Characters follow the marked text wherever the template puts it. The `if` takes over the tag's whitespace
         # control, which would not reach past the character.
         source = _GENERATION.sub(
             lambda tag: (
@@ -228,9 +228,9 @@ class Chat:
     def _check_rendered(
         self, messages: Sequence[Message], since: int, turn: SpannedText, tools: Any, *, thoughts: bool = True
     ) -> None:
-        """Raises a ConfigError if the template leaves out a part of the messages from ``since`` on, or a tool.
+        """Raises a ConfigError if the template leaves out part of a message from ``since`` on, or a tool.
 
-        Without ``thoughts`` it may leave out the assistant's thinking, as many do when a conversation continues.
+        Without ``thoughts`` it may leave out the assistant's thinking, as many do in a continued conversation.
         """
         for i, message in enumerate(messages[since:], since):
             own = turn.text[turn.spans[0][0] :] if message["role"] == "assistant" and turn.spans else turn.text
@@ -253,7 +253,7 @@ class Chat:
 
 @contextlib.contextmanager
 def _template_errors(messages: Sequence[Message]) -> Iterator[None]:
-    """What a template raises, as a ConfigError."""
+    """Converts errors of a template to ConfigErrors."""
     try:
         yield
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -269,14 +269,14 @@ def _message(role: str, content: Any) -> Message:
 
 
 def _holds(text: str, value: Any) -> bool:
-    """Whether a text contains a value, up to whitespace; not of tool calls, which each template writes its own way."""
+    """Whether a text contains a value, up to whitespace; not for tool calls, whose form each template chooses."""
     if isinstance(value, list):
         return all(isinstance(part, dict) and "text" in part and _holds(text, part["text"]) for part in value)
     return value.strip() in text or "".join(value.split()) in "".join(text.split())
 
 
 def _with_probes(value: Any) -> Any:
-    """A content, or tool calls, with a probe at its start and one at its end."""
+    """A content, or tool calls, with a probe at the start and one at the end."""
     one, two = _PROBES
     if isinstance(value, str):
         return re.sub(r"^(\s*<think>\s*)?", rf"\1{one}", value, count=1) + two

@@ -19,11 +19,11 @@ from train.tasks.labels import class_numbers, regression_targets, weight_vector
 
 
 class Classification:
-    """One of several classes: cross entropy, accuracy, F1 and Matthews' correlation.
+    """Classification: cross entropy, accuracy, F1 and Matthews' correlation.
 
     Attributes:
       labels: the names of the classes.
-      weights: of the classes in the loss, float32 [classes], or None; metrics are not weighted.
+      weights: the classes' weights in the loss, float32 [classes], or None; metrics are not weighted.
     """
 
     primary = "accuracy"
@@ -52,7 +52,7 @@ class Classification:
 
 
 class Regression:
-    """A number: squared error, Pearson's and Spearman's correlation."""
+    """Regression: squared error, Pearson's and Spearman's correlation."""
 
     primary = "pearson"
     higher_is_better = True
@@ -81,7 +81,7 @@ class Texts:
         self.weights = weight_vector(config.class_weights, labels)
 
     def encode(self, table: Table) -> dict[str, Examples]:
-        """``input_ids``, ``attention_mask``, if the tokenizer has them ``token_type_ids``; and ``label``."""
+        """``input_ids``, ``attention_mask``, ``token_type_ids`` if the tokenizer has them, and ``label``."""
         config = self.config
         pairs = None if config.pair is None else texts(table, config.pair, "task.pair")
         examples: dict[str, np.ndarray | Ragged] = dict(self.tokens(texts(table, config.text, "task.text"), pairs))
@@ -109,8 +109,8 @@ class Texts:
 
 
 class TextClassification(Texts, Classification):
-    """One of several classes for a text."""
+    """Assigns a class to a text."""
 
 
 class TextRegression(Texts, Regression):
-    """A number for a text."""
+    """Predicts a number for a text."""

@@ -1,4 +1,4 @@
-"""Values of a row in, checked messages and tools for a chat template out."""
+"""A row's values in, checked messages and tools for a chat template out."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Message: TypeAlias = dict[str, Any]
 def messages_of(raw: Any) -> list[Message]:
     """The messages of a conversation, from a list of messages or its JSON.
 
-    Keys without a value are dropped, since tables have every key in every row. A content of one text part becomes that
-    text, and JSON arguments of tool calls become objects. All else is left to the template.
+    Drops keys without a value, since tables have every key in every row. A content of one text part becomes that
+    text, and JSON arguments of tool calls become objects. The template handles everything else.
 
     Raises:
-      ConfigError: naming the first malformed message.
+      ConfigError: with the first malformed message.
     """
     messages = _without_none(_from_json(raw))
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
@@ -30,7 +30,7 @@ def tools_of(raw: Any) -> list[dict[str, Any]] | None:
     """The tools of a row, from a list of JSON schemas or its JSON; None if there are none.
 
     Raises:
-      ConfigError: if they are anything else.
+      ConfigError: for anything else.
     """
     tools = _without_none(_from_json(raw))
     if not tools:
@@ -50,13 +50,13 @@ def _checked_message(i: int, message: Message) -> Message:
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if not isinstance(role, str) or not role:
         raise ConfigError(f"message {i} has the keys {', '.join(message)}; expected a role and a content")
-    # A message with tool calls needs no content, but most templates read one.
+    # A message with tool calls needs no content, but most templates read it.
     found = {"content": ""} | {key: value for key, value in message.items() if value != [] or key == "content"}
     if isinstance(content, list):
         found["content"] = _checked_parts(i, content)
     elif content is None and not calls or not isinstance(content, str | None):
         raise ConfigError(
-            f"message {i}, {role!r}, has the content {content!r:.120}; expected a text, or a list of "
+            f"message {i}, {role!r}, has the content {content!r:.120}; expected a string, or a list of "
             '{"type": "text", "text": "..."}'
         )
     if calls:
@@ -65,7 +65,7 @@ def _checked_message(i: int, message: Message) -> Message:
 
 
 def _checked_parts(i: int, content: list[Any]) -> str | list[dict[str, str]]:
-    """A content of one part as its text, of several as a list of text parts."""
+    """A single-part content as its text, else a list of text parts."""
     parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
     for part in parts:
         if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
@@ -101,7 +101,7 @@ def _from_json(value: Any) -> Any:
 
 
 def _without_none(value: Any) -> Any:
-    """Nested lists and dictionaries without the keys whose value is None."""
+    """Nested lists and dictionaries without keys whose value is None."""
     if isinstance(value, Mapping):
         return {key: _without_none(one) for key, one in value.items() if one is not None}
     return [_without_none(one) for one in value] if isinstance(value, list | tuple) else value

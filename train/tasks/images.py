@@ -1,4 +1,4 @@
-"""Classification of images: picture files or pixel values in, normalized arrays out."""
+"""Classification of images: image files or pixel values in, normalized arrays out."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from train.tasks.classify import Classification
 from train.tasks.labels import class_numbers, weight_vector
 
 DARK = 1 / 8
-"""Images without a brighter pixel probably have another `brightest`."""
+"""Images without a brighter pixel probably have a different `brightest`."""
 
 
 class Images(Classification):
-    """One of several classes for an image."""
+    """Assigns a class to an image."""
 
     def __init__(self, config: ImageClassification, labels: Sequence[str], channels: int, mean: Any, std: Any):
         self.config, self.labels, self.channels = config, list(labels), channels
@@ -42,7 +42,7 @@ class Images(Classification):
         """Brightness from 0 to 1, float32 [n, side, side, channels].
 
         Raises:
-          ConfigError: naming every row without a readable image.
+          ConfigError: listing every row without a readable image.
         """
         config = self.config
         assert config.side is not None
@@ -81,7 +81,7 @@ class Images(Classification):
 
 
 def in_domain(images: np.ndarray, domain: Domain) -> np.ndarray:
-    """Images [n, height, width, channels] from 0 to 1, rotated and inverted as ``domain`` says."""
+    """Images [n, height, width, channels] from 0 to 1, rotated and inverted according to ``domain``."""
     images = np.rot90(images, domain.quarter_turns, axes=(1, 2))
     return np.ascontiguousarray(1 - images if domain.invert else images)
 

@@ -17,22 +17,22 @@ from train.data.tables import Table, column
 from train.messages import listed
 
 NO_LABEL = "-1"
-"""Datasets on the hub have this in place of a missing label, as in test splits of benchmarks."""
+"""Datasets on the hub use this for a missing label, as in test splits of benchmarks."""
 
 ClassWeights = Literal["balanced"] | Mapping[str, float] | None
-"""What `train.config.SequenceClassification.class_weights` may be."""
+"""The type of `train.config.SequenceClassification.class_weights`."""
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _SHOWN = 20
 
 
 def class_names(table: Table, label: str) -> tuple[str, ...]:
-    """The names of the classes: as the data declare them, or the distinct labels of the column.
+    """The names of the classes: declared by the data, or the distinct labels of the column.
 
-    Numbers come first, by value, then other names.
+    Sorted: numbers first, by value, then other names.
 
     Raises:
-      ConfigError: if a value cannot be a label; if the labels are scores; if there are fewer than two classes, or
+      ConfigError: if a value cannot be a label; if the labels are scores; or if there are fewer than two classes, or
         nearly as many as rows.
     """
     texts = label_texts(table, label)
@@ -64,11 +64,11 @@ def class_names(table: Table, label: str) -> tuple[str, ...]:
 def class_numbers(table: Table, label: str, names: Sequence[str]) -> np.ndarray:
     """The class of each label of a column, int32 [n]: its index in ``names``.
 
-    A label is a class by its name. If the column holds none of the names, and no name is a number, whole numbers are
+    A label names its class. If the column has none of the names, and no name is a number, whole numbers are
     indices of the classes.
 
     Raises:
-      ConfigError: naming every label that is not a class, and its rows.
+      ConfigError: listing every label that is not a class, with its rows.
     """
     texts = label_texts(table, label)
     _check_no_missing_label(table, texts, names, label)
@@ -94,11 +94,11 @@ def class_numbers(table: Table, label: str, names: Sequence[str]) -> np.ndarray:
 
 
 def label_texts(table: Table, label: str) -> list[str]:
-    """Each label of a column as text: a string unchanged, a declared class by its name, booleans as in JSON, and a
-    number as Python writes it, a whole one without a decimal point.
+    """Each label of a column as text: a string unchanged, a declared class by name, booleans as in JSON, and numbers as
+    in Python, whole ones without a decimal point.
 
     Raises:
-      ConfigError: naming every value that cannot be a label, such as a list or an empty text, and its rows.
+      ConfigError: listing every value that cannot be a label, such as a list or an empty string, with its rows.
     """
     values = column(table, label, "task.label")
     if wrong := [row for row, value in enumerate(values) if not _is_label(value)]:
@@ -114,10 +114,10 @@ def regression_targets(table: Table, label: str) -> np.ndarray:
     """The labels of a regression, float32 [n].
 
     Raises:
-      ConfigError: naming every value that is not a finite number, and its rows.
+      ConfigError: listing every value that is not a finite number, with its rows.
     """
     values = column(table, label, "task.label")
-    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, which is an error
         numbers = np.asarray([_target(value) for value in values], np.float32)
     if (wrong := np.flatnonzero(~np.isfinite(numbers))).size:
         raise ConfigError(
@@ -143,7 +143,7 @@ def class_weights(wanted: ClassWeights, count: Mapping[str, int]) -> dict[str, f
       count: the number of training examples of each class.
 
     Raises:
-      ConfigError: if the names differ from those of the classes, or a class to balance has no examples.
+      ConfigError: if the names differ from the classes', or a class to balance has no examples.
     """
     if wanted is None:
         return None
@@ -151,7 +151,7 @@ def class_weights(wanted: ClassWeights, count: Mapping[str, int]) -> dict[str, f
         if absent := [name for name, n in count.items() if not n]:
             raise ConfigError(
                 f"task.class_weights: no train example has the label {listed(list(map(repr, absent)), _SHOWN)}, so "
-                "its balanced weight is undefined; remove it from --task.labels, or give each weight: "
+                "its balanced weight is undefined; remove it from --task.labels, or pass every weight: "
                 f"{_weights_flag(dict.fromkeys(count, 1.0))}"
             )
         return {name: sum(count.values()) / (len(count) * n) for name, n in count.items()}
@@ -167,7 +167,7 @@ def class_weights(wanted: ClassWeights, count: Mapping[str, int]) -> dict[str, f
 
 
 def weight_vector(weights: ClassWeights, names: Sequence[str]) -> np.ndarray | None:
-    """The numbers of `class_weights` in the order of the classes, float32 [classes]; None for none."""
+    """The values of `class_weights` in class order, float32 [classes]; or None."""
     if weights is None or not names:
         return None
     assert not isinstance(weights, str), "resolved by `train.tasks.registry.resolved`"
@@ -175,9 +175,9 @@ def weight_vector(weights: ClassWeights, names: Sequence[str]) -> np.ndarray | N
 
 
 def counts_table(sets: Mapping[str, Mapping[str, int]], weights: Mapping[str, float] | None = None) -> str:
-    """The `class_counts` of several sets as text, a line per label; of many labels, the most and the least frequent.
+    """The `class_counts` of several sets as text, one line per label, of many only the extremes.
 
-    A last line names the labels that differ only in case or spaces, which are classes of their own.
+    A last line names the labels that differ only in case or spaces, which are separate classes.
     """
     first = next(iter(sets.values()))
     names = list(first)
@@ -230,15 +230,15 @@ def _declared_classes(table: Table, label: str) -> list[str]:
 
 
 def _check_no_missing_label(table: Table, texts: Sequence[str], names: Sequence[str], label: str) -> None:
-    """Raises a ConfigError if rows hold `NO_LABEL`, unless that is a class."""
+    """Raises a ConfigError if rows contain `NO_LABEL`, unless that is a class."""
     if NO_LABEL in names or not (rows := [row for row, text in enumerate(texts) if text == NO_LABEL]):
         return
     which = f"all {len(rows)} rows" if len(rows) == len(texts) else table.locate(rows)
     both = sorted({*names, *texts}, key=_sort_key)
     way = f"; if -1 is a class, name all: {_labels_flag(both)}" if all(map(_is_number, both)) else ""
     raise ConfigError(
-        f"task.label: the column {label!r} holds -1 in {which}, which means no label in test splits on the hub. Remove "
-        f"these rows, or pass another split{way}"
+        f"task.label: the column {label!r} holds -1 in {which}, which marks a missing label in test splits on the hub. "
+        f"Remove these rows, or pass another split{way}"
     )
 
 

@@ -23,7 +23,7 @@ from train.tasks.spans import Example, SpannedText, pack, plain_prompt, token_id
 
 
 class LanguageModel:
-    """Cross entropy of the tokens that carry loss, each predicted from those before it."""
+    """Cross entropy of the tokens that carry loss, each predicted from the previous ones."""
 
     primary = "loss"
     higher_is_better = False
@@ -41,7 +41,7 @@ class LanguageModel:
     # From tables to examples
 
     def encode(self, table: Table) -> dict[str, Examples]:
-        """``input_ids``, ``attention_mask``, ``loss_mask``, when packed ``segment_ids``: int32 [length] per example.
+        """``input_ids``, ``attention_mask``, ``loss_mask``, and ``segment_ids`` if packed: int32 [length] per example.
 
         A row is one example; a conversation may be several (see `train.tasks.chat`).
 
@@ -61,7 +61,7 @@ class LanguageModel:
         table.count_dropped(len(table) - len(used), f"without a token that carries loss within {limit} tokens")
         if joined := sum(example.joined for example in kept):
             say(
-                f"in {joined} of {len(kept)} examples one token holds the end of a prompt and the start of its answer, "
+                f"in {joined} of {len(kept)} examples one token spans the end of a prompt and the start of its answer, "
                 "and carries loss. If it is a space, end prompts (or the template's generation prompt) without it"
             )
         packed = list(pack(kept, limit)) if config.pack else [(example, None) for example in kept]
@@ -75,19 +75,19 @@ class LanguageModel:
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that end an answer: EOS, and the token with which the chat template ends a turn."""
+        """The tokens that end an answer: EOS, and the chat template's end of a turn."""
         tokenizer = self.tokenizer
         closing = None if self.chat is None or self.chat.end is None else token_ids(self.chat.end, tokenizer)[-1]
         return sorted({tokenizer.eos_token_id, closing} - {None})
 
     def prompt_tokens(self, prompt: str | list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """The tokens from which an answer to ``prompt`` is generated.
+        """The tokens that prompt an answer to ``prompt``.
 
-        They are those before the tokens that carry loss in an example, except for a token that holds parts of both.
+        In an example, these precede the tokens that carry loss, except for a token that spans both.
 
         Args:
-          prompt: a text; for a run on conversations also the messages to answer.
-          tools: for the chat template, as `tools_of` returns them.
+          prompt: a text; or, for a run on conversations, the messages to answer.
+          tools: for the chat template, as from `tools_of`.
         """
         if self.chat is None:
             assert isinstance(prompt, str)
@@ -113,14 +113,14 @@ class LanguageModel:
         return [(row, SpannedText(one + two, [(starts[row], len(one + two))])) for row, (one, two) in enumerate(pairs)]
 
     def _tools(self, table: Table) -> Sequence[Any]:
-        """The tools of each row, which some rows may lack."""
+        """The tools of each row, if any."""
         name = self.config.tools
         if name is None:
             return [None] * len(table)
         return cells(table, name) if name in table.column_names else column(table, name, "task.tools")
 
     def _conversations(self, table: Table, conversations: Sequence[Any]) -> list[tuple[int, SpannedText]]:
-        """Each conversation as one span, or as texts whose spans are the assistant's turns."""
+        """Each conversation as one span, or as texts with the assistant's turns as spans."""
         assert self.chat is not None
         found: list[tuple[int, SpannedText]] = []
         unread: Counter[str] = Counter()
@@ -142,8 +142,8 @@ class LanguageModel:
             say(f"the chat template does not read these keys of messages: {keys}")
         if len(found) > len(conversations):
             say(
-                f"{len(conversations)} conversations are {len(found)} examples: the chat template renders earlier "
-                "turns differently than it generates them, so each carries loss where it is generated"
+                f"{len(conversations)} conversations become {len(found)} examples: the chat template renders earlier "
+                "turns differently from how it generates them, so each carries loss where it is generated"
             )
         return found
 
@@ -158,7 +158,7 @@ class LanguageModel:
         return losses.sum(), loss_mask.sum().astype(jnp.float32)
 
     def measure(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """Per example: the summed loss, the tokens that carry loss, the right ones, a checksum of the predictions."""
+        """Per example: the summed loss, the tokens that carry loss, the correct ones, a checksum of the predictions."""
         losses, loss_mask = _token_losses(outputs, batch)
         guesses = outputs[:, :-1].argmax(axis=-1)
         right = (guesses == batch["input_ids"][:, 1:]) * loss_mask
@@ -180,7 +180,7 @@ class LanguageModel:
 
 
 def _token_losses(logits: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """The loss of each token but the first, 0 outside the loss mask, and that mask; both [batch, length - 1]."""
+    """The loss of each token except the first, 0 outside the loss mask, and that mask; both [batch, length - 1]."""
     loss_mask = jnp.asarray(batch["loss_mask"])[:, 1:]
     losses = cross_entropy(logits[:, :-1], jnp.asarray(batch["input_ids"])[:, 1:], smoothing)
     return losses * loss_mask, loss_mask

@@ -1,4 +1,4 @@
-"""Outputs and labels of all examples in, metrics out; computed by scikit-learn and scipy."""
+"""Outputs and labels of all examples in, metrics out; uses scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def language_model(loss: np.ndarray, tokens: np.ndarray, right: np.ndarray) -> d
 
     Args:
       loss: summed per example, [n].
-      tokens: how many tokens carry loss, [n].
-      right: how many of these are predicted right, [n].
+      tokens: the number of tokens that carry loss, [n].
+      right: the number of these predicted correctly, [n].
     """
     count = max(int(tokens.sum()), 1)
     mean = float(loss.astype(np.float64).sum() / count)

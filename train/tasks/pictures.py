@@ -1,4 +1,4 @@
-"""Picture files or pixel values in, arrays of brightness out: 0 is black, 1 is white."""
+"""Image files or pixel values in, arrays of brightness out: 0 is black, 1 is white."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHITE16 = 65535
 
 
 class Unreadable(ValueError):
-    """A value that is not a readable image; the message says why."""
+    """A value that is not a readable image; the message states the reason."""
 
 
 class Picture(NamedTuple):
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
 
 def stored_images(table: Table, name: str) -> list[Any]:
-    """The images of a column as stored, so that each is opened on its own."""
+    """The images of a column as stored, to open one at a time."""
     if not isinstance(table.features.get(name), datasets.Image):
         return column(table, name, "task.image")
     raw: Any = table.cast_column(name, datasets.Image(decode=False))
@@ -45,7 +45,7 @@ def open_image(value: Any) -> Picture | np.ndarray:
     """A picture, or pixels as float32 [side * side], [side, side] or [side, side, channels].
 
     Args:
-      value: a path, the content of a file, both as in `datasets` (``{"path": ..., "bytes": ...}``), or numbers.
+      value: a path, the content of a file, both also as in `datasets` (``{"path": ..., "bytes": ...}``), or numbers.
 
     Raises:
       Unreadable: if it is none of these, or the file is missing, damaged or of an unknown format.
@@ -73,15 +73,15 @@ def side_of(image: Picture | np.ndarray) -> int:
 def to_array(image: Picture | np.ndarray, side: int, channels: int, brightest: float) -> np.ndarray:
     """An image as float32 [side, side, channels], from 0 to 1.
 
-    A picture is resized to a square by Pillow's bicubic filter, and composited on white. Its white is that of its
+    A picture is resized to a square by Pillow's bicubic filter, and composited on white. White is the maximum of its
     format: 255, or 65535 for 16 bits.
 
     Args:
       image: from `open_image`.
-      brightest: white in numbers, and in pictures of 32 bits or floats, whose formats do not define it.
+      brightest: the value of white for numbers, and for 32-bit or float images, whose formats do not define it.
 
     Raises:
-      Unreadable: if numbers are of another size, or outside the range from 0 to ``brightest``.
+      Unreadable: if numbers have another size, or are outside the range from 0 to ``brightest``.
     """
     if isinstance(image, np.ndarray):
         return _of_numbers(image, side, channels, brightest)
@@ -113,9 +113,7 @@ def _from_file(value: str | bytes | Mapping[str, Any]) -> Picture:
             image.load()
             return Picture(ImageOps.exif_transpose(image), animated)
     except FileNotFoundError as error:
-        raise Unreadable(
-            f"there is no file at {path}; paths are absolute, or relative to the working directory"
-        ) from error
+        raise Unreadable(f"no file at {path}; paths are absolute, or relative to the working directory") from error
     except Exception as error:  # Pillow's plugins raise all kinds of errors for a damaged file
         unknown = isinstance(error, UnidentifiedImageError)
         what = "not a picture in a format that Pillow reads" if unknown else str(error) or type(error).__name__

@@ -22,7 +22,7 @@ __all__ = ["Measured", "Task", "make_task", "resolved"]
 
 
 def resolved(config: TrainConfig, tables: Mapping[str, Table]) -> TrainConfig:
-    """The configuration with what its task takes from the data: labels, class weights, the size of images."""
+    """The configuration with its task completed from the data: labels, class weights, the size of images."""
     task, train = config.task, tables["train"]
     found: dict[str, Any] = {}
     if isinstance(task, CausalLM):
@@ -41,9 +41,9 @@ def resolved(config: TrainConfig, tables: Mapping[str, Table]) -> TrainConfig:
 
 
 def _template(name: str) -> str:
-    """The chat template in a file."""
+    """The chat template from a file."""
     if not (path := Path(name)).is_file():
-        raise ConfigError(f"task.template: there is no file at {name}; expected one, or a template (Jinja)")
+        raise ConfigError(f"task.template: no file at {name}; expected a file, or a template (Jinja)")
     return decode(path.read_bytes(), name)
 
 

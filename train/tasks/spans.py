@@ -1,8 +1,8 @@
 """Texts with spans that carry loss in, tokens with a loss mask out.
 
-Spans are in characters. The whole text is tokenized once, and a token that holds any character of a span carries loss.
-So an answer has the tokens that it has within its text, and a token across the border of prompt and answer belongs to
-the answer.
+Spans are in characters. The whole text is tokenized once, and a token with any character of a span carries loss.
+So an answer keeps the tokens that it has within its text, and a token across the border of prompt and answer belongs
+to the answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from train.data.truncation import Truncation
 
 CHUNK = 1000
-"""Texts tokenized at once: their offsets take far more memory than the tokens that are kept."""
+"""Texts per chunk: offsets take far more memory than the resulting tokens."""
 
 
 class SpannedText(NamedTuple):
@@ -31,7 +31,7 @@ class Example(NamedTuple):
     Attributes:
       tokens: token ids, [length].
       loss_mask: 1 for tokens that carry loss, else 0; [length].
-      joined: whether a token that carries loss begins before its span.
+      joined: whether a token with loss begins before its span.
     """
 
     tokens: list[int]
@@ -44,7 +44,7 @@ class Example(NamedTuple):
 
 
 class BosEos(NamedTuple):
-    """The tokens that begin and end a plain text (mostly one each, or none), and both as text."""
+    """The tokens that begin and end a plain text (usually one each, or none), and both as text."""
 
     bos: list[int]
     eos: list[int]
@@ -53,7 +53,7 @@ class BosEos(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Any) -> BosEos:
-        """What the tokenizer puts before a text; and its EOS token, or without one what it puts after a text."""
+        """The tokens that the tokenizer puts before a text; and its EOS token, or else those it puts after a text."""
         bare, full = (token_ids("a", tokenizer, add_special_tokens=special) for special in (False, True))
         at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
         eos = full[at + len(bare) :] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -61,7 +61,7 @@ class BosEos(NamedTuple):
         return cls(full[:at], eos, *texts)
 
     def strip(self, text: SpannedText) -> SpannedText:
-        """The text without BOS and EOS, so that these are not tokenized twice, nor as part of a word."""
+        """The text without BOS and EOS, so that they are tokenized neither twice nor as part of a word."""
         stripped = text.text.removeprefix(self.bos_text)
         shift = len(text.text) - len(stripped)
         stripped = stripped.removesuffix(self.eos_text)
@@ -72,7 +72,7 @@ class BosEos(NamedTuple):
 def tokenize_plain(texts: Sequence[SpannedText], tokenizer: Any) -> Iterator[Example]:
     """Texts as tokens, each with BOS and EOS exactly once (if the tokenizer has them), written in the text or not.
 
-    EOS carries loss. BOS is never predicted; it is in the mask of a text that carries loss from its start.
+    EOS carries loss. BOS is never predicted; it is in the loss mask of a text that carries loss from its start.
     """
     ends = BosEos.of(tokenizer)
     for tokens, loss_mask, joined in tokenize([ends.strip(text) for text in texts], tokenizer):
@@ -82,13 +82,13 @@ def tokenize_plain(texts: Sequence[SpannedText], tokenizer: Any) -> Iterator[Exa
 
 
 def plain_prompt(text: str, tokenizer: Any) -> list[int]:
-    """The tokens from which a plain text is continued."""
+    """The tokens that prompt the continuation of a plain text."""
     ends = BosEos.of(tokenizer)
     return [*ends.bos, *token_ids(text.removeprefix(ends.bos_text), tokenizer)]
 
 
 def tokenize(texts: Sequence[SpannedText], tokenizer: Any) -> Iterator[Example]:
-    """Texts as tokens; no special token is added to those written in them."""
+    """Texts as tokens, without adding special tokens."""
     for start in range(0, len(texts), CHUNK):
         yield from _tokenize_chunk(texts[start : start + CHUNK], tokenizer)
 
@@ -112,7 +112,7 @@ def _tokenize_chunk(texts: Sequence[SpannedText], tokenizer: Any) -> Iterator[Ex
 
 
 def _cover(offsets: np.ndarray, text: str) -> bool:
-    """Whether every character but whitespace is in a token: some tokenizers return wrong offsets."""
+    """Whether every character except whitespace is in a token: some tokenizers return wrong offsets."""
     steps = np.zeros(len(text) + 1, np.int64)
     np.add.at(steps, offsets[:, 0], 1)
     np.add.at(steps, offsets[:, 1], -1)
@@ -120,13 +120,13 @@ def _cover(offsets: np.ndarray, text: str) -> bool:
 
 
 def _with_spaces(offsets: np.ndarray) -> np.ndarray:
-    """Offsets that include the spaces before a token, where the tokenizer leaves them out (``trim_offsets``)."""
+    """Offsets that include the spaces before a token, if the tokenizer leaves them out (``trim_offsets``)."""
     before = np.maximum.accumulate(np.concatenate([[0], offsets[:-1, 1]])) if len(offsets) else offsets[:, 0]
     return np.stack([np.minimum(offsets[:, 0], before), offsets[:, 1]], axis=1)
 
 
 def _mask_by_offsets(text: SpannedText, offsets: np.ndarray) -> tuple[list[int], bool]:
-    """``(loss_mask, joined)``; an empty token belongs to the character at its place."""
+    """``(loss_mask, joined)``; an empty token counts with the character at its position."""
     inside = np.zeros(len(text.text) + 1, np.int64)
     for start, end in text.spans:
         inside[start:end] = 1
@@ -138,7 +138,7 @@ def _mask_by_offsets(text: SpannedText, offsets: np.ndarray) -> tuple[list[int],
 
 
 def _mask_by_prefixes(text: SpannedText, tokens: list[int], tokenizer: Any) -> tuple[list[int], bool]:
-    """``(loss_mask, joined)`` without offsets: tokens that a prefix of the text lacks reach beyond that prefix."""
+    """``(loss_mask, joined)`` without offsets: tokens missing in a prefix of the text reach beyond it."""
     loss_mask, joined = [0] * len(tokens), False
     for start, end in text.spans:
         if start == end:
@@ -152,7 +152,7 @@ def _mask_by_prefixes(text: SpannedText, tokens: list[int], tokenizer: Any) -> t
 
 
 def _common_prefix(one: Sequence[int], two: Sequence[int]) -> int:
-    """The number of equal tokens at the start of both."""
+    """The number of equal tokens at the start."""
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 
@@ -160,7 +160,7 @@ def _common_prefix(one: Sequence[int], two: Sequence[int]) -> int:
 
 
 def truncate(examples: Sequence[Example], limit: int) -> tuple[list[Example], Truncation]:
-    """The examples cut on the right to ``limit`` tokens, without those that no longer carry loss; and what was cut."""
+    """The examples truncated on the right to ``limit`` tokens, without those left with no loss; and the truncation."""
     lost, ends = 0, 0
     for example in examples:
         cut = sum(example.loss_mask[max(limit, 1) :])
@@ -182,7 +182,7 @@ def truncate(examples: Sequence[Example], limit: int) -> tuple[list[Example], Tr
 def pack(examples: Sequence[Example], length: int) -> Iterator[tuple[Example, list[int]]]:
     """Examples packed in order into rows of at most ``length`` tokens, each with the segment of every token (from 1).
 
-    The first token of a segment is not predicted, so it carries no loss.
+    A segment's first token is not predicted, so it carries no loss.
     """
     row, segments = Example([], []), []
     for tokens, loss_mask, _ in examples:

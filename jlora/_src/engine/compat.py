@@ -1,4 +1,4 @@
-"""What differs between the supported JAX versions (0.10.2 to 0.12), and what JAX keeps in the type of an array: its
+"""Differences between the supported JAX versions (0.10.2 to 0.12), and what JAX stores in an array's type: its
 memory space, its sharding, and the manual mesh axes along which it varies."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The jaxpr and its constants, for a `Jaxpr`, a `ClosedJaxpr`, or the one class that 0.12 has for both."""
+    """The jaxpr and its constants, for a `Jaxpr`, a `ClosedJaxpr`, or 0.12's single class for both."""
     return (jaxpr.jaxpr, tuple(jaxpr.consts)) if hasattr(jaxpr, "consts") else (jaxpr, ())
 
 
@@ -42,8 +42,8 @@ def equation_context(eqn: Any) -> Iterator[None]:
 
 
 def source_line(eqn: Any, enclosing: Sequence[Any] = ()) -> str:
-    """File, line and function of the user's code that made ``eqn``. An equation from a function that JAX itself jits
-    has none, and takes the line of the innermost equation ``enclosing`` it that has one."""
+    """File, line and function of the user's code behind ``eqn``. An equation from a function that JAX itself jits
+    has none, and takes that of the innermost ``enclosing`` equation with one."""
     found = (source_info_util.summarize(e.source_info) for e in (eqn, *reversed(enclosing)))
     return next(filter(None, found), "an unknown line")
 
@@ -62,7 +62,7 @@ def compute_on(fn: Any, params: dict[str, Any]) -> Any:
 
 
 def scan_split(params: dict[str, Any]) -> tuple[int, int]:
-    """How many of a scan's operands are constants, and how many are carried."""
+    """The numbers of a scan's constants and carried values."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()

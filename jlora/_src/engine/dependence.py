@@ -1,4 +1,4 @@
-"""What the values of a program depend on, read off its jaxpr before it is evaluated."""
+"""What each value of a program depends on, read off the jaxpr before evaluation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jlora._src.engine.gradient import (
 )
 
 Visit: TypeAlias = Callable[[Any, Sequence[bool]], None]
-"""Called with each equation, and with whether each of its operands depends on the given arguments."""
+"""Called with each equation and a flag per operand: whether it depends on the given arguments."""
 
 
 def live_inputs(jaxpr: Any) -> list[bool]:
@@ -28,7 +28,7 @@ def live_inputs(jaxpr: Any) -> list[bool]:
 
 
 def forwarded_inputs(jaxpr: Any) -> list[int | None]:
-    """For each result of an open jaxpr, which of its inputs it is, unchanged, also through any jit, remat or scan."""
+    """For each result of an open jaxpr, the input that it returns unchanged, also through any jit, remat or scan."""
     origin: dict[Any, int] = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
         if eqn.primitive.name not in ("jit", "pjit", "remat2", "checkpoint", "scan"):
@@ -38,7 +38,7 @@ def forwarded_inputs(jaxpr: Any) -> list[int | None]:
         for i, (out, source) in enumerate(zip(eqn.outvars, forwarded_inputs(inner), strict=True)):
             if source is None or not isinstance(eqn.invars[source], core.Var) or eqn.invars[source] not in origin:
                 continue
-            # A scan carries it to itself, or slices it and stacks it again.
+            # A scan carries it unchanged, or slices and restacks it.
             if eqn.primitive.name != "scan" or (source - consts == i if i < carried else source >= consts + carried):
                 origin[out] = origin[eqn.invars[source]]
     return [origin.get(v) if isinstance(v, core.Var) else None for v in jaxpr.outvars]
@@ -47,7 +47,7 @@ def forwarded_inputs(jaxpr: Any) -> list[int | None]:
 def constant_gathers(jaxpr: Any) -> set[int]:
     """The ids of the gather equations in an open jaxpr, inner jaxprs included, whose indices depend on no argument.
 
-    They pick the same entries at every call: they rearrange a weight.
+    They pick the same entries at every call, which only rearranges a weight.
     """
     constant: dict[int, bool] = {}
 
@@ -61,7 +61,7 @@ def constant_gathers(jaxpr: Any) -> set[int]:
 
 def trained_operands(jaxpr: Any, trained: Sequence[bool]) -> set[tuple[int, int]]:
     """The operands of elementwise products, as ``(id of the equation, position)``, through which a gradient reaches a
-    ``trained`` argument of an open jaxpr: the norm of an adapted weight, or a scale that is trained."""
+    ``trained`` argument of an open jaxpr: the norm of an adapted weight, or a trained scale."""
     found: set[tuple[int, int]] = set()
 
     def visit(eqn: Any, operands: Sequence[bool]) -> None:
@@ -84,7 +84,7 @@ def auxiliary_equations(jaxpr: Any, live: Sequence[bool], parameters: Sequence[b
 
 
 def _products_of_parameters(jaxpr: Any, parameters: Sequence[bool]) -> set[int]:
-    """The ids of the products of a value made of parameters alone and a value that depends on other arguments too."""
+    """The ids of products between a value of parameters alone and one that depends on other arguments too."""
 
     def operands_by_equation(given: Sequence[bool]) -> dict[int, list[bool]]:
         found: dict[int, list[bool]] = {}
@@ -124,7 +124,7 @@ def _propagate_inside(eqn: Any, operands: list[bool], visit: Visit, stops: Colle
         n_consts, n_carry, body = loop_body(eqn)
         jaxpr, _ = compat.open_jaxpr(body)
         inner = operands[len(operands) - len(jaxpr.invars) :]
-        if any(inner):  # a later iteration is given what an earlier one carries
+        if any(inner):  # later iterations receive what earlier ones carry
             inner[n_consts : n_consts + n_carry] = [True] * n_carry
         _propagate(jaxpr, inner, visit, stops)
     return [any(operands) or bool(eqn.effects)] * len(eqn.outvars)

@@ -1,4 +1,4 @@
-"""A weight that is kept factored: ``(base + a·b) * multiplier``, or its square, as the interpreter carries it."""
+"""A factored weight: ``(base + a·b) * multiplier``, or its square, never summed."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Factored:
     """The value ``(base + sum_r a·b) * multiplier``, never summed.
 
     Attributes:
-      base: the frozen part, of the value's shape and dtype.
+      base: the frozen part, with the value's shape and dtype.
       a, b: the factors; both name the batch dimensions and `RANK`. The scale is folded into ``b``.
-      multiplier: None, or what multiplies the sum: DoRA's ``magnitude / norm``, which names batch and output
+      multiplier: None, or a factor on the sum: DoRA's ``magnitude / norm``, which names batch and output
         dimensions, or a trained scale in the model, such as the inverse norm of a normalized weight.
-      key: None, or the dropout keys, which name the batch dimensions.
+      key: None, or the dropout keys, named by the batch dimensions.
       rate: dropout rate. Static.
       path: the weight's, for messages. Static.
-      constant_rows: whether it holds rows of a table picked by constant indices: a rearranged weight where a product
+      constant_rows: whether it holds rows of a table picked by constant indices: a rearranged weight if a product
         takes them, else looked-up rows. Static.
-      squared: whether this stands for the elementwise square of the value, until it is summed. Static.
+      squared: whether this represents the elementwise square of the value, until summed. Static.
     """
 
     base: Any
@@ -66,14 +66,14 @@ class Factored:
 
     @property
     def parts(self) -> dict[str, NamedArray]:
-        """The named arrays that it has, by field: the factors, and the multiplier and the keys where there are any."""
+        """Its named arrays by field: the factors, and any multiplier and keys."""
         fields = {name: getattr(self, name) for name in ("a", "b", "multiplier", "key")}
         return {name: part for name, part in fields.items() if part is not None}
 
     @property
     def is_row(self) -> bool:
-        """Whether a single row or column of a weight is left, as after a lookup by one index or a mean: a result, not a
-        weight."""
+        """Whether only a single row or column of a weight is left, as after a lookup by one index or a mean: a result,
+        not a weight."""
         pairs = ((self.a, self.b), (self.b, self.a))
         return any(all(d in other.dims or self.shape[d] == 1 for d in one.dims) for one, other in pairs)
 
@@ -82,7 +82,7 @@ class Factored:
         return dataclasses.replace(self, base=base, **{name: fn(part) for name, part in self.parts.items()})
 
     def map_smaller_factor(self, fn: Callable[[Any], Any]) -> Factored:
-        """This value with a linear ``fn`` of its update: applied to the smaller factor; the other is the same array."""
+        """This value with a linear ``fn`` applied to its update, through the smaller factor."""
         name = self._smaller_factor
         return dataclasses.replace(self, **{name: getattr(self, name).apply(fn)})
 
@@ -95,7 +95,7 @@ class Factored:
         return self.map_parts(self.base, lambda part: part.apply(lambda x: compat.to_memory_of(x, other)))
 
     def factor_along(self, dims: Sequence[int]) -> tuple[str | None, Factored]:
-        """The name of a factor that has all of ``dims``, and this value with it. Where the whole update is constant
+        """The name of a factor that has all of ``dims``, and this value with it. If the whole update is constant
         along a dimension, either factor may have it. None when ``dims`` are divided between the two factors."""
         own = {d for d in dims if d in self.a.dims or d in self.b.dims}
         choices = ("b", "a") if dims else (self._smaller_factor,)
@@ -139,15 +139,15 @@ def to_factored(weight: LoraWeight) -> Factored:
 def column_norm(value: Factored, axes: Axes) -> Array:
     """The norm of ``base + a·b`` over the input axes, float32, of shape ``batch + outputs``.
 
-    It is what DoRA divides by (Liu et al. 2024, eq. 5).
+    DoRA divides by it (Liu et al. 2024, eq. 5).
     """
     square = square_sum(value, (*axes.batch, *axes.outputs))
     return jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
 
 
 def square_sum(value: Factored, out: Sequence[int]) -> Array:
-    """The sum of the squares of ``base + a·b`` over every dimension that is not in ``out``: float32, its axes in the
-    order of ``out``, all of which one factor has.
+    """The sum of the squares of ``base + a·b`` over every dimension not in ``out``: float32, with axes in the
+    order of ``out``. One factor has all of ``out``.
 
     Expanded as ``|W|² + 2 W·ab + |ab|²``, so that neither the sum nor its gradient is ever formed.
     """
@@ -170,7 +170,7 @@ def square_sum(value: Factored, out: Sequence[int]) -> Array:
 
 
 def materialize(value: Factored) -> Array:
-    """The value summed in float32 and rounded once to its dtype, in the memory of its base. Without dropout."""
+    """The value summed in float32 and rounded once to its dtype, in its base's memory space, without dropout."""
     dims, given = range(len(value.shape)), value.base
     value = jax.tree.map(compat.to_device, value)
     dtype = accumulation_dtype(value.dtype)
@@ -185,7 +185,7 @@ def materialize(value: Factored) -> Array:
 
 
 def check_fit(shape: tuple[int, ...], f: LoraFactors) -> str | None:
-    """What is wrong when factors do not fit a weight of ``shape``; None when they do."""
+    """Why factors do not fit a weight of ``shape``; None if they do."""
     if sorted(sum(f.axes, ())) != list(range(len(shape))):
         return f"axes {tuple(f.axes)} do not name each axis of shape {shape} once"
     batch, inputs, outputs = f.axes.sizes(shape)
@@ -208,7 +208,7 @@ def fold_in(keys: Array, data: Any) -> Array:
 
 
 def _batch_keys(key: Array, batch: tuple[int, ...]) -> Array:
-    """A key for each batch slice, so that scanned layers and experts drop different entries."""
+    """One key per batch slice, so that scanned layers and experts drop different entries."""
     if not batch:
         return key
     n = int(np.prod(batch))

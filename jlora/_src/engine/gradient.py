@@ -18,7 +18,7 @@ CUSTOM_DERIVATIVES = frozenset(("custom_jvp_call", "custom_vjp_call"))
 
 
 def inexact(atom: Any) -> bool:
-    """Whether a variable has a cotangent at all."""
+    """Whether a variable has a cotangent."""
     dtype = getattr(atom.aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
@@ -40,7 +40,7 @@ class Visited:
 
 
 def reached_variables(jaxpr: Any, live: Sequence[bool], visited: Visited | None = None) -> set[Any]:
-    """The variables of an open jaxpr that a gradient reaches when it enters by the ``live`` results."""
+    """The variables of an open jaxpr that a gradient entering at the ``live`` results reaches."""
     reached = {v for v, on in zip(jaxpr.outvars, live, strict=True) if on and _differentiable(v)}
     for eqn in reversed(jaxpr.eqns):
         results = [v in reached or bool(eqn.effects) for v in eqn.outvars]
@@ -54,13 +54,13 @@ def reached_variables(jaxpr: Any, live: Sequence[bool], visited: Visited | None 
 
 
 def live_inner_results(eqn: Any, live: Sequence[bool], visited: Visited | None = None) -> list[bool]:
-    """By which results a gradient enters the jaxprs inside an equation, given the equation's ``live`` results."""
+    """The results at which a gradient enters the jaxprs inside an equation, given its ``live`` results."""
     live = list(live)
     if eqn.primitive.name not in ("scan", "while"):
         return live
     n_consts, n_carry, body = loop_body(eqn)
     jaxpr, _ = compat.open_jaxpr(body)
-    while True:  # what an iteration needs of the carry, the iteration before it returns
+    while True:  # what one iteration needs of the carry, the previous one returns
         reached = reached_variables(jaxpr, live, visited)
         carry = jaxpr.invars[n_consts : n_consts + n_carry]
         grown = [on or v in reached for on, v in zip(live[:n_carry], carry, strict=True)] + live[n_carry:]
@@ -70,7 +70,7 @@ def live_inner_results(eqn: Any, live: Sequence[bool], visited: Visited | None =
 
 
 def loop_body(eqn: Any) -> tuple[int, int, Any]:
-    """How many constants and how many carried values the body of a loop takes, and its jaxpr."""
+    """The numbers of a loop body's constants and carried values, and its jaxpr."""
     p = eqn.params
     if eqn.primitive.name == "while":
         return p["body_nconsts"], len(eqn.outvars), p["body_jaxpr"]

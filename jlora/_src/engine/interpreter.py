@@ -1,6 +1,6 @@
 """The interpreter: evaluate a jaxpr in which some values are factored weights.
 
-Read the operands; if none is factored, bind the equation as it is; else look up its rule; if there is none, or it
+Read the operands; if none is factored, bind the equation unchanged; else look up its rule; if there is none, or it
 declines, apply the materialize policy. The rules are in `rules.table`.
 """
 
@@ -29,21 +29,21 @@ Policy = Literal["warn", "error", "allow", "explain"]
 
 
 class MaterializeWarning(UserWarning):
-    """An adapted weight was summed to its full shape, because a primitive has no factored form."""
+    """An adapted weight was materialized because a primitive has no factored form."""
 
 
 class MaterializeError(TypeError):
-    """The same under ``materialize="error"``."""
+    """Raised in place of `MaterializeWarning` under ``materialize="error"``."""
 
 
 class Event(NamedTuple):
     """One consumption of an adapted weight.
 
     Attributes:
-      path: the weight's; several, joined by commas, when the model joined weights.
-      primitive, source: what consumed it, and where.
-      why: None when it stayed factored, else the reason why it was materialized.
-      flops: floating-point operations that the update adds to the forward pass.
+      path: the weight's; comma-separated if the model joined several weights.
+      primitive, source: the consumer, and its source line.
+      why: why it was materialized; None if it stayed factored.
+      flops: FLOPs that the update adds to the forward pass.
     """
 
     path: str
@@ -54,7 +54,7 @@ class Event(NamedTuple):
 
 
 class PendingWarning(NamedTuple):
-    """What to warn of at the end of a call, for one weight that was materialized."""
+    """The warning due at the end of a call for one materialized weight."""
 
     what: str
     dropout: str
@@ -63,16 +63,16 @@ class PendingWarning(NamedTuple):
 
 @dataclasses.dataclass
 class Session:
-    """The state of one call of a wrapped function: its policy, and what happened so far.
+    """The state of one call of a wrapped function: its policy and its record so far.
 
     Attributes:
-      policy: what to do where a weight must be materialized.
-      inline_custom_rules: whether to look into functions with a derivative rule of their own.
+      policy: what to do when a weight must be materialized.
+      inline_custom_rules: whether to inline functions with custom derivative rules.
       constant_gathers: ids of the gather equations that pick the same entries at every call.
-      trained_operands: ids of products, with the positions of their operands through which something trains.
-      location: where in the program the evaluation is.
+      trained_operands: ``(id of a product, position)`` of the operands that a trained value passes through.
+      location: the current place in the program.
       events: every consumption so far.
-      masks: how many dropout masks were drawn for each weight.
+      masks: the number of dropout masks drawn for each weight.
       pending: the warnings to emit at the end of the call.
     """
 
@@ -90,7 +90,7 @@ class Session:
         return _Scope(self, jaxpr).run(consts, args)
 
     def materialize(self, value: Factored, primitive: str, source: str, why: str) -> Any:
-        """The weight summed to its full shape, if the policy allows it."""
+        """The weight summed to its full shape, if the policy allows."""
         flops = 2 * value.rank * value.base.size * self.location.repeats
         new = self.record(Event(value.path, primitive, source, why, flops))
         what = f"the adapted weight {value.path!r} of shape {value.shape} is materialized at full size for "
@@ -99,25 +99,25 @@ class Session:
             advice = 'Exclude the weight from the targets, or pass materialize="allow".'
             raise MaterializeError(f"{what}{place}. {advice}")
         if self.policy == "warn" and new:
-            dropout = " Dropout is not applied to it." if value.key is not None else ""
+            dropout = " It gets no dropout." if value.key is not None else ""
             self.pending.setdefault(value.path, PendingWarning(what, dropout, [])).places.append(place)
         return materialize(value)
 
     def next_mask(self, path: str) -> int:
-        """The number of a weight's dropout mask, in program order: uses of one weight drop different entries."""
+        """The index of a weight's next dropout mask, in program order: each use of a weight drops different entries."""
         self.masks[path] += 1
         return self.masks[path] - 1
 
     def warn(self) -> None:
-        """Warn once for each materialized weight, listing every place where it was."""
+        """Warn once for each materialized weight, listing every place."""
         for what, dropout, places in self.pending.values():
             where = f"{places[0]}. " if len(places) == 1 else f"{len(places)} primitives:{bullets(places)}\n"
-            hint = 'The results are exact, but take a full-size sum; pass materialize="allow" to silence this.'
+            hint = 'The results are exact, but cost a full-size sum; pass materialize="allow" to silence this.'
             warnings.warn(what + where + hint + dropout, MaterializeWarning, stacklevel=4)
         self.pending.clear()
 
     def record(self, event: Event) -> bool:
-        """Record an event; whether it is the first of its weight, primitive and source line."""
+        """Record an event. True if it is the first with its weight, primitive and source line."""
         new = all(event[:3] != seen[:3] for seen in self.events)
         self.events.append(event)
         return new
@@ -169,7 +169,7 @@ class _Scope:
         return compat.bind(eqn, [self.materialize(v, eqn, why) for v in values])
 
     def _as_operand(self, value: Any, eqn: Any) -> Any:
-        """``value`` as ``eqn`` takes it: squares, and rows picked by constants, stay factored for some primitives."""
+        """``value`` as ``eqn`` accepts it: squares and rows picked by constants stay factored for some primitives."""
         if isinstance(value, Factored) and value.squared and eqn.primitive.name not in SQUARES:
             return self.materialize(value, eqn, SQUARED)
         if isinstance(value, Factored) and value.constant_rows and eqn.primitive.name not in REARRANGING:
@@ -177,7 +177,7 @@ class _Scope:
         return value
 
     def nonconstant_part(self, atom: Any, value: Any) -> NamedArray:
-        """``value`` without the dimensions along which it is known to be constant; its axes are named by the others."""
+        """``value`` without the dimensions along which it is known to be constant; the others name its axes."""
         value = jnp.asarray(value)
         dims = tuple(range(value.ndim))
         if not isinstance(atom, core.Literal) and atom in self.broadcasts:
@@ -194,7 +194,7 @@ class _Scope:
         self.session.record(Event(weight.path, eqn.primitive.name, source, None, flops * location.repeats))
 
     def materialize(self, value: Any, eqn: Any, why: str) -> Any:
-        """``value`` as a plain array: a factored weight is materialized, if the policy allows it."""
+        """``value`` as a plain array: materializes a factored weight, if the policy allows it."""
         if not isinstance(value, Factored):
             return value
         if value.is_row or value.constant_rows:

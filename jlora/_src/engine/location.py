@@ -1,4 +1,4 @@
-"""Where in a program an equation is, for messages and for counting what it computes."""
+"""The place of an equation in a program, for messages and FLOP counts."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from jlora._src.engine import compat
 
 @dataclasses.dataclass
 class Location:
-    """The place that a walk over a jaxpr and its inner jaxprs has reached.
+    """The current place of a walk over a jaxpr and its inner jaxprs.
 
     Attributes:
       enclosing: the equations around the current one, the innermost last.
-      repeats: how often the current equation runs: the product of the lengths of the scans around it.
+      repeats: the number of times that the current equation runs: the product of the lengths of the scans around it.
     """
 
     enclosing: list[Any] = dataclasses.field(default_factory=list)
     repeats: int = 1
 
     def source_line(self, eqn: Any) -> str:
-        """The line of the user's code that made ``eqn``, or the equation around it."""
+        """The user's source line of ``eqn``, or of the equation around it."""
         return compat.source_line(eqn, self.enclosing)
 
     @contextlib.contextmanager
@@ -37,7 +37,7 @@ class Location:
 
     @contextlib.contextmanager
     def repeated(self, times: int) -> Iterator[None]:
-        """Count everything inside ``times`` times."""
+        """Multiply the counts inside by ``times``."""
         outside, self.repeats = self.repeats, self.repeats * times
         try:
             yield

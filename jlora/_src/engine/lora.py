@@ -1,4 +1,4 @@
-"""`lora`: the same function, over trees that carry adapters. `explain`: what it does with each weight."""
+"""`lora`: runs a function on trees that carry adapters. `explain`: how it handles each weight."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ _NOT_ATTACHED = (
 def lora(
     fn: F, *, materialize: Policy = "warn", inline_custom_rules: bool = False, frozen_gradients: bool = False
 ) -> F:
-    """The same function, with the same signature, that also understands attached trees.
+    """A version of ``fn`` that accepts attached trees, with the same signature.
 
     ``fn`` is traced on the plain weights and its jaxpr evaluated with the adapted ones kept factored:
-    ``x @ (W + s·a·b)`` becomes ``x @ W + s·(x @ a) @ b``. The full update is never built, and when the
-    gradient is taken with respect to the adapters, no gradient of ``W`` is either. ``fn`` itself is not changed.
+    ``x @ (W + s·a·b)`` becomes ``x @ W + s·(x @ a) @ b``. The full update is never built, and when the gradient is
+    taken with respect to the adapters, neither is the gradient of ``W``. ``fn`` itself is not changed.
 
     Composes with ``jit``, ``grad``, ``jvp``, ``vmap``, ``jax.checkpoint``, ``scan``, ``cond``, ``while``, ``shard_map``
     and ``pmap``, outside or inside ``fn``. Put it under ``jax.jit``: like every transform, it traces ``fn``
     again at each call.
 
     ``fn`` gets copies of its arguments. If it mutates one (the statistics of a Flax NNX BatchNorm, a dropout counter,
-    a dict, a list), it has to return that object, or the new array:
+    a dict, a list), it must return that object, or the new array:
 
     >>> y, tree = jlora.lora(lambda module, x: (module(x), module))(tree, x)
 
@@ -60,25 +60,25 @@ def lora(
     >>> grads = jax.grad(loss)(adapters)
 
     Differentiate with respect to the adapters, as here. The gradient with respect to a whole attached tree is zero
-    outside the adapters: for the weights under them, and for every other leaf of an argument that has some. In forward
-    mode, likewise, the tangents of these leaves count as zero. The other arguments, such as the inputs, and a run-time
+    outside the adapters: for the weights under them, and for every other leaf of the same argument. In forward
+    mode, the tangents of these leaves likewise count as zero. The other arguments, such as the inputs, and a run-time
     strength have their true derivatives. A zero gradient is not a zero update: weight decay still changes frozen
     weights, unless the optimizer is wrapped in `freeze`.
 
     Args:
-      fn: a function of pytrees. Arrays and keys among its arguments are traced, everything else
-        (flags, strings, functions, Python numbers) is static; its result may hold non-arrays too.
-      materialize: what to do where a primitive has no factored form, so that the weight must be summed to its full
+      fn: a function of pytrees. Arrays and keys among its arguments are traced, everything else (flags, strings,
+        functions, Python numbers) is static; its result may hold non-arrays too.
+      materialize: what to do when a primitive has no factored form and the weight must be summed to its full
         size: ``"warn"`` once per weight, listing every place, ``"error"``, or ``"allow"``.
-      inline_custom_rules: whether to look into ``jax.custom_jvp``, ``jax.custom_vjp`` and ``custom_vmap`` functions
-        that take an adapted weight. By default they keep their rule, and get the weight materialized.
-      frozen_gradients: whether frozen leaves have their true derivatives. Needed where the base itself is computed
-        from something that trains, or is adapted by another `lora` around this one.
+      inline_custom_rules: whether to inline ``jax.custom_jvp``, ``jax.custom_vjp`` and ``custom_vmap`` functions
+        that take an adapted weight. By default they keep their rule and receive the materialized weight.
+      frozen_gradients: whether frozen leaves have their true derivatives. Needed if the base itself is computed
+        from trained values, or adapted by an outer `lora`.
 
     Raises:
       MaterializeError: under ``"error"``, naming path, primitive and source line.
-      ValueError: when ``fn`` never reads an attached weight, as when it closes over its parameters; or mutates its
-        arguments and does not return what it changed, naming each place.
+      ValueError: if ``fn`` never reads an attached weight, usually because it closes over its parameters; or mutates
+        its arguments and does not return what it changed, naming each place.
     """
     if materialize not in ("warn", "error", "allow"):
         raise ValueError(f'lora: materialize={materialize!r}; expected "warn", "error" or "allow"')
@@ -122,7 +122,7 @@ def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any, froz
         if isinstance(result, Factored) and result.constant_rows:
             return materialize(result)  # looked-up rows
         if isinstance(result, Factored):
-            why = "the function returns it, changed, and the caller gets it merged"
+            why = "the function returns it changed, and the caller receives it merged"
             return session.materialize(result, "return", getattr(fn, "__qualname__", repr(fn)), why)
         return result
 
@@ -146,7 +146,7 @@ def _is_factors(x: Any) -> bool:
 
 
 def _check_read(staged: Staged) -> None:
-    """Raises a ValueError that names every attached weight which the function never reads."""
+    """Raises a ValueError listing every attached weight that the function never reads."""
     read = zip(staged.leaves, live_inputs(staged.jaxpr), strict=True)
     unread = [leaf.path for leaf, live in read if is_attached(leaf) and not live]
     if unread:
@@ -160,7 +160,7 @@ def _check_read(staged: Staged) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What a `lora` function does with each adapted weight; prints as a table.
+    """How a `lora` function handles each adapted weight; prints as a table.
 
     Attributes:
       events: every consumption, in program order.
@@ -195,7 +195,7 @@ def explain(fn: Callable[..., Any], tree: PyTree, *args: Any, **kwargs: Any) -> 
     """How ``lora(fn)`` consumes each adapted weight of ``tree``: factored or materialized, why, at what cost.
 
     Abstract: nothing is computed, and ``tree`` and ``args`` may consist of `jax.ShapeDtypeStruct`. The extra FLOPs are
-    those that the updates add to one forward pass; a while loop counts as one iteration.
+    the cost of the updates in one forward pass; a while loop counts as one iteration.
 
     >>> print(jlora.explain(model.apply, jlora.attach(params, adapters), batch))
     """

@@ -1,4 +1,4 @@
-"""What a function mutates: its arguments after a call, compared with the same before it."""
+"""Finds mutations: compares a function's arguments before and after a call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Change(NamedTuple):
 
     Attributes:
       where: the argument, and the path in it.
-      what: what happened there.
+      what: the kind of change.
       returned: whether the new leaf, or an object that holds it, is among the function's results.
       old, new: the leaf before and after; None where no single leaf was replaced.
     """
@@ -30,7 +30,7 @@ class Change(NamedTuple):
 
 
 def changes(after: PyTree, results: PyTree, leaves: list[Any], treedef: Any) -> list[Change]:
-    """What a function changed in its ``(args, kwargs)``, which were built from ``leaves`` and ``treedef``: found by
+    """The changes to a function's ``(args, kwargs)``, which were built from ``leaves`` and ``treedef``: found by
     comparing the structure, and the identity of leaves."""
     try:
         new, new_treedef = jax.tree.flatten(after)
@@ -46,7 +46,7 @@ def changes(after: PyTree, results: PyTree, leaves: list[Any], treedef: Any) -> 
 def _differences(keys: tuple[Any, ...], before: Any, after: Any, nodes: set[int], returned: bool) -> Iterator[Change]:
     try:
         (old, old_rest), (new, new_rest), (again, again_rest) = map(_children, (before, after, after))
-    except Exception:  # the object cannot be used again, such as an `equinox.nn.State` that was replaced by a new one
+    except Exception:  # the object is invalid now, such as an `equinox.nn.State` replaced by a new one
         return
     returned = returned or (id(after) in nodes and (() not in new or isinstance(after, jax.Array)))
     if () in old or () in new:
@@ -62,18 +62,18 @@ def _differences(keys: tuple[Any, ...], before: Any, after: Any, nodes: set[int]
     if old.keys() == new.keys() and not _equal(old_rest, new_rest) and _equal(new_rest, again_rest):
         yield Change(_where(keys), f"changed in a static field of its {type(after).__name__}", returned)
     for key in (k for k in old if k in new):
-        if new[key] is again[key] or () not in _children(new[key])[0]:  # else each flattening makes another leaf
+        if new[key] is again[key] or () not in _children(new[key])[0]:  # else each flattening creates a new leaf
             yield from _differences(keys + key, old[key], new[key], nodes, returned)
 
 
 def _children(node: Any) -> tuple[dict[tuple[Any, ...], Any], Any]:
-    """A node's children by key, and its static rest; a leaf's only child is itself, under the key ()."""
+    """A node's children by key, and its static part; a leaf's only child is itself, under the key ()."""
     children, rest = tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
     return dict(children), rest
 
 
 def _equal(x: Any, y: Any) -> bool:
-    """Whether two static values are the same, as far as they can be compared."""
+    """Whether two static values are equal, as far as they can be compared."""
     if isinstance(x, jax.Array) or isinstance(y, jax.Array):
         return False
     try:

@@ -25,8 +25,8 @@ RANK = -1
 class NamedArray:
     """An array whose axes have names.
 
-    Those that describe a weight name each axis by a dimension of the weight, or `RANK`. They are constant along the
-    dimensions that they do not name.
+    For a part of a weight, each name is a dimension of the weight, or `RANK`. Along the dimensions that it does not
+    name, it is constant.
 
     Attributes:
       array: one axis for each entry of ``dims``.
@@ -60,7 +60,7 @@ class NamedArray:
         return NamedArray(fn(self.array, self.dims.index(dim)), self.dims) if dim in self.dims else self
 
     def rename(self, names: Mapping[int, int]) -> NamedArray:
-        """The same array after the weight's dimensions moved: old to new. One that is missing has size 1 and goes."""
+        """The same array after the weight's dimensions moved, old to new. A missing one has size 1 and is dropped."""
         gone = [i for i, d in enumerate(self.dims) if d != RANK and d not in names]
         kept = tuple(d if d == RANK else names[d] for i, d in enumerate(self.dims) if i not in gone)
         return NamedArray(lax.squeeze(self.array, gone) if gone else self.array, kept)
@@ -79,7 +79,7 @@ class NamedArray:
         return NamedArray(jnp.sum(self.array, axes), tuple(d for d in self.dims if d not in dims))
 
     def expand(self, dims: Sequence[int], shape: Sequence[int]) -> NamedArray:
-        """With an axis for each of ``dims`` that it lacks, along which it is constant, as long as ``shape`` says."""
+        """Broadcast along those of ``dims`` that it lacks, to the sizes in ``shape``."""
         new = [d for d in dims if d not in self.dims]
         if not new:
             return self
@@ -87,14 +87,14 @@ class NamedArray:
         return NamedArray(lax.broadcast_in_dim(self.array, sizes, range(len(new), len(sizes))), (*new, *self.dims))
 
     def broadcast(self, dims: Sequence[Hashable], shape: Sequence[int]) -> Array:
-        """The array with exactly the axes ``dims``, of the sizes ``shape``, in this order."""
+        """The array with exactly the axes ``dims``, in this order, of sizes ``shape``."""
         own = [d for d in dims if d in self.dims]
         return lax.broadcast_in_dim(self.transpose(own), tuple(shape), [dims.index(d) for d in own])
 
     def times(self, other: NamedArray) -> NamedArray:
         """The product with an array whose axes are some of these.
 
-        It stays in float32 at least: it is rounded once, where it meets an activation.
+        Stays in float32 or wider, and is rounded once, on meeting an activation.
         """
         order = [d for d in self.dims if d in other.dims]
         missing = [i for i, d in enumerate(self.dims) if d not in other.dims]
@@ -103,20 +103,20 @@ class NamedArray:
 
 
 def accumulation_dtype(dtype: Any) -> Any:
-    """The dtype in which sums of ``dtype`` are accumulated: float32 at least."""
+    """The dtype in which sums of ``dtype`` are accumulated: float32 or wider."""
     return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
 
 
 def promoted_dtype(*dtypes: Any) -> Any:
-    """The dtype to which JAX promotes these, also in a program that allows no promotion."""
+    """The dtype to which JAX promotes these, even in a program that forbids promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes)
 
 
 def low_rank_dtype(*dtypes: Any) -> Any:
-    """The dtype in which a low-rank product of an activation and a weight of these dtypes runs: bfloat16 at least.
+    """The dtype in which a low-rank product of an activation and a weight of these dtypes runs: bfloat16 or wider.
 
-    It is the one to which JAX promotes them. A float of 8 bits or less is too coarse for factors: any other float
+    JAX's promotion decides, except that a float of 8 bits or less is too coarse for factors: any other float
     takes precedence over it.
     """
     given = {jnp.dtype(d) for d in dtypes}
@@ -127,14 +127,14 @@ def low_rank_dtype(*dtypes: Any) -> Any:
 
 
 def promote_arrays(*arrays: Array) -> list[Array]:
-    """``arrays`` in the memory space of the first, in one dtype that holds them all: float32 at least."""
+    """``arrays`` in the memory space of the first, in one dtype that holds them all, float32 or wider."""
     dtype = accumulation_dtype(low_rank_dtype(*(x.dtype for x in arrays)))
     return [compat.to_memory_of(x, arrays[0]).astype(dtype) for x in arrays]
 
 
 def concatenate(arrays: Sequence[Array], axis: int) -> Array:
     """``arrays`` concatenated along ``axis``, in a dtype that holds them all."""
-    if len({x.dtype for x in arrays}) > 1:  # factors, some of which were multiplied: see `NamedArray.times`
+    if len({x.dtype for x in arrays}) > 1:  # factors, some already multiplied: see `NamedArray.times`
         arrays = promote_arrays(*arrays)
     return jnp.concatenate(arrays, axis)
 
@@ -150,11 +150,10 @@ def contract(
 ) -> NamedArray:
     """Sum the product of ``x`` and ``y`` over every name that is not in ``out``.
 
-    One ``dot_general``, then a transpose if ``out`` asks for one. The operands' order decides what XLA:CPU
-    has to transpose, so it is chosen to leave the largest array where it is: the largest operand stands on
-    the left when its summed axes come last, else on the right; where the result is the largest, the
-    operand whose axes lead in ``out`` stands on the left. The sum is accumulated in float32 at least and
-    rounded once to ``dtype`` (by default, that of ``x``).
+    One ``dot_general``, then a transpose if ``out`` needs one. The operands' order decides what XLA:CPU must transpose,
+    so it is chosen to leave the largest array in place: the largest operand goes on the left if its summed axes are
+    last, else on the right; if the result is the largest, the operand whose axes lead in ``out`` goes on the left. The
+    sum is accumulated in float32 or wider and rounded once to ``dtype`` (by default, that of ``x``).
 
     Args:
       x, y: arrays of one dtype.
@@ -203,12 +202,12 @@ def _x_goes_left(x: NamedArray, y: NamedArray, out: Sequence[Hashable]) -> bool:
 
 
 def _size(shape: Iterable[Any]) -> int:
-    """The number of entries; a symbolic dimension, as in `jax.export`, counts as a large one."""
+    """The number of entries; a symbolic dimension (`jax.export`) counts as large."""
     return math.prod(n if isinstance(n, int) else 1 << 16 for n in shape)
 
 
 def _match_batch_shardings(x: NamedArray, y: NamedArray, batch: Sequence[Hashable]) -> tuple[NamedArray, ...]:
-    """``x`` and ``y``, on a mesh with Explicit axes, with their batch axes sharded as either of them is."""
+    """``x`` and ``y``, on a mesh with Explicit axes, with their batch axes sharded alike."""
     specs = x.spec, y.spec
     both = {n: specs[0][n] or specs[1][n] for n in batch}
     return tuple(
@@ -218,5 +217,5 @@ def _match_batch_shardings(x: NamedArray, y: NamedArray, batch: Sequence[Hashabl
 
 
 def _sum_lone_axes(x: NamedArray, other: NamedArray, out: Collection[Hashable]) -> NamedArray:
-    """``x`` summed over the axes that neither the other operand nor the result has."""
+    """``x`` summed over the axes absent from the other operand and the result."""
     return x.sum([n for n in x.dims if n not in other.dims and n not in out])

@@ -21,7 +21,7 @@ Spec = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Which axes two operands share: the parameter of the primitive. Hashable.
+    """The axes of a two-operand product: the primitive's parameter. Hashable.
 
     Attributes:
       names: the names of the axes of both operands, and of the result.
@@ -36,8 +36,7 @@ class Product:
     last: bool = False
 
     def permuted(self, *order: int) -> Product:
-        """The product whose operands and result are those of this one in another order: 0 and 1 are the operands of
-        this one, 2 is its result."""
+        """This product with its operands and result permuted: 0 and 1 are its operands, 2 is its result."""
 
         def permute(entries: Any) -> Any:
             return entries and tuple(entries[i] for i in order)
@@ -48,23 +47,23 @@ class Product:
 def low_rank_product(x: Array, a: Array, b: Array, *, inputs: int = 1) -> Array:
     """``(x·a)·b``: the update of a LoRA layer, without its scale (Hu et al. 2021, eq. 3).
 
-    Its gradient is formed as ``dA = (dhᵀ x)ᵀ`` and ``dB = hᵀ g`` with ``h = x·a`` and ``dh = g·bᵀ``, so
-    that XLA:CPU never transposes an activation. Forward and reverse mode work, and derivatives of any order.
+    Its gradient is formed as ``dA = (dhᵀ x)ᵀ`` and ``dB = hᵀ g`` with ``h = x·a`` and ``dh = g·bᵀ``, so that XLA:CPU
+    never transposes an activation. Forward and reverse mode work, and derivatives of any order.
 
     >>> y = x @ w + scale * jlora.low_rank_product(x, a, b)
 
     Args:
-      x: activations ``[..., *inputs]``, any float dtype. Products run in it, or in bfloat16 if it is narrower, with
-        float32 accumulation.
+      x: activations ``[..., *inputs]``, any float dtype. Products run in this dtype, or in bfloat16 if it is narrower,
+        with float32 accumulation.
       a: ``[*inputs, rank]``.
       b: ``[rank, *outputs]``.
-      inputs: how many trailing axes of ``x`` are contracted.
+      inputs: the number of trailing axes of ``x`` to contract.
 
     Returns:
       ``[..., *outputs]`` in the dtype of the products.
 
     Raises:
-      ValueError: when the shapes do not fit.
+      ValueError: if the shapes do not fit.
     """
     if a.ndim != inputs + 1 or x.shape[x.ndim - inputs :] != a.shape[:-1] or a.shape[-1] != b.shape[0]:
         raise ValueError(
@@ -80,7 +79,7 @@ def low_rank_product(x: Array, a: Array, b: Array, *, inputs: int = 1) -> Array:
 
 
 def chain(products: Sequence[Product], x: Array, *factors: Array) -> Array:
-    """``x`` contracted with each factor in turn, in its own dtype; see `low_rank_product`."""
+    """``x`` contracted with each factor in turn, in the dtype of ``x``; see `low_rank_product`."""
     return _chained(tuple(products), *compat.match_varying(x, *factors))
 
 
@@ -116,8 +115,8 @@ def _abstract(x: Any, y: Any, **params: Any) -> Any:
 
 
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> tuple[Array, Any]:
-    """The value of a first product is a plain dot: it is small, and the policies of `jax.checkpoint` that save dots
-    save it. A last product has full width; those policies do not see it as a dot, so it is recomputed."""
+    """A first product is a plain dot: its value is small, and the policies of `jax.checkpoint` that save dots
+    save it. A last product has full width; those policies do not see a dot, so it is recomputed."""
     (x, y), (dx, dy) = primals, tangents
     value = _contract_p.bind(x, y, **params) if params["product"].last else _contract(x, y, **params)
     pairs = [pair for pair, t in (((dx, y), dx), ((x, dy), dy)) if not isinstance(t, ad.Zero)]

@@ -1,4 +1,4 @@
-"""Trace a function of pytrees to a jaxpr: what is traced, what is static, and how results are rebuilt."""
+"""Trace a function of pytrees to a jaxpr: split its leaves into traced and static, and rebuild its results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jlora._src.engine.mutation import changes
 from jlora._src.types import FullWeight, LoraWeight, is_attached
 
 _CLOSED_OVER = (
-    "jlora traces the function, and a traced function cannot change an NNX object that it closes over. "
+    "jlora traces the function, and a traced function cannot mutate an NNX object that it closes over. "
     "Pass the object as an argument, and return it: `lambda m, x: (m(x), m)`."
 )
 
@@ -29,9 +29,9 @@ class Staged:
       jaxpr, consts: the open jaxpr of the function, on plain arrays.
       leaves: for each of the jaxpr's arguments, the caller's leaf: an array, or an attached leaf.
       arrays: the arrays of these leaves; of an attached leaf, the base or the trained value.
-      frozen: for each of them, whether it belongs to an argument that has attached leaves.
-      rebuild: puts the jaxpr's results back into the structure that the function returned.
-      lost: what the function mutated in its arguments and does not return, one line each.
+      frozen: for each of them, whether its argument has attached leaves.
+      rebuild: restores the function's result structure from the jaxpr's results.
+      lost: the mutations of its arguments that the function does not return, one line each.
     """
 
     jaxpr: Any
@@ -44,7 +44,7 @@ class Staged:
 
 
 def is_array(x: Any) -> bool:
-    """Whether a leaf is traced; everything else is static."""
+    """Whether a leaf is traced; all others are static."""
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
@@ -64,8 +64,8 @@ def replace_leaves(leaves: list[Any], positions: list[int], arrays: Iterable[Any
 
 
 def stage(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Staged:
-    """``fn(*args, **kwargs)`` as a jaxpr. The arrays themselves are traced, not their shapes, so that what
-    JAX knows of them (shardings, varying mesh axes) is kept."""
+    """``fn(*args, **kwargs)`` as a jaxpr. The arrays themselves are traced, not their shapes, so that what JAX knows
+    about them (shardings, varying mesh axes) is kept."""
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_attached)
     arrays = [_array_of(leaf) for leaf in leaves]
     traced = [i for i, leaf in enumerate(arrays) if is_array(leaf)]
@@ -83,12 +83,12 @@ def stage(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 class _TracedCall:
-    """A function of the traced arrays alone, and what the last call of it found out.
+    """A function of the traced arrays alone, and the findings of its last call.
 
     Attributes:
-      treedef, static: the structure of the result, and its leaves that are not arrays; None in the place of an array.
-      changes: what was mutated: the position of the array that was replaced, if one was, whether the change is
-        returned, and a line that describes it. The new arrays are results of the call, after those of the function.
+      treedef, static: the structure of the result, and its non-array leaves, with None in place of arrays.
+      changes: the mutations: the position of the replaced array, if any, whether the change is returned, and a line
+        that describes it. The new arrays follow the function's results among the results of the call.
     """
 
     def __init__(self, fn: Callable[..., Any], leaves: list[Any], treedef: Any, traced: list[int]):
@@ -131,7 +131,7 @@ def _with_attached(leaves: list[Any], treedef: Any) -> list[bool]:
 
 
 def _lost(changed: list[tuple[int | None, bool, str]], forwarded: list[int | None], values: list[Any]) -> list[str]:
-    """The changes that are not returned. For those that replace a value, ``forwarded`` says which value the new one is,
+    """The changes that are not returned. For a replaced value, ``forwarded`` identifies the new one with another value,
     if it is one, as behind a jit that returns its arguments."""
     sources = iter(forwarded)
     lost = []
@@ -139,7 +139,7 @@ def _lost(changed: list[tuple[int | None, bool, str]], forwarded: list[int | Non
         if place is not None and next(sources) == place:
             continue
         if place is not None and sum(x is values[place] for x in values) > 1:
-            lost.append(f"{text}, but another place that holds the same array is not: they were one object")
+            lost.append(f"{text}, but another place that holds the same array is not: both were one object")
         elif not returned:
             lost.append(text)
     return lost

@@ -37,11 +37,11 @@ NORM = "a sum of its squares has no matrix form"
 def trace(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> dict[Path, WeightUse]:
     """How ``fn(params, *args, **kwargs)`` consumes every floating leaf of ``params``.
 
-    Abstract: nothing is computed, and arrays may be `jax.ShapeDtypeStruct`. A stacked layer axis, an expert
-    axis and an axis indexed by a scalar are batch; contracted axes are inputs, the others outputs; the rows
-    of a looked-up table are its inputs. Where products differ, the axes are those by which most is computed, so
-    trace with a batch of the usual size. It looks inside scan, cond, while, remat, jit, shard_map and custom
-    derivatives, and follows a weight through casts, transposes, reshapes and other rearrangements.
+    Abstract: nothing is computed, and arrays may be `jax.ShapeDtypeStruct`. A stacked layer axis, an expert axis and an
+    axis indexed by a scalar are batch axes; contracted axes are inputs, the others outputs; the rows of a looked-up
+    table are its inputs. If products differ, the axes with the most computation win, so trace with a batch of the usual
+    size. Looks inside scan, cond, while, remat, jit, shard_map and custom derivatives, and follows a weight through
+    casts, transposes, reshapes and other rearrangements.
 
     >>> uses = jlora.trace(model.apply, params, batch)
     >>> uses["params/query/kernel"].axes
@@ -50,10 +50,10 @@ def trace(fn: Callable[..., Any], params: PyTree, *args: Any, **kwargs: Any) -> 
     Args:
       fn: the model's function; its first argument is the parameter tree.
       params: the parameters, or their shapes.
-      *args, **kwargs: the other arguments; those that are not arrays are static.
+      *args, **kwargs: the other arguments; non-arrays are static.
 
     Returns:
-      ``{path: WeightUse}`` in the tree's order: every floating leaf, and each integer or complex one that a product
+      ``{path: WeightUse}`` in the tree's order: every floating leaf, and any integer or complex one that a product
       or a lookup consumes, such as a quantized base.
     """
     check_callable(fn, "trace")
@@ -82,11 +82,11 @@ class _Walker:
     """Follows weights through a jaxpr and its inner jaxprs, and records where they are consumed.
 
     Attributes:
-      recorded: for each weight, its uses; what each requires of the roles of its axes; and, for one that may be of a
-        row or column (or one for each matrix of a stack) rather than of a weight, the roles for which it is.
-      auxiliary: the ids of equations that do not say what is input and output; see `auxiliary_equations`.
+      recorded: for each weight, its uses; what each requires of its axes' roles; and, for a use that may concern a
+        row or column (or one per matrix of a stack) instead of a weight, the roles for which it does.
+      auxiliary: the ids of equations that do not determine inputs and outputs; see `auxiliary_equations`.
       live: whether the gradient of a result reaches the current equation.
-      location: where in the program the current equation is.
+      location: the place of the current equation.
     """
 
     def __init__(self, auxiliary: set[int]) -> None:
@@ -100,8 +100,8 @@ class _Walker:
     def walk(
         self, jaxpr: Any, consts: Sequence[Value], args: Sequence[Value], live: Sequence[bool] | bool
     ) -> list[Value]:
-        """The values of an open jaxpr's results. ``live`` says by which of them a gradient enters, or that one
-        reaches all of the jaxpr, or none of it."""
+        """The values of an open jaxpr's results. ``live`` flags the results at which a gradient enters, or states that
+        one reaches all of the jaxpr, or none of it."""
         env: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
         reached = None if isinstance(live, bool) else reached_variables(jaxpr, live)
 
@@ -169,7 +169,7 @@ class _Walker:
             return
         requirements: tuple[Requirement, ...] = ()
         row: Requirement | None = None
-        live = self.live or not weight.adaptable  # an integer has no gradient, whatever it is used for
+        live = self.live or not weight.adaptable  # an integer never has a gradient
         if isinstance(found, MatrixUse):
             why = (weight.materialized or found.materialized) if weight.adaptable else ""
             note = why or (NORM if found.axes is None else "")
@@ -185,13 +185,13 @@ class _Walker:
         self.recorded.setdefault(weight.path, []).append((use, requirements, row))
 
     def record_returned_lookups(self, results: Sequence[Value]) -> None:
-        """Records the lookups whose rows are results of the program."""
+        """Records the lookups whose rows the program returns."""
         for weight in (w for value in results for w in weights_in(value)):
             if weight.lookup is not None:
                 self.recorded.setdefault(weight.path, []).append((weight.lookup, (), None))
 
     def uses_of(self, path: Path) -> list[Use]:
-        """A weight's uses. Whether one materializes it may depend on its roles, which are known once all uses are."""
+        """A weight's uses. Whether one materializes it may depend on its roles, known only after all uses."""
         recorded = self.recorded.get(path, [])
         roles = WeightUse((), None, tuple(use for use, *_ in recorded)).axes
 

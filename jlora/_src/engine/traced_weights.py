@@ -1,4 +1,4 @@
-"""What `trace` carries in place of arrays: weights with the axes that their dimensions hold, and kinds of others."""
+"""The abstract values of `trace`: weights with the axes that their dimensions hold, and kinds of all other values."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ NO_AXES: frozenset[int] = frozenset()
 
 
 class Requirement(NamedTuple):
-    """What must hold of the roles of a weight's axes for it to stay factored on its way to a product.
+    """A condition on the roles of a weight's axes, under which it stays factored on its way to a product.
 
     Attributes:
-      axes: some of the weight's.
+      axes: some of the weight's axes.
       same_role: whether they must all have one role; else they must be axes of one factor (batch and inputs, or
         batch and outputs).
-      why: the reason to report where it does not hold.
+      why: the reason to report if it fails.
     """
 
     axes: frozenset[int]
@@ -38,13 +38,13 @@ class TracedWeight:
     Attributes:
       path, shape: the weight's.
       dims: for each current dimension, the weight's axes that it holds.
-      adaptable: False for an integer or complex weight, which is followed to say what it is used for.
+      adaptable: False for an integer or complex weight, which is followed only to report its uses.
       stopped: whether it is behind a stop_gradient.
-      lookup: the use to record if it turns out to be a looked-up row rather than a weight.
-      requirements: what must hold for it to be factored still.
-      materialized: why it is materialized already, whatever its roles; empty when it is not.
-      multiplier_axes: None, or the weight's axes that its trained multiplier has.
-      squared: whether this is the square of the weight, until it is summed.
+      lookup: the use to record if it proves to be a looked-up row, not a weight.
+      requirements: the conditions under which it is still factored.
+      materialized: why it is materialized already, whatever its roles; empty if it is not.
+      multiplier_axes: None, or the axes of its trained multiplier.
+      squared: whether this is the square of the weight, until summed.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class TracedWeight:
 
     @property
     def is_row(self) -> bool:
-        """Whether a single row or column of the weight is left, which is a result rather than a weight."""
+        """Whether only a single row or column of the weight is left: a result, not a weight."""
         return sum(any(self.shape[axis] > 1 for axis in axes) for axes in self.dims) < 2
 
     @property
@@ -75,14 +75,14 @@ class TracedWeight:
 
 Value: TypeAlias = "tuple[TracedWeight, ...] | str"
 """A weight, or several combined ones; or the kind of any other value: DATA (depends on the other arguments),
-STOPPED_DATA (the same behind a stop_gradient), ADAPTED (depends on a matrix among the parameters, and so on its
+STOPPED_DATA (the same behind a stop_gradient), ADAPTED (depends on a matrix among the parameters, so on its
 adapter), PARAMETER (depends on other parameters alone), or CONSTANT (depends on no argument)."""
 DATA, STOPPED_DATA, ADAPTED, PARAMETER, CONSTANT = "data", "stopped data", "adapted", "parameter", "constant"
 
 
 class MatrixUse(NamedTuple):
-    """A use of a weight as a matrix: the axes and the work of a `Use`, what it requires of the roles, and why the
-    weight is materialized for it, if it is. A norm has no axes."""
+    """A use of a weight as a matrix: the axes and work of a `Use`, its requirements on the roles, and why the
+    weight is materialized for it, if so. A norm has no axes."""
 
     axes: Axes | None
     work: int = 0
@@ -91,7 +91,7 @@ class MatrixUse(NamedTuple):
 
 
 def axes_of(weight: TracedWeight, contracted: Sequence[int], batch: Sequence[int]) -> Axes | str:
-    """The weight's axes when these of its dimensions are contracted or batch, or why there are none."""
+    """The roles of the weight's axes, given its contracted and batch dimensions; or why it has none."""
     inputs, stacked = weight.axes_along(contracted), weight.axes_along(batch)
     outputs = weight.axes_along([d for d in range(len(weight.dims)) if d not in (*contracted, *batch)])
     if inputs & outputs or inputs & stacked or outputs & stacked:
@@ -117,13 +117,13 @@ def is_adapted(value: Value) -> bool:
 
 
 def combined_kind(values: Sequence[Value]) -> str:
-    """The kind of a value made of these, when none of them is followed any further."""
+    """The kind of a value computed from these, none of which is followed any further."""
     kinds = {v if isinstance(v, str) else ADAPTED if is_adapted(v) else PARAMETER for v in values}
     return next((kind for kind in (DATA, STOPPED_DATA, ADAPTED, PARAMETER) if kind in kinds), CONSTANT)
 
 
 def require(value: Value, groups: Sequence[Sequence[int]], *, same_role: bool, why: str) -> Value:
-    """A weight that stays factored only if the axes in each group of its dimensions have fitting roles."""
+    """A weight that stays factored only if the axes in each group of its dimensions have matching roles."""
     if isinstance(value, str):
         return value
 
@@ -136,7 +136,7 @@ def require(value: Value, groups: Sequence[Sequence[int]], *, same_role: bool, w
 
 
 def mark_materialized(value: Value, why: str) -> Value:
-    """A weight that is materialized, here or for the equations inside this one."""
+    """Marks a weight as materialized, here or for the equations inside this one."""
     if isinstance(value, str):
         return value
     return tuple(dataclasses.replace(w, materialized=w.materialized or why) for w in value)
@@ -150,7 +150,7 @@ def move_dims(value: Value, move: Callable[[Sequence[frozenset[int]]], Sequence[
 
 
 def broadcast(value: Value, before: Sequence[int], after: Sequence[int], place: Sequence[int] | None = None) -> Value:
-    """A weight broadcast from shape to shape: its dimensions go to ``place``, by default to the last ones. A dimension
+    """A weight broadcast to a new shape: its dimensions move to ``place``, by default the last ones. A dimension
     broadcast from size 1 holds no axis."""
     place = range(len(after) - len(before), len(after)) if place is None else place
     olds = {new: old for old, new in enumerate(place) if before[old] == after[new]}
@@ -158,7 +158,7 @@ def broadcast(value: Value, before: Sequence[int], after: Sequence[int], place: 
 
 
 def stack_slices(value: Value, leading: dict[Path, frozenset[int]]) -> Value:
-    """What a scan returns at each step, stacked: slices of a stacked weight are that stack again."""
+    """The stacked per-step results of a scan: slices of a stacked weight form that stack again."""
     if isinstance(value, str):
         return value
     return tuple(dataclasses.replace(w, dims=(leading.get(w.path, NO_AXES), *w.dims)) for w in value)

@@ -20,7 +20,7 @@ def attach(
     strength: Array | float | Mapping[Path, Array | float] | None = None,
     dropout_key: Array | None = None,
 ) -> PyTree:
-    """The tree with adapted leaves in place of the weights: what a `lora` function takes.
+    """The parameter tree with adapters attached, for a `lora` function.
 
     Pure and cheap: no weight is copied or summed. Call it inside the loss, differentiate with respect to the adapters,
     and give them to the optimizer:
@@ -29,29 +29,29 @@ def attach(
     >>> grads = jax.grad(loss)(adapters)
 
     A loop that needs one tree of parameters keeps the attached tree, and wraps its optimizer in `freeze`. Without
-    `freeze`, the gradients of frozen leaves are zero (see `lora`), so plain SGD or Adam do not change them; what does
-    not come from a gradient, such as the weight decay of AdamW, still does.
+    `freeze`, the gradients of frozen leaves are zero (see `lora`), so plain SGD or Adam do not change them; an update
+    without a gradient, such as AdamW's weight decay, still does.
 
     Args:
       params: any pytree of arrays.
       adapters: ``{path: LoraFactors | array}``, as from `init`; an array replaces its leaf.
-      strength: multiplies the updates at run time, without recompiling: a scalar for all, or a mapping with a scalar
+      strength: scales the updates at run time, without recompiling: a scalar for all, or a mapping with a scalar
         for every path of a `LoraFactors`. Leaves trained whole ignore it. Each weight gets a copy, so that the tree
         can be donated.
-      dropout_key: a PRNG key; with one, the input of each adapter is dropped at its recorded rate. The mask depends on
+      dropout_key: a PRNG key; if given, each adapter's input gets dropout at its recorded rate. The mask depends on
         the key, the path, the slice of a stacked weight, the number of the use in program order, the step of each loop
         around it and, inside ``shard_map``, the device where inputs differ by device (with ``check_vma``, the default).
         The same call with the same key drops the same entries, and so does rematerialization by `jax.checkpoint`.
-        The key does not see what is outside the `lora` function: under `jax.vmap`, in a loop over calls, and under
+        The mask depends on nothing outside the `lora` function: under `jax.vmap`, in a loop over calls, and under
         `jax.pmap`, fold the index into the key.
 
     Returns:
       A tree like ``params`` with `LoraWeight` and `FullWeight` leaves.
 
     Raises:
-      KeyError: if a path is not in ``params``, or ``strength`` has other paths than the factors.
-      ValueError: if a shape does not fit, or something is attached already; all offenders are listed.
-      TypeError: if a value is neither factors nor an array, such as adapters that orbax restored without a target;
+      KeyError: if a path is not in ``params``, or the paths of ``strength`` differ from the factors'.
+      ValueError: if a shape does not fit, or the tree has adapters attached already; lists every offender.
+      TypeError: if a value is neither factors nor an array, for example adapters that orbax restored without a target;
         or if an argument is of another kind, as when the two are swapped.
     """
     check_arguments(params, adapters, "attach")
@@ -75,7 +75,7 @@ def attach(
 
 
 def _strengths(strength: Any, paths: list[Path]) -> dict[Path, Array | None]:
-    """A strength for each of the paths: arrays of their own, so that the tree can be donated."""
+    """A strength for each path: separate arrays, so that the tree can be donated."""
     if isinstance(strength, Mapping) and set(strength) != set(paths):
         wrong = [f"{path!r} is no path of the factors{nearest(path, paths)}" for path in strength if path not in paths]
         wrong += [f"{path!r} is missing" for path in paths if path not in strength]
@@ -91,7 +91,7 @@ def _strengths(strength: Any, paths: list[Path]) -> dict[Path, Array | None]:
 
 
 def detach(tree: PyTree) -> tuple[PyTree, dict[Path, LoraFactors | Array]]:
-    """``(params, adapters)``: the inverse of `attach`. The params are the same arrays that `attach` was given.
+    """``(params, adapters)``: the inverse of `attach`. The params are the arrays given to `attach`.
 
     Raises:
       ValueError: if nothing is attached.
@@ -103,6 +103,6 @@ def detach(tree: PyTree) -> tuple[PyTree, dict[Path, LoraFactors | Array]]:
             adapters[leaf.path] = leaf.factors if isinstance(leaf, LoraWeight) else leaf.value
     if not adapters:
         raise ValueError(
-            f"detach: none of the {len(leaves)} leaves carries an adapter. Expected a tree made by jlora.attach."
+            f"detach: none of the {len(leaves)} leaves carries an adapter. Expected the result of jlora.attach."
         )
     return treedef.unflatten([leaf.base if is_attached(leaf) else leaf for leaf in leaves.values()]), adapters

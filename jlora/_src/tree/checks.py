@@ -88,11 +88,11 @@ def _is_array(x: Any) -> bool:
 
 
 def restored_hint(tree: Mapping[Any, Any]) -> str:
-    """What an error adds where orbax or flax restored adapters as plain dictionaries; else ``""``."""
+    """A hint for adapters that orbax or flax restored as plain dictionaries; else ``""``."""
     if not any(isinstance(v, Mapping) and {"a", "b"} <= set(v) for v in tree.values()):
         return ""
     return (
-        " Got factors that were restored without a target, which loses their scale, axes and dropout: read what "
+        " Got factors restored without a target, which loses their scale, axes and dropout: read the files of "
         "jlora.save wrote with jlora.load, or restore with a target: adapters of jlora.init, or their shapes."
     )
 
@@ -110,7 +110,7 @@ def check_adapters(leaves: Mapping[Path, Any], adapters: Adapters, what: str) ->
     for path, value in adapters.items():
         leaf = leaves[path]
         if is_attached(leaf):
-            wrong.append(f"{path!r}: something is attached already; call jlora.detach or jlora.merge first")
+            wrong.append(f"{path!r}: an adapter is attached already; call jlora.detach or jlora.merge first")
         elif isinstance(value, LoraFactors):
             if problem := check_fit(tuple(leaf.shape), value):
                 wrong.append(f"{path!r}: {problem}")
@@ -129,7 +129,7 @@ def check_finite(adapters: Adapters, what: str) -> None:
     leaves = jax.tree.leaves(adapters)
     if any(isinstance(x, Tracer) for x in leaves):
         return
-    with jax.ensure_compile_time_eval():  # adapters that a jitted function closes over are checked as well
+    with jax.ensure_compile_time_eval():  # also checks adapters that a jitted function closes over
         finite = jax.device_get({path: _all_finite(value) for path, value in adapters.items()})
     if bad := [path for path, ok in finite.items() if not ok]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`init`: fresh adapters, with which the adapted model still equals its base."""
+"""`init`: fresh adapters, under which the model still equals its base."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ from jlora.messages import bullets, nearest
 def init(
     key: Array, params: PyTree, plan: Plan | LoraConfig, uses: Uses | None = None
 ) -> dict[Path, LoraFactors | Array]:
-    """Fresh adapters for ``params``: A random, B zero, so that the model does not change yet.
+    """Fresh adapters for ``params``: A random, B zero, so the model does not change yet.
 
-    A is drawn as by torch's ``kaiming_uniform_(a=sqrt(5))``, that is from U(±1/sqrt(fan_in)), and B is 0. For a
-    lookup table it is the other way round, as in PEFT: A = 0, B from N(0, 1). Leaves of ``train_also`` are
-    copies of the params, never aliases. The key of each weight is folded from its path (`path_key`), so that its
-    initialization does not depend on which others are adapted. Works under `jax.eval_shape` and
-    ``jax.jit(out_shardings=…)``.
+    A is drawn from U(±1/sqrt(fan_in)), like torch's ``kaiming_uniform_(a=sqrt(5))``, and B is 0. For a lookup table the
+    roles swap, as in PEFT: A = 0, B from N(0, 1). Leaves of ``train_also`` are copies of the params, never aliases.
+    Each weight's key is folded from its path (`path_key`), so its initialization does not depend on which other weights
+    are adapted. Works under `jax.eval_shape` and ``jax.jit(out_shardings=…)``.
 
     >>> plan = jlora.plan(params, jlora.LoraConfig(rank=8), uses)
     >>> adapters = jlora.init(jax.random.key(0), params, plan)
@@ -36,16 +35,17 @@ def init(
     Args:
       key: a PRNG key.
       params: the parameters. Only their shapes matter, except for ``train_also`` leaves and DoRA.
-      plan: from `plan`; or a config, of which the plan is made first.
+      plan: from `plan`; or a config, planned first.
       uses: with a config: from `trace`; needed by ``targets="all-linear"`` and for weights that are not 2-D.
 
     Returns:
       ``{path: LoraFactors | array}``: every array leaf of it is trainable, in ``config.dtype``.
 
     Raises:
-      ValueError: if the plan is of other params, listing each path; for a config, as `plan`.
+      ValueError: if the plan was made for other params, listing each path; for a config, as `plan`.
       TypeError: if ``params`` are only shapes, outside of `jax.eval_shape`, where values are needed; if ``uses``
-        are given with a plan, which holds them already; or if an argument is of another kind, as when two are swapped.
+        are given together with a plan, which already includes them; or if an argument is of another kind, as when two
+        are swapped.
     """
     key = one_key(key, "init", "key")
     leaves, _ = named_leaves(params)
@@ -70,7 +70,7 @@ def init(
 
 def _check_plan(plan: Plan, leaves: dict[Path, Any], uses: Uses | None) -> None:
     if uses is not None:
-        raise TypeError("init: got uses with a plan, which was made from uses; expected one of them: leave out uses")
+        raise TypeError("init: got uses and a plan, which already includes them; leave out uses")
     wrong = [
         f"{path!r} has shape {tuple(leaves[path].shape)}, {target.shape} in the plan"
         if path in leaves
@@ -80,7 +80,7 @@ def _check_plan(plan: Plan, leaves: dict[Path, Any], uses: Uses | None) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"init: the plan is of other params:{bullets(wrong)}\nExpected the params that were given to jlora.plan, "
+            f"init: the plan was made for other params:{bullets(wrong)}\nExpected the params given to jlora.plan,  "
             "or params of the same shapes."
         )
 

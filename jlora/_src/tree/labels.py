@@ -19,7 +19,7 @@ from jlora._src.types import FullWeight, LoraFactors, LoraWeight, PyTree, is_att
 def labels(tree: PyTree) -> PyTree:
     """A tree of the same structure, with ``"A"``, ``"B"``, ``"magnitude"``, ``"full"`` or ``"frozen"`` for every array.
 
-    For `optax.partition`, for example for LoRA+ (Hayou et al. 2024), where B has a larger learning rate:
+    For `optax.partition`. LoRA+ (Hayou et al. 2024), for example, gives B a larger learning rate:
 
     >>> rates = {"A": optax.adam(1e-4), "B": optax.adam(16e-4), "frozen": optax.set_to_zero()}
     >>> tx = optax.partition(rates, jlora.labels)
@@ -40,7 +40,7 @@ def labels(tree: PyTree) -> PyTree:
     flat, treedef = jax.tree.flatten(tree, is_leaf=is_attached)
     if not any(map(is_attached, flat)):
         raise ValueError(
-            f"labels: none of the {len(flat)} leaves is trainable. Expected a tree made by jlora.attach, or adapters "
+            f"labels: none of the {len(flat)} leaves is trainable. Expected the result of jlora.attach, or adapters "
             'with LoraFactors among them; adapters without factors are all "full", and need no labels.'
             f"{restored_hint(tree) if isinstance(tree, Mapping) else ''}"
         )
@@ -76,7 +76,7 @@ def _labels_of_adapters(adapters: Any) -> Any:
 
     if any(map(is_factors, jax.tree.leaves(adapters, is_leaf=is_factors))):
         return jax.tree.map(one, adapters, is_leaf=is_factors)
-    # A Mapping that JAX flattens completely (Haiku's FlatMap), or not at all (MappingProxyType).
+    # JAX flattens some Mappings completely (Haiku's FlatMap), and some not at all (MappingProxyType).
     return type(adapters)({path: one(value) for path, value in adapters.items()})
 
 
@@ -99,7 +99,7 @@ def _leaf_labels(leaf: Any) -> Any:
 
 
 def trainable_mask(tree: PyTree) -> PyTree:
-    """True for what trains and False for what is frozen, in the structure of ``tree``; for `optax.masked`.
+    """A tree of the same structure: True for trainable leaves, False for frozen ones; for `optax.masked`.
 
     `optax.masked` passes masked-out gradients through unchanged, as updates: chain it with
     ``optax.masked(optax.set_to_zero(), frozen)``, or use `freeze`.
@@ -131,9 +131,9 @@ def combine(trainable: PyTree, frozen: PyTree) -> PyTree:
 def freeze(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """An optimizer for a whole attached tree that updates only its trainable leaves.
 
-    Frozen leaves get zero updates, whatever their gradient (which may be None), and have no optimizer state. Weight
-    decay and global norms see the trainable leaves only. Training an attached tree with ``freeze(tx)`` and training
-    the adapters with ``tx`` give the same numbers.
+    Frozen leaves get zero updates whatever their gradient (even None), and have no optimizer state. Weight
+    decay and global norms see the trainable leaves only. Training an attached tree with ``freeze(tx)`` gives the same
+    numbers as training the adapters with ``tx``.
 
     >>> tx = jlora.freeze(optax.adamw(1e-3))
     >>> state = tx.init(tree)
@@ -177,7 +177,7 @@ def _reduced(value: Any, own: Callable[[PyTree], PyTree], params: PyTree, alike:
 
     Args:
       value: a tree like the parameters, a function of them, or anything else, which is returned unchanged.
-      own: keeps the trainable leaves of a whole tree.
+      own: reduces a whole tree to its trainable leaves.
       params: the whole tree.
       alike: the structures of whole trees.
     """
@@ -206,7 +206,7 @@ def _only(keep: bool, x: Any) -> Any:
 
 
 def _zero(keep: bool, x: Any) -> Any:
-    """A zero update for a frozen leaf; None for a trainable leaf, and for PRNG keys and functions."""
+    """A zero update for a frozen array; None for trainable leaves, PRNG keys and functions."""
     is_number = isinstance(x, jax.Array | np.ndarray | np.generic | int | float | complex)
     has_zero = is_number and not jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended)
     return jnp.zeros_like(x) if has_zero and not keep else None

@@ -1,4 +1,4 @@
-"""Fold adapters into the weights, subtract them again, and measure what rounding loses."""
+"""Merge adapters into the weights, unmerge them, and measure the rounding loss."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def merge(params: PyTree, adapters: Adapters) -> PyTree:
       adapters: as from `init`.
 
     Returns:
-      A tree like ``params``, each leaf in the memory kind of its base. Leaves without an adapter are the same arrays,
-      so that donating one of the two trees deletes them in the other; the merged leaves are new arrays.
+      A tree like ``params``, each leaf in the memory kind of its base. Leaves without an adapter are shared, so
+      donating one of the two trees deletes them in the other; the merged leaves are new arrays.
 
     Raises:
       KeyError, ValueError: if an adapter does not fit the params, or holds NaN or infinity (checked only outside
@@ -40,11 +40,11 @@ def merge(params: PyTree, adapters: Adapters) -> PyTree:
 
 
 def unmerge(merged: PyTree, adapters: Adapters) -> PyTree:
-    """The base parameters: the inverse of `merge`, up to the rounding to each weight's dtype. Plain LoRA only.
+    """The base parameters: the inverse of `merge`, up to rounding to each weight's dtype. Plain LoRA only.
 
     Raises:
-      KeyError, ValueError: as `merge`; and for adapters that cannot be undone, all of them listed: leaves trained
-        whole, whose base is lost, and DoRA, whose norms are.
+      KeyError, ValueError: as `merge`; and for adapters that cannot be undone, listing all: leaves trained
+        whole, whose base is lost, and DoRA, whose norms are lost.
     """
     check_arguments(merged, adapters, "unmerge")
     check_kinds(adapters, "unmerge")
@@ -83,22 +83,22 @@ class Rounding(dict[Path, float]):
 
 
 def rounding(params: PyTree, adapters: Adapters) -> Rounding:
-    """What `merge` loses: for each adapted weight, the share of its update lost by rounding to the weight's dtype.
+    """The rounding loss of `merge`: for each adapted weight, the share of its update lost by rounding to its dtype.
 
-    This is ``norm(merged - (base + update)) / norm(update)`` in float32, where the merged weight is what `merge`
+    This is ``norm(merged - (base + update)) / norm(update)`` in float32, where ``merged`` is the weight that `merge`
     returns. It depends on the size of the update relative to the base. Measured on normal weights at rank 8: of an
     update 1e-1, 1e-2, 1e-3 and 1e-4 times as large as a bfloat16 base, 1.6%, 16%, 77% and 98% are lost; in float16
-    0.2%, 2%, 20% and 82%; in float32 0.002% at 1e-3. Where that is too much, serve the adapters unmerged, or merge into
+    0.2%, 2%, 20% and 82%; in float32 0.002% at 1e-3. If that is too much, serve the adapters unmerged, or merge into
     a float32 copy of the base.
 
     >>> print(jlora.rounding(params, adapters))
 
     Args:
       params: the base parameters.
-      adapters: as from `init`; merged one by one, so that there is never a second copy of the parameters.
+      adapters: as from `init`; merged one by one, so no second copy of the parameters is ever needed.
 
     Returns:
-      A share for each path: 0 where the update is 0; infinity where the sum overflows the dtype.
+      The share for each path: 0 for a zero update; infinity if the sum overflows the dtype.
 
     Raises:
       KeyError, ValueError: as `merge`.
@@ -161,7 +161,7 @@ def _compare(base: Any, merged: Any, value: Any) -> tuple[Array, Array, Array]:
 
 
 def _update(base: Any, f: LoraFactors) -> Array:
-    """What `merge` adds to ``base``, computed without the base, next to which a small update would lose digits."""
+    """The update that `merge` adds, computed without the base, next to which a small update would lose digits."""
     whole = _factored(base, f)
     alone = materialize(dataclasses.replace(whole, base=jnp.zeros_like(base)))
     if whole.multiplier is None:

@@ -1,4 +1,4 @@
-"""`plan`: which weights a config adapts, and how. Every mistake in its patterns is found here."""
+"""`plan`: which weights a config adapts, and how. Reports every mistake in its patterns."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ class Plan(dict[Path, Target]):
     """``{path: Target}`` in the tree's order, for `init`; prints as a readable table.
 
     Attributes:
-      config: the config it was made from.
+      config: the config behind it.
       total: the number of parameters in the tree.
-      left_out: ``{path: why}`` for weights that a product consumes and that get no adapter (excluded, integer or
-        complex, state, or without a gradient), for tables that are looked up, matrices with an unusual use, and unread
-        leaves.
+      left_out: ``{path: why}`` for weights of products that get no adapter (excluded, integer or complex, state, or
+        without a gradient), for tables that are looked up, matrices with an unusual use, and unread leaves.
     """
 
     def __init__(self, targets: dict[Path, Target], config: LoraConfig, total: int, left_out: dict[Path, str]):
@@ -49,7 +48,7 @@ class Plan(dict[Path, Target]):
 
 
 def plan(params: PyTree, config: LoraConfig, uses: Uses | None = None) -> Plan:
-    """A `Target` for every weight that ``config`` adapts or trains whole: what `init` will make.
+    """A `Target` for every weight that ``config`` adapts or trains whole, for `init`.
 
     Without ``uses``, only 2-D leaves named by explicit targets can be adapted, with axis 0 as their input.
 
@@ -111,11 +110,11 @@ def _check_types(config: Any, uses: Any) -> None:
 
 
 class _No(NamedTuple):
-    """Why a leaf is not trained.
+    """The reason not to train a leaf.
 
     Attributes:
-      why: for a person.
-      error: whether that is an error: never, always, or if it is ``alone``: its pattern matches nothing that trains.
+      why: the reason, for a person.
+      error: whether that is an error: never, always, or only ``alone``: if its pattern matches nothing that trains.
       listed: whether it is in `Plan.left_out`.
     """
 
@@ -126,7 +125,7 @@ class _No(NamedTuple):
 
 _EXCLUDED = _No("excluded")
 _Choice: TypeAlias = Target | _No | None
-"""What becomes of a leaf; None for one that nobody would look for in the plan."""
+"""The decision about a leaf; None for one that nobody would look for in the plan."""
 
 
 class _Chooser(NamedTuple):
@@ -135,7 +134,7 @@ class _Chooser(NamedTuple):
     Attributes:
       config, uses: as given to `plan`.
       state: ``{path: what it is}`` for leaves that are state, not parameters.
-      linen: whether the tree is Linen's collections of variables.
+      linen: whether the tree has Linen's variable collections.
     """
 
     config: LoraConfig
@@ -157,7 +156,7 @@ class _Chooser(NamedTuple):
         return _EXCLUDED if _matches(self.config.exclude, path) else self.adapted(path, leaf, use)
 
     def is_notable(self, path: Path, leaf: Any, use: WeightUse) -> bool:
-        """Whether a reader of the plan would look for the leaf in it: not biases, scales, state."""
+        """Whether a reader would look for the leaf in the plan: not biases, scales, state."""
         if use.kind in ("matmul", "lookup"):
             return True
         return path not in self.state and (use.kind in ("unread", "stopped") or _is_unusual(leaf, use))
@@ -175,7 +174,7 @@ class _Chooser(NamedTuple):
         return None if use.kind == "matmul" else f"{_used_by(use)}; name it in targets to adapt it"
 
     def adapted(self, path: Path, leaf: Any, use: WeightUse | None) -> Target | _No:
-        """The target of a leaf that the config wants to adapt."""
+        """The target of a leaf that matches the config's targets."""
         matrix = len(leaf.shape) > 1
 
         def no(why: str, error: Literal["alone", "always"] = "alone") -> _No:
@@ -309,12 +308,12 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def _main_use(use: WeightUse) -> Use:
-    """The use that says what a weight is for: the first one through which a gradient reaches it, if there is one."""
+    """A weight's defining use: the first through which a gradient reaches it, if any."""
     return (use.learning or use.uses)[0]
 
 
 def _is_unusual(leaf: Any, use: WeightUse) -> bool:
-    """Whether a matrix is consumed by something other than a product, and is not a bias or scale of activations."""
+    """Whether a matrix is consumed other than by a product, and is not a bias or scale of activations."""
     matrix = sum(size > 1 for size in leaf.shape) > 1
     if not matrix or use.kind != "other":
         return False

@@ -2,8 +2,8 @@
 
 folder/
   arrays/         the factors a, b and magnitude, or whole leaves, by number
-  adapters.json   by path: that number, shapes and dtypes; of factors also scale, axes and dropout
-  SHA256SUMS      of all these files, so that a flipped bit is detected
+  adapters.json   by path: that number, shapes and dtypes; for factors also scale, axes and dropout
+  SHA256SUMS      of all these files, to detect a flipped bit
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _CONTENT = {"arrays", "adapters.json", SUMS}
 
 
 def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
-    """Write adapters to ``folder``, atomically: if writing fails, the folder holds what it held before.
+    """Write adapters to ``folder``, atomically: if writing fails, the folder keeps its old content.
 
     Args:
-      folder: created with its parents; adapters in it are replaced.
-      adapters: as from `init`, with any sharding. With several processes, all of them call this, on a shared disk.
+      folder: created with its parents; replaces adapters in it.
+      adapters: as from `init`, with any sharding. With several processes, all must call this, on a shared disk.
 
     Raises:
       ValueError: if there are no adapters, or if arrays are empty, listing each. Nothing is written.
       TypeError: if a value is neither factors nor an array, such as an NNX variable. Nothing is written.
-      TensorError: if ``folder`` is a file, or holds anything but adapters. Nothing is written.
+      TensorError: if ``folder`` is a file, or contains anything but adapters. Nothing is written.
     """
-    import orbax.checkpoint as ocp  # here, because it would take half of the time of `import jlora`
+    import orbax.checkpoint as ocp  # imported here: it would double the time of `import jlora`
 
     folder = Path(folder).resolve()
     _check_savable(folder, adapters)
@@ -64,16 +64,16 @@ def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
 def load(
     folder: str | os.PathLike[str], *, like: Adapters | None = None, shardings: Any = None
 ) -> dict[LeafPath, LoraFactors | Array]:
-    """Restore adapters that `save` wrote, bit for bit.
+    """Load adapters saved by `save`, bit for bit.
 
     Args:
       folder: as given to `save`.
-      like: the expected adapters, or their shapes; the ones on disk have to match in paths, shapes, dtypes, scale,
+      like: the expected adapters, or their shapes; the ones on disk must match in paths, shapes, dtypes, scale,
         axes and dropout.
       shardings: one sharding, or a tree like the adapters; by default JAX's default device.
 
     Raises:
-      TensorError: if there are none, or files are missing or changed since they were written; all are listed.
+      TensorError: if there are none, or files are missing or damaged, listing all.
       ValueError: if they differ from ``like``, listing every difference.
       TypeError: if a value of ``like`` is neither factors nor an array.
     """
@@ -112,7 +112,7 @@ def load(
 
 
 def _from_first_process(text: str) -> str:
-    """The first process's text, in all processes. Waits for all of them."""
+    """Broadcasts the first process's text to all processes, and waits for all."""
     if jax.process_count() == 1:
         return text
     sent = multihost_utils.broadcast_one_to_all(np.frombuffer(text.encode(), np.uint8))
@@ -136,7 +136,7 @@ def _check_savable(folder: Path, adapters: Adapters) -> None:
             "adapters out, or give them a rank above 0."
         )
     if folder.exists() and not folder.is_dir():
-        raise TensorError(f"save: {folder} is a file; expected a folder that jlora.save wrote, or a new one")
+        raise TensorError(f"save: {folder} is a file; expected a folder written by jlora.save, or a new one")
     if folder.is_dir() and (foreign := sorted({entry.name for entry in folder.iterdir()} - _CONTENT)):
         raise TensorError(
             f"save: {folder} would be replaced as a whole, but holds other files:{bullets(foreign)}\nExpected only "
@@ -163,7 +163,7 @@ def _read_records(file: Path) -> dict[str, Any]:
     """The records of adapters.json.
 
     Raises:
-      TensorError: listing every one that `save` cannot have written.
+      TensorError: listing every record that `save` cannot have written.
     """
     records = read_json(file)
     wrong = [f"{path!r}: {problem}" for path, record in records.items() if (problem := fault(record))]
@@ -171,5 +171,5 @@ def _read_records(file: Path) -> dict[str, Any]:
     if not wrong and len({record["key"] for record in records.values()}) < len(records):
         wrong = ["two adapters have the same key"]
     if wrong:
-        raise TensorError(f"{file} is damaged:{bullets(wrong)}\nExpected the file as jlora.save wrote it; save again.")
+        raise TensorError(f"{file} is damaged:{bullets(wrong)}\nExpected an unchanged file of jlora.save; save again.")
     return records

@@ -50,7 +50,7 @@ def _to_state_dict(value: Any) -> dict[str, Any]:
 
 
 def _from_state_dict(target: Any, state: Any) -> Any:
-    """``target`` with the arrays of ``state``, which has to have the same static fields and shapes.
+    """``target`` with the arrays of ``state``, which must have the same static fields and shapes.
 
     Raises:
       ValueError: listing every field that differs.
@@ -68,7 +68,7 @@ def _from_state_dict(target: Any, state: Any) -> Any:
     if wrong:
         raise ValueError(
             f"flax.serialization: the stored {type(target).__name__} at {serialization.current_path()!r} differs from "
-            f"the target: {'; '.join(wrong)}. Expected a target made with the same config: adapters of jlora.init, "
+            f"the target: {'; '.join(wrong)}. Expected a target of the same config: adapters from jlora.init, "
             "or their attached tree."
         )
     arrays = {
@@ -79,7 +79,7 @@ def _from_state_dict(target: Any, state: Any) -> Any:
 
 
 def _comparable(value: Any) -> Any:
-    """What has to be equal: the shape of an array, the value of a static field; nothing for a nested state."""
+    """The part that must be equal: the shape of an array, the value of a static field; nothing for a nested state."""
     if hasattr(value, "shape"):
         return f"an array of shape {np.shape(value)}" if value.shape else "a scalar"
     return "a tree" if isinstance(value, dict) and not set(value) == set(Axes._fields) else value

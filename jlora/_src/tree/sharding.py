@@ -1,4 +1,4 @@
-"""How parameters are sharded over a mesh, by rules on their paths; adapters follow their weights."""
+"""Shards parameters over a mesh by rules on their paths; adapters follow their weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jlora.fields import bad_pattern
 from jlora.messages import bullets, nearest
 
 ShardingRules: TypeAlias = Sequence[tuple[str, PartitionSpec]]
-"""``(pattern, spec)`` pairs: the first pattern found (`re.search`) in the ``/``-joined path of a leaf applies."""
+"""``(pattern, spec)`` pairs: the first pattern that matches (`re.search`) the ``/``-joined path of a leaf applies."""
 
 
 def shardings(params: PyTree, mesh: Mesh, rules: ShardingRules) -> PyTree:
@@ -35,12 +35,12 @@ def shardings(params: PyTree, mesh: Mesh, rules: ShardingRules) -> PyTree:
       rules: for all leaves; end with ``(r"", P())`` to replicate the rest.
 
     Returns:
-      A tree like ``params`` of `NamedSharding`, with the spec of the rule.
+      A tree of `NamedSharding` like ``params``, with each rule's spec.
 
     Raises:
       ValueError: listing every leaf that no rule matches, every rule that applies to no leaf, every spec that is longer
-        than its leaf, or names an axis that the mesh lacks or one axis twice, and every size that its mesh axes do not
-        divide.
+        than its leaf's shape, names an axis that the mesh lacks, or repeats an axis, and every size that its mesh axes
+        do not divide.
     """
     leaves, treedef = named_leaves(params)
     wrong = [f"rule {problem}" for pattern, _ in rules if (problem := bad_pattern(pattern))]
@@ -52,7 +52,7 @@ def shardings(params: PyTree, mesh: Mesh, rules: ShardingRules) -> PyTree:
         raise ValueError(
             f"shardings: {len(wrong)} problem(s) with the rules on {_axes_of(mesh)}:{bullets(wrong)}\nExpected a rule "
             "for each leaf (the first match applies), a leaf for each rule, and axes that their mesh axes divide: "
-            "change the rule, put another one for that path before it, or use a mesh of another shape."
+            "change the rule, put a rule for that path before it, or use a mesh of another shape."
         )
     return treedef.unflatten([NamedSharding(mesh, rules[i][1]) for i in applied.values() if i is not None])
 
@@ -61,7 +61,7 @@ def adapter_shardings(adapters: Adapters | PyTree, shardings: PyTree) -> Any:
     """Shardings for adapters: each factor is split like the axes of its weight that it follows.
 
     A is split like the weight's batch and input axes, B and DoRA's magnitude like its batch and output axes; the rank
-    is not split. A leaf that is trained whole is sharded like its weight.
+    is not split. A leaf trained whole is sharded like its weight.
 
     >>> start = lambda: jlora.init(jax.random.key(0), params, plan)
     >>> own = jlora.adapter_shardings(jax.eval_shape(start), jlora.shardings(params, mesh, rules))
@@ -74,14 +74,14 @@ def adapter_shardings(adapters: Adapters | PyTree, shardings: PyTree) -> Any:
 
     Args:
       adapters: as from `init`, or an attached tree; or their shapes.
-      shardings: of the weights: a tree like the params of `NamedSharding`, or one `NamedSharding` for all.
+      shardings: of the weights: a tree of `NamedSharding` like the params, or one `NamedSharding` for all.
 
     Returns:
-      A tree like ``adapters`` of `NamedSharding`, for ``in_shardings``, ``out_shardings`` and `jax.device_put`.
+      A tree of `NamedSharding` like ``adapters``, for ``in_shardings``, ``out_shardings`` and `jax.device_put`.
 
     Raises:
       KeyError: listing every path that ``shardings`` lack.
-      TypeError: listing every weight whose sharding is not a `NamedSharding`, which does not say how axes are split,
+      TypeError: listing every weight whose sharding is not a `NamedSharding` (others do not state how axes are split),
         and every value that is not an adapter.
       ValueError: listing every weight that is not split evenly, or has fewer axes than its spec.
     """
@@ -95,12 +95,12 @@ def adapter_shardings(adapters: Adapters | PyTree, shardings: PyTree) -> Any:
 
 
 def _trained(leaf: Any) -> Any:
-    """The adapter of a leaf of an attached tree; any other leaf is sharded like one that is trained whole."""
+    """The adapter of a leaf of an attached tree; any other leaf is sharded like one trained whole."""
     return leaf.factors if isinstance(leaf, LoraWeight) else leaf.value if isinstance(leaf, FullWeight) else leaf
 
 
 def _weight_shardings(adapters: Adapters, shardings: PyTree) -> dict[Path, NamedSharding]:
-    """The shardings of the weights that these adapters belong to, checked."""
+    """The shardings of these adapters' weights, checked."""
     given = dict.fromkeys(adapters, shardings) if isinstance(shardings, Sharding) else named_leaves(shardings)[0]
     check_paths(adapters, given, "adapter_shardings")
     places: dict[Path, Any] = {path: given[path] for path in adapters}
@@ -124,7 +124,7 @@ def _weight_shardings(adapters: Adapters, shardings: PyTree) -> dict[Path, Named
 
 
 def _follow(leaf: Any, place: NamedSharding) -> Any:
-    """An adapter or a leaf of a tree, with shardings in place of its arrays; ``place`` is that of the weight."""
+    """An adapter or a leaf of a tree, with shardings in place of its arrays; ``place`` is the weight's."""
     match leaf:
         case LoraFactors():
             return _follow_axes(leaf, place)
@@ -151,7 +151,7 @@ def _follow_axes(factors: LoraFactors, place: NamedSharding) -> LoraFactors:
 
 
 def _weight_shape(leaf: Any) -> tuple[int, ...]:
-    """The shape of the weight that an adapter belongs to."""
+    """The shape of an adapter's weight."""
     if not isinstance(leaf, LoraFactors):
         return np.shape(leaf)
     batch = len(leaf.axes.batch)
@@ -189,7 +189,7 @@ def _idle(applied: Mapping[Path, int | None], rules: ShardingRules) -> Iterable[
 
 
 def _bad_specs(mesh: Mesh, rules: ShardingRules) -> list[str]:
-    """What is wrong with the specs themselves."""
+    """The faults of the specs themselves."""
     wrong = []
     for pattern, spec in rules:
         if not isinstance(spec, PartitionSpec):

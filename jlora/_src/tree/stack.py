@@ -21,7 +21,7 @@ def stack(adapters: Sequence[Adapters]) -> dict[Path, LoraFactors | Array]:
     >>> both = jlora.stack([first, second])
     >>> logits = jax.vmap(lambda a: apply(jlora.attach(params, a), batch))(both)
 
-    Each adapter keeps its update. Ranks are padded with zeros to the largest rank. Where scales differ, they are folded
+    Each adapter keeps its update. Ranks are padded with zeros to the largest rank. If scales differ, they are folded
     into B, which is then float32 or wider, and the stacked scale is 1. An adapter that lacks a path gets zeros there.
     In training the padding stays zero, but a scale folded into B no longer scales its gradient: to train several scales
     in one stack, give the adapters one alpha and rank, and pass a ``strength`` for each to `attach`.
@@ -32,7 +32,7 @@ def stack(adapters: Sequence[Adapters]) -> dict[Path, LoraFactors | Array]:
     Returns:
       ``{path: LoraFactors | array}`` over all paths: ``a`` of shape ``[n, *batch, *inputs, rank]``, ``b`` of shape
       ``[n, *batch, rank, *outputs]``, ``magnitude`` of ``[n, *batch, *outputs]``, and whole leaves of ``[n, *shape]``.
-      Where dtypes differ, arrays are promoted.
+      If dtypes differ, arrays are promoted.
 
     Raises:
       ValueError: listing every path whose adapters differ in kind, axes, shape or dropout rate, or that some adapters
@@ -55,7 +55,7 @@ def stack(adapters: Sequence[Adapters]) -> dict[Path, LoraFactors | Array]:
 
 
 def unstack(stacked: Adapters) -> list[dict[Path, LoraFactors | Array]]:
-    """The adapters of a `stack`, as a list, with the stack's rank and scale: each has the update it had before.
+    """The adapters of a `stack`, as a list, with the stack's rank and scale: each keeps its update.
 
     >>> first, second = jlora.unstack(both)
 

@@ -1,4 +1,4 @@
-"""Which leaves of a tree are state and not parameters: statistics, caches, keys."""
+"""Finds the leaves of a tree that are state, not parameters: statistics, caches, keys."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def state(tree: PyTree) -> dict[Path, str]:
 
 
 def is_linen(tree: PyTree) -> bool:
-    """Whether the tree looks like Linen's variables: a mapping of collections, one of them ``params``."""
+    """Whether the tree resembles Linen's variables: a mapping of collections, one of them ``params``."""
     return isinstance(tree, Mapping) and "params" in tree
 
 

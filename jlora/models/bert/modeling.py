@@ -30,7 +30,7 @@ class BertConfig(EncoderConfig):
 
     @property
     def max_length(self) -> int | None:
-        """The number of positions for tokens; RoBERTa's first positions are for padding."""
+        """The number of positions for tokens; RoBERTa reserves its first positions for padding."""
         return self.max_position_embeddings - (1 + (self.pad_token_id or 0) if self.roberta else 0)
 
 
@@ -56,7 +56,7 @@ class Bert(Network):
           attention_mask: [batch, length], 0 at padding; by default there is none.
           token_type_ids: int [batch, length], which sentence of a pair; by default 0.
           position_ids: int [batch, length]; by default from 0; for RoBERTa see `BertConfig`.
-          deterministic: no dropout; otherwise give ``rngs={"dropout": key}``.
+          deterministic: no dropout; otherwise pass ``rngs={"dropout": key}``.
 
         Raises:
           ModelError: if there are more tokens than positions, and no ``position_ids``.
@@ -88,13 +88,13 @@ class Bert(Network):
 
 
 class Layer(EncoderPart):
-    """Attention, then an MLP; each is added to its input and then normalized."""
+    """Attention, then an MLP, each with a residual connection and a norm after it."""
 
     config: BertConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, deterministic: bool) -> jax.Array:
-        """[batch, length, hidden_size] to the same; ``mask`` broadcasts to [batch, length, length]."""
+        """[batch, length, hidden_size] to the same shape; ``mask`` broadcasts to [batch, length, length]."""
         dropout, epsilon = self.dropout(deterministic), self.config.layer_norm_eps
         x = split_batch(x)
         y = dropout(self.attention(x, mask, deterministic))
@@ -144,7 +144,7 @@ class RobertaHead(Part):
 
 
 def _positions(config: BertConfig, input_ids: jax.Array) -> jax.Array:
-    """From 0; RoBERTa counts only tokens, from ``pad_token_id + 1``, and padding has position ``pad_token_id``."""
+    """From 0; RoBERTa counts only tokens, from ``pad_token_id + 1``, and puts padding at ``pad_token_id``."""
     if not config.roberta:
         return jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
     padding = config.pad_token_id or 0

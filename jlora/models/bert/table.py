@@ -1,4 +1,4 @@
-"""The tensor names of BERT and RoBERTa, and what may be in their config.json."""
+"""The tensor names of BERT and RoBERTa, and the reader of their config.json."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _read(hf: Mapping[str, Any]) -> BertConfig:
     if roberta and (config.pad_token_id is None or config.pad_token_id < 0 or (config.max_length or 0) < 1):
         raise ModelError(
             f"pad_token_id = {config.pad_token_id}: RoBERTa counts its {config.max_position_embeddings} positions "
-            "(max_position_embeddings) from it; expected a number that leaves some, usually 1"
+            "(max_position_embeddings) from it; expected a number that leaves some free, usually 1"
         )
     return config
 

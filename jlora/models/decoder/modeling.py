@@ -29,7 +29,7 @@ from jlora.models.decoder.rope import Rope, rotate, rotations
 
 @dataclass(frozen=True)
 class DecoderConfig(CausalConfig):
-    """Fields of a config.json by their names there, and fields that `table` computes from others.
+    """Fields of a config.json, and fields that `table` derives from others.
 
     Attributes:
       head_dim: the size of a head; not always ``hidden_size / num_attention_heads``.
@@ -71,7 +71,7 @@ class DecoderConfig(CausalConfig):
 
 
 class Decoder(LayerStack):
-    """The decoder. Each layer sows its states, as ``intermediates/layers/hidden`` [layers, batch, length, width]."""
+    """The decoder. Each layer sows its states as ``intermediates/layers/hidden`` [layers, batch, length, width]."""
 
     config: DecoderConfig
     title = "the decoder"
@@ -85,7 +85,7 @@ class Decoder(LayerStack):
 
     def embed(self, input_ids: jax.Array, position_ids: jax.Array, deterministic: bool) -> jax.Array:
         x = self.embed_tokens(input_ids)
-        # Gemma was trained with this factor rounded to the dtype of the computation.
+        # Gemma was trained with this factor rounded to the computation's dtype.
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scaled_embedding else x
 
     def apply_layers(
@@ -103,13 +103,13 @@ class Decoder(LayerStack):
 
 
 class Layer(Part):
-    """Attention and an MLP: the input of each is normalized (with sandwich norms its output too), its output added."""
+    """Attention, then an MLP, each with a residual connection and a norm before it (sandwich norms: also after it)."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInput, shared: Any, deterministic: bool) -> tuple[jax.Array, Any]:
-        """[batch, length, hidden_size] to the same, and the layer's (keys, values) for the next cache."""
+        """[batch, length, hidden_size] to the same shape, and the layer's (keys, values) for the next cache."""
         config, dtypes = self.config, self.dtypes
         mask, rotation = shared
         x = split_batch(x)

@@ -59,9 +59,9 @@ class Rope:
       kind: ``default``, ``linear`` (all positions divided by ``factor``), ``dynamic`` (the base grows with the length
         of the call), ``llama3`` (low frequencies divided) or ``yarn`` (Peng et al. 2023).
       theta: the base of the wavelengths.
-      factor: by which the length was extended.
-      trained: the number of positions before that; of ``dynamic``, the length up to which nothing changes.
-      low, high: of llama3, wavelengths per ``trained`` between which the division fades in; of yarn, rotations.
+      factor: of the length extension.
+      trained: the number of positions before the extension; in ``dynamic``, the length up to which nothing changes.
+      low, high: in llama3, wavelengths per ``trained`` between which the division fades in; in yarn, rotations.
       attention: in yarn, multiplies cosine and sine.
       truncate: round yarn's bounds to whole dimensions.
     """
@@ -77,7 +77,7 @@ class Rope:
 
 
 def read_rope(hf: Mapping[str, Any], size: int) -> Rope:
-    """From a config.json: from ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4).
+    """Read a config.json: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4).
 
     Args:
       hf: the content of the file; its attributes have the declared types.
@@ -92,10 +92,10 @@ def read_rope(hf: Mapping[str, Any], size: int) -> Rope:
     kind = _read_kind(given, stated)
     if size % 2 or kind == "dynamic" and size == 2:
         raise ModelError(
-            f"head_dim = {size}; expected an even size, as positions rotate pairs, and above 2 for 'dynamic'"
+            f"head_dim = {size}; expected an even size, since positions rotate pairs, and above 2 for 'dynamic'"
         )
     length = hf.get("max_position_embeddings") or 2048
-    # `dynamic` starts at the length of the configuration, whatever the training length was.
+    # `dynamic` starts at the length of the configuration, whatever the training length.
     trained = length if kind == "dynamic" else given.get("original_max_position_embeddings", length)
     rope = Rope(kind, given["rope_theta"], given.get("factor", length / trained), trained)
     if kind == "llama3":
@@ -114,7 +114,7 @@ def read_rope(hf: Mapping[str, Any], size: int) -> Rope:
 
 
 def _read_kind(given: Mapping[str, Any], stated: Mapping[str, Any]) -> str:
-    """The kind of rotary positions, once its parameters are known to be valid; ``stated`` is for messages."""
+    """The kind of rotary positions, with its parameters checked; ``stated`` is for messages."""
     if wrong := faults(given, _PARAMETERS):
         raise ModelError(f"rotary positions, in rope_theta or {stated}:{bullets(wrong)}")
     if given.get("partial_rotary_factor", 1.0) != 1.0:
@@ -141,7 +141,7 @@ def _read_kind(given: Mapping[str, Any], stated: Mapping[str, Any]) -> str:
 def rotations(rope: Rope, size: int, position_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine, float32 [batch, length, 1, size / 2], of positions int [batch, length]."""
     if rope.kind == "dynamic":
-        # As in transformers, the longest row of the call decides for all.
+        # As in transformers, the longest row of the call determines it for all.
         longest = jnp.maximum(position_ids.max() + 1, rope.trained).astype(jnp.float32)
         stretch = rope.factor * longest / rope.trained - (rope.factor - 1)
         exponents = np.arange(0, size, 2, dtype=np.float32) / size
@@ -153,7 +153,7 @@ def rotations(rope: Rope, size: int, position_ids: jax.Array) -> tuple[jax.Array
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Queries or keys [batch, length, heads, size] rotated by their positions, in float32 inside."""
+    """Queries or keys [batch, length, heads, size] rotated by their positions, computed in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -175,7 +175,7 @@ def _frequencies(rope: Rope, size: int) -> np.ndarray:
 
 
 def _yarn_ramp(rope: Rope, size: int) -> np.ndarray:
-    """How far each frequency is divided: 0 if it rotates ``high`` times in the training length, 1 if ``low`` times."""
+    """The share of the division for each frequency: 0 for ``high`` rotations in the training length, 1 for ``low``."""
 
     def dimension(rotations: float) -> float:
         return size * math.log(rope.trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))

@@ -1,4 +1,4 @@
-"""The tensor names of Llama, Mistral, Qwen and Gemma, and how their configurations differ."""
+"""The tensor names of Llama, Mistral, Qwen and Gemma, and the readers of their config.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jlora.models.decoder.modeling import (
 )
 from jlora.models.decoder.rope import read_rope
 
-# Types of attributes that are not fields; fields are computed from them.
+# Types of non-field attributes, from which fields are derived.
 _COMMON: dict[str, Any] = {
     "rope_theta": PositiveOrNull,
     "rope_scaling": dict[str, Any] | None,
@@ -35,7 +35,7 @@ _SLIDING: dict[str, Any] = {**_WINDOW, "layer_types": list[Literal["full_attenti
 _QWEN: dict[str, Any] = {**_SLIDING, "use_sliding_window": bool, "max_window_layers": Annotated[int, Within(0)]}
 _GEMMA: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False)}
 _TANH = "gelu_pytorch_tanh"
-# Parts that only some families have: another family's config.json must not switch them on.
+# Parts of some families only: another family's config.json must not enable them.
 _OPTIONAL: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
@@ -43,7 +43,7 @@ _OPTIONAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1.0),
     "query_pre_attn_scalar": (None,),
 }
-# Attributes for which null means the same as a missing one.
+# Attributes for which null means missing.
 _NULL_IS_MISSING = ("head_dim", "hidden_act", "hidden_activation", "num_key_value_heads", "query_pre_attn_scalar")
 
 SHARDING_RULES: ShardingRules = (
@@ -82,18 +82,18 @@ def tensor_names(config: DecoderConfig, task: TaskName) -> dict[str, TensorName]
 
 @dataclass(frozen=True)
 class _Variant:
-    """One ``model_type``: how its config.json is read.
+    """One ``model_type`` and its config.json.
 
     Attributes:
-      types: of attributes beyond those that all have.
+      types: of its additional attributes.
       defaults: values of attributes that a config.json lacks.
-      fields: values of fields that are the same for every network of the variant.
-      has: the parts of `_OPTIONAL` that it has.
+      fields: values of fields that are fixed for the variant.
+      has: its parts from `_OPTIONAL`.
       ignored: attributes without effect.
-      fixed: attributes with the only values with which the network computes.
-      repeats: attributes that have to equal another one.
-      slides: whether the layer of an index has a window where there are no ``layer_types``.
-      derive: more fields, from a config.json with the defaults.
+      fixed: attributes with their only supported values.
+      repeats: attributes that must equal another one.
+      slides: whether the layer at an index has a window, in the absence of ``layer_types``.
+      derive: further fields, from a config.json completed by the defaults.
     """
 
     types: Mapping[str, Any] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class _Variant:
             others={**_COMMON, **self.types},
             ignored=self.ignored,
             fixed={**absent, **{name: (full.get(other),) for name, other in self.repeats.items()}, **self.fixed},
-            # With a head_dim the heads may be wider or narrower than the network.
+            # With head_dim, the heads' total width may differ from the network's.
             divides=[] if "head_dim" in full else [("num_attention_heads", "hidden_size")],
             derive=self.derived,
         )
@@ -128,12 +128,12 @@ class _Variant:
         return config
 
     def with_defaults(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """The content of a config.json with the variant's defaults for what it lacks."""
+        """The content of a config.json, completed by the variant's defaults."""
         stated = {name: value for name, value in hf.items() if value is not None or name not in _NULL_IS_MISSING}
         return {"hidden_act": "silu", "tie_word_embeddings": False, **self.defaults, **stated}
 
     def derived(self, hf: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields that are computed, from a config.json whose attributes have the declared types."""
+        """The derived fields, from a config.json whose attributes have the declared types."""
         hf = self.with_defaults(hf)
         heads = hf["num_attention_heads"]
         size = hf.get("head_dim") or hf["hidden_size"] // heads
@@ -154,7 +154,7 @@ class _Variant:
         """The window of each layer, by ``layer_types``.
 
         Raises:
-          ModelError: if these are not as many as the layers, or slide without a window.
+          ModelError: if their number differs from that of the layers, or one slides without a window.
         """
         layers = hf["num_hidden_layers"]
         window = hf.get("sliding_window") if hf.get("use_sliding_window", True) else None
@@ -202,7 +202,7 @@ _GEMMA1 = _Variant(
     defaults={**_GEMMA_DEFAULTS, "hidden_act": "gelu"},
     fields=_GEMMA_FIELDS,
     fixed={**_GEMMA, "hidden_activation": (None, _TANH)},
-    # The first checkpoints say "gelu" and mean its approximation.
+    # The first checkpoints use "gelu" for its approximation.
     derive=lambda hf: {"hidden_act": _TANH if hf["hidden_act"] == "gelu" else hf["hidden_act"]},
 )
 _GEMMA2 = _Variant(

@@ -53,7 +53,7 @@ class GPT2Config(CausalConfig):
 
 
 class GPT2(LayerStack):
-    """The decoder. Each layer sows its states, as ``intermediates/h/hidden`` [layers, batch, length, n_embd]."""
+    """The decoder. Each layer sows its states as ``intermediates/h/hidden`` [layers, batch, length, n_embd]."""
 
     config: GPT2Config
     title = "GPT-2"
@@ -83,13 +83,13 @@ class GPT2(LayerStack):
 
 
 class Block(Part):
-    """Attention and an MLP; the input of each is normalized, and its output is added to the input."""
+    """Attention, then an MLP, each with a residual connection and a norm before it."""
 
     config: GPT2Config
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInput, mask: CausalMask, deterministic: bool) -> tuple[jax.Array, Any]:
-        """[batch, length, n_embd] to the same, and the layer's (keys, values) for the next cache."""
+        """[batch, length, n_embd] to the same shape, and the layer's (keys, values) for the next cache."""
         config, dtypes = self.config, self.dtypes
         dropout = nn.Dropout(config.resid_pdrop, deterministic=deterministic)
         x = split_batch(x)
@@ -150,6 +150,6 @@ class GPT2ForSequenceClassification(SequenceClassifier):
 
 
 def _dense(config: GPT2Config, features: int, name: str, *, residual: bool = False, **options: Any) -> nn.Dense:
-    # As in the paper, layers that add to the residual stream start smaller the more of them there are.
+    # As in the paper, the residual layers' initial scale shrinks with their number.
     start = config.initializer_range * ((2 * config.n_layer) ** -0.5 if residual else 1.0)
     return nn.Dense(features, kernel_init=nn.initializers.normal(start), name=name, **options)

@@ -1,4 +1,4 @@
-"""The tensor names of GPT-2, and what may be in its config.json."""
+"""The tensor names of GPT-2, and the reader of its config.json."""
 
 from __future__ import annotations
 
@@ -62,6 +62,6 @@ GPT2_FAMILY = Family(
     prefix="transformer.",
     architecture="GPT2",
     heads=r"^params/(lm_head|score)/",
-    # Old checkpoints hold the causal mask as a buffer, and a tied model's head.
+    # Old checkpoints contain the causal mask as a buffer, and a tied model's head.
     unread=r"^(lm_head|score|multiple_choice_head)\.|(^|\.)attn\.(bias|masked_bias)$",
 )

@@ -44,9 +44,9 @@ class ViT(Network):
         """Encode a batch of images.
 
         Args:
-          images: float [batch, image_size, image_size, num_channels], normalized as the checkpoint's
-            preprocessor_config.json says.
-          deterministic: no dropout; otherwise give ``rngs={"dropout": key}``.
+          images: float [batch, image_size, image_size, num_channels], normalized as in the checkpoint's
+            preprocessor_config.json.
+          deterministic: no dropout; otherwise pass ``rngs={"dropout": key}``.
 
         Raises:
           ModelError: if the images have another size.
@@ -79,13 +79,13 @@ class ViT(Network):
 
 
 class Layer(EncoderPart):
-    """Attention, then an MLP; the input of each is normalized, and its output is added to the input."""
+    """Attention, then an MLP, each with a residual connection and a norm before it."""
 
     config: ViTConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        """[batch, 1 + patches, hidden_size] to the same."""
+        """[batch, 1 + patches, hidden_size] to the same shape."""
         dropout, epsilon = self.dropout(deterministic), self.config.layer_norm_eps
         x = split_batch(x)
         y = layer_norm(epsilon, name="attention_norm", **self.dtypes)(x)

@@ -1,4 +1,4 @@
-"""The tensor names of the Vision Transformer, and what may be in its config.json."""
+"""The tensor names of the Vision Transformer, and the reader of its config.json."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def tensor_names(config: ViTConfig, task: TaskName) -> dict[str, TensorName]:
 def _read(hf: Mapping[str, Any]) -> ViTConfig:
     for name in ("image_size", "patch_size"):
         if isinstance(hf.get(name), list):
-            raise ModelError(f"{name} = {hf[name]}; expected one number of pixels, images and patches are square")
+            raise ModelError(f"{name} = {hf[name]}; expected one number of pixels: images and patches are square")
     config = read_config(
         ViTConfig,
         hf,

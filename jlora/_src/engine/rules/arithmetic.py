@@ -1,4 +1,4 @@
-"""Arithmetic on weights: sums, scales and choices, and the sums and squares that means and norms are made of."""
+"""Arithmetic on weights: sums, scales and selections, and the sums and squares behind means and norms."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def neg(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 def scale(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """``mul`` and ``div`` by a scalar, or by an array that varies along the axes of one factor alone.
 
-    A trained array becomes the multiplier: multiplied into the base, it would have a gradient as large as the weight.
+    A trained array becomes the multiplier: multiplied into the base, its gradient would be as large as the weight.
     """
     if _is_square(eqn):
         return square(scope, eqn, args[:1])
@@ -95,7 +95,7 @@ def label_scale(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def _multiplied(weight: Factored, factor: NamedArray) -> NamedArray | None:
-    """The weight's multiplier times ``factor``; None where the two vary along inputs and outputs at once."""
+    """The weight's multiplier times ``factor``; None if the two vary along inputs and outputs at once."""
     old = weight.multiplier
     if old is None:
         return factor.apply(lambda x: promote_arrays(x)[0])
@@ -107,7 +107,7 @@ def _multiplied(weight: Factored, factor: NamedArray) -> NamedArray | None:
 
 
 def square(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """A square waits until it is summed: see `reduce_sum`."""
+    """Marks a square, to be summed by `reduce_sum`."""
     (weight,) = args
     if weight.is_row or (eqn.primitive.name == "integer_pow" and eqn.params["y"] != 2):
         raise Decline(NOT_LINEAR)
@@ -128,7 +128,7 @@ def _is_square(eqn: Any) -> bool:
 
 
 def reduce_sum(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """A sum of entries is factored again, mostly a row; a sum of squares is what DoRA's norm is made of."""
+    """A sum of entries is factored again, usually a row; a sum of squares is the core of DoRA's norm."""
     (weight,) = args
     summed = [int(d) for d in eqn.params["axes"]]
     if weight.multiplier is not None and set(weight.multiplier.dims) & set(summed):
@@ -143,7 +143,7 @@ def reduce_sum(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     place = {old: new for new, old in enumerate(kept)}
 
     def total(part: NamedArray) -> NamedArray:
-        """The part summed; a dimension that both factors have is one more over which their product is summed."""
+        """The part summed; a dimension of both factors becomes one more summed axis of their product."""
         if RANK not in part.dims or not set(part.dims) & set(summed):
             return part.rename(place)
         rest = [d for d in part.dims if d in kept]
@@ -172,7 +172,7 @@ def _sum_of_squares(scope: Any, eqn: Any, weight: Factored, summed: Sequence[int
 
 
 def label_reduce_sum(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    """A sum of entries is a weight again, mostly a row; one of squares is the norm of a weight."""
+    """A sum of entries is a weight again, usually a row; a sum of squares is a weight's norm."""
     shape, summed = eqn.invars[0].aval.shape, {int(d) for d in eqn.params["axes"]}
     kept = [d for d in range(len(shape)) if d not in summed]
     out: list[TracedWeight] = []
@@ -203,14 +203,14 @@ def add(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def _broadcast(weight: Factored, shape: tuple[int, ...]) -> Factored:
-    """A weight that a sum broadcasts: its parts are constant along dimensions that it lacks, or that have size 1."""
+    """A weight broadcast by a sum: its parts are constant along new dimensions and those of size 1."""
     lead = len(shape) - len(weight.shape)
     kept = {d: lead + d for d, size in enumerate(weight.shape) if size == shape[lead + d]}
     return weight.rename_dims(weight.base, kept)
 
 
 def label_add(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    """``add`` and ``sub``: a weight made of weights and plain arrays."""
+    """``add`` and ``sub``: the sum of weights and plain arrays is a weight."""
     if _applies_to_data(eqn, values):
         return walker.consume(eqn, values)
     shape = eqn.outvars[0].aval.shape
@@ -219,7 +219,7 @@ def label_add(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def _merge_parts(value: Value) -> Value:
-    """A weight and its own mean, or another part of it along the same axes, are one weight that has to meet the
+    """A weight and its own mean, or another part of it along the same axes, are one weight that must meet the
     requirements of both."""
     given = weights_in(value)
 
@@ -236,7 +236,7 @@ def _merge_parts(value: Value) -> Value:
 
 
 def select_n(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """A choice between weights, or a weight and an array, by a condition that varies along the axes of one factor."""
+    """Select between weights, or a weight and an array, by a condition that varies along the axes of one factor."""
     which, *cases = args
     (base,) = bind_base(eqn, args)
     condition = scope.nonconstant_part(eqn.invars[0], which)

@@ -1,7 +1,7 @@
-"""Control flow and calls with factored operands, which are emitted again through JAX's public functions.
+"""Control flow and calls with factored operands, emitted through JAX's public functions.
 
-A `Factored` is a pytree, so it passes through ``lax.scan``, ``lax.switch``, ``lax.while_loop``, ``jax.jit``,
-``jax.checkpoint`` and ``jax.shard_map`` as an argument, and inner jaxprs are interpreted by the same session.
+A `Factored` is a pytree, so ``lax.scan``, ``lax.switch``, ``lax.while_loop``, ``jax.jit``, ``jax.checkpoint`` and
+``jax.shard_map`` take it as an argument, and the same session interprets their inner jaxprs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RETURNED = "it leaves control flow as a result, changed or not"
 
 
 def jit(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """A nested ``jit`` under its own name, with its shardings; factored results stay factored."""
+    """A nested ``jit``, with its name and shardings; factored results stay factored."""
     p = eqn.params
     jaxpr, consts = compat.open_jaxpr(p["jaxpr"])
 
@@ -71,7 +71,7 @@ def label_call(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def compute_on(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``compute_on``: where the base's product runs, such as on the host, the low-rank product runs too."""
+    """``compute_on``: the low-rank product runs where the base's product does, for example on the host."""
     jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
     run = compat.compute_on(lambda *args: _materialized(scope, eqn, scope.session.run(jaxpr, consts, args)), eqn.params)
     return run(*args)
@@ -105,8 +105,8 @@ def label_materialized_call(walker: Any, eqn: Any, values: list[Value]) -> list[
 
 
 def custom_rule(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``custom_jvp``, ``custom_vjp`` and ``custom_vmap`` keep their rule and get the weight materialized, unless they
-    are inlined."""
+    """``custom_jvp``, ``custom_vjp`` and ``custom_vmap`` keep their rule and receive the materialized weight, unless
+    they are inlined."""
     if not scope.session.inline_custom_rules:
         raise Decline(_own_rule(eqn))
     jaxpr, consts = compat.open_jaxpr(compat.inner_jaxpr(eqn))
@@ -114,7 +114,7 @@ def custom_rule(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def label_custom_rule(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    """A function with a derivative or batching rule of its own, which is assumed to use all of its operands."""
+    """A function with a custom derivative or batching rule, assumed to use all of its operands."""
     inside = [mark_materialized(v, _own_rule(eqn)) for v in values]
     return walker.inner(eqn, compat.inner_jaxpr(eqn), inside, live=walker.live)
 
@@ -125,7 +125,7 @@ def _own_rule(eqn: Any) -> str:
 
 
 def _materialized(scope: Any, eqn: Any, values: list[Any]) -> list[Any]:
-    """Values that control flow returns: a factored one is materialized."""
+    """Values that control flow returns, materialized if factored."""
     return [scope.materialize(v, eqn, RETURNED) for v in values]
 
 
@@ -151,7 +151,7 @@ def label_cond(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def _label_choice(walker: Any, eqn: Any, choices: Sequence[Value]) -> Value:
-    """What one of several branches returns: a weight, or one of several; beside activations it is consumed."""
+    """The result of one of several branches: a weight, or one of several; next to activations it is consumed."""
     if any(map(is_data, choices)) and any(map(weights_in, choices)):
         return walker.consume(eqn, list(choices), lambda *_: RETURNED)[0]
     found = union(choices)
@@ -162,7 +162,7 @@ def _label_choice(walker: Any, eqn: Any, choices: Sequence[Value]) -> Value:
 
 
 def while_loop(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``lax.while_loop``; a weight that the loop carries unchanged is a constant of it."""
+    """``lax.while_loop``; a weight carried unchanged becomes a constant."""
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, body_consts = args[:n_cond], args[n_cond : n_cond + n_body]
@@ -228,7 +228,7 @@ def label_scan(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 class _Carry:
-    """A loop's carried values: factored weights carried unchanged are held fixed, the rest moves."""
+    """A loop's carried values: factored weights carried unchanged stay fixed, the rest moves."""
 
     def __init__(self, scope: Any, eqn: Any, init: list[Any], invars: Any, outvars: Any):
         self.scope, self.eqn, self.given = scope, eqn, init
@@ -261,7 +261,7 @@ def _has_dropout(value: Any) -> bool:
 
 
 def _at_step(step: Any, values: list[Any]) -> list[Any]:
-    """What a loop's body gets at one of its steps: dropout has another mask at every step."""
+    """The inputs of a loop's body at one step: each step has its own dropout mask."""
     return [
         dataclasses.replace(v, key=v.key.apply(lambda keys: fold_in(keys, step))) if _has_dropout(v) else v
         for v in values
@@ -269,7 +269,7 @@ def _at_step(step: Any, values: list[Any]) -> list[Any]:
 
 
 def _stacked_arrays(weight: Factored) -> dict[str, Any]:
-    """What a scan slices of a stacked weight: the base, and the parts that have its first dimension."""
+    """The arrays of a stacked weight that a scan slices: the base, and the parts with its first dimension."""
     stacked = {name: part for name, part in weight.parts.items() if 0 in part.dims}
     arrays = {n: part.transpose([0, *(d for d in part.dims if d != 0)]) for n, part in stacked.items()}
     return {"base": weight.base, **arrays}
@@ -288,7 +288,7 @@ def _slice(weight: Factored, arrays: dict[str, Any]) -> Factored:
 
 
 def _restack(value: Any) -> Any:
-    """A result of a scan; where each step returns its slice of a weight, they are a stacked weight again."""
+    """A result of a scan; if each step returns its slice of a weight, a stacked weight again."""
     if not isinstance(value, Factored):
         return value
 

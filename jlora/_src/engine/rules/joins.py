@@ -1,4 +1,4 @@
-"""Weights made of several weights, or of weights and arrays: sums, concatenations and stacks."""
+"""Joins of several weights, or of weights and arrays: sums, concatenations and stacks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADAPTED_DIFFERENTLY = "the weights are adapted along different axes"
 def add_weights(weights: list[Factored], base: Any, *, with_array: bool) -> Factored:
     """The sum of the weights' updates on ``base``: the factors are concatenated along the rank.
 
-    They keep a multiplier if they share it and ``base`` is the sum of theirs alone, not ``with_array``.
+    The sum keeps a shared multiplier if ``base`` is the sum of their bases alone, not ``with_array``.
     """
     first = max(weights, key=lambda v: len(v.a.dims) + len(v.b.dims))  # the others may be constant along some axes
     if len(weights) == 1 and first.multiplier is None and first.key is None:
@@ -44,14 +44,14 @@ def add_weights(weights: list[Factored], base: Any, *, with_array: bool) -> Fact
     if shared is None:
         both = {name: getattr(first, name).dims for name in other}
         factors = {n: NamedArray(concatenate(arrays(n), dims.index(RANK)), dims) for n, dims in both.items()}
-    else:  # of one weight, such as one less its mean: the other factors add up, and the rank stays the same
+    else:  # parts of one weight, such as w - mean(w): the other factors add up, and the rank stays the same
         name = other[shared]
         factors = {name: NamedArray(sum(promote_arrays(*arrays(name))), getattr(first, name).dims)}
     return dataclasses.replace(first, base=base, path=_paths(weights), **factors)
 
 
 def label_sum(value: Value, with_array: bool) -> Value:
-    """Weights that are added: those with trained multipliers are materialized, but not a weight less its own mean."""
+    """Added weights: those with trained multipliers are materialized, except in a weight minus its own mean."""
     multipliers = {(w.path, w.multiplier_axes) for w in weights_in(value)}
     fits = all(axes is None for _, axes in multipliers) or (len(multipliers) == 1 and not with_array)
     return value if fits else mark_materialized(value, JOINED)
@@ -82,7 +82,7 @@ def label_concatenate(walker: Any, eqn: Any, values: list[Value]) -> list[Value]
 
 
 def stack(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """Weights stacked along a new axis, which is a batch axis."""
+    """Weights stacked along a new axis, a batch axis."""
     axis = eqn.params["axis"]
     (base,) = bind_base(eqn, args)
     place = {d: d + (d >= axis) for d in range(base.ndim - 1)}
@@ -144,7 +144,7 @@ def _longer_stack(weights: list[Factored], axis: int, base: Any) -> Factored:
 
 
 def _as_block(weight: Factored, axis: int, start: int, base: Any) -> Factored:
-    """The weight as a block of a larger one along ``axis``: its update is zero outside."""
+    """The weight as a block of a larger one along ``axis``, with a zero update outside."""
     _, weight = weight.factor_along([axis])
 
     def padded(factor: NamedArray) -> NamedArray:
@@ -161,7 +161,7 @@ def _pad_zeros(x: Any, axis: int, start: int, size: int) -> Any:
 
 
 def _share(weights: list[Factored], name: str) -> bool:
-    """Whether several weights have the same array as this part, or all of them none."""
+    """Whether several weights share one array as this part, or all have none."""
     first, *rest = (getattr(v, name) for v in weights)
     if first is None:
         return all(part is None for part in rest)

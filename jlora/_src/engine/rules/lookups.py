@@ -28,7 +28,7 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     picked = _picked_dims(eqn)
     weight = weight.to_memory_of(indices)
     (base,) = bind_base(eqn, [weight, indices])
-    # Where an index is out of bounds, the base has the fill value: the update is 0 there, and the multiplier 1.
+    # For an index out of bounds, the base takes the fill value, the update is 0 and the multiplier 1.
     slices = weight.map_parts(
         base, lambda part: _gather_part(eqn, part, indices, picked, fill_value=int(part is weight.multiplier))
     )
@@ -41,8 +41,8 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def label_gather(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    """Slices picked by data are looked-up rows; those picked by a constant are a rearranged weight, if a product takes
-    it."""
+    """Slices picked by data are looked-up rows; those picked by a constant are a rearranged weight, if a product
+    takes it."""
     table, index = values
     if isinstance(table, str) or any(w.adaptable for w in weights_in(index)):
         return walker.consume(eqn, values)
@@ -72,10 +72,10 @@ def label_gather(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def _picked_dims(eqn: Any) -> list[int]:
-    """The dimensions along which a gather picks single entries; along the others it takes all.
+    """The dimensions along which a gather picks single entries; along the others it takes whole slices.
 
     Raises:
-      Decline: when it takes a part of another dimension.
+      Decline: if it takes a part of another dimension.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     shape = eqn.invars[0].aval.shape
@@ -90,14 +90,14 @@ def _picked_dims(eqn: Any) -> list[int]:
 
 
 def _places(eqn: Any) -> dict[int, int]:
-    """The dimensions of the result that the operand's dimensions become, those that are not collapsed."""
+    """Where each operand dimension ends up in the result, except the collapsed ones."""
     numbers = eqn.params["dimension_numbers"]
     kept = [d for d in range(len(eqn.params["slice_sizes"])) if d not in numbers.collapsed_slice_dims]
     return dict(zip(kept, numbers.offset_dims, strict=True))
 
 
 def _gather_part(eqn: Any, part: NamedArray, indices: Array, picked: list[int], fill_value: int) -> NamedArray:
-    """The slices of one part of a weight: the dimensions of the indices, in front, replace those that are picked."""
+    """The slices of one part of a weight: the index dimensions, in front, replace the picked ones."""
     places = _places(eqn)
     own = [d for d in picked if d in part.dims]
     rest = [d for d in part.dims if d not in own]
@@ -120,7 +120,7 @@ def _gather_part(eqn: Any, part: NamedArray, indices: Array, picked: list[int], 
 
 
 def _sum_rows(rows: Factored) -> Array:
-    """Looked-up rows as an array: they are results, not weights. Dropout is not applied to them."""
+    """Looked-up rows as an array: results, not weights, so without dropout."""
     dims = tuple(range(len(rows.shape)))
     out = tuple(d for d in dims if d in rows.a.dims or d in rows.b.dims)
     a, b = (factor.array.astype(low_rank_dtype(rows.dtype)) for factor in (rows.a, rows.b))

@@ -21,15 +21,15 @@ from jlora._src.types import Array
 def low_rank(scope: Any, eqn: Any, weight: Factored, x: NamedArray, y: NamedArray, summed: set[int]) -> Array:
     """The weight's low-rank part contracted with ``x`` over ``summed``, as an array like ``y``.
 
-    The factor that has most of what is summed comes first: ``a`` in a straight use, ``b`` in a transposed one.
-    Dimensions that both factors have (a stack of matrices) are batch in the first product.
+    The factor with most of the summed dimensions comes first: ``a`` in a straight use, ``b`` in a transposed one.
+    Dimensions of both factors (a stack of matrices) are batch dimensions of the first product.
     """
     first, second = _in_order(weight, summed)
-    early = {d for d in summed if d not in second.dims}  # what the first product sums
+    early = {d for d in summed if d not in second.dims}  # summed by the first product
     hidden = (*(n for n in x.dims if n not in early), *(d for d in first.dims if d not in x.dims))
     out = tuple(n for n in y.dims if n in hidden or n in second.dims)
     x = adapter_input(scope, weight, x)
-    x = x.sum([n for n in x.dims if n in early and n not in first.dims])  # along these the update is constant
+    x = x.sum([n for n in x.dims if n in early and n not in first.dims])  # the update is constant along these
     precision, (first_specs, last_specs) = eqn.params["precision"], _specs(x, first, second, y, hidden, out)
     products = (
         Product((x.dims, first.dims, hidden), precision, first_specs),
@@ -45,11 +45,11 @@ def low_rank(scope: Any, eqn: Any, weight: Factored, x: NamedArray, y: NamedArra
 
 
 def adapter_input(scope: Any, weight: Factored, x: NamedArray) -> NamedArray:
-    """``x`` as the low-rank product takes it: in a dtype that fits the weight's too, where the model mixes them
+    """``x`` as input of the low-rank product: in a dtype that also fits the weight's, where the model mixes them
     (integers, one-hot booleans, float8), and with entries dropped at the weight's rate.
 
-    Each batch slice of the weight has its own mask, and so have each of its uses, each step of a loop around them, and,
-    inside ``shard_map``, each device that has an ``x`` of its own.
+    Each batch slice of the weight has its own mask, as do each of its uses, each step of a surrounding loop, and,
+    inside ``shard_map``, each device with its own ``x``.
     """
     x = x.apply(lambda array: array.astype(low_rank_dtype(array.dtype, weight.dtype)))
     if weight.key is None:
@@ -74,7 +74,7 @@ def total(y: NamedArray, delta: Array, multiplier: NamedArray | None) -> Array:
 
 
 def _in_order(weight: Factored, summed: set[int]) -> tuple[NamedArray, NamedArray]:
-    """The factors in the order in which ``x`` meets them."""
+    """The factors in the order of their products with ``x``."""
 
     def share(factor: NamedArray, other: NamedArray) -> int:
         return math.prod(weight.shape[d] for d in summed if d in factor.dims and d not in other.dims)
@@ -96,8 +96,8 @@ def _specs(
 
 
 def _mask(keys: Array, shared: Sequence[Any], x: NamedArray, keep: float) -> Array:
-    """Which entries of ``x`` are kept, each with probability ``keep``: drawn with one key for each index of the
-    ``shared`` axes."""
+    """Which entries of ``x`` to keep, each with probability ``keep``: drawn with one key per index of the ``shared``
+    axes."""
     order = (*shared, *(n for n in x.dims if n not in shared))
     shape = tuple(x.sizes[n] for n in order)
 

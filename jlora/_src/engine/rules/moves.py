@@ -42,7 +42,7 @@ def label_squeeze(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def broadcast_in_dim(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """Along new dimensions, and along those that are broadcast from size 1, every part is constant."""
+    """Every part is constant along new dimensions and those broadcast from size 1."""
     weight, *_ = args
     (base,) = bind_base(eqn, args)
     place = enumerate(eqn.params["broadcast_dimensions"])
@@ -55,7 +55,7 @@ def label_broadcast_in_dim(walker: Any, eqn: Any, values: list[Value]) -> list[V
 
 
 def reshape(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """Splits a dimension, or merges neighbours of which a part has all or none."""
+    """Splits a dimension, or merges neighbours; each part must have all of a merged group or none."""
     weight, *dynamic = args
     if dynamic or eqn.params["dimensions"] is not None:
         raise Decline("a reshape of dynamic size or permuted dimensions")
@@ -72,7 +72,7 @@ def reshape(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         part = part.expand([d for old, _ in own for d in old if d in constant], weight.shape)
         if any(d not in part.dims for old, _ in own for d in old):
             raise Decline(_merges(weight.shape, base.shape))
-        # The part's dimensions in groups, in the order in which it first has one of each.
+        # The part's groups of dimensions, in order of first occurrence.
         group_of = {d: group for group in (*own, ([RANK], [RANK])) for d in group[0]}
         order = list({group_of[d][0][0]: group_of[d] for d in part.dims}.values())
         array, dims = part.transpose([d for old, _ in order for d in old]), [d for _, new in order for d in new]
@@ -100,7 +100,7 @@ def _merges(before: Sequence[int], after: Sequence[int]) -> str:
 
 
 def _reshape_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
-    """Which old dimensions become which new ones, as the finest groups; dimensions of size 1 are left out."""
+    """Old dimensions matched with new ones, in the finest groups; dimensions of size 1 are left out."""
     olds, news = ([d for d, size in enumerate(shape) if size != 1] for shape in (old, new))
     groups: list[tuple[list[int], list[int]]] = []
     while olds and news:
@@ -134,7 +134,7 @@ def slices(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def dynamic_slice(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``W[i]`` in a loop: every part is sliced along the dimensions that it has."""
+    """``W[i]`` in a loop: every part is sliced along its own dimensions."""
     weight, *starts = args
     sizes = eqn.params["slice_sizes"]
     if len(starts) != len(sizes) or isinstance(starts[0], Factored):
@@ -192,7 +192,7 @@ def _slice_along(weight: Factored, base: Any, axis: int, start: int, stop: int) 
 
 
 def pad(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """Padding with any value pads the base with it and the update with zeros."""
+    """Pads the base with the given value and the update with zeros."""
     weight, value = args
     if isinstance(value, Factored):
         raise Decline("the padding value is an adapted weight")
@@ -222,7 +222,7 @@ def pad(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def keep(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """A primitive that changes no value: it is applied to the base alone."""
+    """A primitive that changes no values: applied to the base alone."""
     (weight,) = args
     (base,) = bind_base(eqn, args)
     return [dataclasses.replace(weight, base=base)]

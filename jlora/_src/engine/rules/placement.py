@@ -1,4 +1,4 @@
-"""Where a weight is stored: shardings, devices, memory spaces, and collectives inside ``shard_map``."""
+"""The placement of a weight: shardings, devices, memory spaces, and collectives inside ``shard_map``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jlora._src.engine.traced_weights import Value
 
 
 def sharding_like(value: Any, sharding: Any) -> Any:
-    """The sharding for a jit argument: the parts of a weight follow the weight's; an unspecified one stays so."""
+    """The sharding for a jit argument: the parts of a weight follow its own; unspecified stays unspecified."""
     if not isinstance(sharding, jax.sharding.Sharding):
         return None
     if not isinstance(value, Factored):
@@ -35,8 +35,8 @@ def sharding_like(value: Any, sharding: Any) -> Any:
 
 
 def map_with_specs(value: Factored, spec: Any, base: Any, fn: Callable[[Any, PartitionSpec], Any]) -> Factored:
-    """``value`` with another base, and ``fn(array, its spec)`` for every part: a part is partitioned as the weight's
-    ``spec`` says of the dimensions that it has; the rank is replicated."""
+    """``value`` with another base, and ``fn(array, its spec)`` for every part. A part is partitioned along its
+    dimensions like the weight's ``spec``; the rank is replicated."""
     entries = tuple(spec) + (None,) * (len(value.shape) - len(spec))
 
     def follow(part: NamedArray) -> NamedArray:
@@ -47,7 +47,7 @@ def map_with_specs(value: Factored, spec: Any, base: Any, fn: Callable[[Any, Par
 
 
 def pvary(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``pvary`` and ``pcast``, inside ``shard_map``: every part of the weight varies as the base does."""
+    """``pvary`` and ``pcast``, inside ``shard_map``: every part varies along the base's axes."""
     (weight,) = args
 
     def cast(x: Any) -> Any:
@@ -70,7 +70,7 @@ def reshard(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def device_put(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """Weights that are fetched from host memory, or moved elsewhere: the parts that are not there yet move too."""
+    """A weight fetched from host memory, or moved elsewhere: parts not there yet move along."""
 
     def moved(value: Factored, base: Any, to: Any) -> Factored:
         if isinstance(to, Format):
@@ -87,7 +87,7 @@ def device_put(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def all_gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """A weight sharded over devices and gathered where it is used: its parts are gathered along the same dimension."""
+    """A sharded weight, gathered for its use: its parts are gathered along the same dimension."""
     (weight,) = args
     if not eqn.params["tiled"]:
         raise Decline("it is gathered along a new axis (lax.all_gather with tiled=True has a factored form)")

@@ -38,7 +38,7 @@ TWO_WEIGHTS = "the other operand is an adapted weight too"
 
 
 def dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """Any contracting and batch dimensions, the weight on either side, used straight or transposed."""
+    """Any contracting and batch dimensions; the weight on either side, straight or transposed."""
     if all(isinstance(v, Factored) for v in args):
         smaller = min((0, 1), key=lambda i: (not args[i].is_row, not args[i].constant_rows, math.prod(args[i].shape)))
         args[smaller] = scope.materialize(args[smaller], eqn, TWO_WEIGHTS)
@@ -83,7 +83,7 @@ def label_dot_general(walker: Any, eqn: Any, values: list[Value]) -> list[Value]
 
 
 def _multiply_inputs(weight: Factored, x: NamedArray, summed: set[int]) -> tuple[NamedArray, NamedArray | None]:
-    """``x`` times the weight's multiplier where that follows summed dimensions; else what multiplies the result."""
+    """``(x, multiplier of the result)``: a multiplier along summed dimensions is multiplied into ``x`` instead."""
     multiplier = weight.multiplier
     if multiplier is None or not summed & set(multiplier.dims):
         return x, multiplier
@@ -95,7 +95,7 @@ def _multiply_inputs(weight: Factored, x: NamedArray, summed: set[int]) -> tuple
 
 
 def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """Experts: each row of the left operand meets the group of the weight that it is assigned to."""
+    """Experts: each row of the left operand is multiplied by the weight of its group."""
     x, weight, *rest = args
     if isinstance(x, Factored) or not _is_standard_ragged(eqn):
         raise Decline(NO_RAGGED_FORM)
@@ -110,7 +110,7 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         raise Decline(MIXED_RAGGED_FACTORS)
     rank = weight.rank
     groups, inputs, outputs = (weight.shape[d] for d in (group, k, n))
-    # A row meets one group: one mask is enough.
+    # Each row belongs to one group, so one mask is enough.
     dropped = adapter_input(scope, weight, NamedArray(x, ("x0", "x1")))
     a = first.broadcast([group, k, RANK], (groups, inputs, rank)).astype(dropped.array.dtype)
     b = second.broadcast([group, RANK, n], (groups, rank, outputs)).astype(dropped.array.dtype)
@@ -126,7 +126,7 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     rows = numbers.lhs_ragged_dimensions[0]
     hidden = product(dropped.transpose([f"x{d}" for d in (rows, *xc)]), a)
     multiplier = None
-    if weight.multiplier is not None:  # that of each row's group
+    if weight.multiplier is not None:  # the multiplier of each row's group
         table = weight.multiplier.broadcast([group, n], (groups, outputs))
         multiplier = NamedArray(jnp.repeat(table, rest[0], axis=0, total_repeat_length=y.shape[0]), (0, 1))
     return [total(NamedArray(y, (0, 1)), product(hidden, b), multiplier)]
@@ -151,7 +151,7 @@ def label_ragged_dot_general(walker: Any, eqn: Any, values: list[Value]) -> list
 
 
 def _is_standard_ragged(eqn: Any) -> bool:
-    """Whether a ragged product is one of rows with the matrix of their group."""
+    """Whether a ragged product multiplies rows with their group's matrix."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = numbers.dot_dimension_numbers
     return len(numbers.rhs_group_dimensions) == 1 and not batch and len(contracted) == 1
@@ -202,7 +202,7 @@ def _conv_to_rank(scope: Any, eqn: Any, weight: Factored, factor: NamedArray, x:
 
 def _conv_from_rank(eqn: Any, hidden: Array, factor: NamedArray, names: Sequence[Any]) -> Array:
     """The 1x1 convolution of ``hidden`` with ``factor``: a product over the rank, group by group. ``names`` are those
-    of the result's axes; in the place of its channels are an axis of groups and one of channels in a group."""
+    of the result's axes, with an axis of groups and one of channels per group in place of its channels."""
     groups, at = eqn.params["feature_group_count"], eqn.params["dimension_numbers"].out_spec[1]
     rank, channel = hidden.shape[at] // groups, names[at]
     hidden = hidden.reshape(*hidden.shape[:at], groups, rank, *hidden.shape[at + 1 :])
@@ -232,11 +232,11 @@ def _multiplied_inputs(weight: TracedWeight, axes: Axes) -> str:
 
 
 def _separate_factors(axes: Axes, why: str) -> tuple[Requirement, ...]:
-    """That no factor has inputs and outputs of this product at once."""
+    """Requires that no factor has both inputs and outputs of this product."""
     return tuple(Requirement(frozenset(group), True, why) for group in axes[1:])
 
 
 def _work(eqn: Any, i: int, contracted: Sequence[int]) -> int:
-    """The multiplications of a product: one for each entry of the result and each term that is summed for it."""
+    """The multiplications of a product: one per entry of the result and summed term."""
     shape = eqn.invars[i].aval.shape
     return math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[d] for d in contracted)

@@ -1,9 +1,9 @@
-"""What the rules of all primitives share.
+"""Shared by the rules of all primitives.
 
-A rule takes ``(scope, eqn, args)``, where some of ``args`` are `Factored`, and returns the equation's results; where
-it has no factored form for its case it raises `Decline`, and the interpreter applies the materialize policy. A label
-takes ``(walker, eqn, values)``, where some of ``values`` are traced weights, and returns the values of the equation.
-The two stand side by side: what a rule declines, its label says.
+A rule takes ``(scope, eqn, args)``, where some of ``args`` are `Factored`, and returns the equation's results. If it
+has no factored form for a case, it raises `Decline`, and the interpreter applies the materialize policy. A label takes
+``(walker, eqn, values)``, where some of ``values`` are traced weights, and returns the values of the equation's
+results. Rule and label stand side by side: whatever the rule declines, the label reports.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Label: TypeAlias = Callable[[Any, Any, list[Value]], list[Value]]
 
 
 class Decline(Exception):  # noqa: N818 (not an error: it asks for the materialize policy)
-    """A rule has no factored form for this case; the text says why."""
+    """A rule has no factored form for this case; the message is the reason."""
 
 
 def bind_base(eqn: Any, args: list[Any]) -> list[Any]:
@@ -29,7 +29,7 @@ def bind_base(eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def label_unchanged(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    """As many results as operands, each of them unchanged."""
+    """Returns every operand unchanged."""
     return values
 
 

@@ -1,7 +1,7 @@
 """The table of primitives: how `lora` computes each one, and how `trace` labels it.
 
-It is the only one: a primitive that `trace` follows has a factored form, and the reverse. What a rule declines for a
-certain case, its label must say of that case.
+There is no other table: every primitive that `trace` follows has a factored form, and vice versa. Whatever a rule
+declines in some case, its label must report for that case.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ PRIMITIVES: dict[str, Primitive] = {
 }
 
 SQUARES = frozenset("reduce_sum convert_element_type jit pjit remat2 checkpoint".split())
-"""Primitives that take the square of a weight before it is summed; any other needs its entries."""
+"""Primitives that take the square of a weight before it is summed; any other needs the entries."""
 SQUARED = "it is squared elementwise"
 REARRANGING = frozenset(
     "dot_general conv_general_dilated transpose reshape squeeze broadcast_in_dim convert_element_type copy copy_p name "
     "slice rev neg sharding_constraint jit pjit remat2 checkpoint".split()
 )
-"""Primitives for which rows that constant indices picked are still a weight; for any other they are looked up."""
+"""Primitives for which rows picked by constant indices are still a weight; for any other they are a lookup."""

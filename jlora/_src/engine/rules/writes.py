@@ -1,4 +1,4 @@
-"""Primitives that write values into a weight: the rest of it stays factored."""
+"""Primitives that write values into a weight, whose rest stays factored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BOTH_SIDES = "values are written along inputs and outputs at once"
 
 
 def overwrite(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``w.at[i].set(values)`` and ``lax.dynamic_update_slice``, which make the update zero there, and
+    """``w.at[i].set(values)`` and ``lax.dynamic_update_slice``, which zero the update there, and
     ``w.at[i].multiply(values)``, which scales it."""
     weight, *others = args
     if not isinstance(weight, Factored) or any(isinstance(v, Factored) for v in others):
@@ -38,7 +38,7 @@ def overwrite(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if name is None:
         raise Decline(BOTH_SIDES)
     (base,) = bind_base(eqn, [weight, *others])
-    # What multiplies the factor: the same writing, of zeros or of the multiplying values, into ones that have one entry
+    # The factor's multiplier: the same write, of zeros or of the multiplying values, into ones with a single entry
     # along the other dimensions.
     shape = [n if window.get(i, -1) in (-1, *dims) else 1 for i, n in enumerate(args[at].shape)]
     others[at - 1] = lax.slice(args[at], [0] * len(shape), shape) if scales else jnp.zeros(shape, weight.dtype)
@@ -49,7 +49,7 @@ def overwrite(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def label_overwrite(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    """A weight in which whole slices are set, along axes of one factor, is that weight."""
+    """A weight stays that weight when whole slices are set along axes of one factor."""
     dims, (at, _) = _written_dims(eqn), _written_values(eqn)
     if dims is None:
         return walker.consume(eqn, values, lambda *_: PARTS)
@@ -72,7 +72,7 @@ def add_at(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def label_add_at(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
-    """A weight to slices of which constants or parameters are added is that weight, if it has no trained multiplier."""
+    """Constants or parameters added to slices keep a weight that weight, unless it has a trained multiplier."""
     return [label_sum(value, with_array=True) for value in _label_written(walker, eqn, values)]
 
 
@@ -85,7 +85,7 @@ def _label_written(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def _written_dims(eqn: Any) -> tuple[int, ...] | None:
-    """The dimensions along which ``eqn`` writes whole slices into its first operand; None if parts of them."""
+    """The dimensions along which ``eqn`` writes whole slices into its first operand; None for parts of slices."""
     at, window = _written_values(eqn)
     shape, values = eqn.invars[0].aval.shape, eqn.invars[at].aval.shape
     if at == 1:
@@ -105,7 +105,7 @@ def _constant_in_slices(eqn: Any, nonconstant: Sequence[int]) -> bool:
 
 
 def _written_values(eqn: Any) -> tuple[int, dict[int, int]]:
-    """Which operand has the values that ``eqn`` writes, and which of the weight's dimensions its dimensions are."""
+    """The index of the operand with the written values, and the weight's dimension for each of its dimensions."""
     ndim = len(eqn.invars[0].aval.shape)
     if eqn.primitive.name == "dynamic_update_slice":
         return 1, {d: d for d in range(ndim)}

@@ -38,10 +38,11 @@ hypothesis.settings.load_profile("jlora")
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of the cases of a test that is marked ``sampled(n)``, mark all but n as ``slow``; these are spread evenly."""
-    sampled = [item for item in items if item.get_closest_marker("sampled")]
-    for _, cases in itertools.groupby(sampled, lambda item: item.nodeid.partition("[")[0]):
-        cases = list(cases)
-        (count,) = cases[0].get_closest_marker("sampled").args
+    for _, group in itertools.groupby(items, lambda item: item.nodeid.partition("[")[0]):
+        cases = list(group)
+        if (marker := cases[0].get_closest_marker("sampled")) is None:
+            continue
+        (count,) = marker.args
         kept = {round(i * (len(cases) - 1) / max(count - 1, 1)) for i in range(count)}
         for i, case in enumerate(cases):
             if i not in kept:

@@ -392,6 +392,7 @@ def test_the_program_tells_it(runs: Path, tmp_path: Path, capfd: Any) -> None:
 # Configurations
 
 
+@pytest.mark.slow
 def test_configurations_as_json(runs: Path, reader: Any, tmp_path: Path) -> None:
     """Without checksums beside it a file may be another configuration; then its content is read."""
     for name in ("whole", "other"):

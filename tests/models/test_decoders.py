@@ -306,7 +306,7 @@ def test_rotary_positions(rope: dict[str, Any]) -> None:
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "sliding_window is not set"),
         ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ({"model_type": "mistral", "mlp_bias": True}, "mlp_bias = True"),
-        ({"model_type": "gemma2", "sliding_window": 8, "sliding_window_size": 4}, "sliding_window_size = 4.*with 8"),
+        ({"model_type": "gemma2", "sliding_window": 8, "sliding_window_size": 4}, "sliding_window_size = 4.* 8"),
         ({"rope_interleaved": True}, "rope_interleaved = True"),
         ({"norm_offset": True, "rope": {}, "windows": [3]}, r"3 attribute\(s\)(.|\n)*rope = (.|\n)*windows"),
         ({"num_attention_heads": 3, "head_dim": None}, "num_attention_heads = 3; expected a divisor of hidden_size"),

@@ -59,6 +59,16 @@ def fresh(**options: Any) -> Any:
     return transformers.LlamaForCausalLM.from_pretrained(checkpoint(), **options).eval()
 
 
+def resized() -> Any:
+    """Eight more tokens. transformers draws their rows, here always the same."""
+    import torch
+
+    torch.manual_seed(0)
+    network = fresh()
+    network.resize_token_embeddings(40)
+    return network
+
+
 def trained(network: Any, **fields: Any) -> Any:
     """PEFT's model, as if trained."""
     import peft as theirs
@@ -321,8 +331,7 @@ RESIZED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", RESIZED)
 def test_a_resized_vocabulary(case: str, tmp_path: Path) -> None:
     """The refusal names the tables and their sizes; the base that PEFT writes back is one that the adapter fits."""
-    network = fresh()
-    network.resize_token_embeddings(40)
+    network = resized()
     model = trained(network, **RESIZED[case])
     expected = logits(model)
     model.save_pretrained(str(tmp_path / "adapter"))
@@ -331,9 +340,7 @@ def test_a_resized_vocabulary(case: str, tmp_path: Path) -> None:
     expect(text, "`PeftModel.from_pretrained(base, folder).unload().save_pretrained(new_folder)`")
     assert ("lm_head" in text) == (case != "lookup") and "rank" not in text
 
-    network = fresh()
-    network.resize_token_embeddings(40)
-    _unload(network, tmp_path)
+    _unload(resized(), tmp_path)
     assert_loads(tmp_path / "adapter", expected, tmp_path / "base")
 
 

@@ -1,0 +1,142 @@
+"""What a compiled program costs, by its compiler's own account: estimated cycles, collectives, memory.
+
+XLA's analyses count the body of a loop once. Here it counts as often as it runs, where the compiler knows how often.
+
+The TPU compiler estimates the cycles of every fusion, not of collectives. They are estimates, not times; but they are the
+same on every machine, and a TPU need not be there (`jax.experimental.topologies`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f4e2m1fn": 0.5, "c64": 8, "c128": 16}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\(")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+
+
+@dataclass
+class _Computation:
+    """One computation of an HLO module: its own costs, and the computations that it calls, with how often."""
+
+    cycles: int = 0
+    collectives: Counter[str] = field(default_factory=Counter)
+    calls: list[tuple[tuple[str, ...], int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """The collectives of one kind in a step.
+
+    Attributes:
+      kind: such as ``all-gather``.
+      bytes: of their results on one device, summed over all that run.
+    """
+
+    kind: str
+    bytes: int
+
+
+class Compiled:
+    """A program that `jax.stages.Lowered.compile` compiled.
+
+    Attributes:
+      temp_bytes: temporary memory on one device: what lives while it runs, beside arguments and results.
+      argument_bytes, output_bytes, alias_bytes: of one device; aliased results reuse the memory of donated arguments.
+    """
+
+    def __init__(self, compiled: Any):
+        memory = compiled.memory_analysis()
+        self.temp_bytes: int = memory.temp_size_in_bytes
+        self.argument_bytes: int = memory.argument_size_in_bytes
+        self.output_bytes: int = memory.output_size_in_bytes
+        self.alias_bytes: int = memory.alias_size_in_bytes
+        self._text: str = compiled.as_text()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of one device while it runs: arguments, results and temporaries."""
+        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
+
+    @property
+    def cycles(self) -> int:
+        """The compiler's estimate for one device, without collectives; 0 from compilers that make none."""
+        return self._total[0]
+
+    @property
+    def collectives(self) -> list[Collective]:
+        """By kind, largest first."""
+        return [Collective(kind, math.ceil(n)) for kind, n in self._total[1].most_common()]
+
+    @cached_property
+    def _total(self) -> tuple[int, Counter[str]]:
+        computations, entry = _parse(self._text)
+        return _total_of(entry, computations, {})
+
+
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    """The computations of a module by name, and the name of its entry."""
+    found: dict[str, _Computation] = {}
+    entry, own = "", _Computation()
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            own = found[head[2]] = _Computation()
+            entry = head[2] if head[1] else entry
+        elif instruction := _INSTRUCTION.match(line):
+            _add(own, line, *instruction.groups()[1:])
+    return found, entry
+
+
+def _add(own: _Computation, line: str, result: str, opcode: str) -> None:
+    if cycles := re.search(r'"estimated_cycles":"?(\d+)', line):
+        own.cycles += int(cycles[1])
+    kind = opcode.removesuffix("-start")
+    if kind in COLLECTIVES:
+        own.collectives[kind] += _result_bytes(result, started=kind != opcode)
+    if opcode == "while":
+        trips = re.search(r'"known_trip_count":\{"n":"?(\d+)', line)
+        bodies = re.findall(r"(?:body|condition)=%?([\w.-]+)", line)
+        own.calls += [((body,), int(trips[1]) if trips else 1) for body in bodies]
+    elif opcode == "conditional":
+        branches = re.search(r"branch_computations=\{([^}]*)\}", line)
+        names = branches[1].split(", ") if branches else re.findall(r"(?:true|false)_computation=%?([\w.-]+)", line)
+        own.calls.append((tuple(name.lstrip("%") for name in names), 1))
+    elif opcode in ("call", "async-start"):
+        own.calls += [((name,), 1) for name in re.findall(r"(?:to_apply|calls)=%?([\w.-]+)", line)]
+
+
+def _total_of(
+    name: str, computations: dict[str, _Computation], known: dict[str, tuple[int, Counter[str]]]
+) -> tuple[int, Counter[str]]:
+    """Cycles and collectives of a computation with all that it calls; of branches, those with the most cycles."""
+    if name not in known:
+        own = computations[name]
+        cycles, collectives = own.cycles, Counter(own.collectives)
+        for callees, times in own.calls:
+            most = max((_total_of(callee, computations, known) for callee in callees), key=lambda total: total[0])
+            cycles += times * most[0]
+            for kind, n in most[1].items():
+                collectives[kind] += times * n
+        known[name] = cycles, collectives
+    return known[name]
+
+
+def _result_bytes(shape: str, *, started: bool) -> float:
+    """Bytes of a result; an asynchronous start returns its operands too, before its results."""
+    sizes = list(_sizes(shape))
+    return sum(sizes[len(sizes) // 2 :] if started and len(sizes) > 1 else sizes)
+
+
+def _sizes(shape: str) -> Iterator[float]:
+    for dtype, dims in _SHAPE.findall(shape):
+        bits = re.search(r"\d+", dtype)
+        width = _BYTES.get(dtype) or (int(bits[0]) / 8 if bits else 0)
+        yield width * math.prod(int(n) for n in dims.split(",") if n)

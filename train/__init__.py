@@ -13,7 +13,8 @@
 ``loop/``       steps, with metrics, evaluations and checkpoints; SIGTERM and Ctrl-C
 ``rundir/``     the files of a run directory
 ``report/``     output for people: progress, tables, curves, pages
-``commands/``   one file each: fit, show, predict, generate, eval, export, report, inspect
+``ahead``       a run's step, compiled for devices that may not be there
+``commands/``   one file each: fit, show, plan, predict, generate, eval, export, report, inspect
 
 The program imports jlora; jlora never imports it. Each package lists its modules in ``__init__``.
 """

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = ROOT / "configs" / "digits.py"
 COMMANDS = {
     "show": "show",
+    "plan": "plan",
     "predict": "predict",
     "generate": "generate",
     "eval": "evaluate",
@@ -42,6 +43,8 @@ COMMANDS = {
     "inspect": "inspect",
 }
 """The function of each command, in the module of that name in `train.commands`; the default command is fit."""
+OPTIONS = {"show": "ShowOptions", "plan": "PlanOptions"}
+"""Commands on a configuration, with the class of their own flags."""
 USER_ERRORS = (ConfigError, ModelError, TensorError, PeftError, OSError, UnicodeDecodeError)
 PROG = "python -m train"
 RATE = "--learning-rate"
@@ -55,6 +58,7 @@ switches are turned off with `no-`:
 
 Before training:
   python -m train show CONFIG.py               show the training data (takes the same flags)
+  python -m train plan CONFIG.py --topology v5e:2x4   what a step needs on a machine that need not be there
   python -m train inspect CHECKPOINT           show the weights that would be adapted
 
 After training:
@@ -92,9 +96,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run_command(name: str, argv: list[str]) -> None:
     module = importlib.import_module(f"train.commands.{name}")
     function = getattr(module, COMMANDS[name])
-    if name == "show":  # its other flags are those of a configuration
-        prog = f"{PROG} show [CONFIG.py]"
-        options, rest = tyro.cli(module.ShowOptions, prog=prog, args=argv, return_unknown_args=True)
+    if kind := OPTIONS.get(name):  # its other flags are those of a configuration
+        prog = f"{PROG} {name} [CONFIG.py]"
+        options, rest = tyro.cli(getattr(module, kind), prog=prog, args=argv, return_unknown_args=True)
         function(parse(rest), options)
     else:
         tyro.cli(function, prog=f"{PROG} {name}", args=argv, config=(tyro.conf.AvoidSubcommands,))

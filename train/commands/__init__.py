@@ -2,6 +2,7 @@
 
 ``fit``       train, the default
 ``show``      the examples of a configuration; also takes all of its flags
+``plan``      what a step needs, compiled for a machine that need not be there
 ``predict``   label texts
 ``generate``  continue prompts
 ``eval``      evaluate a run, also on other data

@@ -6,5 +6,7 @@
 ``layouts``     one device (jit), copies (pmap), sharded weights (mesh)
 ``processes``   several processes: joining, and agreeing on values
 ``flops``       the FLOPs of a step, and device peaks
+``compiled``    the costs of a compiled program: memory, cycles, collectives
+``topology``    TPU slices that need not be there, to compile for
 ``throughput``  speed and memory
 """

@@ -2,8 +2,8 @@
 
 XLA's analyses count the body of a loop once. Here it counts as often as it runs, where the compiler knows how often.
 
-The TPU compiler estimates the cycles of every fusion, not of collectives. They are estimates, not times; but they are the
-same on every machine, and a TPU need not be there (`jax.experimental.topologies`).
+The TPU compiler estimates the cycles of every fusion, not of collectives. They are estimates, not times; but they are
+the same on every machine, and a TPU need not be there (`jax.experimental.topologies`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f4e2m1fn": 0.5, "c64": 8, "c128": 16}
@@ -23,26 +23,31 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\(")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
 
+_NO_ARRAYS = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
+
+
+class Array(NamedTuple):
+    """A result that the program computes.
+
+    Attributes:
+      shape: such as ``bf16[4,1024,8192]``, of one device.
+      bytes: its size.
+      source: the operation of the JAX program that it belongs to, where the compiler knows it.
+    """
+
+    shape: str
+    bytes: int
+    source: str
+
+
 @dataclass
 class _Computation:
     """One computation of an HLO module: its own costs, and the computations that it calls, with how often."""
 
     cycles: int = 0
+    arrays: list[Array] = field(default_factory=list)
     collectives: Counter[str] = field(default_factory=Counter)
     calls: list[tuple[tuple[str, ...], int]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Collective:
-    """The collectives of one kind in a step.
-
-    Attributes:
-      kind: such as ``all-gather``.
-      bytes: of their results on one device, summed over all that run.
-    """
-
-    kind: str
-    bytes: int
 
 
 class Compiled:
@@ -72,13 +77,26 @@ class Compiled:
         return self._total[0]
 
     @property
-    def collectives(self) -> list[Collective]:
-        """By kind, largest first."""
-        return [Collective(kind, math.ceil(n)) for kind, n in self._total[1].most_common()]
+    def collectives(self) -> dict[str, int]:
+        """Bytes of the results on one device, by kind (``all-gather``), largest first; all that run are added."""
+        return {kind: math.ceil(n) for kind, n in self._total[1].most_common()}
+
+    def largest(self, count: int) -> Sequence[Array]:
+        """The largest arrays that the program computes, one of each shape."""
+        computations, entry = self._parsed
+        found: dict[str, Array] = {}
+        for name in _reached(entry, computations):
+            for array in computations[name].arrays:
+                found.setdefault(array.shape, array)
+        return sorted(found.values(), key=lambda array: -array.bytes)[:count]
+
+    @cached_property
+    def _parsed(self) -> tuple[dict[str, _Computation], str]:
+        return _parse(self._text)
 
     @cached_property
     def _total(self) -> tuple[int, Counter[str]]:
-        computations, entry = _parse(self._text)
+        computations, entry = self._parsed
         return _total_of(entry, computations, {})
 
 
@@ -98,6 +116,10 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
 def _add(own: _Computation, line: str, result: str, opcode: str) -> None:
     if cycles := re.search(r'"estimated_cycles":"?(\d+)', line):
         own.cycles += int(cycles[1])
+    if opcode not in _NO_ARRAYS and not opcode.endswith(("-start", "-done")):
+        source = re.search(r'op_name="([^"]*)"', line)
+        for shape in _SHAPE.finditer(result):
+            own.arrays.append(Array(shape[0], math.ceil(sum(_sizes(shape[0]))), source[1] if source else ""))
     kind = opcode.removesuffix("-start")
     if kind in COLLECTIVES:
         own.collectives[kind] += _result_bytes(result, started=kind != opcode)
@@ -111,6 +133,14 @@ def _add(own: _Computation, line: str, result: str, opcode: str) -> None:
         own.calls.append((tuple(name.lstrip("%") for name in names), 1))
     elif opcode in ("call", "async-start"):
         own.calls += [((name,), 1) for name in re.findall(r"(?:to_apply|calls)=%?([\w.-]+)", line)]
+
+
+def _reached(name: str, computations: dict[str, _Computation]) -> Iterator[str]:
+    """A computation and all that it calls; not what is fused, which has no memory of its own."""
+    yield name
+    for callees, _ in computations[name].calls:
+        for callee in callees:
+            yield from _reached(callee, computations)
 
 
 def _total_of(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import jax
@@ -28,6 +28,7 @@ RowFunction: TypeAlias = Callable[[Any, Any, Any], dict[str, jax.Array]]
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = P(("data", "fsdp"))
+REPLICATED: jlora.ShardingRules = (("", P()),)
 
 
 class Layout(Protocol):
@@ -170,36 +171,39 @@ class Mesh:
 
     axis = None
 
-    def __init__(self, config: ComputeConfig, rules: jlora.ShardingRules):
+    def __init__(self, config: ComputeConfig, rules: jlora.ShardingRules, devices: Sequence[Any] | None = None):
+        """Place on ``devices``, by default all that are here; they may be those of a topology, which only compiles."""
+        found = jax.devices() if devices is None else devices
+        self._all = _described(found)
         sizes = {axis: getattr(config, axis) for axis in AXES}
         others = config.fsdp * config.tensor
-        sizes["data"] = config.data or max(jax.device_count() // others, 1)
+        sizes["data"] = config.data or max(len(found) // others, 1)
         self.devices = math.prod(sizes.values())
-        if self.devices > jax.device_count() or config.data is None and jax.device_count() % others:
+        if self.devices > len(found) or config.data is None and len(found) % others:
             raise ConfigError(
                 f"compute: a mesh of {' x '.join(f'{axis}={size}' for axis, size in sizes.items())} does not fit on "
-                f"{_all_devices()}; expected fsdp x tensor to divide them, or a product with data up to their number"
+                f"{self._all}; expected fsdp x tensor to divide them, or a product with data up to their number"
             )
-        if self.devices < jax.device_count() and jax.process_count() > 1:
+        if self.devices < len(found) and jax.process_count() > 1:
             raise ConfigError(
-                f"compute: a mesh of {self.devices} devices, out of {_all_devices()}; expected all of them to "
+                f"compute: a mesh of {self.devices} devices, out of {self._all}; expected all of them to "
                 "be used: leave compute.data out"
             )
         self.parts = sizes["data"] * sizes["fsdp"]
         self.ahead = _ahead(self.devices)
         self.mesh = jax.make_mesh(
-            tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[: self.devices]
+            tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=found[: self.devices]
         )
         self._name = config.layout
         self._own = [(pattern, parse_spec(spec)) for pattern, spec in config.rules.items()]
         self._rules = rules
-        self._rows, self._whole = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
+        self.rows, self._whole = NamedSharding(self.mesh, ROWS), NamedSharding(self.mesh, P())
 
     def __str__(self) -> str:
         if self._name == "jit":
-            return f"jit on 1 of {_all_devices()}" if jax.device_count() > 1 else f"jit on {_all_devices()}"
+            return f"jit on {self._all}" if self._all.startswith("1 ") else f"jit on 1 of {self._all}"
         shape = "x".join(str(size) for size in self.mesh.shape.values())
-        return f"mesh {shape} on {_all_devices()}"
+        return f"mesh {shape} on {self._all}"
 
     def shardings(self, shapes: Any) -> Any:
         """The sharding of each leaf of the base.
@@ -220,7 +224,13 @@ class Mesh:
 
     def make_state(self, make: Callable[[Any], TrainState], base: Any) -> TrainState:
         shapes: Any = jax.eval_shape(jax.jit(make), base)  # jit keeps the trace for the second call below
-        adapters = jlora.adapter_shardings(shapes.adapters, jax.tree.map(lambda x: x.sharding, base))
+        places = self.state_shardings(shapes, jax.tree.map(lambda x: x.sharding, base))
+        # Without out_shardings the moments, which depend on no input, would be replicated on every device.
+        return jax.block_until_ready(jax.jit(make, out_shardings=places)(base))
+
+    def state_shardings(self, shapes: TrainState, base: Any) -> TrainState:
+        """The sharding of each leaf of a state, from those of the base: adapters and moments follow their weights."""
+        adapters: Any = jlora.adapter_shardings(shapes.adapters, base)
         structure = jax.tree.structure(shapes.adapters)
 
         def is_moment(part: Any) -> bool:
@@ -229,9 +239,7 @@ class Mesh:
         opt_state = jax.tree.map(
             lambda x: adapters if is_moment(x) else self._whole, shapes.opt_state, is_leaf=is_moment
         )
-        # Without out_shardings the moments, which depend on no input, would be replicated on every device.
-        places: Any = (self._whole, adapters, opt_state)
-        return jax.block_until_ready(jax.jit(make, out_shardings=TrainState(*places))(base))
+        return TrainState(self._whole, adapters, opt_state)  # type: ignore[arg-type]
 
     def place_batch(self, build: Callable[[slice], Batch], count: int) -> Any:
         if self.devices == 1:
@@ -244,16 +252,43 @@ class Mesh:
                 parts[start, stop] = build(slice(start, stop))
             return parts[start, stop]
 
-        own = self._rows.addressable_devices_indices_map((count,))
+        own = self.rows.addressable_devices_indices_map((count,))
         any_rows = part(next(index for index in own.values() if index is not None))
         return {
             name: jax.make_array_from_callback(
-                (count, *rows.shape[1:]), self._rows, lambda index, name=name: part(index)[name]
+                (count, *rows.shape[1:]), self.rows, lambda index, name=name: part(index)[name]
             )
             for name, rows in any_rows.items()
         }
 
-    def compile_step(self, step: Step, state: TrainState) -> Callable[..., Any]:
+    def lower_step(
+        self, step: Step, make: Callable[[Any], TrainState], base: Any, batch: Mapping[str, Any]
+    ) -> tuple[TrainState, Any]:
+        """The state that ``make(base)`` returns and ``step``, lowered for it: shapes in, nothing is computed.
+
+        Args:
+          base: shapes of the base.
+          batch: shapes of a batch, ``{name: jax.ShapeDtypeStruct}``.
+
+        Returns:
+          The state's shapes with their shardings, and the lowered step, a `jax.stages.Lowered`.
+
+        Raises:
+          ConfigError: if the rules do not fit the base.
+        """
+
+        def placed(tree: Any, shardings: Any) -> Any:
+            return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+        places = self.shardings(base)
+        base = placed(base, places)
+        state: Any = jax.eval_shape(make, base)
+        state = placed(state, self.state_shardings(state, places))
+        rows = {name: self.rows if self.devices > 1 else self._whole for name in batch}
+        key = placed(jax.eval_shape(lambda: jax.random.key(0)), self._whole)
+        return state, self.compile_step(step, state).lower(state, base, placed(dict(batch), rows), key)
+
+    def compile_step(self, step: Step, state: TrainState) -> Any:
         places = jax.tree.map(lambda x: x.sharding, state)
         # Pinned: the compiler could choose other shardings for the new state, and the second step would recompile.
         return jax.jit(step, donate_argnums=0, out_shardings=(places, self._whole))
@@ -277,9 +312,26 @@ class Mesh:
         return state
 
 
-def one_device() -> Mesh:
+def one_device(devices: Sequence[Any] | None = None) -> Mesh:
     """The first device alone: a mesh of one, printed as jit."""
-    return Mesh(ComputeConfig(layout="jit", data=1), [("", P())])
+    return Mesh(ComputeConfig(layout="jit", data=1), REPLICATED, devices)
+
+
+def planned_layout(config: TrainConfig, rules: jlora.ShardingRules, devices: Sequence[Any]) -> Mesh:
+    """The layout of a configuration on devices that may not be here; pmap is the mesh that divides the same.
+
+    Raises:
+      ConfigError: as `make_layout`.
+    """
+    match config.compute.layout:
+        case "jit":
+            layout = one_device(devices)
+        case "pmap":
+            layout = Mesh(ComputeConfig(layout="mesh"), REPLICATED, devices)
+        case "mesh":
+            layout = Mesh(config.compute, rules, devices)
+    _check_batch_sizes(config, layout)
+    return layout
 
 
 def make_layout(config: TrainConfig, rules: jlora.ShardingRules) -> Layout:
@@ -298,6 +350,12 @@ def make_layout(config: TrainConfig, rules: jlora.ShardingRules) -> Layout:
             "pmap or mesh; pass --compute.layout mesh"
         )
     layout: Layout = {"jit": one_device, "pmap": Pmap, "mesh": lambda: Mesh(compute, rules)}[compute.layout]()
+    _check_batch_sizes(config, layout)
+    return layout
+
+
+def _check_batch_sizes(config: TrainConfig, layout: Layout) -> None:
+    compute = config.compute
     multiple = layout.parts * compute.accumulate
     phases: Mapping[str, Any] = {"base": config.base, "fit": config.fit}
     refuse(
@@ -309,7 +367,6 @@ def make_layout(config: TrainConfig, rules: jlora.ShardingRules) -> Layout:
             if fit is not None and fit.batch_size % multiple
         ]
     )
-    return layout
 
 
 def parse_spec(text: str) -> P:
@@ -319,7 +376,10 @@ def parse_spec(text: str) -> P:
 
 
 def _all_devices() -> str:
-    kind = jax.devices()[0].device_kind
-    count, processes = jax.device_count(), jax.process_count()
-    some = f"{count} {kind} device" + ("s" if count > 1 else "")
+    return _described(jax.devices())
+
+
+def _described(devices: Sequence[Any]) -> str:
+    count, processes = len(devices), jax.process_count()
+    some = f"{count} {devices[0].device_kind} device" + ("s" if count > 1 else "")
     return some if processes == 1 else f"{some} of {processes} processes"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import models
+from jlora.files.hub_files import CONFIG
 from jlora.files.json_files import read_json
 from jlora.models import ModelError, Remat, TensorError
 from train.config import CausalLM, ConfigError, ImageClassification, Pretrained, SequenceClassification, TaskConfig
@@ -22,8 +23,11 @@ TASKS: dict[type, models.TaskName] = {
 }
 
 
-def pretrained(config: Pretrained, task: TaskConfig, remat: Remat) -> Network:
+def pretrained(config: Pretrained, task: TaskConfig, remat: Remat, *, tokenizer: bool = True) -> Network:
     """The network of a checkpoint, with a new head if the task needs one. Does not read the weights yet.
+
+    Args:
+      tokenizer: whether to load the tokenizer of a task on texts.
 
     Raises:
       ConfigError: if the task does not fit the network, or there is no tokenizer.
@@ -49,8 +53,14 @@ def pretrained(config: Pretrained, task: TaskConfig, remat: Remat) -> Network:
     if isinstance(task, ImageClassification):
         return Network(forward, init, models.sharding_rules(model), **network, **_image_format(config))
     _check_length(task, model)
-    tokenizer = set_up(load_tokenizer(config.path, config.revision), task)
-    return Network(forward, init, models.sharding_rules(model), **network, tokenizer=tokenizer)
+    loaded = set_up(load_tokenizer(config.path, config.revision), task) if tokenizer else None
+    return Network(forward, init, models.sharding_rules(model), **network, tokenizer=loaded)
+
+
+def stored_dtype(config: Pretrained) -> str:
+    """The dtype of the weights, by config.json; float32 where it has none."""
+    found = read_json(models.fetch(config.path, config.revision, (CONFIG,)) / CONFIG)
+    return str(found.get("dtype") or found.get("torch_dtype") or "float32")
 
 
 def checkpoint_side(config: Pretrained) -> int:

@@ -9,7 +9,7 @@ from train.networks.pretrained import pretrained
 from train.networks.scratch import from_scratch
 
 
-def make_network(config: TrainConfig) -> Network:
+def make_network(config: TrainConfig, *, tokenizer: bool = True) -> Network:
     """The network of a configuration completed by `train.tasks.registry.resolved`. Does not read the weights yet.
 
     Raises:
@@ -20,6 +20,6 @@ def make_network(config: TrainConfig) -> Network:
         assert isinstance(config.task, ImageClassification)
         return from_scratch(config.model, config.task, remat)
     try:
-        return pretrained(config.model, config.task, remat)
+        return pretrained(config.model, config.task, remat, tokenizer=tokenizer)
     except (ModelError, TensorError) as error:
         raise ConfigError(f"model.path: {error}") from error

@@ -11,4 +11,5 @@
 ``chat``           messages in a chat template, as texts with spans
 ``language``       language modelling
 ``registry``       the task of a configuration
+``stand_in``       a task and the shapes of its batches, without data
 """

@@ -1,0 +1,160 @@
+"""`python -m train plan`: the step of a run, compiled for devices that may not be here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests import tiny
+from tests.runs import program, start
+from train.__main__ import parse
+from train.ahead import step_costs
+from train.compute.compiled import Compiled
+from train.compute.layouts import make_layout
+from train.compute.optimizer import make_optimizer, make_schedule
+from train.compute.step import init_state, make_step
+from train.job import make_job, start_adapters
+from train.tasks.stand_in import stand_in
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    tiny.write_checkpoint(folder / "decoder", tiny.DECODER, task="causal-lm")
+    tiny.write_checkpoint(folder / "encoder", tiny.ENCODER, task="sequence-classification", labels=("bad", "good"))
+    questions = [{"question": f"{i} + {j} =", "answer": str(i + j)} for i in range(8) for j in range(2)]
+    tiny.write_jsonl(folder / "sums.jsonl", questions)
+    tiny.write_jsonl(folder / "texts.jsonl", [{"sentence": "a film", "label": i % 2, "score": i / 9} for i in range(9)])
+    return folder
+
+
+def language_model(work: Path, *more: str) -> list[str]:
+    common = "--data.validation None --data.holdout 0.2 --task.max-length 32 --task.messages None --lora.rank 2"
+    rest = "--task.prompt question --task.completion answer --fit.batch-size 8 --model.param-dtype None"
+    paths = ["--model.path", str(work / "decoder"), "--data.train", str(work / "sums.jsonl")]
+    return ["configs/instruct_llama.py", *paths, *common.split(), *rest.split(), *more]
+
+
+def classifier(work: Path, *more: str) -> list[str]:
+    common = "--data.validation None --data.holdout 0.2 --task.max-length 32 --fit.batch-size 4 --task.labels bad good"
+    paths = ["--model.path", str(work / "encoder"), "--data.train", str(work / "texts.jsonl")]
+    return ["configs/sst2_minilm.py", *paths, *common.split(), *more]
+
+
+TASKS = {
+    "language model": lambda work: language_model(work, "--task.no-pack"),
+    "packed": language_model,
+    "texts": classifier,
+    "regression": lambda work: classifier(
+        work, "--task.regression", "--task.labels", "None", "--task.label", "score", "--keep", "last"
+    ),
+    "images": lambda work: ["configs/digits.py", "--task.side", "8", "--fit.batch-size", "8"],
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_batch_stands_for_those_of_the_data(name: str, work: Path, tmp_path: Path) -> None:
+    """The same columns, dtypes and sizes; texts as long as they may be."""
+    config = parse([*TASKS[name](work), "--cache-dir", str(tmp_path)])
+    job = make_job(config, lambda: None)
+    planned, expected = stand_in(config).batch, job.examples
+    assert set(planned) == set(expected)
+    for column, shape in planned.items():
+        value = np.asarray(expected[column][0])
+        assert shape.shape[0] == config.fit.batch_size and shape.dtype == value.dtype, column
+        ragged = column in ("input_ids", "attention_mask", "loss_mask", "segment_ids", "token_type_ids")
+        assert shape.shape[1:] == ((32,) if ragged else value.shape), column
+
+
+LAYOUTS = ["jit", "mesh --compute.fsdp 4", "mesh --compute.fsdp 2 --compute.tensor 2 --compute.remat full", "jit --compute.accumulate 2"]  # fmt: skip  # noqa: E501
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_its_memory_is_that_of_the_step_that_runs(layout: str, work: Path, tmp_path: Path) -> None:
+    config = parse([*language_model(work, "--cache-dir", str(tmp_path), "--compute.layout", *layout.split())])
+    costs = step_costs(config, jax.devices())
+    job = make_job(config, lambda: None)
+    layout_ = make_layout(config, job.network.rules)
+    base = layout_.place_base(job.shapes, lambda shardings: jax.jit(job.network.init, out_shardings=shardings)(jax.random.key(0)))  # fmt: skip  # noqa: E501
+    tx = make_optimizer(config.fit)
+    step = make_step(
+        job.network.forward, job.task, tx, make_schedule(config.fit, 1e-3, 9), accumulate=config.compute.accumulate
+    )
+    made = layout_.make_state(lambda base: init_state(tx, start_adapters(config, job.network, base, job.plan)), base)
+    batch = {name: np.zeros(x.shape, x.dtype) for name, x in stand_in(config).batch.items()}
+    placed: Any = layout_.place_batch(lambda rows: {name: x[rows] for name, x in batch.items()}, 8)
+    real = Compiled(layout_.compile_step(step, made).lower(made, base, placed, jax.random.key(0)).compile())
+    given = sum(x.addressable_data(0).nbytes for x in jax.tree.leaves((base, made.adapters, made.opt_state)))
+    assert costs.base_bytes + costs.adapters_bytes + costs.optimizer_bytes == given
+    assert costs.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)  # the schedule differs
+    assert costs.devices == layout_.devices and costs.fits is None and costs.layout == str(layout_)
+    assert bool(costs.collectives) == (costs.devices > 1)
+
+
+def test_loops_count_as_often_as_they_run() -> None:
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+
+    def summed(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda c, _: (jax.lax.psum(c, "x") * 0.25, None), x, length=5)[0]
+
+    fn = jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=NamedSharding(mesh, P()))
+    compiled = fn.lower(x).compile()
+    found = Compiled(compiled)
+    assert found.collectives == {"all-reduce": 5 * 8 * 128 * 4}
+    assert found.cycles == 0 and found.largest(1)[0].shape == "f32[8,128]"
+    assert found.temp_bytes == compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_it_prints_tables_or_json(work: Path) -> None:
+    code, printed = program("plan", *language_model(work))
+    assert code == 0, printed
+    for part in (
+        "on each device",
+        "adapters",
+        "8 rows, 256 tokens",
+        "largest arrays",
+        "float32, as config.json has it",
+    ):
+        assert part in printed
+    code, printed = program("plan", "--json", *language_model(work))
+    assert code == 0 and json.loads(printed)["tokens"] == 256, printed
+
+
+def test_what_cannot_be_compiled_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, printed = program("plan", "configs/digits.py")
+    assert code == 2 and "task.side: got None" in printed and "--task.side" in printed, printed
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, printed = program("plan", *language_model(work), "--topology", "v5e:2x4")
+    assert code == 2 and 'pip install -e ".[train,tpu]"' in printed, printed
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_tpu_is_planned_that_is_not_there(work: Path) -> None:
+    """More than a chip has is refused by its compiler, and the advice compiles and fits."""
+    size = "--task.max-length 128 --fit.batch-size 32768 --model.param-dtype bfloat16 --model.dtype bfloat16"
+    flags = [*language_model(work), *size.split(), "--topology", "v5e:2x4", "--json"]
+    running = start("plan", *flags)
+    printed, _ = running.communicate()
+    assert running.returncode == 0, printed
+    found = json.loads(printed[printed.index("{") :])
+    assert found["fits"] is False and found["peak_bytes"] > found["device_memory"] == 16 * 2**30
+    *_, last = found["alternatives"]
+    assert last["fits"] and last["peak_bytes"] < 16 * 2**30 and last["collectives"]
+    assert last["cycles"] > 0 and 0 < last["estimated_mfu"] < 1 and last["device_kind"] == "TPU v5 lite"
+    code = start("plan", *language_model(work), "--topology", "v99:1x1")
+    printed, _ = code.communicate()
+    assert code.returncode == 2 and "got 'v99:1x1'" in printed, printed

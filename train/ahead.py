@@ -1,0 +1,186 @@
+"""A run's step, compiled ahead of time for devices that may not be here: what it needs, and about how long it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from train.compute import flops
+from train.compute.compiled import Array, Compiled
+from train.compute.layouts import planned_layout
+from train.compute.optimizer import make_optimizer
+from train.compute.step import init_state, make_step
+from train.compute.topology import CHIPS
+from train.config import TrainConfig
+from train.job import plan_of, start_adapters
+from train.tasks.stand_in import StandIn, stand_in
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What one training step costs. Bytes and cycles are those of one device.
+
+    Attributes:
+      layout: as a run prints it.
+      devices: how many compute.
+      device_kind: such as ``TPU v5 lite``.
+      device_memory: None if unknown, as on a CPU.
+      base_bytes, adapters_bytes, optimizer_bytes, batch_bytes: what the step is given.
+      working_bytes: temporary memory, and results that do not reuse what was given.
+      peak_bytes: all of these, as ``memory_analysis`` reports them; of a step that does not fit, what the compiler
+        says that it would use.
+      fits: whether the device has so much; None if its memory is unknown.
+      rows, tokens: of a batch, padding included; 0 tokens for images.
+      flops: of the products of the whole step, on all devices, without recomputation.
+      cycles: the compiler's estimate, without collectives; 0 if it makes none.
+      collectives: bytes of the results, by kind.
+      largest: the largest arrays that are computed.
+      compile_seconds: time to compile.
+      notes: what was assumed about the data.
+    """
+
+    layout: str
+    devices: int
+    device_kind: str
+    device_memory: int | None
+    base_bytes: int
+    adapters_bytes: int
+    optimizer_bytes: int
+    batch_bytes: int
+    working_bytes: int
+    peak_bytes: int
+    fits: bool | None
+    rows: int
+    tokens: int
+    flops: float
+    cycles: int
+    collectives: Mapping[str, int]
+    largest: Sequence[Array]
+    compile_seconds: float
+    notes: Sequence[str]
+
+    @property
+    def seconds(self) -> float | None:
+        """The time of a step that its estimated cycles mean; None without an estimate."""
+        chip = CHIPS.get(self.device_kind)
+        return self.cycles / chip.clock if chip and self.cycles else None
+
+    @property
+    def utilization(self) -> float | None:
+        """The model FLOPs utilization that this time means (see `train.compute.flops`)."""
+        seconds, peak = self.seconds, flops.peak(self)
+        return None if seconds is None or peak is None else self.flops / (seconds * self.devices * peak)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, the step's estimated time and its utilization."""
+        found = dataclasses.asdict(self) | {"largest": [array._asdict() for array in self.largest]}
+        return found | {"estimated_seconds": self.seconds, "estimated_mfu": self.utilization}
+
+
+def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
+    """Compile the training step of a valid configuration for ``devices``. Reads config.json and no weights or data.
+
+    Raises:
+      ConfigError: if checkpoint, targets or devices do not fit the configuration.
+    """
+    made = stand_in(config)
+    config = made.config
+    layout = planned_layout(config, made.network.rules, devices)
+    base = jax.eval_shape(made.network.init, jax.random.key(0))
+    tx = make_optimizer(config.fit)
+    step = make_step(
+        made.network.forward,
+        made.task,
+        tx,
+        optax.constant_schedule(0.0),
+        smoothing=config.fit.label_smoothing,
+        accumulate=config.compute.accumulate,
+    )
+    plan = plan_of(config, made.network, base, made.task.inputs(_one_row(made.batch)))
+
+    def make(base: Any) -> Any:
+        return init_state(tx, start_adapters(config, made.network, base, plan))
+
+    state, lowered = layout.lower_step(step, make, base, made.batch)
+    given = {
+        "base_bytes": _bytes(base, layout.shardings(base)),
+        "adapters_bytes": _bytes(state.adapters),
+        "optimizer_bytes": _bytes(state.opt_state),
+        "batch_bytes": sum(math.prod(x.shape) * x.dtype.itemsize for x in made.batch.values()) // layout.parts,
+    }
+    began = time.perf_counter()
+    compiled, used = _compiled(lowered)
+    memory = _memory(devices[0])
+    peak = used if compiled is None else compiled.peak_bytes
+    return StepCosts(
+        layout=str(layout),
+        devices=layout.devices,
+        device_kind=devices[0].device_kind,
+        device_memory=memory,
+        **given,
+        working_bytes=peak - sum(given.values()),
+        peak_bytes=peak,
+        fits=False if compiled is None else None if memory is None else peak <= memory,
+        rows=config.fit.batch_size,
+        tokens=math.prod(made.batch["input_ids"].shape) if "input_ids" in made.batch else 0,
+        flops=_flops(made, plan),
+        cycles=0 if compiled is None else compiled.cycles,
+        collectives={} if compiled is None else compiled.collectives,
+        largest=() if compiled is None else compiled.largest(5),
+        compile_seconds=time.perf_counter() - began,
+        notes=made.notes,
+    )
+
+
+def _one_row(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+
+
+def _bytes(tree: Any, shardings: Any = None) -> int:
+    """Of one device."""
+    leaves = jax.tree.leaves(tree)
+    places = [leaf.sharding for leaf in leaves] if shardings is None else jax.tree.leaves(shardings)
+    return sum(
+        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, place in zip(leaves, places, strict=True)
+    )
+
+
+def _compiled(lowered: Any) -> tuple[Compiled | None, int]:
+    """The compiled step; or None, and the bytes that it would use, where that is more than the device has."""
+    try:
+        return Compiled(lowered.compile()), 0
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([KMGT])i?B? of [\d.]+[KMGT]i?B? hbm", str(error))
+        if used is None:
+            raise
+        return None, round(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
+
+
+def _memory(device: Any) -> int | None:
+    if (chip := CHIPS.get(device.device_kind)) is not None:
+        return chip.memory
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # a device of a topology
+        return None
+
+
+def _flops(made: StandIn, plan: Any) -> float:
+    """Of a step without recomputation and accumulation, which do not change what has to be computed."""
+    config = dataclasses.replace(made.config, compute=dataclasses.replace(made.config.compute, remat="none"))
+    plain = stand_in(config)
+    tx = optax.identity()
+    step = make_step(plain.network.forward, plain.task, tx, optax.constant_schedule(0.0))
+    base = jax.eval_shape(plain.network.init, jax.random.key(0))
+    state = jax.eval_shape(lambda base: init_state(tx, start_adapters(config, plain.network, base, plan)), base)
+    return flops.count(step, state, base, plain.batch, jax.random.key(0))

@@ -535,7 +535,7 @@ def test_the_error_of_a_missing_config_file_names_those_that_exist(capsys, monke
     assert "configs/digit.py" in error and names in error
     monkeypatch.chdir(tmp_path)
     assert main(["configs/digits.py"]) == 2
-    assert f"there are: {ROOT}/configs/digits.py, " in capsys.readouterr().err
+    assert f"{ROOT}/configs/digits.py, " in capsys.readouterr().err
 
 
 def test_transformers_does_not_warn_that_torch_is_missing():

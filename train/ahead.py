@@ -118,9 +118,8 @@ def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
         "batch_bytes": sum(math.prod(x.shape) * x.dtype.itemsize for x in made.batch.values()) // layout.parts,
     }
     began = time.perf_counter()
-    compiled, used = _compiled(lowered)
+    compiled, peak = _compiled(lowered, sum(given.values()))
     memory = _memory(devices[0])
-    peak = used if compiled is None else compiled.peak_bytes
     return StepCosts(
         layout=str(layout),
         devices=layout.devices,
@@ -155,15 +154,20 @@ def _bytes(tree: Any, shardings: Any = None) -> int:
     )
 
 
-def _compiled(lowered: Any) -> tuple[Compiled | None, int]:
-    """The compiled step; or None, and the bytes that it would use, where that is more than the device has."""
+def _compiled(lowered: Any, given: int) -> tuple[Compiled | None, int]:
+    """The compiled step and its peak; where that is more than the device has, None and what the compiler says.
+
+    Args:
+      given: bytes of the arguments.
+    """
     try:
-        return Compiled(lowered.compile()), 0
+        compiled = Compiled(lowered.compile())
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT])i?B? of [\d.]+[KMGT]i?B? hbm", str(error))
-        if used is None:
-            raise
-        return None, round(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
+        for pattern, more in ((r"Used ([\d.]+)([KMGT]) of", 0), (r"temporaries \(([\d.]+)([KMGT])\)", given)):
+            if (found := re.search(pattern, str(error))) and "RESOURCE_EXHAUSTED" in str(error):
+                return None, more + round(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
+        raise
+    return compiled, compiled.peak_bytes
 
 
 def _memory(device: Any) -> int | None:

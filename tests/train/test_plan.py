@@ -33,7 +33,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
     tiny.write_checkpoint(folder / "decoder", tiny.DECODER, task="causal-lm")
     tiny.write_checkpoint(folder / "encoder", tiny.ENCODER, task="sequence-classification", labels=("bad", "good"))
-    questions = [{"question": f"{i} + {j} =", "answer": str(i + j)} for i in range(8) for j in range(2)]
+    questions = [{"question": f"{i} + {j} =", "answer": str(i + j)} for i in range(12) for j in range(8)]
     tiny.write_jsonl(folder / "sums.jsonl", questions)
     tiny.write_jsonl(folder / "texts.jsonl", [{"sentence": "a film", "label": i % 2, "score": i / 9} for i in range(9)])
     return folder
@@ -77,7 +77,12 @@ def test_a_batch_stands_for_those_of_the_data(name: str, work: Path, tmp_path: P
         assert shape.shape[1:] == ((32,) if ragged else value.shape), column
 
 
-LAYOUTS = ["jit", "mesh --compute.fsdp 4", "mesh --compute.fsdp 2 --compute.tensor 2 --compute.remat full", "jit --compute.accumulate 2"]  # fmt: skip  # noqa: E501
+LAYOUTS = [
+    "jit",
+    "mesh --compute.fsdp 4",
+    "mesh --compute.fsdp 2 --compute.tensor 2 --compute.remat full",
+    "jit --compute.accumulate 2",
+]
 
 
 @pytest.mark.sampled(2)
@@ -86,8 +91,8 @@ def test_its_memory_is_that_of_the_step_that_runs(layout: str, work: Path, tmp_p
     config = parse([*language_model(work, "--cache-dir", str(tmp_path), "--compute.layout", *layout.split())])
     costs = step_costs(config, jax.devices())
     job = make_job(config, lambda: None)
-    layout_ = make_layout(config, job.network.rules)
-    base = layout_.place_base(job.shapes, lambda shardings: jax.jit(job.network.init, out_shardings=shardings)(jax.random.key(0)))  # fmt: skip  # noqa: E501
+    layout_, key = make_layout(config, job.network.rules), jax.random.key(0)
+    base = layout_.place_base(job.shapes, lambda shardings: jax.jit(job.network.init, out_shardings=shardings)(key))
     tx = make_optimizer(config.fit)
     step = make_step(
         job.network.forward, job.task, tx, make_schedule(config.fit, 1e-3, 9), accumulate=config.compute.accumulate
@@ -95,7 +100,7 @@ def test_its_memory_is_that_of_the_step_that_runs(layout: str, work: Path, tmp_p
     made = layout_.make_state(lambda base: init_state(tx, start_adapters(config, job.network, base, job.plan)), base)
     batch = {name: np.zeros(x.shape, x.dtype) for name, x in stand_in(config).batch.items()}
     placed: Any = layout_.place_batch(lambda rows: {name: x[rows] for name, x in batch.items()}, 8)
-    real = Compiled(layout_.compile_step(step, made).lower(made, base, placed, jax.random.key(0)).compile())
+    real = Compiled(layout_.compile_step(step, made).lower(made, base, placed, key).compile())
     given = sum(x.addressable_data(0).nbytes for x in jax.tree.leaves((base, made.adapters, made.opt_state)))
     assert costs.base_bytes + costs.adapters_bytes + costs.optimizer_bytes == given
     assert costs.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)  # the schedule differs
@@ -111,7 +116,7 @@ def test_loops_count_as_often_as_they_run() -> None:
 
     fn = jax.jit(jax.shard_map(summed, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
     x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=NamedSharding(mesh, P()))
-    compiled = fn.lower(x).compile()
+    compiled: Any = fn.lower(x).compile()
     found = Compiled(compiled)
     assert found.collectives == {"all-reduce": 5 * 8 * 128 * 4}
     assert found.cycles == 0 and found.largest(1)[0].shape == "f32[8,128]"
@@ -153,7 +158,7 @@ def test_a_tpu_is_planned_that_is_not_there(work: Path) -> None:
     found = json.loads(printed[printed.index("{") :])
     assert found["fits"] is False and found["peak_bytes"] > found["device_memory"] == 16 * 2**30
     *_, last = found["alternatives"]
-    assert last["fits"] and last["peak_bytes"] < 16 * 2**30 and last["collectives"]
+    assert last["fits"] and last["peak_bytes"] < 16 * 2**30 and bool(last["collectives"]) == (last["devices"] > 1)
     assert last["cycles"] > 0 and 0 < last["estimated_mfu"] < 1 and last["device_kind"] == "TPU v5 lite"
     code = start("plan", *language_model(work), "--topology", "v99:1x1")
     printed, _ = code.communicate()

@@ -79,7 +79,7 @@ class Compiled:
     @property
     def collectives(self) -> dict[str, int]:
         """Bytes of the results on one device, by kind (``all-gather``), largest first; all that run are added."""
-        return {kind: math.ceil(n) for kind, n in self._total[1].most_common()}
+        return dict(self._total[1].most_common())
 
     def largest(self, count: int) -> Sequence[Array]:
         """The largest arrays that the program computes, one of each shape."""
@@ -122,7 +122,7 @@ def _add(own: _Computation, line: str, result: str, opcode: str) -> None:
             own.arrays.append(Array(shape[0], math.ceil(sum(_sizes(shape[0]))), source[1] if source else ""))
     kind = opcode.removesuffix("-start")
     if kind in COLLECTIVES:
-        own.collectives[kind] += _result_bytes(result, started=kind != opcode)
+        own.collectives[kind] += math.ceil(_result_bytes(result, started=kind != opcode))
     if opcode == "while":
         trips = re.search(r'"known_trip_count":\{"n":"?(\d+)', line)
         bodies = re.findall(r"(?:body|condition)=%?([\w.-]+)", line)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from train.compute import flops
-from train.compute.compiled import Array, Compiled
+from train.compute.compiled import Compiled, ComputedArray
 from train.compute.layouts import planned_layout
 from train.compute.optimizer import make_optimizer
 from train.compute.step import init_state, make_step
@@ -64,7 +64,7 @@ class StepCosts:
     flops: float
     cycles: int
     collectives: Mapping[str, int]
-    largest: Sequence[Array]
+    largest: Sequence[ComputedArray]
     compile_seconds: float
     notes: Sequence[str]
 
@@ -119,7 +119,7 @@ def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
     }
     began = time.perf_counter()
     compiled, peak = _compiled(lowered, sum(given.values()))
-    memory = _memory(devices[0])
+    compile_seconds, memory = time.perf_counter() - began, _memory(devices[0])
     return StepCosts(
         layout=str(layout),
         devices=layout.devices,
@@ -135,7 +135,7 @@ def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
         cycles=0 if compiled is None else compiled.cycles,
         collectives={} if compiled is None else compiled.collectives,
         largest=() if compiled is None else compiled.largest(5),
-        compile_seconds=time.perf_counter() - began,
+        compile_seconds=compile_seconds,
         notes=made.notes,
     )
 

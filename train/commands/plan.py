@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 
-from jlora.messages import table
+from jlora.messages import one_line, table
 from train.ahead import StepCosts, step_costs
 from train.compute.topology import topology_devices
-from train.config import ComputeConfig, TrainConfig
+from train.config import ComputeConfig, ConfigError, TrainConfig
 from train.config.fields import flag
 
 
@@ -47,7 +47,12 @@ def plan(config: TrainConfig, options: PlanOptions) -> None:
     tried: list[tuple[str, StepCosts]] = []
     if costs.fits is False and options.advise:
         for flags, other in alternatives(config, len(devices)):
-            tried.append((flags, found := step_costs(other, devices)))
+            try:
+                tried.append((flags, found := step_costs(other, devices)))
+            except ConfigError as error:  # for example, weights that the devices do not divide
+                if not options.json:
+                    print(f"  {flags}: {one_line(error)}")
+                continue
             if not options.json:
                 print(f"  {flags}: {_of_memory(found)}", flush=True)
             if found.fits:

@@ -21,12 +21,10 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f4e2m1fn": 0.5, "c64": 8, "c128": 16
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\(")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-
-
 _NO_ARRAYS = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 
 
-class Array(NamedTuple):
+class ComputedArray(NamedTuple):
     """A result that the program computes.
 
     Attributes:
@@ -45,7 +43,7 @@ class _Computation:
     """One computation of an HLO module: its own costs, and the computations that it calls, with how often."""
 
     cycles: int = 0
-    arrays: list[Array] = field(default_factory=list)
+    arrays: list[ComputedArray] = field(default_factory=list)
     collectives: Counter[str] = field(default_factory=Counter)
     calls: list[tuple[tuple[str, ...], int]] = field(default_factory=list)
 
@@ -81,10 +79,10 @@ class Compiled:
         """Bytes of the results on one device, by kind (``all-gather``), largest first; all that run are added."""
         return dict(self._total[1].most_common())
 
-    def largest(self, count: int) -> Sequence[Array]:
+    def largest(self, count: int) -> Sequence[ComputedArray]:
         """The largest arrays that the program computes, one of each shape."""
         computations, entry = self._parsed
-        found: dict[str, Array] = {}
+        found: dict[str, ComputedArray] = {}
         for name in _reached(entry, computations):
             for array in computations[name].arrays:
                 found.setdefault(array.shape, array)
@@ -119,7 +117,7 @@ def _add(own: _Computation, line: str, result: str, opcode: str) -> None:
     if opcode not in _NO_ARRAYS and not opcode.endswith(("-start", "-done")):
         source = re.search(r'op_name="([^"]*)"', line)
         for shape in _SHAPE.finditer(result):
-            own.arrays.append(Array(shape[0], math.ceil(sum(_sizes(shape[0]))), source[1] if source else ""))
+            own.arrays.append(ComputedArray(shape[0], math.ceil(sum(_sizes(shape[0]))), source[1] if source else ""))
     kind = opcode.removesuffix("-start")
     if kind in COLLECTIVES:
         own.collectives[kind] += math.ceil(_result_bytes(result, started=kind != opcode))

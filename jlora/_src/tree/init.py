@@ -80,7 +80,7 @@ def _check_plan(plan: Plan, leaves: dict[Path, Any], uses: Uses | None) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"init: the plan was made for other params:{bullets(wrong)}\nExpected the params given to jlora.plan,  "
+            f"init: the plan was made for other params:{bullets(wrong)}\nExpected the params given to jlora.plan, "
             "or params of the same shapes."
         )
 

@@ -99,6 +99,10 @@ def _of_equation(eqn: Any) -> int:
             return _of_dot(eqn, eqn.params["dimension_numbers"], ())
         case "contract":  # jlora's low-rank products
             return 2 * math.prod(_sizes(eqn.params["product"].names[:2], eqn.invars).values())
+        case "adapted_product":  # jlora's, of the weight and its last factor
+            names = eqn.params["axes"].names
+            pairs = (_sizes([names[i] for i in pair], [eqn.invars[i] for i in pair]) for pair in ((0, 1), (2, 4)))
+            return sum(2 * math.prod(sizes.values()) for sizes in pairs)
         case "ragged_dot_general":
             numbers = eqn.params["ragged_dot_dimension_numbers"]
             return _of_dot(eqn, numbers.dot_dimension_numbers, numbers.rhs_group_dimensions)

@@ -112,3 +112,12 @@ def to_memory_of(x: Any, other: Any) -> Any:
 def to_device(x: Any) -> Any:
     """``x`` in device memory."""
     return x if jax.typeof(x).memory_space == jax.memory.Space.Device else device_put(x, jax.memory.Space.Device)
+
+
+def is_partitioned(ctx: Any) -> bool:
+    """Whether the compiler divides the program being lowered over several devices, rather than the program itself
+    (``shard_map``, ``pmap``) or nobody."""
+    context = ctx.module_context.axis_context
+    if (mesh := getattr(context, "mesh", None)) is not None:
+        return frozenset(mesh.axis_names) != frozenset(context.manual_axes)
+    return getattr(context, "num_devices", 1) != 1

@@ -147,6 +147,7 @@ def contract(
     precision: Any = None,
     dtype: Any = None,
     spec: Mapping[Hashable, Any] | None = None,
+    x_left: bool | None = None,
 ) -> NamedArray:
     """Sum the product of ``x`` and ``y`` over every name that is not in ``out``.
 
@@ -160,10 +161,11 @@ def contract(
       out: the names of the result's axes, each of them an axis of ``x`` or ``y``.
       precision: as in `jax.lax.dot_general`.
       spec: on a mesh with Explicit axes, the mesh axes of each name in ``out``.
+      x_left: whether ``x`` goes on the left; None to choose as described.
     """
     dtype = dtype or x.array.dtype
     x, y = _sum_lone_axes(x, y, out), _sum_lone_axes(y, x, out)
-    if not _x_goes_left(x, y, out):
+    if not (_x_goes_left(x, y, out) if x_left is None else x_left):
         x, y = y, x
     shared = [n for n in x.dims if n in y.dims]
     batch, summed = [n for n in shared if n in out], [n for n in shared if n not in out]

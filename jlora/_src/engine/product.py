@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from jlora._src.engine import compat
 from jlora._src.engine.named_axes import NamedArray, contract, low_rank_dtype
 from jlora._src.types import Array
+
+HIDDEN = "lora_hidden"
+"""The name of a first product, for the policies of `jax.checkpoint`: it is small, and every gradient uses it."""
 
 AxisNames = tuple[Hashable, ...]
 Spec = tuple[Any, ...]
@@ -86,7 +90,8 @@ def chain(products: Sequence[Product], x: Array, *factors: Array) -> Array:
 @functools.partial(jax.jit, static_argnums=0)  # so that equal layers are traced and differentiated once
 def _chained(products: tuple[Product, ...], x: Array, *factors: Array) -> Array:
     for product, factor in zip(products, factors, strict=True):
-        x = _bind(x, factor, product, x.dtype, x.dtype)
+        x = bind_product(x, factor, product, x.dtype, x.dtype)
+        x = x if product.last else checkpoint_name(x, HIDDEN)
     return x
 
 
@@ -97,7 +102,7 @@ def _chained(products: tuple[Product, ...], x: Array, *factors: Array) -> Array:
 _contract_p = core.Primitive("contract")
 
 
-def _bind(x: Array, y: Array, product: Product, operand_dtype: Any, dtype: Any) -> Array:
+def bind_product(x: Array, y: Array, product: Product, operand_dtype: Any, dtype: Any) -> Array:
     """The product of ``x`` and ``y``, both cast to the dtype ``operand_dtype``, rounded once to ``dtype``."""
     return _contract_p.bind(x, y, product=product, operand_dtype=operand_dtype, dtype=dtype)
 
@@ -124,17 +129,22 @@ def _jvp(primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> tu
 
 
 def _transpose_x(ct: Array, x: Any, y: Array, *, product: Product, operand_dtype: Any, dtype: Any) -> Array:
-    return _bind(ct, y, product.permuted(2, 1, 0), operand_dtype, x.aval.dtype)
+    return bind_product(ct, y, product.permuted(2, 1, 0), operand_dtype, x.aval.dtype)
 
 
 def _transpose_y(ct: Array, x: Array, y: Any, *, product: Product, operand_dtype: Any, dtype: Any) -> Array:
-    return _bind(ct, x, product.permuted(2, 0, 1), operand_dtype, y.aval.dtype)
+    return bind_product(ct, x, product.permuted(2, 0, 1), operand_dtype, y.aval.dtype)
+
+
+def mapped_name(names: Iterable[Hashable]) -> Hashable:
+    """The name of a newly mapped axis, beside ``names``."""
+    return ("mapped", sum(isinstance(n, tuple) and n[0] == "mapped" for n in names))
 
 
 def _batch(args: Sequence[Array], dims: Sequence[Any], *, product: Product, **params: Any) -> tuple[Array, int]:
     """A mapped axis is one more name, and the first of the result."""
     *names, out = product.names
-    new = ("mapped", sum(isinstance(n, tuple) and n[0] == "mapped" for n in {*names[0], *names[1]}))
+    new = mapped_name({*names[0], *names[1]})
     names = [own if d is None else (*own[:d], new, *own[d:]) for own, d in zip(names, dims, strict=True)]
     specs = product.specs
     if specs is not None:

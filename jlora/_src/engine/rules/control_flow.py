@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._src.engine import compat
+from jlora._src.engine.adapted_product import checkpoint_policy
 from jlora._src.engine.factored import Factored, fold_in
 from jlora._src.engine.named_axes import RANK, NamedArray
 from jlora._src.engine.rules.placement import map_with_specs, sharding_like
@@ -57,11 +58,13 @@ def jit(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
 
 
 def checkpoint(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
-    """``jax.checkpoint`` (``remat``) with its policy."""
+    """``jax.checkpoint`` (``remat``) with its policy for the adapted model."""
     p = eqn.params
     jaxpr, consts = compat.open_jaxpr(p["jaxpr"])
     run = jax.checkpoint(
-        lambda *args: scope.session.run(jaxpr, consts, args), prevent_cse=p["prevent_cse"], policy=p["policy"]
+        lambda *args: scope.session.run(jaxpr, consts, args),
+        prevent_cse=p["prevent_cse"],
+        policy=checkpoint_policy(p["policy"]),
     )
     return run(*args)
 

@@ -12,14 +12,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._src.engine import compat
+from jlora._src.engine.adapted_product import AdaptedProduct, Dot, adapted_product
 from jlora._src.engine.factored import Factored, fold_in
 from jlora._src.engine.named_axes import NamedArray, accumulation_dtype, low_rank_dtype
 from jlora._src.engine.product import Product, chain
 from jlora._src.types import Array
 
 
-def low_rank(scope: Any, eqn: Any, weight: Factored, x: NamedArray, y: NamedArray, summed: set[int]) -> Array:
-    """The weight's low-rank part contracted with ``x`` over ``summed``, as an array like ``y``.
+def adapted(
+    scope: Any,
+    eqn: Any,
+    weight: Factored,
+    x: NamedArray,
+    dot: Dot,
+    out: Sequence[Any],
+    summed: set[int],
+    multiplier: NamedArray | None,
+) -> Array:
+    """The product of ``x`` with a weight over ``summed``, as an array with the axes ``out``.
 
     The factor with most of the summed dimensions comes first: ``a`` in a straight use, ``b`` in a transposed one.
     Dimensions of both factors (a stack of matrices) are batch dimensions of the first product.
@@ -27,21 +37,32 @@ def low_rank(scope: Any, eqn: Any, weight: Factored, x: NamedArray, y: NamedArra
     first, second = _in_order(weight, summed)
     early = {d for d in summed if d not in second.dims}  # summed by the first product
     hidden = (*(n for n in x.dims if n not in early), *(d for d in first.dims if d not in x.dims))
-    out = tuple(n for n in y.dims if n in hidden or n in second.dims)
-    x = adapter_input(scope, weight, x)
-    x = x.sum([n for n in x.dims if n in early and n not in first.dims])  # the update is constant along these
-    precision, (first_specs, last_specs) = eqn.params["precision"], _specs(x, first, second, y, hidden, out)
-    products = (
-        Product((x.dims, first.dims, hidden), precision, first_specs),
-        Product((hidden, second.dims, out), precision, last_specs, last=True),
-    )
-    delta = chain(products, x.array, first.array, second.array)
-    sizes = first.sizes | x.sizes
+    names = tuple(n for n in out if n in hidden or n in second.dims)  # along the others, the update is constant
+    sizes = first.sizes | x.sizes | second.sizes
     per_hidden = math.prod(weight.shape[d] for d in early)
     per_output = weight.rank * math.prod(weight.shape[d] for d in summed if d in second.dims)
-    flops = 2 * math.prod(sizes[n] for n in hidden) * per_hidden + 2 * delta.size * per_output
-    scope.record_factored(weight, eqn, flops)
-    return delta if out == y.dims else NamedArray(delta, out).broadcast(y.dims, y.array.shape)
+    flops = [math.prod(sizes[n] for n in dims) * per for dims, per in ((hidden, per_hidden), (names, per_output))]
+    scope.record_factored(weight, eqn, 2 * sum(flops))
+    dtype = eqn.outvars[0].aval.dtype
+    constant = {n for n in x.dims if n in early and n not in first.dims}
+    same = x.array.dtype == weight.dtype == low_rank_dtype(x.array.dtype)
+    if same and weight.key is None and not constant and compat.explicit_spec(x.array) is None:
+        weight_dims = tuple(range(len(weight.shape)))
+        axes = AdaptedProduct(
+            (x.dims, weight_dims, hidden, first.dims, second.dims, tuple(out)), dot, eqn.params["precision"]
+        )
+        wide = dtype if multiplier is None else accumulation_dtype(dtype)
+        y = adapted_product(x.array, weight.base, first.array, second.array, axes, wide)
+        return scaled(NamedArray(y, tuple(out)), multiplier, dtype)
+    y = NamedArray(dot(x.array, weight.base), tuple(out))
+    x = adapter_input(scope, weight, x).sum(constant)
+    precision, (first_specs, last_specs) = eqn.params["precision"], _specs(x, first, second, y, hidden, names)
+    products = (
+        Product((x.dims, first.dims, hidden), precision, first_specs),
+        Product((hidden, second.dims, names), precision, last_specs, last=True),
+    )
+    delta = chain(products, x.array, first.array, second.array)
+    return total(y, NamedArray(delta, names).broadcast(y.dims, y.array.shape), multiplier)
 
 
 def adapter_input(scope: Any, weight: Factored, x: NamedArray) -> NamedArray:
@@ -67,10 +88,15 @@ def adapter_input(scope: Any, weight: Factored, x: NamedArray) -> NamedArray:
 def total(y: NamedArray, delta: Array, multiplier: NamedArray | None) -> Array:
     """``(y + delta) * multiplier`` in the dtype of ``y``, rounded once."""
     dtype = accumulation_dtype(y.array.dtype)
-    result = y.array.astype(dtype) + delta.astype(dtype)
-    if multiplier is not None:
-        result = result * multiplier.broadcast(y.dims, y.array.shape).astype(dtype)
-    return result.astype(y.array.dtype)
+    result = NamedArray(y.array.astype(dtype) + delta.astype(dtype), y.dims)
+    return scaled(result, multiplier, y.array.dtype)
+
+
+def scaled(y: NamedArray, multiplier: NamedArray | None, dtype: Any) -> Array:
+    """``y * multiplier`` in ``dtype``, rounded once."""
+    if multiplier is None:
+        return y.array.astype(dtype)
+    return (y.array * multiplier.broadcast(y.dims, y.array.shape).astype(y.array.dtype)).astype(dtype)
 
 
 def _in_order(weight: Factored, summed: set[int]) -> tuple[NamedArray, NamedArray]:

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._src.engine import compat
+from jlora._src.engine.adapted_product import Dot
 from jlora._src.engine.factored import Factored
 from jlora._src.engine.named_axes import RANK, NamedArray, low_rank_dtype, promote_arrays
 from jlora._src.engine.product import Product, chain
-from jlora._src.engine.rules.low_rank import adapter_input, low_rank, total
+from jlora._src.engine.rules.low_rank import adapted, adapter_input, total
 from jlora._src.engine.rules.rule import Decline, bind_base
 from jlora._src.engine.traced_weights import (
     DATA,
@@ -54,9 +55,8 @@ def dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     out = (*wb, *w_free, *x_free) if on_left else (*wb, *x_free, *w_free)
 
     x, multiplier = _multiply_inputs(weight, x, set(wc))
-    (y,) = compat.bind(eqn, [weight.base, x.array] if on_left else [x.array, weight.base])
-    y = NamedArray(y, out)
-    return [total(y, low_rank(scope, eqn, weight, x, y, set(wc)), multiplier)]
+    dot = Dot(tuple(eqn.params.items()), on_left)
+    return [adapted(scope, eqn, weight, x, dot, out, set(wc), multiplier)]
 
 
 def label_dot_general(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:

@@ -144,7 +144,7 @@ def saving(layout: Mesh, state: TrainState, folder: Path) -> float:
 
 
 def starts(rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds until the first step, of new runs and of resumed ones, with compiled programs in the cache and without."""
+    """Seconds until the first step of new and of resumed runs, with compiled programs in the cache and without."""
     own = ["--cache-dir", str(folder / "cache"), "--log-every", "1"]
     with contextlib.redirect_stdout(io.StringIO()):
         run(parse([*own, "--run-dir", str(folder / "half"), "--save.every-steps", "100", "--save.max-to-keep", "9"]))

@@ -6,7 +6,8 @@
   STEPS steps, in whole epochs, against the bare compiled step on batches in memory, for networks whose step takes
   about 1, 15 and 100 ms here. Both run the same compiled function, in turn. The time of a checkpoint is listed too.
 - starts: seconds from starting ``python -m train`` (configs/digits.py, with a cached base) to the first step's
-  metrics on disk, for a new run and one that resumes from a checkpoint, in turn.
+  metrics on disk, for a new run and one that resumes from a checkpoint, in turn, with and without compiled programs
+  in the cache.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def saving(layout: Mesh, state: TrainState, folder: Path) -> float:
 
 
 def starts(rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Seconds until the first step, of new runs and of resumed ones."""
+    """Seconds until the first step of new and of resumed runs, with compiled programs in the cache and without."""
     own = ["--cache-dir", str(folder / "cache"), "--log-every", "1"]
     with contextlib.redirect_stdout(io.StringIO()):
         run(parse([*own, "--run-dir", str(folder / "half"), "--save.every-steps", "100", "--save.max-to-keep", "9"]))
@@ -153,13 +154,23 @@ def starts(rounds: int, folder: Path) -> dict[str, list[float]]:
     (folder / "half" / "summary.json").unlink()
     number = iter(range(10**6))
 
-    def begin(source: Path | None) -> None:
+    def begin(source: Path | None, *more: str) -> None:
         target = folder / f"run{next(number)}"
         if source is not None:
             shutil.copytree(source, target)
-        seconds_to_first_step([*own, "--run-dir", str(target)], target / "metrics.jsonl", resumed=source is not None)
+        argv = [*own, "--run-dir", str(target), *more]
+        seconds_to_first_step(argv, target / "metrics.jsonl", resumed=source is not None)
 
-    return interleave({"new": lambda: begin(None), "resumed": lambda: begin(folder / "half")}, rounds)
+    compiles = "--compute.no-compilation-cache"
+    return interleave(
+        {
+            "new": lambda: begin(None),
+            "resumed": lambda: begin(folder / "half"),
+            "new, compiled": lambda: begin(None, compiles),
+            "resumed, compiled": lambda: begin(folder / "half", compiles),
+        },
+        rounds,
+    )
 
 
 def seconds_to_first_step(argv: list[str], file: Path, *, resumed: bool) -> None:

@@ -14,7 +14,7 @@ Expected on 599 test images, mean and range over the seeds 0 to 2 (`python -m be
     head                                           0.791 (0.776 to 0.810)  0.6 %
 
 LoRA reaches 0.991 (0.982 to 1.000) of full fine-tuning's gain over the base. The merged and the adapted model agree on
-every image. About 30 seconds on 2 busy cores, half of it compiling; less with a cached base.
+every image. About 30 seconds on 2 busy cores, half of it compiling; less the next time.
 """
 
 from jlora import LoraConfig

@@ -1,88 +1,27 @@
-# ruff: noqa: I001  (the README's order)
+# ruff: noqa: F401, F403  (re-exports)
 """LoRA for any JAX program: a pure transform of parameter trees. See the README for the first five lines."""
 
-# What to adapt, and fresh adapters.
+import sys
+import typing
+
+# Needs no jax, so that a command line can check a configuration before it imports jax, which takes most of a second.
 from jlora._src.config import HEADS, LoraConfig, Override
-from jlora._src.engine.trace import trace
-from jlora._src.tree.plan import Plan, plan
-from jlora._src.tree.init import init
-
-# The adapted model.
-from jlora._src.engine.lora import lora
-from jlora._src.tree.attach import attach, detach
-
-# Optimizers over a whole tree.
-from jlora._src.tree.labels import combine, freeze, labels, partition, trainable_mask
-
-# Merged weights, and several adapters.
-from jlora._src.tree.merge import Rounding, merge, rounding, unmerge
-from jlora._src.tree.stack import stack, unstack
-
-# Running a model with its adapters.
-from jlora._src.engine.lora import Explanation, explain
-from jlora._src.engine.interpreter import MaterializeError, MaterializeWarning
-from jlora._src.engine.product import low_rank_product
-
-# On disk, and on a mesh.
-from jlora._src.tree.save import load, save
-from jlora._src.tree.sharding import ShardingRules, adapter_shardings, shardings
-
-# Paths and types.
-from jlora._src.paths import named_leaves, path_key
-from jlora._src.types import Adapters, Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
-
-# Registers the types with jax.export and flax.serialization.
-from jlora._src.tree import serialize as _serialize  # noqa: F401
 
 __version__ = "0.1.0"
 
-__all__ = [
-    # What to adapt, and fresh adapters.
-    "HEADS",
-    "LoraConfig",
-    "Override",
-    "trace",
-    "Plan",
-    "plan",
-    "init",
-    # The adapted model.
-    "lora",
-    "attach",
-    "detach",
-    # Optimizers over a whole tree.
-    "combine",
-    "freeze",
-    "labels",
-    "partition",
-    "trainable_mask",
-    # Merged weights, and several adapters.
-    "Rounding",
-    "merge",
-    "rounding",
-    "unmerge",
-    "stack",
-    "unstack",
-    # Running a model with its adapters.
-    "Explanation",
-    "explain",
-    "MaterializeError",
-    "MaterializeWarning",
-    "low_rank_product",
-    # On disk, and on a mesh.
-    "load",
-    "save",
-    "ShardingRules",
-    "adapter_shardings",
-    "shardings",
-    # Paths and types.
-    "named_leaves",
-    "path_key",
-    "Adapters",
-    "Axes",
-    "FullWeight",
-    "LoraFactors",
-    "LoraWeight",
-    "Target",
-    "Use",
-    "WeightUse",
-]
+if typing.TYPE_CHECKING or "jax" in sys.modules:
+    from jlora._src.api import *
+    from jlora._src.api import __all__
+else:
+
+    def __getattr__(name: str) -> object:
+        """Imports every other name, and jax, when the first one is used."""
+        from jlora._src import api
+
+        globals().update({public: getattr(api, public) for public in ("__all__", *api.__all__)})
+        if name in globals():
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -16,7 +16,6 @@ from typing import Any
 import chex
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import jlora
 from train.__main__ import main
@@ -77,26 +76,6 @@ def assert_same_run(found: Path, expected: Path) -> None:
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (found, expected)]
     assert summaries[0]["metrics"] == summaries[1]["metrics"]
     assert summaries[0]["kept_step"] == summaries[1]["kept_step"]
-
-
-@contextlib.contextmanager
-def compiled_once(folder: Path) -> Iterator[None]:
-    """Cache compiled programs in ``folder``, for this process and those that it starts."""
-    options = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in options.items():
-            patch.setenv(name.upper(), str(value))
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "_src.engine ": "interpreter trace | lora",
     "files": "errors drafts adapters | json_files checksums tensor_names | hub_files | safetensors",
     "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init",
+    "_src ": "api",
     "peft": "options | config layout | config_file describe keys | tied faults | tensors | read write | __init__",
     "models": "_family | _layers decoder.rope | _causal _encoder | _heads | "
     "bert.modeling gpt2.modeling decoder.modeling vit.modeling | bert.table gpt2.table decoder.table vit.table | "
@@ -36,7 +37,7 @@ TRAIN = {
     "config": "fields | tasks networks | training | __init__",
     "data": "truncation lines | batches delimited json_rows | formats | arrow_cache | sources | tables",
     "networks": "network tokenizers | scratch pretrained | registry",
-    "compute": "keys flops throughput optimizer processes hlo topology | compiled",
+    "compute": "keys flops throughput optimizer processes hlo topology compilation_cache | compiled",
     "tasks": "metrics spans base conversations labels pictures | chat | classify language | images | registry",
     "tasks ": "stand_in",
     "compute ": "step | layouts",
@@ -46,7 +47,7 @@ TRAIN = {
     " ": "job",
     "loop ": "run_files | loop",
     "  ": "ahead pretrain | summary | experiment",
-    "commands": "inputs results contact_sheet | fit show plan predict generate eval export report inspect",
+    "commands": "options inputs results contact_sheet | fit show plan predict generate eval export report inspect",
     "   ": "__main__",
 }
 
@@ -87,7 +88,7 @@ def test_the_library_never_imports_the_program_or_an_optional_package() -> None:
 
 def test_importing_starts_no_backend() -> None:
     """`import jlora` touches no device, so that a program can still configure JAX after it."""
-    code = "import jlora, jax; jax.config.update('jax_num_cpu_devices', 3); assert jax.device_count() == 3"
+    code = "import jlora, jax; jlora.lora; jax.config.update('jax_num_cpu_devices', 3); assert jax.device_count() == 3"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={"PATH": "", "JAX_PLATFORMS": "cpu"})
 
 
@@ -103,17 +104,46 @@ def test_importing_loads_little_more_than_jax_optax_and_flax() -> None:
     assert set(ran.stdout.split()) <= {"jax", "jlora", "safetensors"}
 
 
-ROOMS = ["jlora", "jlora.fields", "jlora.messages", "jlora.models", "jlora.peft"]
+def test_a_configuration_is_parsed_without_jax() -> None:
+    """So `--help` and the errors of a configuration do not wait for it. Modules are compared, as times vary."""
+    code = """if True:
+        import sys
+        from train.__main__ import ROOT, load_config, parse
+        parse(["--lora.rank", "2"])
+        for file in ROOT.glob("configs/*.py"):
+            load_config(file)
+        slow = {"jax", "jaxlib", "flax", "optax", "orbax", "datasets", "pyarrow", "transformers", "scipy"}
+        assert not slow & set(sys.modules), slow & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("before", ["", "import jax"])
+def test_every_public_name_is_imported_when_it_is_used(before: str) -> None:
+    """Whether jax is there before jlora or not: by attribute, by star, in `dir`; and an unknown name is an error."""
+    code = f"""if True:
+        {before}
+        import jlora
+        assert not hasattr(jlora, "nothing")
+        assert set(jlora.__all__) <= set(dir(jlora)) and jlora.lora.__module__.startswith("jlora._src")
+        from jlora import *
+        assert lora is jlora.lora and LoraConfig is jlora.LoraConfig
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+ROOMS = ["jlora._src.api", "jlora.fields", "jlora.messages", "jlora.models", "jlora.peft"]
 
 
 def test_all_is_what_is_public() -> None:
-    """`__all__` has what `jlora/__init__.py` imports, in the same order; modules of jlora are rooms of their own."""
-    tree = ast.parse((ROOT / "jlora/__init__.py").read_text())
+    """`__all__` has what `jlora/_src/api.py` imports, in the same order; modules of jlora are rooms of their own."""
+    tree = ast.parse((ROOT / "jlora/_src/api.py").read_text())
     imported = [a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names if not a.asname]
     assert jlora.__all__ == imported
     modules = {name for name, value in vars(jlora).items() if isinstance(value, types.ModuleType)}
     assert {name for name in vars(jlora) if not name.startswith("_")} - modules == set(imported)
-    assert {name for name in modules if not name.startswith("_")} <= {"fields", "files", "messages", "models", "peft"}
+    own = {name for name in modules if vars(jlora)[name].__name__ == f"jlora.{name}" and not name.startswith("_")}
+    assert own <= {"fields", "files", "messages", "models", "peft"}
 
 
 def test_no_function_hides_a_module() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 if __name__ == "__main__":  # before the slow imports
     from train.loop.stop import watch_ctrl_c
 
     watch_ctrl_c()
+    gc.disable()  # until `_command` is done with them: collections take a fifth of the time to the first step
 
 import dataclasses
 import difflib
@@ -16,6 +19,7 @@ import runpy
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +29,9 @@ except ModuleNotFoundError as error:
     print(f'error: {error}, which jlora alone does not need; run: pip install -e ".[train]"', file=sys.stderr)
     sys.exit(2)
 
-from jlora.models import ModelError, TensorError
-from jlora.peft import PeftError
+from jlora.files.errors import ModelError, PeftError, TensorError
 from train import config as schema
+from train.commands.options import PlanOptions, ShowOptions
 from train.config import ConfigError, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,8 +47,8 @@ COMMANDS = {
     "inspect": "inspect",
 }
 """The function of each command, in the module of that name in `train.commands`; the default command is fit."""
-OPTIONS = {"show": "ShowOptions", "plan": "PlanOptions"}
-"""Commands on a configuration, with the class of their own flags."""
+OPTIONS = {"show": ShowOptions, "plan": PlanOptions}
+"""Commands on a configuration, with their own flags."""
 USER_ERRORS = (ConfigError, ModelError, TensorError, PeftError, OSError, UnicodeDecodeError)
 PROG = "python -m train"
 RATE = "--learning-rate"
@@ -87,21 +91,26 @@ def main(argv: list[str] | None = None) -> int:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    # Imported after parsing, so that --help and a misspelt flag need not wait for the training libraries.
-    from train.commands.fit import fit
-
-    return fit(config)
+    return _command("fit")(config)
 
 
 def _run_command(name: str, argv: list[str]) -> None:
-    module = importlib.import_module(f"train.commands.{name}")
-    function = getattr(module, COMMANDS[name])
-    if kind := OPTIONS.get(name):  # its other flags are those of a configuration
+    if name in OPTIONS:  # its other flags are those of a configuration
         prog = f"{PROG} {name} [CONFIG.py]"
-        options, rest = tyro.cli(getattr(module, kind), prog=prog, args=argv, return_unknown_args=True)
-        function(parse(rest), options)
+        options, rest = tyro.cli(OPTIONS[name], prog=prog, args=argv, return_unknown_args=True)
+        config = parse(rest)
+        _command(name)(config, options)
     else:
-        tyro.cli(function, prog=f"{PROG} {name}", args=argv, config=(tyro.conf.AvoidSubcommands,))
+        tyro.cli(_command(name), prog=f"{PROG} {name}", args=argv, config=(tyro.conf.AvoidSubcommands,))
+
+
+def _command(name: str) -> Callable[..., Any]:
+    """The function of a command. Imports jax and more, for which --help and a misspelled flag should not wait."""
+    module = importlib.import_module(f"train.commands.{name}")
+    if not gc.isenabled():  # this process runs the program alone: what is imported stays
+        gc.freeze()
+        gc.enable()
+    return getattr(module, COMMANDS.get(name, name))
 
 
 def parse(argv: list[str]) -> TrainConfig:

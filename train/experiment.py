@@ -13,6 +13,7 @@ from typing import Any
 import jlora
 from jlora import HEADS
 from train.compute import processes
+from train.compute.compilation_cache import compilation_cache
 from train.compute.keys import random_key
 from train.compute.processes import is_first, say
 from train.config import TrainConfig
@@ -47,18 +48,23 @@ def run(config: TrainConfig) -> dict[str, Any]:
         writers.check(config.log)
         processes.join(config.processes)
         stop.joined()
-        began = time.perf_counter()
-        job = make_job(config, stop.check)
-        with claim(job.config, job.provenance) as directory:
-            if directory.finished and not directory.extends:
-                say(
-                    f"{directory} is finished: nothing is left to train. Pass more --fit.epochs to train it further, "
-                    "or another --run-dir to train it again"
-                )
-                directory.check_sums()
-                return directory.read_summary()
-            directory.begin(job.config, job.provenance)
-            return _train(job, directory, stop, began)
+        with compilation_cache(config):
+            return _run(config, stop)
+
+
+def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
+    began = time.perf_counter()
+    job = make_job(config, stop.check)
+    with claim(job.config, job.provenance) as directory:
+        if directory.finished and not directory.extends:
+            say(
+                f"{directory} is finished: nothing is left to train. Pass more --fit.epochs to train it further, "
+                "or another --run-dir to train it again"
+            )
+            directory.check_sums()
+            return directory.read_summary()
+        directory.begin(job.config, job.provenance)
+        return _train(job, directory, stop, began)
 
 
 def _train(job: Job, directory: ClaimedDirectory, stop: Stop, began: float) -> dict[str, Any]:

@@ -8,8 +8,7 @@ import math
 import re
 from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
-import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jlora.fields import Within, bad_pattern, faults
@@ -142,17 +141,19 @@ _NUMBERS = ("rank", "alpha", "dropout", "use_rslora", "use_dora")
 
 
 def _plain_numbers(config: LoraConfig | Override) -> None:
-    """Turns NumPy scalars and zero-dimensional arrays into Python numbers, which hash and survive JSON."""
+    """Turns scalars of NumPy and JAX into Python numbers, which hash and survive JSON."""
     for name in _NUMBERS:
         value = getattr(config, name)
-        if isinstance(value, np.generic | np.ndarray | jax.Array) and np.ndim(value) == 0:
+        if getattr(value, "ndim", None) == 0:
             object.__setattr__(config, name, value.item())
 
 
 def _float_name(dtype: Any) -> str | None:
     """The name of a floating dtype; None for anything else."""
-    try:  # NumPy takes None for float64
-        return jnp.dtype(dtype).name if dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating) else None
+    try:
+        name = np.dtype(dtype).name  # NumPy takes None for float64
+        # A complex dtype has the finfo of its real part.
+        return name if dtype is not None and ml_dtypes.finfo(dtype).dtype.name == name else None
     except (TypeError, ValueError):
         return None
 

@@ -6,5 +6,5 @@
 - `json_files`: JSON objects, read strictly and written atomically.
 - `checksums`: the SHA-256 of every file of a folder, written and checked.
 - `drafts`: atomic replacement of files.
-- `errors`: `TensorError`, raised by all of these.
+- `errors`: `TensorError`, raised by all of these, and the errors of `jlora.models` and `jlora.peft`.
 """

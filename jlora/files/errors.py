@@ -1,4 +1,4 @@
-"""The error raised by all readers of files."""
+"""The errors of files, checkpoints and adapters, for a program to show to its user. They need no jax."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ MAX_LISTED = 40
 
 class TensorError(ValueError):
     """A file that cannot be used; the message names the file, the tensor if any, and the remedy."""
+
+
+class ModelError(ValueError):
+    """A checkpoint or configuration that cannot be used; the message names the problem and the remedy."""
+
+
+class PeftError(ValueError):
+    """An adapter that PEFT or jlora cannot represent; the message lists every problem and its remedy."""
 
 
 def first_bullets(lines: Sequence[str]) -> str:

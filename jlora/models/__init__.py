@@ -15,10 +15,10 @@ Each family is a folder with its network (``modeling``) and tensor names (``tabl
 `jlora.lora` adapts any other JAX model too.
 """
 
-from jlora.files.errors import TensorError
+from jlora.files.errors import ModelError, TensorError
 from jlora.models._checkpoint import load, save
 from jlora.models._export import export
-from jlora.models._family import ModelError, TaskName
+from jlora.models._family import TaskName
 from jlora.models._generate import generate
 from jlora.models._layers import Remat, recomputed
 from jlora.models._network import abstract, build, example_inputs, fetch, sharding_rules, tensor_names

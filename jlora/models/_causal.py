@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jlora.fields import fits
+from jlora.files.errors import ModelError
 from jlora.files.hub_files import CONFIG, GENERATION_CONFIG
 from jlora.messages import shown
-from jlora.models._family import ModelConfig, ModelError, NonNegative, Positive, Size, Token, check_length
+from jlora.models._family import ModelConfig, NonNegative, Positive, Size, Token, check_length
 from jlora.models._layers import Network, Remat, recomputed
 
 

@@ -18,12 +18,13 @@ import numpy as np
 from jlora._src.paths import named_leaves
 from jlora._src.types import Array, PyTree
 from jlora._src.types import Path as LeafPath
+from jlora.files.errors import ModelError
 from jlora.files.hub_files import CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX, WEIGHTS_PATTERN
 from jlora.files.json_files import write_json
 from jlora.files.safetensors import PendingTensor, open_checkpoint, write_checkpoint
 from jlora.files.tensor_names import to_tensor
 from jlora.messages import bullets, nearest
-from jlora.models._family import ModelError, TaskName
+from jlora.models._family import TaskName
 from jlora.models._layers import Remat
 from jlora.models._matching import match_tensors
 from jlora.models._network import Architecture, Labels, abstract, architecture, draw, fetch, read_architecture

@@ -16,12 +16,13 @@ from jlora._src.tree.merge import Rounding, merge, rounding
 from jlora._src.types import Adapters, LoraFactors, PyTree
 from jlora._src.types import Path as LeafPath
 from jlora.files import hub_files
+from jlora.files.errors import ModelError
 from jlora.files.hub_files import GENERATION_CONFIG, MODEL_CARD, TOKENIZER_FILES
 from jlora.files.json_files import read_json
 from jlora.messages import bullets
 from jlora.models._causal import CausalConfig
 from jlora.models._checkpoint import check_leaves, write
-from jlora.models._family import ModelError, ending_of
+from jlora.models._family import ending_of
 from jlora.models._network import architecture, fetch, import_hub
 
 _TAG = "jlora"

@@ -11,6 +11,7 @@ import flax.linen as nn
 
 from jlora._src.tree.sharding import ShardingRules
 from jlora.fields import Within, faults, fits
+from jlora.files.errors import ModelError
 from jlora.files.hub_files import CONFIG
 from jlora.files.tensor_names import TensorNames
 from jlora.messages import bullets, nearest, shown
@@ -77,10 +78,6 @@ INTERNAL = {"internal": True}
 
 DERIVED = {"derived": True}
 """Metadata of a field that the family computes if a config.json lacks it or has null."""
-
-
-class ModelError(ValueError):
-    """A checkpoint or configuration that cannot be used; the message names the problem and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)

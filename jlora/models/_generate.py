@@ -14,8 +14,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jlora._src.types import Array, PyTree
+from jlora.files.errors import ModelError
 from jlora.models._causal import Cache
-from jlora.models._family import ModelError
 from jlora.models._heads import LanguageModel
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from jlora._src.types import Path as LeafPath
-from jlora.files.errors import first_bullets
+from jlora.files.errors import ModelError, first_bullets
 from jlora.files.hub_files import CONFIG
 from jlora.files.safetensors import Tensor
 from jlora.files.tensor_names import TensorNames, torch_shape
-from jlora.models._family import Family, ModelError
+from jlora.models._family import Family
 from jlora.models._reading import are_equal
 
 _NEW_HEAD = "; pass key=jax.random.key(0) to start a new head"

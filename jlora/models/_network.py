@@ -15,11 +15,12 @@ import jax.numpy as jnp
 
 from jlora._src.tree.sharding import ShardingRules
 from jlora._src.types import Array, PyTree
+from jlora.files.errors import ModelError
 from jlora.files.hub_files import CHECKPOINT_PATTERNS, CONFIG, GENERATION_CONFIG, JSON_PATTERN, WEIGHTS, read_optional
 from jlora.files.json_files import read_json
 from jlora.files.tensor_names import ModelTensorNames, TensorNames
 from jlora.messages import nearest
-from jlora.models._family import Family, ModelConfig, ModelError, TaskName, ending_of, task_of
+from jlora.models._family import Family, ModelConfig, TaskName, ending_of, task_of
 from jlora.models._layers import Remat
 from jlora.models._registry import FAMILIES
 

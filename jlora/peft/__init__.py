@@ -17,7 +17,7 @@ modules: `save` writes both, and `load` accepts adapters that train both alike. 
 network with a separate projection: ``models.load(path, untie=True)``.
 """
 
-from jlora.peft.config import PeftError
+from jlora.files.errors import PeftError
 from jlora.peft.read import load
 from jlora.peft.write import save
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from jlora._src.config import HEADS
+from jlora.files.errors import PeftError
 from jlora.files.tensor_names import ModuleKind
 from jlora.messages import bullets
 
@@ -24,10 +25,6 @@ TASK_HEADS: Mapping[str, tuple[str, ...]] = {
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 """The module names that PEFT's ``ensure_weight_tying`` recognizes as embeddings."""
-
-
-class PeftError(ValueError):
-    """An adapter that PEFT or jlora cannot represent; the message lists every problem and its remedy."""
 
 
 def refuse(problems: Collection[str], reader: str = "PEFT") -> None:

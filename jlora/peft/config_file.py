@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora.fields import fits
+from jlora.files.errors import PeftError
 from jlora.files.json_files import read_json
 from jlora.files.tensor_names import ModelTensorNames, TensorNames
 from jlora.messages import bullets, shown
 from jlora.peft import options
-from jlora.peft.config import TASK_HEADS, PeftConfig, PeftError
+from jlora.peft.config import TASK_HEADS, PeftConfig
 
 
 class _Field(NamedTuple):

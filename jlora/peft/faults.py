@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._src.config import HEADS
+from jlora.files.errors import PeftError
 from jlora.files.safetensors import Tensor
 from jlora.files.tensor_names import LayerOfLeaf, ModuleKind, TensorNames, module_of, to_torch, torch_shape
 from jlora.messages import bullets, nearest
 from jlora.peft import layout
-from jlora.peft.config import PeftConfig, PeftError
+from jlora.peft.config import PeftConfig
 from jlora.peft.keys import PREFIX, AdapterTensors
 from jlora.peft.layout import Part
 

@@ -17,10 +17,11 @@ from jlora._src.paths import named_leaves
 from jlora._src.tree.checks import check_paths
 from jlora._src.types import Adapters, Array, LoraFactors, PyTree
 from jlora._src.types import Path as LeafPath
+from jlora.files.errors import PeftError
 from jlora.files.hub_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from jlora.files.tensor_names import TensorName, TensorNames, from_torch, module_of
 from jlora.peft import layout, tied
-from jlora.peft.config import PeftConfig, PeftError, exact_alpha
+from jlora.peft.config import PeftConfig, exact_alpha
 from jlora.peft.config_file import read_config
 from jlora.peft.keys import AdapterTensors, named_as
 from jlora.peft.tensors import open_adapter, read_tensors, sort_tensors

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jlora._src.types import Path as LeafPath
-from jlora.files.errors import MAX_LISTED, TensorError, first_bullets
+from jlora.files.errors import MAX_LISTED, PeftError, TensorError, first_bullets
 from jlora.files.hub_files import ADAPTER_WEIGHTS, pickled_files
 from jlora.files.safetensors import Tensor, open_tensors
 from jlora.files.tensor_names import (
@@ -22,7 +22,7 @@ from jlora.files.tensor_names import (
 )
 from jlora.messages import bullets
 from jlora.peft import faults, layout
-from jlora.peft.config import PeftConfig, PeftError
+from jlora.peft.config import PeftConfig
 from jlora.peft.keys import PREFIX, AdapterTensors, Key, find_spelling, parse_keys
 from jlora.peft.layout import Part
 

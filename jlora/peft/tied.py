@@ -14,10 +14,11 @@ import numpy as np
 
 from jlora._src.types import Array, LoraFactors
 from jlora._src.types import Path as LeafPath
+from jlora.files.errors import PeftError
 from jlora.files.tensor_names import TensorName, TensorNames
 from jlora.messages import bullets
 from jlora.peft import layout
-from jlora.peft.config import PeftConfig, PeftError
+from jlora.peft.config import PeftConfig
 
 
 class _Transposed:

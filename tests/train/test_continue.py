@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 
 import jlora
 from tests import tiny
-from tests.runs import assert_same_run, compiled_once, content, program, records, stopping
+from tests.runs import assert_same_run, content, program, records, stopping
 from train.__main__ import parse
 from train.config import ConfigError, FitConfig
 from train.loop.extend import extend
@@ -25,12 +24,10 @@ from train.rundir.changes import LATER
 from train.rundir.claim import ClaimedDirectory
 
 
-@pytest.fixture(scope="module", autouse=True)
-def work(tmp_path_factory) -> Iterator[Path]:
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
     """An encoder's checkpoint and sentences of many lengths."""
-    folder = tiny.write_sentiment(tmp_path_factory.mktemp("continue"))
-    with compiled_once(folder / "compiled"):
-        yield folder
+    return tiny.write_sentiment(tmp_path_factory.mktemp("continue"))
 
 
 def flags(work: Path, run_dir: Path | None, more: str = "") -> list[str]:

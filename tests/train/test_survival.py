@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import filelock
 import pytest
 
 from tests import tiny
-from tests.runs import assert_same_run, compiled_once, content, program, records, stopping
+from tests.runs import assert_same_run, content, program, records, stopping
 from train.__main__ import main, parse
 from train.loop.stop import EXIT_CODE, Stop
 from train.rundir.changes import HOW
@@ -56,13 +55,6 @@ def child(argv: list[str], printed: str, limit: int | None) -> None:
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.exit(main(argv))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(work) -> Iterator[None]:
-    """Many runs here are of one program."""
-    with compiled_once(work / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,5 +10,6 @@
 ``report``    compare runs on a page
 ``inspect``   the weights of a checkpoint that would be adapted
 
-predict and generate read ``inputs`` and write ``results``; show draws images on a ``contact_sheet``.
+predict and generate read ``inputs`` and write ``results``; show draws images on a ``contact_sheet``. The flags of show
+and plan are in ``options``.
 """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jlora.messages import bullets
 from train.commands.inputs import RunPath
+from train.compute.compilation_cache import compilation_cache
 from train.compute.layouts import one_device
 from train.config import ConfigError
 from train.data import tables
@@ -61,7 +62,9 @@ def measured(run: FinishedRun, sets: Mapping[str, Examples]) -> dict[str, dict[s
     measure = make_measure(
         one_device(), run.network.forward, task, run.config.eval_batch_size, bucket_lengths(run.config, sets)
     )
-    return {name: task.metrics(measure(run.params, run.adapters, examples)) for name, examples in sets.items()}
+    with compilation_cache(run.config):
+        found = {name: measure(run.params, run.adapters, examples) for name, examples in sets.items()}
+    return {name: task.metrics(one) for name, one in found.items()}
 
 
 def _table(run: FinishedRun, source: str | None) -> Table:

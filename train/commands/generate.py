@@ -14,6 +14,7 @@ import jlora
 from jlora import models
 from train.commands.inputs import Inputs, RunPath, check_no_errors, read_inputs, text_of
 from train.commands.results import check_new, write_results
+from train.compute.compilation_cache import compilation_cache
 from train.config import ConfigError
 from train.data.batches import Ragged, batch_of, ordered_rows
 from train.networks.network import check_tokens
@@ -74,7 +75,8 @@ def generate(
     prompts = _prompts(inputs, task, messages=column in (None, task.config.messages))
     tokens = _tokens(model, task, inputs, prompts, max_new_tokens)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    found = completions(opened, task, tokens, jax.random.key(seed), **sampling)
+    with compilation_cache(opened.config):
+        found = completions(opened, task, tokens, jax.random.key(seed), **sampling)
     by_row = dict(zip(inputs.not_blank, found, strict=True))
     _write(out, prompts, [by_row.get(i, "") for i in range(len(prompts))])
 

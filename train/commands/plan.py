@@ -5,33 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from jlora.messages import one_line, table
 from train.ahead import StepCosts, step_costs
+from train.commands.options import PlanOptions
 from train.compute.topology import topology_devices
 from train.config import ComputeConfig, ConfigError, TrainConfig
 from train.config.fields import flag
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """Compile a run's training step for a machine that need not be there, and print what it needs: memory on each
-    device, collectives, FLOPs, an estimate of its time.
-
-    Takes the same flags as `python -m train CONFIG.py`; see its --help. Reads config.json, and no weights or data. If
-    the step does not fit, others are compiled until one does.
-    """
-
-    #: TPU slice to compile for, such as v5e:2x4, v5p:2x2x1 or v6e:4x4 (needs libtpu). Default: the devices here.
-    topology: str | None = None
-    #: Print JSON.
-    json: bool = False
-    #: Look for settings that fit, where these do not.
-    advise: bool = True
 
 
 def plan(config: TrainConfig, options: PlanOptions) -> None:

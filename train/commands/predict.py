@@ -15,6 +15,7 @@ from scipy.special import softmax
 import jlora
 from train.commands.inputs import RunPath, read_inputs, text_of
 from train.commands.results import check_new, write_results
+from train.compute.compilation_cache import compilation_cache
 from train.config import ConfigError
 from train.data.batches import batch_of, ordered_rows, truncation_of
 from train.job import bucket_lengths
@@ -73,9 +74,10 @@ def outputs(run: FinishedRun, task: Texts, rows: list[list[str]]) -> np.ndarray:
     forward = jax.jit(lambda tree, inputs: jlora.lora(run.network.forward)(tree, inputs))
     found = np.empty((len(rows), max(len(task.labels), 1)), np.float32)
     buckets = bucket_lengths(run.config, {"": examples})
-    for batch, own in ordered_rows(examples, min(len(rows), BATCH_SIZE)):
-        answers = forward(run.tree, task.inputs(batch_of(examples, batch, buckets)))
-        found[batch[:own]] = np.asarray(answers, np.float32)[:own]
+    with compilation_cache(run.config):
+        for batch, own in ordered_rows(examples, min(len(rows), BATCH_SIZE)):
+            answers = forward(run.tree, task.inputs(batch_of(examples, batch, buckets)))
+            found[batch[:own]] = np.asarray(answers, np.float32)[:own]
     return found
 
 

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from train.commands.contact_sheet import write_contact_sheet
+from train.commands.options import ShowOptions
 from train.config import ConfigError, ImageClassification, TrainConfig
 from train.data.batches import Examples, size, truncation_of
 from train.job import TrainingData, training_data
 from train.report import examples as shown
 from train.tasks import labels
-
-
-@dataclass(frozen=True)
-class ShowOptions:
-    """Show a run's training data: examples with the tokens that carry loss marked, lengths, labels.
-
-    Reads and encodes the data like `python -m train CONFIG.py`, and takes the same flags; see its --help. Reads no
-    weights.
-    """
-
-    #: Number of examples to show, from the first; for images, per label.
-    examples: int = 3
-    #: Put a bar between tokens.
-    tokens: bool = False
-    #: PNG to write, for images. Default: examples.png.
-    out: Path | None = None
 
 
 def show(config: TrainConfig, options: ShowOptions) -> None:

@@ -156,6 +156,9 @@ class ComputeConfig(Part):
     #: Rematerialization in the backward pass: nothing (none), everything but matrix products (dots), or whole layers
     #: (full).
     remat: Remat = "none"
+    #: Keep compiled programs in --cache-dir, so that a resumed run and later ones start sooner. A folder in
+    #: JAX_COMPILATION_CACHE_DIR takes precedence.
+    compilation_cache: bool = True
 
     def conflicts(self) -> Iterator[str]:
         if self.layout == "mesh":
@@ -264,7 +267,7 @@ class TrainConfig(Part):
     log: tuple[Writer, ...] = ()
     #: Run directory. Default: a new one under runs/.
     run_dir: Directory | None = None
-    #: Directory of trained bases and converted data.
+    #: Directory of trained bases, converted data and compiled programs.
     cache_dir: Path = field(default_factory=default_cache_dir)
 
     def conflicts(self) -> Iterator[str]:

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from train.config import ConfigError
 from train.tasks.conversations import Message, function_of
@@ -199,6 +198,8 @@ class Chat:
         """The text, with the spans marked by `{% generation %}`."""
         source = self._source(tools)
         if not _CAPTURE.search(source):
+            from transformers.utils.chat_template_utils import render_jinja_template  # takes half a second to import
+
             options: dict[str, Any] = {**self._tokenizer.special_tokens_map, "return_assistant_tokens_mask": True}
             with _template_errors(messages):
                 rendered: Any = render_jinja_template([list(messages)], tools, chat_template=source, **options)  # pyright: ignore[reportArgumentType]

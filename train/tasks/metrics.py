@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from scipy import stats
-from scipy.special import log_softmax
 
 
 def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -16,6 +14,7 @@ def classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
       logits: float32 [n, classes].
       labels: int [n].
     """
+    from scipy.special import log_softmax
     from sklearn.metrics import f1_score, matthews_corrcoef  # takes a second to import
 
     predicted = logits.argmax(axis=-1)
@@ -38,6 +37,8 @@ def regression(values: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     Args:
       values, labels: float32 [n].
     """
+    from scipy import stats  # takes half a second to import
+
     constant = np.ptp(values) == 0 or np.ptp(labels) == 0
     return {
         "loss": float(((values - labels) ** 2).mean()),

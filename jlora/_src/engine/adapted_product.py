@@ -102,23 +102,20 @@ class AdaptedProduct:
 
 def adapted_product(x: Array, w: Array, a: Array, b: Array, axes: AdaptedProduct, dtype: Any) -> Array:
     """``x·w + (x·a)·b``, accumulated in float32 and rounded to ``dtype``; ``x`` and ``w`` have one dtype."""
-    return _adapted(axes, jnp.dtype(dtype), *compat.match_varying(x, w, a, b))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))  # so that equal layers are traced and differentiated once
-def _adapted(axes: AdaptedProduct, dtype: Any, x: Array, w: Array, a: Array, b: Array) -> Array:
+    x, w, a, b = compat.match_varying(x, w, a, b)
     h = checkpoint_name(bind_product(x, a, axes.first, x.dtype, x.dtype), HIDDEN)
-    return _adapted_p.bind(x, w, h, a, b, axes=axes, dtype=dtype)
+    return _adapted_p.bind(x, w, h, a, b, axes=axes, dtype=jnp.dtype(dtype))
 
 
-# As a function, it depends on x, w, a and b. The operand h, always x·a, is computed outside, where `jax.checkpoint` can
-# save it and the gradient of b can use it; its tangent does not count. The transpose has the same form, so that the
-# backward pass is one product too.
+# The operands are x, w, h, a, b, and in derivatives also e: the result is x·w + (x·a + e)·b. The operand h, always x·a,
+# is computed outside, where `jax.checkpoint` can save it and the gradient of b can use it; its own tangent does not
+# count. The transpose has the same form, so that the backward pass is one product too.
 _adapted_p = core.Primitive("adapted_product")
 
 
-def _separate(x: Array, w: Array, h: Array, a: Array, b: Array, *, axes: AdaptedProduct, dtype: Any) -> Array:
+def _separate(x: Array, w: Array, h: Array, a: Array, b: Array, *e: Array, axes: AdaptedProduct, dtype: Any) -> Array:
     """Two products and their sum."""
+    h = sum(e, h)
     base, last, out = axes.base.names, axes.last.names, axes.names[5]
     if axes.dot is not None:
         y = NamedArray(axes.dot(x, w), base[2])
@@ -131,8 +128,9 @@ def _separate(x: Array, w: Array, h: Array, a: Array, b: Array, *, axes: Adapted
     return sum(parts).astype(dtype)
 
 
-def _joined(x: Array, w: Array, h: Array, a: Array, b: Array, *, axes: AdaptedProduct, dtype: Any) -> Array:
+def _joined(x: Array, w: Array, h: Array, a: Array, b: Array, *e: Array, axes: AdaptedProduct, dtype: Any) -> Array:
     """One product, ``[x, h]·[w; b]``."""
+    h = sum(e, h)
     x_names, w_names, h_names, _, b_names, out = axes.names
 
     def join(wide: Array, names: AxisNames, narrow: Array, own: AxisNames) -> NamedArray:
@@ -158,46 +156,56 @@ def _joining_pays(x: Array, w: Array, axes: AdaptedProduct, dtype: Any) -> bool:
 _LARGE = 32 * 2**20  # bytes, a quarter of the vector memory of a v5e's or v6e's core
 
 
+@functools.lru_cache(maxsize=1024)
 def _abstract(*operands: Any, **params: Any) -> Any:
     return jax.make_jaxpr(functools.partial(_separate, **params))(*operands).out_avals[0]
 
 
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], *, axes: AdaptedProduct, dtype: Any) -> tuple[Array, Any]:
-    x, w, h, a, b = primals
+    x, w, h, a, b, *e = primals
+    dx, dw, _, da, db, *de = tangents
 
-    def in_x(dx: Array) -> Array:
-        dh = bind_product(dx, a, axes.first, x.dtype, x.dtype)
-        return _adapted_p.bind(dx, w, dh, a, b, axes=axes, dtype=dtype)
+    def given(tangent: Any) -> bool:
+        return not isinstance(tangent, ad.Zero)
 
-    def in_w(dw: Array) -> Array:
-        return bind_product(x, dw, axes.base, x.dtype, dtype)
+    def first(x: Array, a: Array) -> Array:
+        return bind_product(x, a, axes.first, x.dtype, x.dtype)
 
-    def in_a(da: Array) -> Array:
-        dh = bind_product(x, da, axes.first, x.dtype, x.dtype)
-        return bind_product(dh, b, axes.last, x.dtype, dtype)
+    def last(h: Array, b: Array) -> Array:
+        return bind_product(h, b, axes.last, h.dtype, dtype)
 
-    def in_b(db: Array) -> Array:
-        return bind_product(h, db, axes.last, x.dtype, dtype)
-
-    dx, dw, _, da, db = tangents
-    terms = [fn(t) for fn, t in ((in_x, dx), (in_w, dw), (in_a, da), (in_b, db)) if not isinstance(t, ad.Zero)]
+    terms, dh = [], [t for t in de if given(t)]
+    if given(da):
+        dh.append(first(x, da))
+    if given(dx):
+        more = [functools.reduce(ad.add_tangents, dh)] if dh else []
+        terms.append(_adapted_p.bind(dx, w, first(dx, a), a, b, *more, axes=axes, dtype=dtype))
+    elif dh:
+        terms.append(last(functools.reduce(ad.add_tangents, dh), b))
+    if given(dw):
+        terms.append(bind_product(x, dw, axes.base, x.dtype, dtype))
+    if given(db):
+        terms.append(last(sum(e, h), db))
     return _adapted_p.bind(*primals, axes=axes, dtype=dtype), functools.reduce(ad.add_tangents, terms)
 
 
-def _transpose(ct: Any, x: Any, w: Any, h: Any, a: Any, b: Any, *, axes: AdaptedProduct, dtype: Any) -> list[Any]:
+def _transpose(ct: Any, x: Any, w: Any, h: Any, a: Any, b: Any, *e: Any, axes: AdaptedProduct, dtype: Any) -> list[Any]:
     if isinstance(ct, ad.Zero):
-        return [None] * 5
-    back, to = axes.transposed, x.aval.dtype
+        return [None] * (5 + len(e))
+    back, to = axes.transposed, w.dtype
     ct = ct.astype(to)
     dh = bind_product(ct, b, back.first, to, to)
-    return [_adapted_p.bind(ct, w, dh, b, a, axes=back, dtype=to), None, None, None, None]
+    in_x = _adapted_p.bind(ct, w, dh, b, a, axes=back, dtype=to) if ad.is_undefined_primal(x) else None
+    return [in_x, None, None, None, None, *(dh if ad.is_undefined_primal(t) else None for t in e)]
 
 
 def _batch(args: Sequence[Array], dims: Sequence[Any], *, axes: AdaptedProduct, dtype: Any) -> tuple[Array, int]:
     """A mapped axis is one more name, and the first of the result."""
     *names, out = axes.names
     new = mapped_name(out)
-    names = [own if d is None else (*own[:d], new, *own[d:]) for own, d in zip(names, dims, strict=True)]
+    if len(args) == 6 and dims[2] != dims[5]:  # h and e have the same axes
+        args, dims = _alike(args, dims)
+    names = [own if d is None else (*own[:d], new, *own[d:]) for own, d in zip(names, dims, strict=False)]
     dot = axes.dot
     if dot is not None and (dims[0] is not None or dims[1] is not None):
         dot = dataclasses.replace(dot, mapped=(*dot.mapped, (dims[0], dims[1])))
@@ -205,15 +213,22 @@ def _batch(args: Sequence[Array], dims: Sequence[Any], *, axes: AdaptedProduct, 
     return _adapted_p.bind(*args, axes=mapped, dtype=dtype), 0
 
 
+def _alike(args: Sequence[Array], dims: Sequence[Any]) -> tuple[Sequence[Array], Sequence[Any]]:
+    """``args`` with ``h`` and ``e`` both mapped along their first axis."""
+    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    h, e = (batching.bdim_at_front(args[i], dims[i], size) for i in (2, 5))
+    return (*args[:2], h, *args[3:5], e), (*dims[:2], 0, *dims[3:5], 0)
+
+
 def _lower_for_tpu(ctx: Any, *operands: Any, **params: Any) -> Any:
     # A compiler that divides the program over devices would first gather what is concatenated.
     whole = not compat.is_partitioned(ctx)
 
-    def compute(x: Array, w: Array, h: Array, a: Array, b: Array, *, axes: AdaptedProduct, dtype: Any) -> Array:
+    def compute(x: Array, w: Array, h: Array, *rest: Array, axes: AdaptedProduct, dtype: Any) -> Array:
         if whole and _joining_pays(x, w, axes, dtype):
-            return _joined(x, w, h, a, b, axes=axes, dtype=dtype)
+            return _joined(x, w, h, *rest, axes=axes, dtype=dtype)
         # Without the barrier, h is computed again for every tile of the result.
-        return _separate(x, w, lax.optimization_barrier(h), a, b, axes=axes, dtype=dtype)
+        return _separate(x, w, lax.optimization_barrier(h), *rest, axes=axes, dtype=dtype)
 
     return mlir.lower_fun(compute, multiple_results=False)(ctx, *operands, **params)
 
@@ -225,6 +240,11 @@ mlir.register_lowering(_adapted_p, _lower_for_tpu, platform="tpu")
 ad.primitive_jvps[_adapted_p] = _jvp
 ad.primitive_transposes[_adapted_p] = _transpose
 batching.primitive_batchers[_adapted_p] = _batch
+
+
+def as_equations(eqn: Any) -> Any:
+    """The jaxpr of an adapted product, in JAX's own operations."""
+    return jax.make_jaxpr(functools.partial(_separate, **eqn.params))(*(v.aval for v in eqn.invars))
 
 
 @functools.lru_cache(maxsize=64)

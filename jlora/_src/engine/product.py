@@ -115,6 +115,7 @@ def _contract(x: Array, y: Array, *, product: Product, operand_dtype: Any, dtype
     return contract(*operands, out, precision=product.precision, dtype=dtype, spec=spec).array
 
 
+@functools.lru_cache(maxsize=1024)
 def _abstract(x: Any, y: Any, **params: Any) -> Any:
     return jax.make_jaxpr(functools.partial(_contract, **params))(x, y).out_avals[0]
 

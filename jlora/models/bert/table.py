@@ -8,9 +8,10 @@ from typing import Any
 from jax.sharding import PartitionSpec as P
 
 from jlora._src.tree.sharding import ShardingRules
+from jlora.files.errors import ModelError
 from jlora.files.tensor_names import TensorName, embedding, linear, norm
 from jlora.models._encoder import layer_names
-from jlora.models._family import Family, ModelError, TaskName, read_config
+from jlora.models._family import Family, TaskName, read_config
 from jlora.models.bert.modeling import Bert, BertConfig, BertForSequenceClassification
 
 _LINEARS = {

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.fields import Within, faults
+from jlora.files.errors import ModelError
 from jlora.messages import bullets
-from jlora.models._family import ModelError, NonNegative, Positive, Size
+from jlora.models._family import NonNegative, Positive, Size
 
 # The types of parameters; the required and optional ones of each kind.
 _PARAMETERS: dict[str, Any] = {

@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from jlora._src.tree.sharding import ShardingRules
 from jlora.fields import Within
+from jlora.files.errors import ModelError
 from jlora.files.tensor_names import TensorName, embedding, linear, norm
-from jlora.models._family import Family, ModelError, PositiveOrNull, SizeOrNull, TaskName, read_config
+from jlora.models._family import Family, PositiveOrNull, SizeOrNull, TaskName, read_config
 from jlora.models._heads import head_names, tied_head
 from jlora.models._layers import Activation
 from jlora.models.decoder.modeling import (

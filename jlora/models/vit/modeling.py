@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jlora.files.errors import ModelError
 from jlora.models._encoder import Encoded, EncoderConfig, EncoderPart
-from jlora.models._family import ModelError, Rate, Size
+from jlora.models._family import Rate, Size
 from jlora.models._layers import Activation, Network, activation, dense, layer_norm, recomputed, split_batch
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._src.engine import compat
-from jlora._src.engine.adapted_product import checkpoint_policy
+from jlora._src.engine.adapted_product import as_equations, checkpoint_policy
 from jlora._src.engine.factored import Factored, fold_in
 from jlora._src.engine.named_axes import RANK, NamedArray
 from jlora._src.engine.rules.placement import map_with_specs, sharding_like
@@ -67,6 +67,16 @@ def checkpoint(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         policy=checkpoint_policy(p["policy"]),
     )
     return run(*args)
+
+
+def adapted_product(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
+    """A product with a weight that an inner `lora` adapted already: the updates add up."""
+    jaxpr, consts = compat.open_jaxpr(as_equations(eqn))
+    return scope.session.run(jaxpr, consts, args)
+
+
+def label_adapted_product(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
+    return walker.inner(eqn, as_equations(eqn), values)
 
 
 def label_call(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:

@@ -59,6 +59,7 @@ PRIMITIVES: dict[str, Primitive] = {
     **_all("copy copy_p name sharding_constraint reduce_precision", moves.keep, label_first),
     **_all("jit pjit", control_flow.jit, control_flow.label_call),
     **_all("remat2 checkpoint", control_flow.checkpoint, control_flow.label_call),
+    "adapted_product": Primitive(control_flow.adapted_product, control_flow.label_adapted_product),
     "compute_on": Primitive(control_flow.compute_on, control_flow.label_materialized_call),
     "shard_map": Primitive(control_flow.shard_map, control_flow.label_materialized_call),
     **_all(

@@ -1,0 +1,86 @@
+# ruff: noqa: I001  (the README's order)
+"""Every public name, in the README's order. `jlora` imports this at once if jax is there, else with its first use."""
+
+# What to adapt, and fresh adapters.
+from jlora._src.config import HEADS, LoraConfig, Override
+from jlora._src.engine.trace import trace
+from jlora._src.tree.plan import Plan, plan
+from jlora._src.tree.init import init
+
+# The adapted model.
+from jlora._src.engine.lora import lora
+from jlora._src.tree.attach import attach, detach
+
+# Optimizers over a whole tree.
+from jlora._src.tree.labels import combine, freeze, labels, partition, trainable_mask
+
+# Merged weights, and several adapters.
+from jlora._src.tree.merge import Rounding, merge, rounding, unmerge
+from jlora._src.tree.stack import stack, unstack
+
+# Running a model with its adapters.
+from jlora._src.engine.lora import Explanation, explain
+from jlora._src.engine.interpreter import MaterializeError, MaterializeWarning
+from jlora._src.engine.product import low_rank_product
+
+# On disk, and on a mesh.
+from jlora._src.tree.save import load, save
+from jlora._src.tree.sharding import ShardingRules, adapter_shardings, shardings
+
+# Paths and types.
+from jlora._src.paths import named_leaves, path_key
+from jlora._src.types import Adapters, Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
+
+# Registers the types with jax.export and flax.serialization.
+from jlora._src.tree import serialize as _serialize  # noqa: F401
+
+__all__ = [
+    # What to adapt, and fresh adapters.
+    "HEADS",
+    "LoraConfig",
+    "Override",
+    "trace",
+    "Plan",
+    "plan",
+    "init",
+    # The adapted model.
+    "lora",
+    "attach",
+    "detach",
+    # Optimizers over a whole tree.
+    "combine",
+    "freeze",
+    "labels",
+    "partition",
+    "trainable_mask",
+    # Merged weights, and several adapters.
+    "Rounding",
+    "merge",
+    "rounding",
+    "unmerge",
+    "stack",
+    "unstack",
+    # Running a model with its adapters.
+    "Explanation",
+    "explain",
+    "MaterializeError",
+    "MaterializeWarning",
+    "low_rank_product",
+    # On disk, and on a mesh.
+    "load",
+    "save",
+    "ShardingRules",
+    "adapter_shardings",
+    "shardings",
+    # Paths and types.
+    "named_leaves",
+    "path_key",
+    "Adapters",
+    "Axes",
+    "FullWeight",
+    "LoraFactors",
+    "LoraWeight",
+    "Target",
+    "Use",
+    "WeightUse",
+]

@@ -14,7 +14,6 @@ Array: TypeAlias = jax.Array
 Tree: TypeAlias = dict[str, Any]
 Product: TypeAlias = Callable[[Tree, Array], Array]
 
-RANK = 8
 SCALE = 2.0
 LINEARS = ("query", "key", "value", "attention_out", "up", "down")
 LEARNING_RATE = 1e-4
@@ -32,6 +31,7 @@ class Shape:
     batch: int = 8
     tokens: int = 128
     bias: bool = False
+    rank: int = 8
 
     def linear(self, name: str) -> tuple[int, int]:
         """``(inputs, outputs)`` of the linear layer ``name``."""
@@ -103,12 +103,17 @@ def make_factors(shape: Shape) -> Tree:
         inputs, outputs = shape.linear(name)
         a, b = jax.random.split(key)
         return {
-            "a": jax.random.uniform(a, (inputs, RANK), minval=-1, maxval=1) / inputs**0.5,
-            "b": jax.random.normal(b, (RANK, outputs)) / 100,
+            "a": jax.random.uniform(a, (inputs, shape.rank), minval=-1, maxval=1) / inputs**0.5,
+            "b": jax.random.normal(b, (shape.rank, outputs)) / 100,
         }
 
     keys = jax.random.split(jax.random.key(1), (shape.layers, len(LINEARS)))
     return {f"layer_{i}": {name: pair(keys[i, j], name) for j, name in enumerate(LINEARS)} for i in range(shape.layers)}
+
+
+def rank(factors: Tree) -> int:
+    """Of all the factors."""
+    return jax.tree.leaves(factors)[0].shape[-1]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -53,9 +53,8 @@ def _encoder_module(shape: _encoder.Shape, params: _encoder.Tree) -> nn.Module:
 
 
 def _with_peft(model: nn.Module, factors: _encoder.Tree) -> nn.Module:
-    config = peft.LoraConfig(
-        r=_encoder.RANK, lora_alpha=int(_encoder.SCALE * _encoder.RANK), target_modules=list(_encoder.LINEARS)
-    )
+    rank = _encoder.rank(factors)
+    config = peft.LoraConfig(r=rank, lora_alpha=int(_encoder.SCALE * rank), target_modules=list(_encoder.LINEARS))
     adapted = peft.get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         for i, layer in enumerate(factors.values()):

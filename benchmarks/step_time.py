@@ -1,6 +1,7 @@
 """How long is a LoRA step with jlora, against full fine-tuning, LoRA by hand, HF peft, and the lower bound?
 
     python -m benchmarks.step_time [--rounds 9] [--layers 4] [--width 768] [--bias] [--dtype float32] [--json FILE]
+    python -m benchmarks.step_time --grid [--rounds 9] [--dtype float32] [--json FILE]
 
 One transformer encoder (by default 4 layers of width 768, 8×128 tokens, rank 8 on every linear), stepped by AdamW as:
 
@@ -17,6 +18,9 @@ PyTorch (OpenMP) several times more than XLA. All adapted variants start from th
 checks that their losses agree, step by step. Tracing and compilation times are CPU seconds. The limits that jlora must
 meet come last.
 
+``--grid`` steps one layer instead, over ranks, widths, batches and biases, and compares jlora with the better of
+factored and merged at each point.
+
 On a CPU the ratio to full fine-tuning depends on XLA's weight gradients: in this encoder it computes them in about a
 third less time when the linear layers have a bias (``--bias``), and jlora's time is unchanged.
 """
@@ -26,11 +30,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +73,24 @@ def losses() -> dict[str, Loss]:
 
 def make_adapters(params: Tree, factors: Tree, x: Array) -> Tree:
     """jlora's adapters for every linear, with the same values as the hand-written factors."""
-    config = jlora.LoraConfig(rank=_encoder.RANK, alpha=_encoder.RANK * _encoder.SCALE)
+    rank = _encoder.rank(factors)
+    config = jlora.LoraConfig(rank=rank, alpha=rank * _encoder.SCALE)
     adapters = jlora.init(jax.random.key(3), params, config, jlora.trace(_encoder.encode, params, x))
     hand = {f"{layer}/{name}/kernel": pair for layer, pairs in factors.items() for name, pair in pairs.items()}
     return {path: dataclasses.replace(f, **hand[path]) for path, f in adapters.items() if isinstance(f, LoraFactors)}
 
 
 def make_steps(
-    params: Tree, factors: Tree, batch: tuple[Array, Array]
+    params: Tree, factors: Tree, batch: tuple[Array, Array], only: Sequence[str] = ("full", *BY_HAND, "jlora")
 ) -> tuple[dict[str, _measure.Program], dict[str, Callable[[], float]]]:
-    """The compiled step of each JAX variant, and functions that take one step and return the loss."""
+    """The compiled step of ``only`` these JAX variants and of the limit, and functions that take one step and return
+    the loss."""
     optimizer = optax.adamw(_encoder.LEARNING_RATE, weight_decay=0.01)
     starts = {"full": params, **dict.fromkeys(BY_HAND, factors), "jlora": make_adapters(params, factors, batch[0])}
     programs: dict[str, _measure.Program] = {}
     steps: dict[str, Callable[[], float]] = {}
-    for name, loss in losses().items():
+    for name in only:
+        loss = losses()[name]
         # A copy: the step donates its state.
         trainable = jax.tree.map(jnp.copy, starts[name])
         state = (trainable, optimizer.init(trainable))
@@ -146,6 +154,35 @@ def check_agreement(curves: dict[str, list[float]], dtype: str) -> None:
             )
 
 
+def grid() -> Iterator[_encoder.Shape]:
+    """One layer: every rank, width and batch without biases, and every width and batch of one rank with them."""
+    for rank, width, batch in itertools.product((4, 16, 64, 256), (256, 512, 1024), (1, 8, 32)):
+        yield _encoder.Shape(1, width, batch, 96, rank=rank)
+        if rank == 16:
+            yield _encoder.Shape(1, width, batch, 96, bias=True, rank=rank)
+
+
+def measure_grid(rounds: int, dtype: str) -> list[dict[str, Any]]:
+    """The step time of jlora at every point of the grid, relative to LoRA by hand and the limit; printed as it is
+    measured."""
+    found = []
+    print("rank  width  batch  bias  jlora ms  / better by hand  / limit")
+    for shape in grid():
+        params, factors = _encoder.make_params(shape, dtype), _encoder.make_factors(shape)
+        only = ("merged", "factored", "jlora")
+        _, steps = make_steps(params, factors, _encoder.make_batch(shape, dtype), only)
+        times = _measure.interleave(steps, rounds)
+        by_hand = max(_measure.ratio(times, "jlora", name) for name in only[:2])
+        ms, limit = 1000 * statistics.median(times["jlora"]), _measure.ratio(times, "jlora", "limit")
+        found.append({**dataclasses.asdict(shape), "ms": ms, "ratio_by_hand": by_hand, "ratio_to_limit": limit})
+        bias = "yes" if shape.bias else "no"
+        print(f"{shape.rank:4}  {shape.width:5}  {shape.batch:5}  {bias:4}  {ms:8.1f}  {by_hand:16.2f}  {limit:7.2f}")
+    worst = _measure.Bar("step time / the better by hand, at most", max(f["ratio_by_hand"] for f in found), 1.05)
+    print()
+    print(_measure.table(("bar", "measured", "at most", ""), [worst.row()]))
+    return found
+
+
 def main() -> None:
     """Measure, print, and write ``--json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,8 +192,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="in each of the 8 sequences")
     parser.add_argument("--bias", action="store_true", help="give the linear layers a bias")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--grid", action="store_true", help="one layer, over ranks, widths, batches and biases")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.grid:
+        points = measure_grid(args.rounds, args.dtype)
+        if args.json:
+            args.json.write_text(json.dumps(points, indent=2) + "\n")
+        return
     shape = _encoder.Shape(args.layers, args.width, tokens=args.tokens, bias=args.bias)
     if args.width % 64 or shape.batch * shape.tokens in (args.width, 4 * args.width):
         parser.error("--width: expected a multiple of 64, different from 8 * tokens, as is 4 times it")

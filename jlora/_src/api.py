@@ -21,6 +21,7 @@ from jlora._src.tree.stack import stack, unstack
 # Running a model with its adapters.
 from jlora._src.engine.lora import Explanation, explain
 from jlora._src.engine.interpreter import MaterializeError, MaterializeWarning
+from jlora._src.engine.adapted_product import checkpoint_policy
 from jlora._src.engine.product import low_rank_product
 
 # On disk, and on a mesh.
@@ -65,6 +66,7 @@ __all__ = [
     "explain",
     "MaterializeError",
     "MaterializeWarning",
+    "checkpoint_policy",
     "low_rank_product",
     # On disk, and on a mesh.
     "load",

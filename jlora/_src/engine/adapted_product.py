@@ -124,8 +124,8 @@ def _separate(x: Array, w: Array, h: Array, a: Array, b: Array, *e: Array, axes:
     delta = contract(NamedArray(h, last[0]), NamedArray(b.astype(h.dtype), last[1]), last[2], precision=axes.precision)
     sizes = y.sizes | delta.sizes
     wide = accumulation_dtype(y.array.dtype)
-    parts = (part.broadcast(out, [sizes[n] for n in out]).astype(wide) for part in (y, delta))
-    return sum(parts).astype(dtype)
+    y, delta = (part.broadcast(out, [sizes[n] for n in out]).astype(wide) for part in (y, delta))
+    return (y + delta).astype(dtype)
 
 
 def _joined(x: Array, w: Array, h: Array, a: Array, b: Array, *e: Array, axes: AdaptedProduct, dtype: Any) -> Array:

@@ -36,7 +36,7 @@ TRAIN = {
     "config": "fields | tasks networks | training | __init__",
     "data": "truncation lines | batches delimited json_rows | formats | arrow_cache | sources | tables",
     "networks": "network tokenizers | scratch pretrained | registry",
-    "compute": "keys flops throughput optimizer processes compiled topology",
+    "compute": "keys flops throughput optimizer processes hlo topology | compiled",
     "tasks": "metrics spans base conversations labels pictures | chat | classify language | images | registry",
     "tasks ": "stand_in",
     "compute ": "step | layouts",

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class StepCosts:
       collectives: bytes of the results, by kind.
       largest: the largest arrays that are computed.
       compile_seconds: time to compile.
-      notes: what was assumed about the data.
+      notes: what was assumed.
     """
 
     layout: str
@@ -136,7 +136,7 @@ def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
         collectives={} if compiled is None else compiled.collectives,
         largest=() if compiled is None else compiled.largest(5),
         compile_seconds=compile_seconds,
-        notes=made.notes,
+        notes=[*made.notes, *_unknown_loops(compiled)],
     )
 
 
@@ -168,6 +168,11 @@ def _compiled(lowered: Any, given: int) -> tuple[Compiled | None, int]:
                 return None, more + round(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
         raise
     return compiled, compiled.peak_bytes
+
+
+def _unknown_loops(compiled: Compiled | None) -> Iterator[str]:
+    if compiled is not None and compiled.unknown_loops:
+        yield f"counted once, as it is not known how often they run: {compiled.unknown_loops} loops"
 
 
 def _memory(device: Any) -> int | None:

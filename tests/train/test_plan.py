@@ -22,6 +22,7 @@ from train.compute.compiled import Compiled
 from train.compute.layouts import make_layout
 from train.compute.optimizer import make_optimizer, make_schedule
 from train.compute.step import init_state, make_step
+from train.compute.topology import topology_devices
 from train.job import make_job, start_adapters
 from train.tasks.stand_in import stand_in
 
@@ -121,6 +122,105 @@ def test_loops_count_as_often_as_they_run() -> None:
     assert found.collectives == {"all-reduce": 5 * 8 * 128 * 4}
     assert found.cycles == 0 and found.largest(1)[0].shape == "f32[8,128]"
     assert found.temp_bytes == compiled.memory_analysis().temp_size_in_bytes
+
+
+TPU_PROGRAM = """
+%start (p: f32[64]) -> (f32[64], f32[256]) {
+  %p = f32[64]{0} parameter(0)
+  %all-gather.1 = f32[256]{0} all-gather(%p), channel_id=7, dimensions={0}
+  ROOT %begun = (f32[64]{0}, f32[256]{0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%overlapping (p: f32[64]) -> f32[256] {
+  %p = f32[64]{0} parameter(0)
+  ROOT %all-gather.2 = f32[256]{0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%inner_condition (s: (u32[], f32[64], u32[])) -> pred[] {
+  %s = (u32[], f32[64]{0}, u32[]) parameter(0)
+  %i = u32[] get-tuple-element(%s), index=0
+  %limit = u32[] constant(8)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%inner (s: (u32[], f32[64], u32[])) -> (u32[], f32[64], u32[]) {
+  %s = (u32[], f32[64]{0}, u32[]) parameter(0)
+  %i = u32[] get-tuple-element(%s), index=0
+  %x = f32[64]{0} get-tuple-element(%s), index=1
+  %by = u32[] get-tuple-element(%s), index=2
+  %next = u32[] add(%i, %by)
+  %send = (f32[64]{0}, f32[64]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=3
+  %sent = f32[64]{0} collective-permute-done(%send), backend_config={"estimated_cycles":"10"}
+  ROOT %new = (u32[], f32[64]{0}, u32[]) tuple(%next, %sent, %by)
+}
+
+%outer_condition (s: (s32[], f32[64])) -> pred[] {
+  %s = (s32[], f32[64]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %limit = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%outer (s: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %s = (s32[], f32[64]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[64]{0} get-tuple-element(%s), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %zero = u32[] constant(0)
+  %two = u32[] constant(2)
+  %first = u32[] copy(%zero)
+  %state = (u32[], f32[64]{0}, u32[]) tuple(%first, %x, %two)
+  %while.1 = (u32[], f32[64]{0}, u32[]) while(%state), condition=%inner_condition, body=%inner
+  %y = f32[64]{0} get-tuple-element(%while.1), index=1
+  ROOT %new = (s32[], f32[64]{0}) tuple(%next, %y)
+}
+
+ENTRY %main (x: f32[64]) -> f32[256] {
+  %x = f32[64]{0} parameter(0)
+  %gather = (f32[64]{0}, f32[256]{0}) fusion(%x), kind=kCustom, calls=%start
+  %zero = s32[] constant(0)
+  %state = (s32[], f32[64]{0}) tuple(%zero, %x)
+  %while.2 = (s32[], f32[64]{0}) while(%state), condition=%outer_condition, body=%outer, backend_config={}
+  ROOT %done = f32[256]{0} fusion(%x), kind=kOutput, calls=%overlapping, backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_what_a_tpu_program_leaves_out_is_found() -> None:
+    """How often its loops run, which its compiler does not note, and collectives that are fused, each once."""
+
+    class Program:
+        def memory_analysis(self) -> Any:
+            return jax.jit(jnp.sin).lower(1.0).compile().memory_analysis()
+
+        def as_text(self) -> str:
+            return TPU_PROGRAM
+
+    found = Compiled(Program())
+    assert found.unknown_loops == 0 and found.cycles == 5 * 4 * 10 + 7
+    assert found.collectives == {"collective-permute": 5 * 4 * 64 * 4, "all-gather": 256 * 4}
+    unknown = TPU_PROGRAM.replace("%limit = s32[] constant(5)", "%limit = s32[] get-tuple-element(%s), index=0")
+    Program.as_text = lambda self: unknown
+    found = Compiled(Program())
+    assert found.unknown_loops == 1 and found.cycles == 4 * 10 + 7
+
+
+@needs_libtpu
+def test_a_scan_costs_a_tpu_as_much_as_its_iterations() -> None:
+    def repeated(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    device = topology_devices("v5e:2x2")[0]
+    place = NamedSharding(Mesh(np.array([device]), ("x",)), P())
+
+    def cycles(length: int) -> int:
+        shapes = ((512, 512), (length, 512, 512))
+        args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
+        compiled: Any = jax.jit(repeated, out_shardings=place).lower(*args).compile()
+        return Compiled(compiled).cycles
+
+    assert cycles(48) == pytest.approx(3 * cycles(16), rel=0.15)
 
 
 def test_it_prints_tables_or_json(work: Path) -> None:

@@ -1,6 +1,6 @@
 """What a compiled program costs, by its compiler's own account: estimated cycles, collectives, memory.
 
-XLA's analyses count the body of a loop once. Here it counts as often as it runs, where the compiler knows how often.
+XLA's analyses count the body of a loop once. Here it counts as often as it runs (`train.compute.hlo`).
 
 The TPU compiler estimates the cycles of every fusion, not of collectives. They are estimates, not times; but they are
 the same on every machine, and a TPU need not be there (`jax.experimental.topologies`).
@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from train.compute import hlo
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f4e2m1fn": 0.5, "c64": 8, "c128": 16}
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\(")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _NO_ARRAYS = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 
@@ -39,13 +39,14 @@ class ComputedArray(NamedTuple):
 
 
 @dataclass
-class _Computation:
-    """One computation of an HLO module: its own costs, and the computations that it calls, with how often."""
+class _Costs:
+    """Of one computation: its own, and the computations that it calls, with how often."""
 
     cycles: int = 0
     arrays: list[ComputedArray] = field(default_factory=list)
     collectives: Counter[str] = field(default_factory=Counter)
     calls: list[tuple[tuple[str, ...], int]] = field(default_factory=list)
+    unknown_loops: int = 0
 
 
 class Compiled:
@@ -79,9 +80,15 @@ class Compiled:
         """Bytes of the results on one device, by kind (``all-gather``), largest first; all that run are added."""
         return dict(self._total[1].most_common())
 
+    @property
+    def unknown_loops(self) -> int:
+        """The number of loops that are counted once, for it is not known how often they run."""
+        computations, entry = self._costs
+        return sum(computations[name].unknown_loops for name in {*_reached(entry, computations)})
+
     def largest(self, count: int) -> Sequence[ComputedArray]:
         """The largest arrays that the program computes, one of each shape."""
-        computations, entry = self._parsed
+        computations, entry = self._costs
         found: dict[str, ComputedArray] = {}
         for name in _reached(entry, computations):
             for array in computations[name].arrays:
@@ -89,51 +96,79 @@ class Compiled:
         return sorted(found.values(), key=lambda array: -array.bytes)[:count]
 
     @cached_property
-    def _parsed(self) -> tuple[dict[str, _Computation], str]:
-        return _parse(self._text)
+    def _costs(self) -> tuple[dict[str, _Costs], str]:
+        """Of each computation by name, and the name of the entry."""
+        module = hlo.parse(self._text)
+        started = {channel for one in module.computations.values() if _starts(one) for channel in _channels(one)}
+        costs = {name: _Costs() for name in module.computations}
+        for name, computation in module.computations.items():
+            for instruction in computation.instructions.values():
+                _add(costs[name], instruction, module, started)
+        return costs, module.entry
 
     @cached_property
     def _total(self) -> tuple[int, Counter[str]]:
-        computations, entry = self._parsed
+        computations, entry = self._costs
         return _total_of(entry, computations, {})
 
 
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    """The computations of a module by name, and the name of its entry."""
-    found: dict[str, _Computation] = {}
-    entry, own = "", _Computation()
-    for line in text.splitlines():
-        if head := _COMPUTATION.match(line):
-            own = found[head[2]] = _Computation()
-            entry = head[2] if head[1] else entry
-        elif instruction := _INSTRUCTION.match(line):
-            _add(own, line, *instruction.groups()[1:])
-    return found, entry
-
-
-def _add(own: _Computation, line: str, result: str, opcode: str) -> None:
+def _add(own: _Costs, instruction: hlo.Instruction, module: hlo.Module, started: set[str]) -> None:
+    opcode, line = instruction.opcode, instruction.line
     if cycles := re.search(r'"estimated_cycles":"?(\d+)', line):
         own.cycles += int(cycles[1])
     if opcode not in _NO_ARRAYS and not opcode.endswith(("-start", "-done")):
         source = re.search(r'op_name="([^"]*)"', line)
-        for shape in _SHAPE.finditer(result):
+        for shape in _SHAPE.finditer(instruction.result):
             own.arrays.append(ComputedArray(shape[0], math.ceil(sum(_sizes(shape[0]))), source[1] if source else ""))
-    kind = opcode.removesuffix("-start")
-    if kind in COLLECTIVES:
-        own.collectives[kind] += math.ceil(_result_bytes(result, started=kind != opcode))
     if opcode == "while":
-        trips = re.search(r'"known_trip_count":\{"n":"?(\d+)', line)
-        bodies = re.findall(r"(?:body|condition)=%?([\w.-]+)", line)
-        own.calls += [((body,), int(trips[1]) if trips else 1) for body in bodies]
+        trips = module.trips(instruction)
+        own.unknown_loops += trips is None
+        own.calls += [((part,), 1 if trips is None else trips) for part in instruction.called("body", "condition")]
     elif opcode == "conditional":
         branches = re.search(r"branch_computations=\{([^}]*)\}", line)
-        names = branches[1].split(", ") if branches else re.findall(r"(?:true|false)_computation=%?([\w.-]+)", line)
+        names = branches[1].split(", ") if branches else instruction.called("true_computation", "false_computation")
         own.calls.append((tuple(name.lstrip("%") for name in names), 1))
     elif opcode in ("call", "async-start"):
-        own.calls += [((name,), 1) for name in re.findall(r"(?:to_apply|calls)=%?([\w.-]+)", line)]
+        own.calls += [((name,), 1) for name in instruction.called("to_apply", "calls")]
+    for kind, size in _collectives(instruction, module, started):
+        own.collectives[kind] += size
 
 
-def _reached(name: str, computations: dict[str, _Computation]) -> Iterator[str]:
+def _collectives(instruction: hlo.Instruction, module: hlo.Module, started: set[str]) -> Iterator[tuple[str, int]]:
+    """Kind and bytes of an instruction's collectives, which on a TPU may be fused.
+
+    There an asynchronous one is in several fusions: that of its start, of its end, and those that overlap with it.
+
+    Args:
+      started: channels of the collectives that have a start, which is counted alone.
+    """
+    kind = instruction.opcode.removesuffix("-start")
+    if kind in COLLECTIVES:
+        yield kind, math.ceil(_result_bytes(instruction.result, started=kind != instruction.opcode))
+    if kind != "fusion":
+        return
+    for name in instruction.called("calls"):
+        fused = module.computations[name]
+        for inner in fused.instructions.values():
+            if inner.opcode in COLLECTIVES and (_starts(fused) or not started & {*_channel(inner)}):
+                yield inner.opcode, math.ceil(_result_bytes(inner.result, started=False))
+
+
+def _starts(computation: hlo.Computation) -> bool:
+    """Whether this is what a TPU fuses to start a collective."""
+    return computation.root is not None and '"AsyncCollectiveStart"' in computation.root.line
+
+
+def _channels(computation: hlo.Computation) -> Iterator[str]:
+    for instruction in computation.instructions.values():
+        yield from _channel(instruction)
+
+
+def _channel(instruction: hlo.Instruction) -> list[str]:
+    return re.findall(r"channel_id=(\d+)", instruction.line)
+
+
+def _reached(name: str, computations: dict[str, _Costs]) -> Iterator[str]:
     """A computation and all that it calls; not what is fused, which has no memory of its own."""
     yield name
     for callees, _ in computations[name].calls:
@@ -142,7 +177,7 @@ def _reached(name: str, computations: dict[str, _Computation]) -> Iterator[str]:
 
 
 def _total_of(
-    name: str, computations: dict[str, _Computation], known: dict[str, tuple[int, Counter[str]]]
+    name: str, computations: dict[str, _Costs], known: dict[str, tuple[int, Counter[str]]]
 ) -> tuple[int, Counter[str]]:
     """Cycles and collectives of a computation with all that it calls; of branches, those with the most cycles."""
     if name not in known:
@@ -158,8 +193,8 @@ def _total_of(
 
 
 def _result_bytes(shape: str, *, started: bool) -> float:
-    """Bytes of a result; an asynchronous start returns its operands too, before its results."""
-    sizes = list(_sizes(shape))
+    """Bytes of a result; an asynchronous start returns its operands too, before its results, and counters after."""
+    sizes = list(_sizes(shape.replace("u32[]", "") if started else shape))
     return sum(sizes[len(sizes) // 2 :] if started and len(sizes) > 1 else sizes)
 
 

@@ -46,7 +46,7 @@ TRAIN = {
     " ": "job",
     "loop ": "run_files | loop",
     "  ": "ahead pretrain | summary | experiment",
-    "commands": "inputs results contact_sheet | fit show plan predict generate eval export report inspect",
+    "commands": "inputs results contact_sheet advice | fit show plan predict generate eval export report inspect",
     "   ": "__main__",
 }
 

@@ -123,3 +123,11 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_table(page: str, name: str, table: str) -> None:
+    """Put a table into a page of docs/, between its comments ``<!-- name -->`` and ``<!-- end of name -->``."""
+    file = ROOT / "docs" / page
+    text, (start, end) = file.read_text(), (f"<!-- {name} -->\n", f"<!-- end of {name} -->")
+    before, rest = text.split(start)
+    file.write_text(f"{before}{start}{table}\n{end}{rest.split(end)[1]}")

@@ -3,12 +3,12 @@
     python -m benchmarks.tpu_plans [--tables]
 
 Compiles the training step of ``configs/instruct_llama.py`` (bfloat16, rank 16 on every linear layer, packed rows) for
-slices that need not be there, as ``python -m train plan`` does, and prints the tables of docs/tpu.md, "What to choose".
+slices that need not be there, as ``python -m train plan`` does, and writes the table of docs/tpu.md, "What to choose".
 Only the shapes of config.json are used; needs libtpu. For each model and chip it tries settings from the smallest slice
 to larger ones, and stops at the first that fits.
 
 Results are kept in ``results/tpu_plans.json``, one as soon as it is there, and compiled again only if their code or
-compiler changed. ``--tables`` prints what is kept. A compilation takes one to three minutes.
+compiler changed. ``--tables`` writes what is kept. A compilation takes one to three minutes.
 """
 
 from __future__ import annotations
@@ -50,12 +50,17 @@ class Setting:
 
     @property
     def flags(self) -> str:
-        """What a user passes beside `COMMON`."""
+        """Layout and accumulation, as a user passes them."""
         chips = math.prod(int(n) for n in self.slice.partition(":")[2].split("x"))
         axes = {"fsdp": self.fsdp, "tensor": self.tensor, "accumulate": self.accumulate}
         flags = [f"--compute.{name} {value}" for name, value in axes.items() if value > 1]
         mesh = ["--compute.layout mesh"] if chips > 1 else []
-        return " ".join([*mesh, *flags, f"--fit.batch-size {self.rows} --task.max-length {self.length}"])
+        return " ".join([*mesh, *flags])
+
+    @property
+    def batch_flags(self) -> str:
+        """Rows and their length."""
+        return f"--fit.batch-size {self.rows} --task.max-length {self.length}"
 
 
 SETTINGS: dict[str, list[list[Setting]]] = {
@@ -63,6 +68,7 @@ SETTINGS: dict[str, list[list[Setting]]] = {
         [Setting("v5e:1x1", 4096, 8, accumulate=8), Setting("v5e:1x1", 2048, 16, accumulate=16)],
         [Setting("v5p:2x2x1", 4096, 16, accumulate=2)],
         [Setting("v6e:1x1", 4096, 8, accumulate=8)],
+        [Setting("v5e:1x1", 1024, 32, accumulate=8)],
     ],
     "Llama 3.1 8B": [
         [Setting("v5e:2x2", 4096, 8, 4, accumulate=2), Setting("v5e:2x4", 4096, 8, 8)],
@@ -82,7 +88,7 @@ def plan(model: str, setting: Setting) -> dict[str, Any]:
     """The costs of a step, as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(_tpu.LLAMAS[model]))
-        flags = f"--model.path {folder} {COMMON} {setting.flags}".split()
+        flags = f"--model.path {folder} {COMMON} {setting.flags} {setting.batch_flags}".split()
         config = parse(["configs/instruct_llama.py", *flags])
         return step_costs(config, _tpu.slice_devices(setting.slice)).to_json()
 
@@ -93,12 +99,22 @@ def table(results: _tpu.Results) -> str:
     for model, chips in SETTINGS.items():
         for settings in chips:
             for setting in settings:
-                key = f"{model} on {setting.slice}: {setting.flags}"
+                key = f"{model} on {setting.slice}: {setting.flags} {setting.batch_flags}"
                 found = results.get(key, functools.partial(plan, model, setting), *CODE)
                 if found is not None and found["fits"]:
                     rows.append(_row(model, setting, found))
                     break
-    header = ("model", "slice", "flags", "GiB a chip", "ms a step", "tokens/s a chip", "MFU", "collectives, GiB")
+    header = (
+        "model",
+        "slice",
+        "rows",
+        "flags",
+        "GiB a chip",
+        "ms a step",
+        "tokens/s a chip",
+        "MFU",
+        "collectives, GiB",
+    )
     return _tpu.markdown(header, rows)
 
 
@@ -108,6 +124,7 @@ def _row(model: str, setting: Setting, found: dict[str, Any]) -> list[str]:
     return [
         model,
         f"{setting.slice}, {found['devices']} chip" + ("s" if found["devices"] > 1 else ""),
+        f"{setting.rows} × {setting.length}",
         f"`{setting.flags}`",
         f"{found['peak_bytes'] / gib:.1f} of {found['device_memory'] / gib:.0f}",
         f"{1e3 * seconds:,.0f}",
@@ -118,11 +135,13 @@ def _row(model: str, setting: Setting, found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Compute what is missing, print the table, and write it into its page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="print what is kept, and compile nothing")
+    parser.add_argument("--tables", action="store_true", help="use what is kept, and compile nothing")
     args = parser.parse_args()
-    print(table(_tpu.Results(FILE, stale=args.tables)))
+    found = table(_tpu.Results(FILE, stale=args.tables))
+    print(found)
+    _tpu.write_table("tpu.md", "plans", found)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ compiler's estimates, without collectives: no times. They are the same on every 
 - ``mesh``: the same on eight chips.
 
 Every result is kept in ``results/tpu_step.json`` as soon as it is there, and compiled again only if its code or its
-compiler changed. ``--quick`` does one point of each part, ``--tables`` prints what is kept.
+compiler changed. The tables are written into docs/speed.md. ``--quick`` prints one point of each part.
 """
 
 from __future__ import annotations
@@ -369,23 +369,21 @@ def part_table(results: _tpu.Results, part: str, quick: bool = False) -> str:
     return step_table(results, points[: 1 if quick else None])
 
 
-def tables(results: _tpu.Results) -> list[str]:
-    """All of them."""
-    return [part_table(results, part) for part in PARTS]
-
-
 def main() -> None:
-    """Compute what is missing, and print the tables."""
+    """Compute what is missing, print the tables, and write them into their page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="one point of each part")
-    parser.add_argument("--tables", action="store_true", help="print what is kept, and compile nothing")
+    parser.add_argument("--tables", action="store_true", help="use what is kept, and compile nothing")
     args = parser.parse_args()
     results = _tpu.Results(FILE, stale=args.tables)
     if not args.tables:
         _tpu.slice_devices("v5e:2x4")  # before anything is computed
     for part in args.part:
-        print(part_table(results, part, args.quick), end="\n\n", flush=True)
+        table = part_table(results, part, args.quick)
+        print(table, end="\n\n", flush=True)
+        if not args.quick:
+            _tpu.write_table("speed.md", f"TPU: {part}", table)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def plan(config: TrainConfig, options: PlanOptions) -> None:
         try:
             found = step_costs(other, devices)
         except ConfigError as error:  # for example, weights that the devices do not divide
-            reason = str(error).splitlines()[-1].strip()  # below the number of problems
+            reason = str(error).splitlines()[:2][-1].strip(" -")  # the first one, below their number
             tried.append({"flags": flags, "refused": reason})
             say(f"  {flags}: {reason}")
             return None

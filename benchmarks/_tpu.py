@@ -19,6 +19,8 @@ from train.compute.compiled import Compiled
 from train.compute.topology import topology_devices
 
 ROOT = Path(__file__).parents[1]
+COUNTING = ("train/compute/compiled.py", "train/compute/hlo.py")
+"""The code that all results depend on."""
 RESULTS = Path(__file__).parent / "results"
 
 slice_devices = functools.cache(topology_devices)
@@ -111,7 +113,7 @@ class Results:
 def _stamp(code: tuple[str, ...]) -> str:
     """Of the code, without its comments, and of the compiler."""
     digest = hashlib.sha256()
-    for path in code:
+    for path in (*COUNTING, *code):
         files = sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
         for file in files:
             digest.update(ast.dump(ast.parse(file.read_text())).encode())

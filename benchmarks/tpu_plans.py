@@ -28,7 +28,7 @@ from train.ahead import step_costs
 
 COMMON = "--lora.rank 16 --lora.alpha 32 --lora.dropout 0 --compute.remat full"
 FILE = _tpu.RESULTS / "tpu_plans.json"
-CODE = ("jlora/_src", "jlora/models", "train/compute", "train/ahead.py")
+CODE = ("jlora/_src", "jlora/models", "train/compute/step.py")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,13 @@ from train import ahead
 from train.__main__ import parse
 from train.ahead import step_costs
 from train.commands.advice import advise
+from train.compute import layouts
 from train.compute.compiled import Compiled
 from train.compute.layouts import make_layout
 from train.compute.optimizer import make_optimizer, make_schedule
 from train.compute.step import init_state, make_step
 from train.compute.topology import topology_devices
-from train.config import TrainConfig
+from train.config import ComputeConfig, TrainConfig
 from train.job import make_job, start_adapters
 from train.tasks.stand_in import stand_in
 
@@ -342,6 +343,14 @@ def test_what_cannot_be_compiled_is_refused(work: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, printed = program("plan", *language_model(work), "--topology", "v5e:2x4")
     assert code == 2 and 'pip install -e ".[train,tpu]"' in printed, printed
+
+
+@needs_libtpu
+def test_a_mesh_may_split_the_axes_of_a_slice() -> None:
+    """8 x 2 on 4 x 4 chips, which `jax.make_mesh` refuses."""
+    devices = topology_devices("v6e:4x4")
+    layout = layouts.Mesh(ComputeConfig(layout="mesh", fsdp=8, tensor=2), layouts.REPLICATED, devices)
+    assert dict(layout.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 2}
 
 
 @needs_libtpu

@@ -261,7 +261,7 @@ ADVICE = {
 }
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADVICE)
 def test_its_advice_fits(name: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The flags that it ends with give a step that the devices have the memory for, after few compilations."""

@@ -37,7 +37,7 @@ TRAIN = {
     "config": "fields | tasks networks | training | __init__",
     "data": "truncation lines | batches delimited json_rows | formats | arrow_cache | sources | tables",
     "networks": "network tokenizers | scratch pretrained | registry",
-    "compute": "keys flops throughput optimizer processes hlo topology compilation_cache | compiled",
+    "compute": "keys flops throughput optimizer processes hlo topology | compiled compilation_cache",
     "tasks": "metrics spans base conversations labels pictures | chat | classify language | images | registry",
     "tasks ": "stand_in",
     "compute ": "step | layouts",
@@ -47,7 +47,8 @@ TRAIN = {
     " ": "job",
     "loop ": "run_files | loop",
     "  ": "ahead pretrain | summary | experiment",
-    "commands": "options inputs results contact_sheet | fit show plan predict generate eval export report inspect",
+    "commands": "options inputs results contact_sheet advice | fit show plan predict generate eval export report "
+    "inspect",
     "   ": "__main__",
 }
 

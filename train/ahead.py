@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ class StepCosts:
       layout: as a run prints it.
       devices: how many compute.
       device_kind: such as ``TPU v5 lite``.
-      device_memory: None if unknown, as on a CPU.
+      device_memory: what a device may use; of emulated devices, their part of the machine's. None if unknown.
       base_bytes, adapters_bytes, optimizer_bytes, batch_bytes: what the step is given.
       working_bytes: temporary memory, and results that do not reuse what was given.
       peak_bytes: all of these, as ``memory_analysis`` reports them; of a step that does not fit, what the compiler
@@ -119,7 +120,7 @@ def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
     }
     began = time.perf_counter()
     compiled, peak = _compiled(lowered, sum(given.values()))
-    compile_seconds, memory = time.perf_counter() - began, _memory(devices[0])
+    compile_seconds, memory = time.perf_counter() - began, _memory(devices)
     return StepCosts(
         layout=str(layout),
         devices=layout.devices,
@@ -136,7 +137,7 @@ def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
         collectives={} if compiled is None else compiled.collectives,
         largest=() if compiled is None else compiled.largest(5),
         compile_seconds=compile_seconds,
-        notes=[*made.notes, *_unknown_loops(compiled)],
+        notes=[*made.notes, *_memory_notes(devices), *_unknown_loops(compiled)],
     )
 
 
@@ -175,13 +176,33 @@ def _unknown_loops(compiled: Compiled | None) -> Iterator[str]:
         yield f"counted once, as it is not known how often they run: {compiled.unknown_loops} loops"
 
 
-def _memory(device: Any) -> int | None:
+def _memory(devices: Sequence[Any]) -> int | None:
+    """Of each device, in bytes; None if it is unknown."""
+    device = devices[0]
     if (chip := CHIPS.get(device.device_kind)) is not None:
         return chip.memory
+    if device.platform == "cpu":
+        return None if (host := _host_memory()) is None else host // len(devices)
     try:
         return (device.memory_stats() or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:  # a device of a topology
         return None
+
+
+def _host_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
+def _memory_notes(devices: Sequence[Any]) -> Iterator[str]:
+    platform = devices[0].platform
+    if platform == "cpu" and (host := _host_memory()) is not None:
+        share = f", divided among {len(devices)} devices" if len(devices) > 1 else ""
+        yield f"memory: this machine's {host / 2**30:.1f} GiB{share}, whatever else runs here"
+    elif platform == "gpu":
+        yield "memory: what JAX may allocate; the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION sets its share"
 
 
 def _flops(made: StandIn, plan: Any) -> float:

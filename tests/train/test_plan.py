@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,17 @@ from jax.sharding import PartitionSpec as P
 
 from tests import tiny
 from tests.runs import program, start
+from train import ahead
 from train.__main__ import parse
 from train.ahead import step_costs
+from train.commands.advice import advise
+from train.compute import layouts
 from train.compute.compiled import Compiled
 from train.compute.layouts import make_layout
 from train.compute.optimizer import make_optimizer, make_schedule
 from train.compute.step import init_state, make_step
 from train.compute.topology import topology_devices
+from train.config import ComputeConfig, TrainConfig
 from train.job import make_job, start_adapters
 from train.tasks.stand_in import stand_in
 
@@ -105,7 +109,7 @@ def test_its_memory_is_that_of_the_step_that_runs(layout: str, work: Path, tmp_p
     given = sum(x.addressable_data(0).nbytes for x in jax.tree.leaves((base, made.adapters, made.opt_state)))
     assert costs.base_bytes + costs.adapters_bytes + costs.optimizer_bytes == given
     assert costs.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)  # the schedule differs
-    assert costs.devices == layout_.devices and costs.fits is None and costs.layout == str(layout_)
+    assert costs.devices == layout_.devices and costs.fits and costs.layout == str(layout_)
     assert bool(costs.collectives) == (costs.devices > 1)
 
 
@@ -211,7 +215,7 @@ def test_a_scan_costs_a_tpu_as_much_as_its_iterations() -> None:
     def repeated(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
-    device = topology_devices("v5e:2x2")[0]
+    device = topology_devices("v5e:1x1")[0]
     place = NamedSharding(Mesh(np.array([device]), ("x",)), P())
 
     def cycles(length: int) -> int:
@@ -231,11 +235,106 @@ def test_it_prints_tables_or_json(work: Path) -> None:
         "adapters",
         "8 rows, 256 tokens",
         "largest arrays",
+        "fits: ",
+        "divided among 8 devices",
         "float32, as config.json has it",
     ):
         assert part in printed
     code, printed = program("plan", "--json", *language_model(work))
     assert code == 0 and json.loads(printed)["tokens"] == 256, printed
+
+
+def advice(work: Path, monkeypatch: pytest.MonkeyPatch, memory: float, *flags: str) -> tuple[dict[str, Any], Any]:
+    """What ``plan --json`` prints if a device has ``memory`` times what the step needs, and the configuration."""
+    options = language_model(work, *flags)
+    needed = step_costs(parse(options), jax.devices()).peak_bytes
+    monkeypatch.setattr(ahead, "_memory", lambda devices: int(memory * needed))
+    code, printed = program("plan", "--json", *options)
+    assert code == 0, printed
+    return json.loads(printed), options
+
+
+ADVICE = {
+    "fsdp": (0.9, "--task.max-length 128"),
+    "micro-batches": (0.05, "--task.max-length 128 --fit.batch-size 64"),
+    "recomputed": (0.9, "--task.max-length 128 --compute.layout mesh --compute.fsdp 8"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADVICE)
+def test_its_advice_fits(name: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags that it ends with give a step that the devices have the memory for, after few compilations."""
+    memory, flags = ADVICE[name]
+    found, options = advice(work, monkeypatch, memory, *flags.split())
+    assert not found["fits"] and len(found["alternatives"]) <= 6
+    *others, last = found["alternatives"]
+    assert last["fits"] and not any(other["fits"] for other in others)
+    again = step_costs(parse([*options, *last["flags"].split()]), jax.devices())
+    assert again.fits and again.peak_bytes == last["peak_bytes"]
+
+
+def test_advice_names_what_the_devices_do_not_divide(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 rows are no multiple of 8 devices: fsdp alone is skipped, and a mesh with tensor is compiled."""
+    found, _ = advice(work, monkeypatch, 0.9, "--fit.batch-size", "12")
+    first, second, *_ = found["alternatives"]
+    assert "--compute.fsdp 8" in first["flags"] and "fit.batch_size: got 12" in first["refused"]
+    assert "--compute.fsdp 4 --compute.tensor 2" in second["flags"] and second["fits"]
+
+
+class Needs(NamedTuple):
+    """What a step costs in a world where memory is the weights' part and a number for each row at once."""
+
+    peak_bytes: float
+    working_bytes: float
+    device_memory: float
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.device_memory
+
+
+def searched(memory: float, *flags: str) -> tuple[list[str], Any]:
+    """The flags that `advise` tries on 8 devices whose layers have 4 parts, and what it returns."""
+    tried: list[str] = []
+
+    def attempt(flags: str, config: TrainConfig) -> Any:
+        tried.append(flags)
+        compute = config.compute
+        split = compute.fsdp * compute.tensor if compute.layout == "mesh" else 1
+        parts = split // compute.tensor
+        if config.fit.batch_size % (parts * compute.accumulate) or compute.tensor > 4:
+            return None
+        rows = config.fit.batch_size / (parts * compute.accumulate)
+        working = rows * (10 if compute.remat == "full" else 30) / compute.tensor
+        return Needs(80 / split + working, working, memory)
+
+    config = parse(["configs/digits.py", "--compute.layout", "jit", *flags])
+    found = advise(config, 8, attempt("", config), attempt)
+    return tried[1:], found
+
+
+FSDP = "--compute.layout mesh --compute.fsdp 8"
+
+
+def test_advice_goes_from_the_cheapest_settings_to_the_most_costly() -> None:
+    rows = ["--fit.batch-size", "64"]
+    assert searched(251, *rows) == ([FSDP], Needs(250, 240, 251))
+    assert searched(90, *rows)[0] == [FSDP, f"{FSDP} --compute.remat full"]
+    tried, found = searched(50, *rows)
+    assert tried[-1] == f"{FSDP} --compute.accumulate 2 --compute.remat full" and found.peak_bytes == 50
+    tried, found = searched(16, *rows)
+    assert "--compute.tensor 2" in tried[-1] and found.fits and len(tried) <= 6
+    tried, found = searched(1, *rows)
+    assert found is None and len(tried) <= 7
+
+
+def test_advice_passes_over_what_the_devices_do_not_divide() -> None:
+    """12 rows are no multiple of 8 devices; another batch comes last."""
+    tried, found = searched(100, "--fit.batch-size", "12")
+    assert tried == [FSDP, "--compute.layout mesh --compute.fsdp 4 --compute.tensor 2"] and found.fits
+    tried, found = searched(21, "--fit.batch-size", "9")
+    assert found.fits and "--fit.batch-size 8" in tried[-1] and not any("batch" in flags for flags in tried[:-1])
 
 
 def test_what_cannot_be_compiled_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +343,14 @@ def test_what_cannot_be_compiled_is_refused(work: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, printed = program("plan", *language_model(work), "--topology", "v5e:2x4")
     assert code == 2 and 'pip install -e ".[train,tpu]"' in printed, printed
+
+
+@needs_libtpu
+def test_a_mesh_may_split_the_axes_of_a_slice() -> None:
+    """8 x 2 on 4 x 4 chips, which `jax.make_mesh` refuses."""
+    devices = topology_devices("v6e:4x4")
+    layout = layouts.Mesh(ComputeConfig(layout="mesh", fsdp=8, tensor=2), layouts.REPLICATED, devices)
+    assert dict(layout.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 2}
 
 
 @needs_libtpu

@@ -31,7 +31,7 @@ class PlanOptions:
     the step does not fit, others are compiled until one does.
     """
 
-    #: TPU slice to compile for, such as v5e:2x4, v5p:2x2x1 or v6e:4x4 (needs libtpu). Default: the devices here.
+    #: TPU slice to compile for, such as v5e:1x1, v5p:2x2x1 or v6e:4x4 (needs libtpu). Default: the devices here.
     topology: str | None = None
     #: Print JSON.
     json: bool = False

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from jlora.messages import one_line, table
+from jlora.messages import table
 from train.ahead import StepCosts, step_costs
+from train.commands.advice import advise
 from train.commands.options import PlanOptions
 from train.compute.topology import topology_devices
-from train.config import ComputeConfig, ConfigError, TrainConfig
-from train.config.fields import flag
+from train.config import ConfigError, TrainConfig
 
 
 def plan(config: TrainConfig, options: PlanOptions) -> None:
@@ -25,53 +24,28 @@ def plan(config: TrainConfig, options: PlanOptions) -> None:
     """
     devices = jax.devices() if options.topology is None else topology_devices(options.topology)
     costs = step_costs(config, devices)
-    if not options.json:
-        print(f"{config.name}: {costs.layout}\n\n{describe(costs)}")
-    tried: list[tuple[str, StepCosts]] = []
-    if costs.fits is False and options.advise:
-        for flags, other in alternatives(config, len(devices)):
-            try:
-                tried.append((flags, found := step_costs(other, devices)))
-            except ConfigError as error:  # for example, weights that the devices do not divide
-                if not options.json:
-                    print(f"  {flags}: {one_line(error)}")
-                continue
-            if not options.json:
-                print(f"  {flags}: {_of_memory(found)}", flush=True)
-            if found.fits:
-                break
-        else:
-            if not options.json:
-                print(f"  nothing fits; pass a smaller {flag('fit.batch_size')} or a larger slice")
+    say = (lambda text: None) if options.json else functools.partial(print, flush=True)
+    say(f"{config.name}: {costs.layout}\n\n{describe(costs)}")
+    tried: list[dict[str, Any]] = []
+
+    def attempt(flags: str, other: TrainConfig) -> StepCosts | None:
+        try:
+            found = step_costs(other, devices)
+        except ConfigError as error:  # for example, weights that the devices do not divide
+            reason = str(error).splitlines()[:2][-1].strip(" -")  # the first one, below their number
+            tried.append({"flags": flags, "refused": reason})
+            say(f"  {flags}: {reason}")
+            return None
+        tried.append({"flags": flags, **found.to_json()})
+        changed = other.fit.batch_size != config.fit.batch_size
+        warning = f"; this changes the run: a step has {found.rows:,} examples, not {costs.rows:,}" if changed else ""
+        say(f"  {flags}: {_of_memory(found)}{warning}")
+        return found
+
+    if costs.fits is False and options.advise and advise(config, len(devices), costs, attempt) is None:
+        say("  nothing fits; pass more devices, or shorter examples")
     if options.json:
-        also = [{"flags": flags, **one.to_json()} for flags, one in tried]
-        print(json.dumps(costs.to_json() | {"alternatives": also}, indent=2))
-
-
-def alternatives(config: TrainConfig, devices: int) -> Iterator[tuple[str, TrainConfig]]:
-    """Settings that need less memory, with the flags that make them, from the cheapest to the one that saves most."""
-    compute, rows = config.compute, config.fit.batch_size
-    shards = [{}] if compute.layout == "mesh" and compute.fsdp == devices or devices == 1 else []
-    if not shards and rows % devices == 0:
-        shards = [{}, {"layout": "mesh", "fsdp": devices, "data": None, "tensor": 1}]
-    saved = [{}] if compute.remat == "full" else [{}, {"remat": "full"}]
-    choices: list[dict[str, Any]] = [{**shard, **remat} for shard in shards or [{}] for remat in saved]
-    most = choices[-1]
-    parts = devices if most.get("layout", compute.layout) == "mesh" else 1
-    accumulate = compute.accumulate * 2
-    while rows % (parts * accumulate) == 0:
-        choices.append({**most, "accumulate": accumulate})
-        accumulate *= 2
-    for choice in choices:
-        if choice:
-            changed = dataclasses.replace(compute, **choice)
-            yield _flags(compute, changed), dataclasses.replace(config, compute=changed)
-
-
-def _flags(before: ComputeConfig, after: ComputeConfig) -> str:
-    fields = [field.name for field in dataclasses.fields(after)]
-    changed = [name for name in fields if getattr(before, name) != getattr(after, name)]
-    return " ".join(f"{flag(f'compute.{name}')} {getattr(after, name)}" for name in changed)
+        print(json.dumps(costs.to_json() | {"alternatives": tried}, indent=2))
 
 
 def describe(costs: StepCosts) -> str:

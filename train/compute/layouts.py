@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -191,9 +191,7 @@ class Mesh:
             )
         self.parts = sizes["data"] * sizes["fsdp"]
         self.ahead = _ahead(self.devices)
-        self.mesh = jax.make_mesh(
-            tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=found[: self.devices]
-        )
+        self.mesh = _device_mesh(tuple(sizes.values()), found[: self.devices])
         self._name = config.layout
         self._own = [(pattern, parse_spec(spec)) for pattern, spec in config.rules.items()]
         self._rules = rules
@@ -310,6 +308,15 @@ class Mesh:
 
     def from_disk(self, state: TrainState) -> TrainState:
         return state
+
+
+def _device_mesh(sizes: tuple[int, ...], devices: Sequence[Any]) -> jax.sharding.Mesh:
+    kinds = (AxisType.Auto,) * len(sizes)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:  # sizes that split an axis of a TPU's torus, such as 8 x 2 on 4 x 4
+        split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(split, AXES, axis_types=kinds)
 
 
 def one_device(devices: Sequence[Any] | None = None) -> Mesh:

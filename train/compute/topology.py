@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -67,10 +68,11 @@ def topology_devices(name: str) -> Sequence[Any]:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
+    alone: Any = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch(r"[^:]*:1(x1)*", name) else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **alone).devices
     except Exception as error:  # libtpu's errors have no common class
         raise ConfigError(
-            f"--topology: got {name!r}; expected a version and a shape, such as v5e:2x4, v5p:2x2x1 or v6e:4x4 "
+            f"--topology: got {name!r}; expected a version and a shape, such as v5e:1x1, v5p:2x2x1 or v6e:4x4 "
             f"({str(error).splitlines()[0]:.200})"
         ) from error

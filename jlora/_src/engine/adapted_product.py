@@ -15,13 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from jlora._src.engine import compat
 from jlora._src.engine.named_axes import RANK, NamedArray, accumulation_dtype, contract
-from jlora._src.engine.product import HIDDEN, AxisNames, Product, bind_product, mapped_name
+from jlora._src.engine.product import HIDDEN, AxisNames, Product, bind_product, chain, mapped_name
 from jlora._src.types import Array
 
 
@@ -103,7 +102,7 @@ class AdaptedProduct:
 def adapted_product(x: Array, w: Array, a: Array, b: Array, axes: AdaptedProduct, dtype: Any) -> Array:
     """``x·w + (x·a)·b``, accumulated in float32 and rounded to ``dtype``; ``x`` and ``w`` have one dtype."""
     x, w, a, b = compat.match_varying(x, w, a, b)
-    h = checkpoint_name(bind_product(x, a, axes.first, x.dtype, x.dtype), HIDDEN)
+    h = chain([axes.first], x, a)
     return _adapted_p.bind(x, w, h, a, b, axes=axes, dtype=jnp.dtype(dtype))
 
 
@@ -154,11 +153,6 @@ def _joining_pays(x: Array, w: Array, axes: AdaptedProduct, dtype: Any) -> bool:
 
 
 _LARGE = 32 * 2**20  # bytes, a quarter of the vector memory of a v5e's or v6e's core
-
-
-@functools.lru_cache(maxsize=1024)
-def _abstract(*operands: Any, **params: Any) -> Any:
-    return jax.make_jaxpr(functools.partial(_separate, **params))(*operands).out_avals[0]
 
 
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], *, axes: AdaptedProduct, dtype: Any) -> tuple[Array, Any]:
@@ -234,7 +228,7 @@ def _lower_for_tpu(ctx: Any, *operands: Any, **params: Any) -> Any:
 
 
 _adapted_p.def_impl(jax.jit(_adapted_p.bind, static_argnames=("axes", "dtype")))
-_adapted_p.def_abstract_eval(_abstract)
+_adapted_p.def_abstract_eval(functools.partial(compat.out_aval, _separate))
 mlir.register_lowering(_adapted_p, mlir.lower_fun(_separate, multiple_results=False))
 mlir.register_lowering(_adapted_p, _lower_for_tpu, platform="tpu")
 ad.primitive_jvps[_adapted_p] = _jvp

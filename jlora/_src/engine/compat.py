@@ -4,6 +4,7 @@ memory space, its sharding, and the manual mesh axes along which it varies."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -112,6 +113,16 @@ def to_memory_of(x: Any, other: Any) -> Any:
 def to_device(x: Any) -> Any:
     """``x`` in device memory."""
     return x if jax.typeof(x).memory_space == jax.memory.Space.Device else device_put(x, jax.memory.Space.Device)
+
+
+def out_aval(fn: Any, *avals: Any, **params: Any) -> Any:
+    """The type of the result of ``fn`` with static ``params``; cached, as it is traced to find out."""
+    return _out_aval(fn, avals, tuple(params.items()), jax.sharding.get_abstract_mesh())
+
+
+@functools.lru_cache(maxsize=1024)
+def _out_aval(fn: Any, avals: Any, params: Any, mesh: Any) -> Any:
+    return jax.make_jaxpr(functools.partial(fn, **dict(params)))(*avals).out_avals[0]
 
 
 def is_partitioned(ctx: Any) -> bool:

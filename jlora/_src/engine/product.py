@@ -115,11 +115,6 @@ def _contract(x: Array, y: Array, *, product: Product, operand_dtype: Any, dtype
     return contract(*operands, out, precision=product.precision, dtype=dtype, spec=spec).array
 
 
-@functools.lru_cache(maxsize=1024)
-def _abstract(x: Any, y: Any, **params: Any) -> Any:
-    return jax.make_jaxpr(functools.partial(_contract, **params))(x, y).out_avals[0]
-
-
 def _jvp(primals: Sequence[Array], tangents: Sequence[Any], **params: Any) -> tuple[Array, Any]:
     """A first product is a plain dot: its value is small, and the policies of `jax.checkpoint` that save dots
     save it. A last product has full width; those policies do not see a dot, so it is recomputed."""
@@ -159,7 +154,7 @@ def _batch(args: Sequence[Array], dims: Sequence[Any], *, product: Product, **pa
 
 
 _contract_p.def_impl(jax.jit(_contract, static_argnames=("product", "operand_dtype", "dtype")))
-_contract_p.def_abstract_eval(_abstract)
+_contract_p.def_abstract_eval(functools.partial(compat.out_aval, _contract))
 mlir.register_lowering(_contract_p, mlir.lower_fun(_contract, multiple_results=False))
 ad.defbilinear(_contract_p, _transpose_x, _transpose_y)
 ad.primitive_jvps[_contract_p] = _jvp

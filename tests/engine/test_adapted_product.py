@@ -141,6 +141,22 @@ def test_vmap_of_any_operands_along_any_axes(seed: int) -> None:
     chex.assert_trees_all_close(everything(ours), everything(plain), rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("i", range(4), ids="xwab")
+def test_the_transpose_in_each_operand(i: int) -> None:
+    """`jax.linear_transpose` of the product, without differentiation, in what it is linear in."""
+    operands = [normal(k, *shape) for k, shape in enumerate(((5, 6), (6, 7), (6, 2), (2, 7)))]
+    axes, ct = matrix_axes(*operands[:2]), normal(9, 5, 7)
+
+    def in_operand(fn: Any) -> Any:
+        return lambda v: fn(*operands[:i], v, *operands[i + 1 :])
+
+    ours = in_operand(lambda x, w, a, b: forms.adapted_product(x, w, a, b, axes, jnp.float32))
+    plain = in_operand(lambda x, w, a, b: x @ w + (x @ a) @ b)
+    chex.assert_trees_all_close(
+        jax.linear_transpose(ours, operands[i])(ct), jax.vjp(plain, operands[i])[1](ct), rtol=1e-5, atol=1e-5
+    )
+
+
 def on_a_tpu(fn: Any, *args: Any) -> bool:
     """Whether ``fn`` is lowered to the joined form for a TPU. It is not for a CPU."""
     joined = {

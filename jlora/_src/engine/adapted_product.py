@@ -186,11 +186,16 @@ def _jvp(primals: Sequence[Array], tangents: Sequence[Any], *, axes: AdaptedProd
 def _transpose(ct: Any, x: Any, w: Any, h: Any, a: Any, b: Any, *e: Any, axes: AdaptedProduct, dtype: Any) -> list[Any]:
     if isinstance(ct, ad.Zero):
         return [None] * (5 + len(e))
-    back, to = axes.transposed, w.dtype
+    wanted = tuple(map(ad.is_undefined_primal, (x, w, a, b)))
+    back, to = axes.transposed, (w.aval if wanted[1] else w).dtype
     ct = ct.astype(to)
-    dh = bind_product(ct, b, back.first, to, to)
-    in_x = _adapted_p.bind(ct, w, dh, b, a, axes=back, dtype=to) if ad.is_undefined_primal(x) else None
-    return [in_x, None, None, None, None, *(dh if ad.is_undefined_primal(t) else None for t in e)]
+    dh: Any = None if wanted[3] else bind_product(ct, b, back.first, to, to)
+    in_x = _adapted_p.bind(ct, w, dh, b, a, axes=back, dtype=to) if wanted[0] else None
+    # Without differentiation (`jax.linear_transpose`), and so without e, a weight or a factor may be what is linear.
+    in_w = bind_product(ct, x, axes.base.permuted(2, 0, 1), to, w.aval.dtype) if wanted[1] else None
+    in_a = bind_product(dh, x, axes.first.permuted(2, 0, 1), to, a.aval.dtype) if wanted[2] else None
+    in_b = bind_product(ct, h, axes.last.permuted(2, 0, 1), to, b.aval.dtype) if wanted[3] else None
+    return [in_x, in_w, None, in_a, in_b, *(dh if ad.is_undefined_primal(t) else None for t in e)]
 
 
 def _batch(args: Sequence[Array], dims: Sequence[Any], *, axes: AdaptedProduct, dtype: Any) -> tuple[Array, int]:

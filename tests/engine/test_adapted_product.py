@@ -235,3 +235,8 @@ def test_rank_sized_values_are_saved_under_every_policy() -> None:
         pullback = jax.vjp(lambda a, apply=apply: apply(jlora.attach(params, a), x), adapters)[1]
         kept = [v.shape for v in jax.tree.leaves(pullback)]
         assert kept.count((32, RANK)) == 2, kept
+    # Not where the compiler divides the program over devices.
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    pullback = jax.vjp(lambda a: jlora.lora(jax.checkpoint(fn))(jlora.attach(params, a), rows), adapters)[1]
+    assert (32, RANK) not in [v.shape for v in jax.tree.leaves(pullback)]

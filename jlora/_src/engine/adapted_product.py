@@ -226,8 +226,8 @@ def _lower_for_tpu(ctx: Any, *operands: Any, **params: Any) -> Any:
     def compute(x: Array, w: Array, h: Array, *rest: Array, axes: AdaptedProduct, dtype: Any) -> Array:
         if whole and _joining_pays(x, w, axes, dtype):
             return _joined(x, w, h, *rest, axes=axes, dtype=dtype)
-        # Without the barrier, h is computed again for every tile of the result.
-        return _separate(x, w, lax.optimization_barrier(h), *rest, axes=axes, dtype=dtype)
+        # Without the barrier, a compiler that sees the whole program computes h again for every tile of the result.
+        return _separate(x, w, lax.optimization_barrier(h) if whole else h, *rest, axes=axes, dtype=dtype)
 
     return mlir.lower_fun(compute, multiple_results=False)(ctx, *operands, **params)
 
@@ -255,8 +255,9 @@ def checkpoint_policy(policy: Callable[..., Any] | None = None) -> Callable[...,
     >>> apply = jax.checkpoint(jlora.lora(model.apply), policy=jlora.checkpoint_policy(policy))
 
     What ``policy`` decides about the model's product ``x·W`` holds for the adapted one, so that policies that save dots
-    recompute neither it nor its update. The values ``x·a``, of the size of the rank, are always saved: the gradient of
-    every ``b`` uses them.
+    recompute neither it nor its update. The values ``x·a``, of the size of the rank, are saved too, whatever ``policy``
+    is: the gradient of every ``b`` uses them. In a program that the compiler divides over devices (meshes with Auto or
+    Explicit axes) they are recomputed with the rest, which a TPU's compiler estimates to be cheaper.
 
     Args:
       policy: one of `jax.checkpoint_policies`, or a function like these. None saves nothing else.
@@ -264,7 +265,7 @@ def checkpoint_policy(policy: Callable[..., Any] | None = None) -> Callable[...,
 
     def decide(primitive: Any, *operands: Any, **params: Any) -> Any:
         if primitive.name == "name" and params["name"] == HIDDEN:
-            return True
+            return not compat.is_divided(operands[0])
         if policy is None:
             return False
         if primitive is _adapted_p and (dot := params["axes"].dot) is not None:

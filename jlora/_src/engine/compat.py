@@ -132,3 +132,9 @@ def is_partitioned(ctx: Any) -> bool:
     if (mesh := getattr(context, "mesh", None)) is not None:
         return frozenset(mesh.axis_names) != frozenset(context.manual_axes)
     return getattr(context, "num_devices", 1) != 1
+
+
+def is_divided(aval: Any) -> bool:
+    """Whether the compiler may divide a value of this type over several devices: some axis of its mesh is not Manual."""
+    mesh = aval.sharding.mesh
+    return mesh.size > 1 and any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types)

@@ -9,7 +9,7 @@
 - `abstract`, `example_inputs`: the shapes of its parameters, and a small input.
 - `fetch`: the folder of a checkpoint, downloaded if necessary.
 - `ModelError`, `TensorError`: a network or a file that cannot be used.
-- `TaskName`, `Remat`: the values of ``task`` and ``remat``.
+- `TaskName`, `Remat`, `AttentionForm`: the values of ``task``, ``remat`` and ``attention``.
 
 Each family is a folder with its network (``modeling``) and tensor names (``table``). The networks contain no LoRA code;
 `jlora.lora` adapts any other JAX model too.
@@ -22,8 +22,10 @@ from jlora.models._family import TaskName
 from jlora.models._generate import generate
 from jlora.models._layers import Remat, recomputed
 from jlora.models._network import abstract, build, example_inputs, fetch, sharding_rules, tensor_names
+from jlora.models.attention.mask import AttentionForm
 
 __all__ = [
+    "AttentionForm",
     "ModelError",
     "Remat",
     "TaskName",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +18,7 @@ from jlora.files.hub_files import CONFIG, GENERATION_CONFIG
 from jlora.messages import shown
 from jlora.models._family import ModelConfig, NonNegative, Positive, Size, Token, check_length
 from jlora.models._layers import Network, Remat, recomputed
+from jlora.models.attention.mask import AttentionForm, Mask, make_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,28 +84,12 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-class CausalMask(NamedTuple):
-    """The slots that each token attends to.
-
-    Attributes:
-      allowed: bool [batch or 1, length, slots].
-      distance: int32 [length, slots], the distance from each token back to each slot; for sliding windows.
-      start: int32 scalar, the slot of the first token of this call.
-      valid: the next cache's ``valid``; None without a cache.
-    """
-
-    allowed: jax.Array
-    distance: jax.Array
-    start: jax.Array
-    valid: jax.Array | None
-
-
 class LayerInput(NamedTuple):
     """The per-layer inputs besides the parameters: each field has a leading axis of layers, or is None.
 
     Attributes:
       keys, values: of the cache.
-      window: int32, the number of tokens that the layer attends to, up to and including the current one.
+      window: int32, which of the mask's windows the layer has.
       scale: float32, multiplies the scores.
     """
 
@@ -114,40 +100,43 @@ class LayerInput(NamedTuple):
 
 
 def causal_mask(
-    shape: tuple[int, ...], attention_mask: jax.Array | None, segment_ids: jax.Array | None, cache: Cache | None
-) -> CausalMask:
-    """The mask of a call: each token attends to itself and to earlier tokens of its segment, never to padding.
+    shape: tuple[int, ...],
+    attention_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+    cache: Cache | None,
+    windows: Sequence[int | None],
+    form: AttentionForm,
+) -> tuple[Mask, jax.Array | None]:
+    """The mask of a call, and the next cache's ``valid``, or None without a cache.
 
     Args:
       shape: (batch, length) of the tokens.
       attention_mask: [batch, length], 0 or False at padding; None if there is none.
       segment_ids: int [batch, length], for packed sequences.
       cache: of the previous tokens.
+      windows: of the layers.
 
     Raises:
       ValueError: for segments together with a cache, or a cache with fewer slots than there are tokens.
     """
     length = shape[1]
     real = None if attention_mask is None else attention_mask.astype(bool)
-    if cache is None:
-        slots, start, valid = length, jnp.int32(0), None
-    elif segment_ids is not None:
+    slots, start, valid = length, None, None
+    if cache is not None and segment_ids is not None:
         raise ValueError("segment_ids together with a cache; packed sequences are for training; pass one of the two")
-    elif cache.valid.shape[1] < length:
-        raise ValueError(
-            f"{length} tokens for a cache of {cache.valid.shape[1]} slots; make it with init_cache for all"
-        )
-    else:
+    if cache is not None:
         slots, start = cache.valid.shape[1], cache.length
+        if slots < length:
+            raise ValueError(f"{length} tokens for a cache of {slots} slots; make it with init_cache for all")
         new = jnp.ones(shape, bool) if real is None else real
         real = valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new, start, axis=1)
-    distance = start + jnp.arange(length)[:, None] - jnp.arange(slots)
-    allowed = (distance >= 0)[None]
-    if real is not None:
-        allowed = allowed & real[:, None, :]
-    if segment_ids is not None:
-        allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return CausalMask(allowed, distance, start, valid)
+    options: Any = {"real": real, "segments": segment_ids, "start": start, "windows": distinct(windows)}
+    return make_mask(length, slots, causal=True, form=form, **options), valid
+
+
+def distinct(windows: Sequence[int | None]) -> tuple[int | None, ...]:
+    """Each window once."""
+    return tuple(dict.fromkeys(windows))
 
 
 def default_positions(shape: tuple[int, ...], segment_ids: jax.Array | None, cache: Cache | None) -> jax.Array:
@@ -164,17 +153,18 @@ def layer_inputs(cache: Cache | None, *, window: jax.Array | None = None, scale:
     return LayerInput(None, None, window, scale) if cache is None else LayerInput(*cache[:2], window, scale)
 
 
-def next_cache(cache: Cache | None, slots: Any, mask: CausalMask) -> Cache | None:
-    """The cache after a call whose layers returned ``slots``, (keys, values)."""
-    if cache is None or mask.valid is None:
+def next_cache(cache: Cache | None, slots: Any, valid: jax.Array | None, length: int) -> Cache | None:
+    """The cache after a call with ``length`` tokens whose layers returned ``slots``, (keys, values)."""
+    if cache is None or valid is None:
         return None
-    keys, values = slots
-    return Cache(keys, values, mask.valid, mask.start + mask.allowed.shape[1])
+    return Cache(*slots, valid, cache.length + length)
 
 
-def with_cached(layer: LayerInput, key: jax.Array, value: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+def with_cached(
+    layer: LayerInput, key: jax.Array, value: jax.Array, start: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """The keys and values that a layer attends to: the cache's, if any, and this call's."""
-    if layer.keys is None or layer.values is None:
+    if layer.keys is None or layer.values is None or start is None:
         return key, value
     write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
     return write(layer.keys, key.astype(layer.keys.dtype)), write(layer.values, value.astype(layer.values.dtype))
@@ -200,6 +190,11 @@ class LayerStack(Network):
     """A decoder without a head. Subclasses define ``setup`` and the last three methods."""
 
     title: ClassVar[str]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The number of tokens that each layer attends to, the current one included; None for all."""
+        return (None,)
 
     def __call__(
         self,
@@ -230,17 +225,17 @@ class LayerStack(Network):
         if position_ids is None:
             check_length(self.title, input_ids.shape[1], self.config.max_length)
             position_ids = default_positions(input_ids.shape, segment_ids, cache)
-        mask = causal_mask(input_ids.shape, attention_mask, segment_ids, cache)
+        mask, valid = causal_mask(input_ids.shape, attention_mask, segment_ids, cache, self.windows, self.attention)
         x = self.embed(input_ids, position_ids, deterministic)
         x, slots = self.apply_layers(x, position_ids, mask, cache, deterministic)
-        return x, next_cache(cache, slots, mask)
+        return x, next_cache(cache, slots, valid, input_ids.shape[1])
 
     def embed(self, input_ids: jax.Array, position_ids: jax.Array, deterministic: bool) -> jax.Array:
         """The input of the first layer, [batch, length, width]."""
         raise NotImplementedError
 
     def apply_layers(
-        self, x: jax.Array, position_ids: jax.Array, mask: CausalMask, cache: Cache | None, deterministic: bool
+        self, x: jax.Array, position_ids: jax.Array, mask: Mask, cache: Cache | None, deterministic: bool
     ) -> tuple[jax.Array, Any]:
         """The normalized states after all layers, and their (keys, values) for the next cache."""
         raise NotImplementedError

@@ -29,6 +29,7 @@ from jlora.models._layers import Remat
 from jlora.models._matching import match_tensors
 from jlora.models._network import Architecture, Labels, abstract, architecture, draw, fetch, read_architecture
 from jlora.models._reading import read_leaf
+from jlora.models.attention.mask import AttentionForm
 
 Shardings: TypeAlias = Any
 """None, one sharding for all parameters, a tree of them like the parameters, or ``(path, shape) -> sharding``."""
@@ -42,6 +43,7 @@ def load(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     remat: Remat = "none",
+    attention: AttentionForm = "auto",
     shardings: Shardings = None,
     key: Array | None = None,
     revision: str | None = None,
@@ -63,6 +65,9 @@ def load(
       param_dtype: of the parameters; by default their stored dtypes.
       remat: what the backward pass recomputes to save memory: "full", everything inside a layer; "dots", all but its
         products with weights; ``model.clone(remat=...)`` changes it later.
+      attention: "plain" holds all attention scores of a layer at once; "flash" never does, by the kernels of TPUs
+        and GPUs, elsewhere in chunks of queries; "auto" is "plain" for short sequences, and "flash" from about 1024
+        tokens on a TPU or GPU, and 2048 on a CPU. ``model.clone(attention=...)`` changes it later.
       shardings: of the parameters: one sharding, a tree like the parameters (from `sharding_rules`), or
         ``(path, shape) -> sharding``; by default JAX's default device.
       key: a PRNG key for a new head, if the checkpoint lacks it or has one for other labels.
@@ -81,7 +86,7 @@ def load(
     """
     folder = fetch(path, revision)
     found = read_architecture(folder, task, labels, untie=untie)
-    model = found.network(dtype, param_dtype or jnp.float32, remat)
+    model = found.network(dtype, param_dtype or jnp.float32, remat, attention)
     shapes, treedef = named_leaves(abstract(model))
     names = found.tensor_names()
     tied_names = read_architecture(folder, task, labels).tensor_names() if untie else names

@@ -11,7 +11,10 @@ import jax
 
 from jlora.files.tensor_names import TensorName, linear, norm
 from jlora.models._family import Epsilon, Layers, ModelConfig, NonNegative, Rate, Size
-from jlora.models._layers import Activation, Part, activation, attend, dense
+from jlora.models._layers import Activation, Part, activation, dense
+from jlora.models.attention.attend import attend
+from jlora.models.attention.mask import Mask
+from jlora.models.attention.plain import Scoring
 
 
 @dataclass(frozen=True)
@@ -48,27 +51,26 @@ class EncoderPart(Part):
         """The dropout of hidden states."""
         return nn.Dropout(self.config.hidden_dropout_prob, deterministic=deterministic)
 
-    def attention(
-        self, x: jax.Array, mask: jax.Array | None, deterministic: bool, *, use_bias: bool = True
-    ) -> jax.Array:
+    def attention(self, x: jax.Array, mask: Mask, deterministic: bool, *, use_bias: bool = True) -> jax.Array:
         """Self-attention, [batch, length, hidden_size] to the same shape.
 
         Args:
           x: the states.
-          mask: None, or booleans that broadcast to [batch, length, length].
+          mask: the keys that each state sees.
           deterministic: no dropout.
           use_bias: whether query, key and value have a bias.
         """
         config, heads = self.config, self.config.num_attention_heads
-        dropout = nn.Dropout(config.attention_probs_dropout_prob, deterministic=deterministic)
+        rate = config.attention_probs_dropout_prob
+        drop = None if deterministic or not rate else self.make_rng("dropout")
         query, key, value = (
             dense(config, config.hidden_size, name, use_bias=use_bias, **self.dtypes)(x).reshape(
                 *x.shape[:2], heads, -1
             )
             for name in ("query", "key", "value")
         )
-        y = attend(query, key, value, mask, scale=query.shape[-1] ** -0.5, dropout=dropout).reshape(x.shape)
-        return dense(config, config.hidden_size, "attention_output", **self.dtypes)(y)
+        y = attend(query, key, value, mask, Scoring(query.shape[-1] ** -0.5, rate=rate, key=drop))
+        return dense(config, config.hidden_size, "attention_output", **self.dtypes)(y.reshape(x.shape))
 
     def mlp(self, x: jax.Array) -> jax.Array:
         """Two linear layers, [batch, length, hidden_size] to the same shape."""

@@ -197,7 +197,8 @@ class Family:
 
     Attributes:
       config: ``config(hf) -> ModelConfig``, from the content of a config.json.
-      networks: the Flax module for each task; called with ``(config, dtype=..., param_dtype=..., remat=...)``.
+      networks: the Flax module for each task; called with ``(config, dtype=..., param_dtype=..., remat=...,
+        attention=...)``.
       tensor_names: ``tensor_names(config, task)``: the tensor names of each leaf, in transformers 5 and in checkpoints.
       sharding_rules: split the leaves over a mesh with the axes fsdp and tensor, for all networks of the
         family; a network may lack leaves for some rules.

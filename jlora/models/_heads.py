@@ -23,7 +23,7 @@ class _WithHead(Network):
 
     def decoder(self) -> Any:
         """The decoder below the head."""
-        return self.network(self.config, self.dtype, self.param_dtype, self.remat, name=self.below)
+        return self.network(self.config, self.dtype, self.param_dtype, self.remat, self.attention, name=self.below)
 
 
 class LanguageModel(_WithHead):

@@ -1,4 +1,4 @@
-"""Shared parts of several families: base classes, activations, attention, and rematerialization."""
+"""Shared parts of several families: base classes, activations, and rematerialization."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jlora.fields import OneOf
 from jlora.files.errors import ModelError
+from jlora.models.attention.mask import AttentionForm
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(nn.gelu, approximate=False),
@@ -60,9 +61,11 @@ class Network(Part):
 
     Attributes:
       remat: what the backward pass recomputes of each layer.
+      attention: how attention is computed.
     """
 
     remat: Remat = "none"
+    attention: AttentionForm = "auto"
 
 
 def dense(config: Any, features: int, name: str, **options: Any) -> nn.Dense:
@@ -112,38 +115,3 @@ def split_batch(x: jax.Array) -> jax.Array:
     if not axes or x.shape[0] % math.prod(mesh.shape[name] for name in axes):
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axes)))
-
-
-def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    dropout: Callable[[jax.Array], jax.Array] = lambda x: x,
-) -> jax.Array:
-    """Scaled dot-product attention; each key head serves a group of query heads (Ainslie et al. 2023).
-
-    Args:
-      query: [batch, length, heads, dim].
-      key, value: [batch, keys, key heads, dim], where the key heads divide the heads.
-      mask: None, or booleans that broadcast to [batch, length, keys]: which keys a query attends to.
-      scale: of the scores, usually ``dim ** -0.5``.
-      softcap: None, or the bound c of ``c * tanh(score / c)`` (Gemma 2).
-      dropout: applied to the weights.
-
-    Returns:
-      [batch, length, heads, dim], in the dtype of ``query``; scores and softmax are float32.
-    """
-    batch, length, heads, dim = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], -1, dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    if mask is not None:
-        # Not -inf: a row without keys (padding) would be NaN, and so would its gradient.
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(query.dtype))
-    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, dim)

@@ -23,6 +23,7 @@ from jlora.messages import nearest
 from jlora.models._family import Family, ModelConfig, TaskName, ending_of, task_of
 from jlora.models._layers import Remat
 from jlora.models._registry import FAMILIES
+from jlora.models.attention.mask import AttentionForm
 
 Labels: TypeAlias = int | Sequence[str] | None
 """A classifier's number of labels, or their names; None for the checkpoint's."""
@@ -37,9 +38,10 @@ class Architecture(NamedTuple):
     config: ModelConfig
     task: TaskName
 
-    def network(self, dtype: Any, param_dtype: Any, remat: Remat) -> nn.Module:
+    def network(self, dtype: Any, param_dtype: Any, remat: Remat, attention: AttentionForm) -> nn.Module:
         """The network."""
-        return self.family.networks[self.task](self.config, dtype=dtype, param_dtype=param_dtype, remat=remat)
+        options: Any = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "attention": attention}
+        return self.family.networks[self.task](self.config, **options)
 
     def tensor_names(self) -> TensorNames:
         """The tensor names of the network's leaves."""
@@ -61,6 +63,7 @@ def build(
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     remat: Remat = "none",
+    attention: AttentionForm = "auto",
     revision: str | None = None,
     untie: bool = False,
 ) -> nn.Module:
@@ -72,9 +75,9 @@ def build(
     draws new ones.
     """
     if isinstance(config, Mapping):
-        return architecture_of(config, task, labels, untie=untie).network(dtype, param_dtype, remat)
+        return architecture_of(config, task, labels, untie=untie).network(dtype, param_dtype, remat, attention)
     folder = fetch(config, revision, (JSON_PATTERN,))
-    return read_architecture(folder, task, labels, untie=untie).network(dtype, param_dtype, remat)
+    return read_architecture(folder, task, labels, untie=untie).network(dtype, param_dtype, remat, attention)
 
 
 def tensor_names(model: nn.Module) -> ModelTensorNames:

@@ -135,6 +135,6 @@ def is_partitioned(ctx: Any) -> bool:
 
 
 def is_divided(aval: Any) -> bool:
-    """Whether the compiler may divide a value of this type over several devices: some axis of its mesh is not Manual."""
+    """Whether the compiler may divide a value of this type over devices: some axis of its mesh is not Manual."""
     mesh = aval.sharding.mesh
     return mesh.size > 1 and any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types)

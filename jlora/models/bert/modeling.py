@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jlora.models._encoder import Encoded, EncoderConfig, EncoderPart
 from jlora.models._family import INTERNAL, Rate, Size, Token, check_length
 from jlora.models._layers import Network, Part, dense, layer_norm, recomputed, split_batch
+from jlora.models.attention.mask import Mask, make_mask
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Bert(Network):
         x = x + embed(config.max_position_embeddings, "position_embeddings")(position_ids)
         x = dropout(layer_norm(config.layer_norm_eps, name="embeddings_norm", **dtypes)(x))
 
-        mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, :]
+        real = None if attention_mask is None else attention_mask.astype(bool)
+        mask = make_mask(*input_ids.shape[1:] * 2, causal=False, form=self.attention, real=real)
         layer = recomputed(Layer, self.remat, static=3)
         for i in range(config.num_hidden_layers):
             x = layer(config, **dtypes, name=f"layer_{i}")(x, mask, deterministic)
@@ -93,8 +95,8 @@ class Layer(EncoderPart):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, deterministic: bool) -> jax.Array:
-        """[batch, length, hidden_size] to the same shape; ``mask`` broadcasts to [batch, length, length]."""
+    def __call__(self, x: jax.Array, mask: Mask, deterministic: bool) -> jax.Array:
+        """[batch, length, hidden_size] to the same shape."""
         dropout, epsilon = self.dropout(deterministic), self.config.layer_norm_eps
         x = split_batch(x)
         y = dropout(self.attention(x, mask, deterministic))
@@ -123,7 +125,9 @@ class BertForSequenceClassification(Network):
         config, dtypes = self.config, self.dtypes
         rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         dropout = nn.Dropout(rate, deterministic=deterministic)
-        encoder = Bert(config, remat=self.remat, pooler=not config.roberta, name="encoder", **dtypes)
+        encoder = Bert(
+            config, remat=self.remat, attention=self.attention, pooler=not config.roberta, name="encoder", **dtypes
+        )
         hidden, pooled = encoder(input_ids, attention_mask, token_type_ids, position_ids, deterministic)
         if pooled is not None:
             return dense(config, config.num_labels, "classifier", **dtypes)(dropout(pooled))

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jlora.models._causal import (
     Cache,
     CausalConfig,
-    CausalMask,
     LayerInput,
     LayerStack,
+    distinct,
     layer_inputs,
     linear_init,
     scanned_layers,
@@ -23,7 +23,10 @@ from jlora.models._causal import (
 )
 from jlora.models._family import DERIVED, INTERNAL, Epsilon, Layers, Positive, Rate, Size
 from jlora.models._heads import LanguageModel, SequenceClassifier
-from jlora.models._layers import Activation, Part, activation, attend, dense, split_batch
+from jlora.models._layers import Activation, Part, activation, dense, split_batch
+from jlora.models.attention.attend import attend
+from jlora.models.attention.mask import Mask
+from jlora.models.attention.plain import Scoring
 from jlora.models.decoder.rope import Rope, rotate, rotations
 
 
@@ -83,18 +86,22 @@ class Decoder(LayerStack):
         self.layers = scanned_layers(Layer, config.num_hidden_layers, remat=self.remat)(config, **dtypes)
         self.norm = RMSNorm(config.rms_norm_eps, config.norm_offset, **dtypes)
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        return self.config.windows
+
     def embed(self, input_ids: jax.Array, position_ids: jax.Array, deterministic: bool) -> jax.Array:
         x = self.embed_tokens(input_ids)
         # Gemma was trained with this factor rounded to the computation's dtype.
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scaled_embedding else x
 
     def apply_layers(
-        self, x: jax.Array, position_ids: jax.Array, mask: CausalMask, cache: Cache | None, deterministic: bool
+        self, x: jax.Array, position_ids: jax.Array, mask: Mask, cache: Cache | None, deterministic: bool
     ) -> tuple[jax.Array, Any]:
         config, window = self.config, None
         rotation = rotations(config.rope, config.head_dim, position_ids)
-        if any(w is not None for w in config.windows):
-            window = jnp.asarray([jnp.iinfo(jnp.int32).max if w is None else w for w in config.windows], jnp.int32)
+        if len(sizes := distinct(config.windows)) > 1:
+            window = jnp.asarray([sizes.index(size) for size in config.windows], jnp.int32)
         x, slots = self.layers(x, layer_inputs(cache, window=window), (mask, rotation), deterministic)
         return self.norm(x), slots
 
@@ -141,7 +148,7 @@ class Attention(Part):
         self,
         x: jax.Array,
         layer: LayerInput,
-        mask: CausalMask,
+        mask: Mask,
         rotation: tuple[jax.Array, jax.Array],
         deterministic: bool,
     ) -> tuple[jax.Array, Any]:
@@ -158,15 +165,10 @@ class Attention(Part):
             query = RMSNorm(config.rms_norm_eps, config.norm_offset, name="q_norm", **dtypes)(query)
             key = RMSNorm(config.rms_norm_eps, config.norm_offset, name="k_norm", **dtypes)(key)
         key, value = with_cached(layer, rotate(key, *rotation), value, mask.start)
-        y = attend(
-            rotate(query, *rotation),
-            key,
-            value,
-            mask.allowed if layer.window is None else mask.allowed & (mask.distance < layer.window),
-            scale=config.query_pre_attn_scalar**-0.5,
-            softcap=config.attn_logit_softcapping,
-            dropout=nn.Dropout(config.attention_dropout, deterministic=deterministic),
-        )
+        drop = None if deterministic or not config.attention_dropout else self.make_rng("dropout")
+        scale = config.query_pre_attn_scalar**-0.5
+        scoring = Scoring(scale, config.attn_logit_softcapping, config.attention_dropout, drop)
+        y = attend(rotate(query, *rotation), key, value, mask, scoring, layer.window)
         output = dense(config, config.hidden_size, "o_proj", use_bias=config.output_bias, **dtypes)
         return output(y.reshape(*x.shape[:2], -1)), None if layer.keys is None else (key, value)
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jlora.models._causal import (
     Cache,
     CausalConfig,
-    CausalMask,
     LayerInput,
     LayerStack,
     layer_inputs,
@@ -23,7 +22,10 @@ from jlora.models._causal import (
 )
 from jlora.models._family import Epsilon, Layers, Rate, Size
 from jlora.models._heads import LanguageModel, SequenceClassifier
-from jlora.models._layers import Activation, Part, activation, attend, layer_norm, split_batch
+from jlora.models._layers import Activation, Part, activation, layer_norm, split_batch
+from jlora.models.attention.attend import attend
+from jlora.models.attention.mask import Mask
+from jlora.models.attention.plain import Scoring
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class GPT2(LayerStack):
         return self.drop(self.wte(input_ids) + self.wpe(position_ids), deterministic=deterministic)
 
     def apply_layers(
-        self, x: jax.Array, position_ids: jax.Array, mask: CausalMask, cache: Cache | None, deterministic: bool
+        self, x: jax.Array, position_ids: jax.Array, mask: Mask, cache: Cache | None, deterministic: bool
     ) -> tuple[jax.Array, Any]:
         scale = None
         if self.config.scale_attn_by_inverse_layer_idx:
@@ -88,7 +90,7 @@ class Block(Part):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: LayerInput, mask: CausalMask, deterministic: bool) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, layer: LayerInput, mask: Mask, deterministic: bool) -> tuple[jax.Array, Any]:
         """[batch, length, n_embd] to the same shape, and the layer's (keys, values) for the next cache."""
         config, dtypes = self.config, self.dtypes
         dropout = nn.Dropout(config.resid_pdrop, deterministic=deterministic)
@@ -110,7 +112,7 @@ class Attention(Part):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: LayerInput, mask: CausalMask, deterministic: bool) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, layer: LayerInput, mask: Mask, deterministic: bool) -> tuple[jax.Array, Any]:
         config, dtypes = self.config, self.dtypes
         fused = _dense(config, 3 * config.n_embd, "c_attn", **dtypes)(x)
         query, key, value = (part.reshape(*x.shape[:2], config.n_head, -1) for part in jnp.split(fused, 3, axis=-1))
@@ -118,8 +120,8 @@ class Attention(Part):
         if layer.scale is not None:
             query = query * layer.scale.astype(query.dtype)
         scale = query.shape[-1] ** -0.5 if config.scale_attn_weights else 1.0
-        dropout = nn.Dropout(config.attn_pdrop, deterministic=deterministic)
-        y = attend(query, key, value, mask.allowed, scale=scale, dropout=dropout)
+        drop = None if deterministic or not config.attn_pdrop else self.make_rng("dropout")
+        y = attend(query, key, value, mask, Scoring(scale, rate=config.attn_pdrop, key=drop))
         y = _dense(config, config.n_embd, "c_proj", residual=True, **dtypes)(y.reshape(x.shape))
         return y, None if layer.keys is None else (key, value)
 

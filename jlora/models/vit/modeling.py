@@ -12,6 +12,7 @@ from jlora.files.errors import ModelError
 from jlora.models._encoder import Encoded, EncoderConfig, EncoderPart
 from jlora.models._family import Rate, Size
 from jlora.models._layers import Activation, Network, activation, dense, layer_norm, recomputed, split_batch
+from jlora.models.attention.mask import Mask, make_mask
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ class ViT(Network):
         x = x + self.param("position_embeddings", start, (1, *x.shape[1:]), self.param_dtype).astype(x.dtype)
         x = nn.Dropout(config.hidden_dropout_prob, deterministic=deterministic)(x)
 
-        layer = recomputed(Layer, self.remat, static=2)
+        mask = make_mask(*x.shape[1:2] * 2, causal=False, form=self.attention)
+        layer = recomputed(Layer, self.remat, static=3)
         for i in range(config.num_hidden_layers):
-            x = layer(config, **dtypes, name=f"layer_{i}")(x, deterministic)
+            x = layer(config, **dtypes, name=f"layer_{i}")(x, mask, deterministic)
         x = layer_norm(config.layer_norm_eps, name="final_norm", **dtypes)(x)
         if not self.pooler:
             return Encoded(x, None)
@@ -85,12 +87,12 @@ class Layer(EncoderPart):
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: Mask, deterministic: bool) -> jax.Array:
         """[batch, 1 + patches, hidden_size] to the same shape."""
         dropout, epsilon = self.dropout(deterministic), self.config.layer_norm_eps
         x = split_batch(x)
         y = layer_norm(epsilon, name="attention_norm", **self.dtypes)(x)
-        x = x + dropout(self.attention(y, None, deterministic, use_bias=self.config.qkv_bias))
+        x = x + dropout(self.attention(y, mask, deterministic, use_bias=self.config.qkv_bias))
         y = layer_norm(epsilon, name="output_norm", **self.dtypes)(x)
         x = x + dropout(self.mlp(y))
         self.sow("intermediates", "hidden", x)
@@ -106,5 +108,5 @@ class ViTForImageClassification(Network):
     def __call__(self, images: jax.Array, deterministic: bool = True) -> jax.Array:
         """Logits [batch, num_labels]; the arguments are those of `ViT`."""
         config, dtypes = self.config, self.dtypes
-        encoder = ViT(config, remat=self.remat, pooler=False, name="encoder", **dtypes)
+        encoder = ViT(config, remat=self.remat, attention=self.attention, pooler=False, name="encoder", **dtypes)
         return dense(config, config.num_labels, "classifier", **dtypes)(encoder(images, deterministic).hidden[:, 0])

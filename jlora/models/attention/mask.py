@@ -1,0 +1,111 @@
+"""Which keys each query sees, as segments and windows: no matrix of queries by keys until a form needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+AttentionForm: TypeAlias = Literal["auto", "plain", "flash"]
+"""How attention is computed: with all scores in memory, never with all, or by length and device."""
+
+SHORTEST = 1024
+"""The number of queries from which on "auto" is "flash": below, a CPU takes as long with chunks as with all scores at
+once, and above, longer with all (docs/speed.md)."""
+
+_PADDING = -1
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("queries", "keys", "start", "allowed"),
+    meta_fields=("length", "slots", "causal", "packed", "windows", "flash"),
+)
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The keys that each query sees: those of its segment that are not padding, not later, and in its window.
+
+    Attributes:
+      queries: int32 [batch or 1, length], the segment of each query, from 0.
+      keys: int32 [batch or 1, slots], the segment of each key, or -1 at padding.
+      start: int32 scalar, the slot of the first query; None for 0.
+      allowed: bool [batch or 1, length, slots], all of this but the windows; only for the plain form.
+      length, slots: the numbers of queries and of keys.
+      causal: whether a query sees no later key.
+      packed: whether there may be several segments.
+      windows: the windows of the layers, each once: the number of keys that a query sees, up to and including its own;
+        None for all.
+      flash: whether the scores are never held all at once.
+    """
+
+    queries: jax.Array | None
+    keys: jax.Array | None
+    start: jax.Array | None
+    allowed: jax.Array | None
+    length: int
+    slots: int
+    causal: bool
+    packed: bool = False
+    windows: tuple[int | None, ...] = (None,)
+    flash: bool = False
+
+    def visible(
+        self, rows: jax.Array, slots: jax.Array, queries: jax.Array | None, keys: jax.Array | None
+    ) -> jax.Array:
+        """Whether queries see keys, without windows: bool [batch or 1, rows, slots].
+
+        Args:
+          rows, slots: int [rows] and [slots], the positions of the queries and of the keys among the slots.
+          queries, keys: their segments.
+        """
+        seen = (rows[:, None] >= slots if self.causal else jnp.ones((len(rows), len(slots)), bool))[None]
+        if keys is not None:
+            seen = seen & (keys != _PADDING)[:, None, :]
+        if self.packed and queries is not None and keys is not None:
+            seen = seen & (queries[:, :, None] == keys[:, None, :])
+        return seen
+
+    @property
+    def rows(self) -> jax.Array:
+        """The slot of each query, int32 [length]."""
+        index = jnp.arange(self.length)
+        return index if self.start is None else index + self.start
+
+
+def make_mask(
+    length: int,
+    slots: int,
+    *,
+    causal: bool,
+    form: AttentionForm,
+    real: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    start: jax.Array | None = None,
+    windows: tuple[int | None, ...] = (None,),
+) -> Mask:
+    """The mask of a call.
+
+    Args:
+      real: bool [batch, slots], the keys that are not padding; None for all.
+      segments: int [batch, length] of packed sequences, for queries that are also the keys.
+    """
+    queries = None if segments is None else segments.astype(jnp.int32) - segments.min()
+    keys = queries
+    if real is not None:
+        keys = jnp.where(real, jnp.int32(0) if queries is None else queries, _PADDING)
+    flash = length > 1 and (form == "flash" or form == "auto" and length >= SHORTEST)
+    mask = Mask(queries, keys, start, None, length, slots, causal, segments is not None, windows, flash)
+    if flash or not (causal or real is not None or segments is not None):
+        return mask
+    return dataclasses.replace(mask, allowed=mask.visible(mask.rows, jnp.arange(slots), queries, keys))
+
+
+def platform_of(x: jax.Array) -> str:
+    """The platform that ``x`` is computed on: that of its mesh, which may be one that is compiled for and not there, or
+    JAX's default."""
+    device = getattr(jax.typeof(x).sharding.mesh, "abstract_device", None)
+    found = jax.default_backend() if device is None else device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(found, found)

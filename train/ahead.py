@@ -22,7 +22,7 @@ from train.compute.optimizer import make_optimizer
 from train.compute.step import init_state, make_step
 from train.compute.topology import CHIPS
 from train.config import TrainConfig
-from train.job import plan_of, start_adapters
+from train.job import counted, plan_of, start_adapters
 from train.tasks.stand_in import StandIn, stand_in
 
 
@@ -42,7 +42,9 @@ class StepCosts:
       fits: whether the device has so much; None if its memory is unknown.
       rows, tokens: of a batch, padding included; 0 tokens for images.
       flops: of the products of the whole step, on all devices, without recomputation.
-      cycles: the compiler's estimate, without collectives; 0 if it makes none.
+      cycles: the compiler's estimate, without collectives and kernels; 0 if it makes none.
+      kernel_cycles: of attention kernels, for which there is no estimate: their products at the chip's peak, without
+        skipping blocks that a causal mask hides.
       collectives: bytes of the results, by kind.
       largest: the largest arrays that are computed.
       compile_seconds: time to compile.
@@ -64,6 +66,7 @@ class StepCosts:
     tokens: int
     flops: float
     cycles: int
+    kernel_cycles: int
     collectives: Mapping[str, int]
     largest: Sequence[ComputedArray]
     compile_seconds: float
@@ -73,7 +76,7 @@ class StepCosts:
     def seconds(self) -> float | None:
         """The time of a step that its estimated cycles mean; None without an estimate."""
         chip = CHIPS.get(self.device_kind)
-        return self.cycles / chip.clock if chip and self.cycles else None
+        return (self.cycles + self.kernel_cycles) / chip.clock if chip and self.cycles else None
 
     @property
     def utilization(self) -> float | None:
@@ -134,6 +137,7 @@ def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
         tokens=math.prod(made.batch["input_ids"].shape) if "input_ids" in made.batch else 0,
         flops=_flops(made, plan),
         cycles=0 if compiled is None else compiled.cycles,
+        kernel_cycles=0 if compiled is None else _kernel_cycles(compiled, devices[0]),
         collectives={} if compiled is None else compiled.collectives,
         largest=() if compiled is None else compiled.largest(5),
         compile_seconds=compile_seconds,
@@ -169,6 +173,11 @@ def _compiled(lowered: Any, given: int) -> tuple[Compiled | None, int]:
                 return None, more + round(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
         raise
     return compiled, compiled.peak_bytes
+
+
+def _kernel_cycles(compiled: Compiled, device: Any) -> int:
+    chip, peak = CHIPS.get(device.device_kind), flops.peak(device)
+    return round(2 * sum(compiled.kernels.values()) * chip.clock / peak) if chip and peak else 0
 
 
 def _unknown_loops(compiled: Compiled | None) -> Iterator[str]:
@@ -207,7 +216,7 @@ def _memory_notes(devices: Sequence[Any]) -> Iterator[str]:
 
 def _flops(made: StandIn, plan: Any) -> float:
     """Of a step without recomputation and accumulation, which do not change what has to be computed."""
-    config = dataclasses.replace(made.config, compute=dataclasses.replace(made.config.compute, remat="none"))
+    config = counted(made.config)
     plain = stand_in(config)
     tx = optax.identity()
     step = make_step(plain.network.forward, plain.task, tx, optax.constant_schedule(0.0))

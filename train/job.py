@@ -230,15 +230,23 @@ def start_adapters(config: TrainConfig, network: Network, params: Any, plan: jlo
     return {path: drawn[path].astype(value.dtype) for path, value in adapters.items()}
 
 
+def counted(config: TrainConfig) -> TrainConfig:
+    """The configuration whose FLOPs are a step's: those of its products, whether recomputed, or inside a kernel, or not."""
+    compute, model = dataclasses.replace(config.compute, remat="none"), config.model
+    if isinstance(model, Pretrained):
+        model = dataclasses.replace(model, attention="plain")
+    return dataclasses.replace(config, compute=compute, model=model)
+
+
 def ideal_seconds(job: Job) -> Callable[[tuple[int, ...]], float]:
     """Returns the time of a step at the devices' peak, by batch shape; 0 if the peak is unknown.
 
-    Counts the products of the forward and the backward pass, without recomputation by ``compute.remat``.
+    Counts the products of the forward and the backward pass, see `counted`.
     """
     peak, config = flops.peak(jax.devices()[0]), job.config
     if peak is None:
         return lambda _: 0.0
-    network = make_network(dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat="none")))
+    network = make_network(counted(config))
     tx = optax.identity()
     step = make_step(network.forward, job.task, tx, optax.constant_schedule(0.0))
     state = jax.eval_shape(lambda base: init_state(tx, start_adapters(config, network, base, job.plan)), job.shapes)

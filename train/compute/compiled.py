@@ -2,8 +2,8 @@
 
 XLA's analyses count the body of a loop once. Here it counts as often as it runs (`train.compute.hlo`).
 
-The TPU compiler estimates the cycles of every fusion, not of collectives. They are estimates, not times; but they are
-the same on every machine, and a TPU need not be there (`jax.experimental.topologies`).
+The TPU compiler estimates the cycles of every fusion, not of collectives and kernels. They are estimates, not times; but
+they are the same on every machine, and a TPU need not be there (`jax.experimental.topologies`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from train.compute import hlo
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f4e2m1fn": 0.5, "c64": 8, "c128": 16}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+"""Products of an attention kernel: scores and result; scores again, and the gradients of weights and of each operand."""
 _NO_ARRAYS = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 
 
@@ -45,6 +47,7 @@ class _Costs:
     cycles: int = 0
     arrays: list[ComputedArray] = field(default_factory=list)
     collectives: Counter[str] = field(default_factory=Counter)
+    kernels: Counter[str] = field(default_factory=Counter)
     calls: list[tuple[tuple[str, ...], int]] = field(default_factory=list)
     unknown_loops: int = 0
 
@@ -72,13 +75,19 @@ class Compiled:
 
     @property
     def cycles(self) -> int:
-        """The compiler's estimate for one device, without collectives; 0 from compilers that make none."""
-        return self._total[0]
+        """The compiler's estimate for one device, without collectives and kernels; 0 from compilers that make none."""
+        return self._total.cycles
 
     @property
     def collectives(self) -> dict[str, int]:
         """Bytes of the results on one device, by kind (``all-gather``), largest first; all that run are added."""
-        return dict(self._total[1].most_common())
+        return dict(self._total.collectives.most_common())
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """The multiply-adds on one device of JAX's attention kernels for TPUs, by kernel: of all queries with all keys,
+        although they skip blocks that a mask hides. Other kernels, whose products are not known, have 0."""
+        return dict(self._total.kernels.most_common())
 
     @property
     def unknown_loops(self) -> int:
@@ -107,7 +116,7 @@ class Compiled:
         return costs, module.entry
 
     @cached_property
-    def _total(self) -> tuple[int, Counter[str]]:
+    def _total(self) -> _Costs:
         computations, entry = self._costs
         return _total_of(entry, computations, {})
 
@@ -130,6 +139,9 @@ def _add(own: _Costs, instruction: hlo.Instruction, module: hlo.Module, started:
         own.calls.append((tuple(name.lstrip("%") for name in names), 1))
     elif opcode in ("call", "async-start"):
         own.calls += [((name,), 1) for name in instruction.called("to_apply", "calls")]
+    elif opcode == "custom-call" and "tpu_custom_call" in line:
+        name = re.sub(r"[._]*\d*$", "", instruction.name)
+        own.kernels[name] += _multiply_adds(name, line)
     for kind, size in _collectives(instruction, module, started):
         own.collectives[kind] += size
 
@@ -176,19 +188,28 @@ def _reached(name: str, computations: dict[str, _Costs]) -> Iterator[str]:
             yield from _reached(callee, computations)
 
 
-def _total_of(
-    name: str, computations: dict[str, _Costs], known: dict[str, tuple[int, Counter[str]]]
-) -> tuple[int, Counter[str]]:
-    """Cycles and collectives of a computation with all that it calls; of branches, those with the most cycles."""
+def _multiply_adds(name: str, line: str) -> int:
+    """Of one call of an attention kernel: each of its products pairs all queries with all keys of each head."""
+    products = next((n for part, n in _PRODUCTS.items() if part in name), 0)
+    if not products:
+        return 0
+    # Queries [heads, length, dim] and keys [key heads, slots, dim] come first of those with floats.
+    floats = re.findall(r"(?:bf16|f16|f32)\[(\d+),(\d+),(\d+)\]", line[line.index("operand_layout_constraints") :])
+    (heads, length, dim), (_, slots, _) = (tuple(map(int, sizes)) for sizes in floats[:2])
+    return products * heads * length * slots * dim
+
+
+def _total_of(name: str, computations: dict[str, _Costs], known: dict[str, _Costs]) -> _Costs:
+    """Cycles, collectives and kernels of a computation with all that it calls; of branches, those with most cycles."""
     if name not in known:
         own = computations[name]
-        cycles, collectives = own.cycles, Counter(own.collectives)
+        found = _Costs(own.cycles, collectives=Counter(own.collectives), kernels=Counter(own.kernels))
         for callees, times in own.calls:
-            most = max((_total_of(callee, computations, known) for callee in callees), key=lambda total: total[0])
-            cycles += times * most[0]
-            for kind, n in most[1].items():
-                collectives[kind] += times * n
-        known[name] = cycles, collectives
+            most = max((_total_of(callee, computations, known) for callee in callees), key=lambda total: total.cycles)
+            found.cycles += times * most.cycles
+            for mine, theirs in ((found.collectives, most.collectives), (found.kernels, most.kernels)):
+                mine.update({kind: times * n for kind, n in theirs.items()})
+        known[name] = found
     return known[name]
 
 

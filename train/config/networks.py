@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from train.config.fields import Constraint, Count, Part
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["auto", "plain", "flash"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Pretrained(Part):
     param_dtype: Dtype | None = None
     #: Apply the network's own dropout in training, besides the adapters'.
     dropout: bool = False
+    #: Attention: all scores of a layer at once (plain); never all, by the kernels of TPUs and GPUs, elsewhere in chunks of
+    #: queries (flash); or plain below 1024 tokens and flash from there on (auto).
+    attention: Attention = "auto"
     #: Give a language model with tied embeddings a separate output projection.
     untie: bool = False
 

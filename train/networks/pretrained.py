@@ -34,9 +34,8 @@ def pretrained(config: Pretrained, task: TaskConfig, remat: Remat, *, tokenizer:
       ModelError, TensorError: if the checkpoint cannot be used.
     """
     options = _options(config, task)
-    model: Any = models.build(
-        config.path, **options, param_dtype=jnp.dtype(config.param_dtype or "float32"), remat=remat
-    )
+    dtype = jnp.dtype(config.param_dtype or "float32")
+    model: Any = models.build(config.path, **options, param_dtype=dtype, remat=remat, attention=config.attention)
 
     def forward(params: Any, inputs: Inputs, key: jax.Array | None = None) -> Any:
         if key is None or not config.dropout:

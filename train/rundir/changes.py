@@ -11,11 +11,11 @@ from train.config import TrainConfig
 from train.rundir.codec import flat, to_json
 from train.rundir.directory import RunDirectory
 
-HOW = ("cache_dir", "compute", "log", "processes", "resume", "run_dir", "save")
+HOW = ("cache_dir", "compute", "log", "model.attention", "processes", "resume", "run_dir", "save")
 """Fields for the computation, logging and saving of a run. They do not affect the result, except for rounding and
 dropout masks."""
 
-ASIDE = tuple(name for name in HOW if name != "compute")
+ASIDE = tuple(name for name in HOW if name not in ("compute", "model.attention"))
 """Those that do not affect speed and memory either."""
 
 LATER = ("eval_batch_size", "eval_every", "eval_every_steps", "fit.epochs", "fit.patience", "keep", "log_every")
@@ -36,7 +36,7 @@ def config_changes(written: Mapping[str, Any], config: TrainConfig) -> dict[str,
     return {
         name: f"{name}: the run has {_shown(found, name)}, got {_shown(wanted, name)}"
         for name in sorted({*found, *wanted})
-        if name.split(".")[0] not in HOW and found.get(name) != wanted.get(name)
+        if not {name, name.split(".")[0]} & {*HOW} and found.get(name) != wanted.get(name)
     }
 
 

@@ -205,7 +205,7 @@ class Steps:
         encoder = config["model_type"] == "bert"
         task: Any = {"task": "sequence-classification", "labels": 2} if encoder else {"task": "causal-lm"}
         dtypes: Any = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-        self.model: Any = models.build(config, **task, **dtypes, remat=point.remat)
+        self.model: Any = models.build(config, **task, **dtypes, remat=point.remat, attention="plain")
         self._mesh = jax.make_mesh(
             (1, *point.mesh),
             ("data", "fsdp", "tensor"),

@@ -231,7 +231,7 @@ def start_adapters(config: TrainConfig, network: Network, params: Any, plan: jlo
 
 
 def counted(config: TrainConfig) -> TrainConfig:
-    """The configuration whose FLOPs are a step's: those of its products, whether recomputed, or inside a kernel, or not."""
+    """The configuration whose FLOPs count: nothing is recomputed, and no product is inside a kernel."""
     compute, model = dataclasses.replace(config.compute, remat="none"), config.model
     if isinstance(model, Pretrained):
         model = dataclasses.replace(model, attention="plain")

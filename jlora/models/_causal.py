@@ -157,7 +157,8 @@ def next_cache(cache: Cache | None, slots: Any, valid: jax.Array | None, length:
     """The cache after a call with ``length`` tokens whose layers returned ``slots``, (keys, values)."""
     if cache is None or valid is None:
         return None
-    return Cache(*slots, valid, cache.length + length)
+    keys, values = slots
+    return Cache(keys, values, valid, cache.length + length)
 
 
 def with_cached(

@@ -2,8 +2,8 @@
 
 XLA's analyses count the body of a loop once. Here it counts as often as it runs (`train.compute.hlo`).
 
-The TPU compiler estimates the cycles of every fusion, not of collectives and kernels. They are estimates, not times; but
-they are the same on every machine, and a TPU need not be there (`jax.experimental.topologies`).
+The TPU compiler estimates the cycles of every fusion, not of collectives and kernels. They are estimates, not times;
+but they are the same on every machine, and a TPU need not be there (`jax.experimental.topologies`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f4e2m1fn": 0.5, "c64": 8, "c128": 16}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-"""Products of an attention kernel: scores and result; scores again, and the gradients of weights and of each operand."""
+"""The products of an attention kernel: scores and result; scores, and gradients of the weights and of its results."""
 _NO_ARRAYS = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 
 

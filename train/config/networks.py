@@ -26,8 +26,8 @@ class Pretrained(Part):
     param_dtype: Dtype | None = None
     #: Apply the network's own dropout in training, besides the adapters'.
     dropout: bool = False
-    #: Attention: all scores of a layer at once (plain); never all, by the kernels of TPUs and GPUs, elsewhere in chunks of
-    #: queries (flash); or plain below 1024 tokens and flash from there on (auto).
+    #: Attention: all scores of a layer at once (plain); never all, by the kernels of TPUs and GPUs, elsewhere in chunks
+    #: (flash); or plain below 1024 tokens, and flash from there on (auto).
     attention: Attention = "auto"
     #: Give a language model with tied embeddings a separate output projection.
     untie: bool = False

@@ -39,10 +39,11 @@ def chunked(
 
         near_slots = first + jnp.arange(span)
         seen = mask.visible(positions, near_slots, of, None if mask.keys is None else near(mask.keys))
-        if window is not None:
+        if window is not None and seen is not None:
             seen = seen & (positions[:, None] - near_slots < window)
         own = scoring if scoring.key is None else scoring._replace(key=jax.random.fold_in(scoring.key, number))
-        return plain(query, *(near(x).astype(query.dtype) for x in (key, value)), seen, own)
+        key, value = (near(x).astype(query.dtype) for x in (key, value))
+        return plain(query, key, value, seen, own)
 
     # In float32, so that the gradients of keys and values, sums over the chunks, are not rounded at every chunk.
     wide = tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (key, value))

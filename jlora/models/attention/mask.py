@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
-from typing import Literal, TypeAlias
+import functools
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+
+from jlora.files.errors import ModelError
 
 AttentionForm: TypeAlias = Literal["auto", "plain", "flash"]
 """How attention is computed: with all scores in memory, never with all, or by length and device."""
@@ -19,7 +21,7 @@ once, and above, longer with all (docs/speed.md)."""
 _PADDING = -1
 
 
-@partial(
+@functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("queries", "keys", "start", "allowed"),
     meta_fields=("length", "slots", "causal", "packed", "windows", "flash"),
@@ -32,7 +34,8 @@ class Mask:
       queries: int32 [batch or 1, length], the segment of each query, from 0.
       keys: int32 [batch or 1, slots], the segment of each key, or -1 at padding.
       start: int32 scalar, the slot of the first query; None for 0.
-      allowed: bool [batch or 1, length, slots], all of this but the windows; only for the plain form.
+      allowed: bool, broadcasts to [batch, length, slots]: all of this but the windows. None for all, and always unless
+        the form is the plain one.
       length, slots: the numbers of queries and of keys.
       causal: whether a query sees no later key.
       packed: whether there may be several segments.
@@ -54,19 +57,21 @@ class Mask:
 
     def visible(
         self, rows: jax.Array, slots: jax.Array, queries: jax.Array | None, keys: jax.Array | None
-    ) -> jax.Array:
-        """Whether queries see keys, without windows: bool [batch or 1, rows, slots].
+    ) -> jax.Array | None:
+        """Whether queries see keys, without windows: bool, broadcasts to [batch, rows, slots]; None if they see all.
 
         Args:
           rows, slots: int [rows] and [slots], the positions of the queries and of the keys among the slots.
           queries, keys: their segments.
         """
-        seen = (rows[:, None] >= slots if self.causal else jnp.ones((len(rows), len(slots)), bool))[None]
+        conditions = []
+        if self.causal:
+            conditions.append((rows[:, None] >= slots)[None])
         if keys is not None:
-            seen = seen & (keys != _PADDING)[:, None, :]
-        if self.packed and queries is not None and keys is not None:
-            seen = seen & (queries[:, :, None] == keys[:, None, :])
-        return seen
+            conditions.append((keys != _PADDING)[:, None, :])
+            if self.packed and queries is not None:
+                conditions.append(queries[:, :, None] == keys[:, None, :])
+        return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
     @property
     def rows(self) -> jax.Array:
@@ -91,14 +96,20 @@ def make_mask(
     Args:
       real: bool [batch, slots], the keys that are not padding; None for all.
       segments: int [batch, length] of packed sequences, for queries that are also the keys.
+
+    Raises:
+      ModelError: if ``form`` is not one of its values.
     """
+    if form not in get_args(AttentionForm):
+        expected = "'auto' (by length), 'plain' (all scores at once) or 'flash' (never all)"
+        raise ModelError(f"attention = {form!r}; expected {expected}")
     queries = None if segments is None else segments.astype(jnp.int32) - segments.min()
     keys = queries
     if real is not None:
         keys = jnp.where(real, jnp.int32(0) if queries is None else queries, _PADDING)
     flash = length > 1 and (form == "flash" or form == "auto" and length >= SHORTEST)
     mask = Mask(queries, keys, start, None, length, slots, causal, segments is not None, windows, flash)
-    if flash or not (causal or real is not None or segments is not None):
+    if flash:
         return mask
     return dataclasses.replace(mask, allowed=mask.visible(mask.rows, jnp.arange(slots), queries, keys))
 

@@ -76,7 +76,8 @@ def cost(fn: Callable[..., Any], *args: Any, places: Any, donate: tuple[int, ...
         return {"cycles": None}
     seconds = round(time.perf_counter() - begun, 1)
     memory = {"temp_bytes": found.temp_bytes, "peak_bytes": found.peak_bytes}
-    return {"cycles": found.cycles, **memory, "collectives": found.collectives, "compile_seconds": seconds}
+    costs = {"cycles": found.cycles, **memory, "collectives": found.collectives, "kernels": found.kernels}
+    return {**costs, "compile_seconds": seconds}
 
 
 class Results:

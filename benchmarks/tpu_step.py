@@ -83,6 +83,7 @@ class Point:
 
     Attributes:
       mesh: sizes of the axes fsdp and tensor.
+      attention: the plain form is the same in all programs, and has an estimate; see `benchmarks.attention`.
     """
 
     network: str
@@ -91,6 +92,7 @@ class Point:
     remat: models.Remat
     rank: int = 16
     mesh: tuple[int, int] = (1, 1)
+    attention: models.AttentionForm = "plain"
 
     def __str__(self) -> str:
         mesh = "" if self.mesh == (1, 1) else f", fsdp x tensor = {self.mesh[0]} x {self.mesh[1]}"
@@ -205,7 +207,7 @@ class Steps:
         encoder = config["model_type"] == "bert"
         task: Any = {"task": "sequence-classification", "labels": 2} if encoder else {"task": "causal-lm"}
         dtypes: Any = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-        self.model: Any = models.build(config, **task, **dtypes, remat=point.remat, attention="plain")
+        self.model: Any = models.build(config, **task, **dtypes, remat=point.remat, attention=point.attention)
         self._mesh = jax.make_mesh(
             (1, *point.mesh),
             ("data", "fsdp", "tensor"),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import _tpu, tpu_plans, tpu_step
+from benchmarks import _tpu, attention, tpu_plans, tpu_step
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 TOY = tpu_step.Point("toy", 4, 32, "full", rank=4)
@@ -71,5 +71,6 @@ def test_pages_have_the_tables_that_are_kept(page: str) -> None:
     else:
         results = _tpu.Results(tpu_step.FILE, stale=True)
         tables = [tpu_step.part_table(results, part) for part in tpu_step.PARTS]
+        tables.append(attention.tpu_table(_tpu.Results(attention.FILE, stale=True)))
     for table in tables:
         assert table in (DOCS / page).read_text(), f"write the tables of docs/{page} with --tables"

@@ -100,7 +100,7 @@ class LayerInput(NamedTuple):
 
 
 def causal_mask(
-    shape: tuple[int, ...],
+    like: jax.Array,
     attention_mask: jax.Array | None,
     segment_ids: jax.Array | None,
     cache: Cache | None,
@@ -110,7 +110,7 @@ def causal_mask(
     """The mask of a call, and the next cache's ``valid``, or None without a cache.
 
     Args:
-      shape: (batch, length) of the tokens.
+      like: the tokens, [batch, length].
       attention_mask: [batch, length], 0 or False at padding; None if there is none.
       segment_ids: int [batch, length], for packed sequences.
       cache: of the previous tokens.
@@ -119,7 +119,7 @@ def causal_mask(
     Raises:
       ValueError: for segments together with a cache, or a cache with fewer slots than there are tokens.
     """
-    length = shape[1]
+    length = like.shape[1]
     real = None if attention_mask is None else attention_mask.astype(bool)
     slots, start, valid = length, None, None
     if cache is not None and segment_ids is not None:
@@ -128,10 +128,10 @@ def causal_mask(
         slots, start = cache.valid.shape[1], cache.length
         if slots < length:
             raise ValueError(f"{length} tokens for a cache of {slots} slots; make it with init_cache for all")
-        new = jnp.ones(shape, bool) if real is None else real
+        new = jnp.ones(like.shape, bool) if real is None else real
         real = valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new, start, axis=1)
     options: Any = {"real": real, "segments": segment_ids, "start": start, "windows": distinct(windows)}
-    return make_mask(length, slots, causal=True, form=form, **options), valid
+    return make_mask(like, length, slots, causal=True, form=form, **options), valid
 
 
 def distinct(windows: Sequence[int | None]) -> tuple[int | None, ...]:
@@ -226,7 +226,7 @@ class LayerStack(Network):
         if position_ids is None:
             check_length(self.title, input_ids.shape[1], self.config.max_length)
             position_ids = default_positions(input_ids.shape, segment_ids, cache)
-        mask, valid = causal_mask(input_ids.shape, attention_mask, segment_ids, cache, self.windows, self.attention)
+        mask, valid = causal_mask(input_ids, attention_mask, segment_ids, cache, self.windows, self.attention)
         x = self.embed(input_ids, position_ids, deterministic)
         x, slots = self.apply_layers(x, position_ids, mask, cache, deterministic)
         return x, next_cache(cache, slots, valid, input_ids.shape[1])

@@ -66,8 +66,8 @@ def load(
       remat: what the backward pass recomputes to save memory: "full", everything inside a layer; "dots", all but its
         products with weights; ``model.clone(remat=...)`` changes it later.
       attention: "plain" holds all attention scores of a layer at once; "flash" never does, by the kernels of TPUs
-        and GPUs, elsewhere in chunks of queries; "auto" is "plain" for short sequences, and "flash" from about 1024
-        tokens on a TPU or GPU, and 2048 on a CPU. ``model.clone(attention=...)`` changes it later.
+        and GPUs, elsewhere in chunks of queries; "auto" is "plain" below 1024 tokens (on a TPU 512), and "flash" from
+        there on. ``model.clone(attention=...)`` changes it later.
       shardings: of the parameters: one sharding, a tree like the parameters (from `sharding_rules`), or
         ``(path, shape) -> sharding``; by default JAX's default device.
       key: a PRNG key for a new head, if the checkpoint lacks it or has one for other labels.

@@ -193,10 +193,10 @@ def _multiply_adds(name: str, line: str) -> int:
     products = next((n for part, n in _PRODUCTS.items() if part in name), 0)
     if not products:
         return 0
-    # Queries [heads, length, dim] and keys [key heads, slots, dim] come first of those with floats.
-    floats = re.findall(r"(?:bf16|f16|f32)\[(\d+),(\d+),(\d+)\]", line[line.index("operand_layout_constraints") :])
-    (heads, length, dim), (_, slots, _) = (tuple(map(int, sizes)) for sizes in floats[:2])
-    return products * heads * length * slots * dim
+    # Queries [..., heads, length, dim] and keys [..., key heads, slots, dim] are the first floats.
+    shapes = re.findall(r"\b(?:bf16|f16|f32)\[([\d,]+)\]", line[line.index("operand_layout_constraints") :])
+    queries, keys = ([int(n) for n in shape.split(",")] for shape in shapes[:2])
+    return products * math.prod(queries) * keys[-2]
 
 
 def _total_of(name: str, computations: dict[str, _Costs], known: dict[str, _Costs]) -> _Costs:

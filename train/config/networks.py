@@ -27,7 +27,7 @@ class Pretrained(Part):
     #: Apply the network's own dropout in training, besides the adapters'.
     dropout: bool = False
     #: Attention: all scores of a layer at once (plain); never all, by the kernels of TPUs and GPUs, elsewhere in chunks
-    #: (flash); or plain below 1024 tokens, and flash from there on (auto).
+    #: (flash); or plain below 1024 tokens (on a TPU 512), and flash from there on (auto).
     attention: Attention = "auto"
     #: Give a language model with tied embeddings a separate output projection.
     untie: bool = False

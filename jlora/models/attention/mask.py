@@ -14,9 +14,9 @@ from jlora.files.errors import ModelError
 AttentionForm: TypeAlias = Literal["auto", "plain", "flash"]
 """How attention is computed: with all scores in memory, never with all, or by length and device."""
 
-SHORTEST = 1024
-"""The number of queries from which on "auto" is "flash": below, a CPU takes as long with chunks as with all scores at
-once, and above, longer with all (docs/speed.md)."""
+SHORTEST = {"tpu": 512, "gpu": 1024, "cpu": 1024}
+"""The number of queries from which on "auto" is "flash" (docs/speed.md): where a CPU takes longer with all scores, and
+a TPU by its compiler's estimate. On GPUs it is not measured."""
 
 _PADDING = -1
 
@@ -81,6 +81,7 @@ class Mask:
 
 
 def make_mask(
+    like: jax.Array,
     length: int,
     slots: int,
     *,
@@ -94,6 +95,7 @@ def make_mask(
     """The mask of a call.
 
     Args:
+      like: an array of the computation, for its platform.
       real: bool [batch, slots], the keys that are not padding; None for all.
       segments: int [batch, length] of packed sequences, for queries that are also the keys.
 
@@ -107,7 +109,7 @@ def make_mask(
     keys = queries
     if real is not None:
         keys = jnp.where(real, jnp.int32(0) if queries is None else queries, _PADDING)
-    flash = length > 1 and (form == "flash" or form == "auto" and length >= SHORTEST)
+    flash = length > 1 and (form == "flash" or form == "auto" and length >= SHORTEST.get(platform_of(like), 1024))
     mask = Mask(queries, keys, start, None, length, slots, causal, segments is not None, windows, flash)
     if flash:
         return mask

@@ -80,7 +80,7 @@ class Bert(Network):
         x = dropout(layer_norm(config.layer_norm_eps, name="embeddings_norm", **dtypes)(x))
 
         real = None if attention_mask is None else attention_mask.astype(bool)
-        mask = make_mask(*input_ids.shape[1:] * 2, causal=False, form=self.attention, real=real)
+        mask = make_mask(input_ids, *input_ids.shape[1:] * 2, causal=False, form=self.attention, real=real)
         layer = recomputed(Layer, self.remat, static=3)
         for i in range(config.num_hidden_layers):
             x = layer(config, **dtypes, name=f"layer_{i}")(x, mask, deterministic)

@@ -70,7 +70,7 @@ class ViT(Network):
         x = x + self.param("position_embeddings", start, (1, *x.shape[1:]), self.param_dtype).astype(x.dtype)
         x = nn.Dropout(config.hidden_dropout_prob, deterministic=deterministic)(x)
 
-        mask = make_mask(*x.shape[1:2] * 2, causal=False, form=self.attention)
+        mask = make_mask(x, *x.shape[1:2] * 2, causal=False, form=self.attention)
         layer = recomputed(Layer, self.remat, static=3)
         for i in range(config.num_hidden_layers):
             x = layer(config, **dtypes, name=f"layer_{i}")(x, mask, deterministic)

@@ -111,6 +111,19 @@ def split_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(axes)))
 
 
+def gathered(weight: jax.Array, axis: int, x: jax.Array) -> jax.Array:
+    """``weight`` with ``axis`` whole on every device that has a part of ``x``, split by `split_batch`.
+
+    For a weight that a loop reads: the compiler would gather it in each iteration.
+    """
+    if not _row_axes(x):
+        return weight
+    spec = [PartitionSpec.UNCONSTRAINED] * weight.ndim
+    spec[axis] = None
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
 def row_parts(x: jax.Array) -> int:
     """The number of parts into which `split_batch` divides ``x``."""
     return math.prod(jax.typeof(x).sharding.mesh.shape[name] for name in _row_axes(x))

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jlora._src.engine.rules.control_flow import OWN_DERIVATIVE
-from jlora.models._layers import row_parts, split_batch
+from jlora.models._layers import gathered, row_parts, split_batch
 
 # By the estimates of v5e's compiler, logits of 500 tokens at a time cost the same as those of all tokens, and logits of
 # 250 take 1.4 times as long: the weight is read too often. Logits of up to 512 MiB are not worth a loop.
@@ -64,6 +64,10 @@ class Head:
         """The logits of a `product`."""
         return product if self.softcap is None else self.softcap * jnp.tanh(product / self.softcap)
 
+    def slope_of_cap(self, logits: jax.Array) -> jax.Array | float:
+        """The derivative of `capped`, from its result."""
+        return 1.0 if self.softcap is None else 1 - (logits / self.softcap) ** 2
+
 
 @dataclass(frozen=True)
 class _Loss:
@@ -73,22 +77,22 @@ class _Loss:
     smoothing: float
 
     def __call__(self, x: jax.Array, weight: jax.Array, labels: jax.Array) -> TokenLosses:
-        return self.of_product(self.head.product(x, weight), labels)
+        return self.of_product(self.head.product(x, weight), labels)[0]
 
-    def of_product(self, product: jax.Array, labels: jax.Array) -> TokenLosses:
-        logits = self.head.capped(product)
-        # Not a gather, for which a compiler would collect a vocabulary that is split over devices.
-        chosen = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
-        expected = jnp.where(chosen, logits, 0).sum(axis=-1)
-        if self.smoothing:
-            expected = (1 - self.smoothing) * expected + self.smoothing * logits.mean(axis=-1)
-        loss = jax.nn.logsumexp(logits, axis=-1) - expected
-        return TokenLosses(loss, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-
-    def with_slopes(self, product: jax.Array, labels: jax.Array) -> tuple[TokenLosses, jax.Array]:
+    def of_product(self, product: jax.Array, labels: jax.Array) -> tuple[TokenLosses, jax.Array]:
         """The losses, and the derivative of each in its `Head.product`."""
-        loss, pull, prediction = jax.vjp(lambda product: self.of_product(product, labels), product, has_aux=True)
-        return TokenLosses(loss, prediction), pull(jnp.ones_like(loss))[0]
+        logits, smoothing = self.head.capped(product), self.smoothing
+        # A gather would collect logits whose vocabulary is split over devices. Without the barrier, JAX would compute
+        # the indices of all logits of a chunk before the loop, and keep them.
+        indices, labels = jax.lax.optimization_barrier((jnp.arange(logits.shape[-1]), labels))
+        one_hot = (indices == labels[..., None]).astype(logits.dtype)
+        expected = (logits * one_hot).sum(axis=-1)
+        if smoothing:
+            expected = (1 - smoothing) * expected + smoothing * logits.mean(axis=-1)
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        found = TokenLosses(normalizer - expected, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        slopes = jnp.exp(logits - normalizer[..., None]) - (1 - smoothing) * one_hot - smoothing / logits.shape[-1]
+        return found, slopes * self.head.slope_of_cap(logits)
 
 
 def token_losses(
@@ -104,7 +108,7 @@ def token_losses(
     chunk = chunk or _chunk(x, weight.shape[0 if head.tied else 1])
     if chunk >= x.shape[1]:
         return loss(x, weight, labels)
-    return _chunked(x, weight, labels, loss, chunk)
+    return _chunked(x, gathered(weight, 1 if head.tied else 0, x), labels, loss, chunk)
 
 
 def _chunk(x: jax.Array, vocabulary: int) -> int:
@@ -132,20 +136,20 @@ def _(loss: _Loss, chunk: int, primals: Any, tangents: Any) -> tuple[TokenLosses
 
     def forward(x: jax.Array, labels: jax.Array) -> tuple[TokenLosses, jax.Array | None]:
         """The losses of a chunk, and the derivative of each in its state."""
-        found, slopes = loss.with_slopes(head.product(x, weight), labels)
+        found, slopes = loss.of_product(head.product(x, weight), labels)
         return found, None if isinstance(dx, SymbolicZero) else head.transposed(slopes, weight)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def in_weight(x: jax.Array, labels: jax.Array) -> jax.Array:
-        slopes = loss.with_slopes(head.product(x, weight), labels)[1]
-        # float32, so that the transpose sums the gradients of all chunks in float32.
-        return (slopes * head.product(x, dweight.astype(jnp.float32))).sum(axis=-1)
+        slopes = loss.of_product(head.product(x, weight), labels)[1]
+        return (slopes * head.product(x, dweight)).sum(axis=-1)
 
     found, slopes = _map(forward, chunk, x, labels)
     tangent = jnp.zeros_like(found.loss)
     if not isinstance(dx, SymbolicZero):
         tangent += (slopes.astype(jnp.float32) * dx.astype(jnp.float32)).sum(axis=-1)
     if not isinstance(dweight, SymbolicZero):
+        dweight = dweight.astype(jnp.float32)  # so that the transpose sums the gradients of all chunks in float32
         tangent += _map(in_weight, chunk, x, labels)
     return found, TokenLosses(tangent, np.zeros(labels.shape, jax.dtypes.float0))  # pyright: ignore[reportArgumentType]
 

@@ -230,7 +230,7 @@ def sharded() -> tuple[Mesh, Any, Any, Any]:
     mesh = Mesh(ComputeConfig(layout="mesh", fsdp=8), models.sharding_rules(model))
 
     class Tokens:
-        def inputs(self, batch: Any) -> Any:
+        def inputs(self, batch: Any, smoothing: float = 0.0) -> Any:
             return {"input_ids": batch["input_ids"]}
 
         def loss(self, outputs: Any, batch: Any, smoothing: float) -> Any:

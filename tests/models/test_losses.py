@@ -138,7 +138,8 @@ def operands(rng: random.Random, rows: int, length: int, tied: bool, dtype: Any)
 
 @pytest.mark.parametrize("seed", range(12))
 def test_any_chunk_gives_the_losses_and_the_derivatives_of_the_logits(seed: int) -> None:
-    """Whatever the length, the chunk (dividing it or not), the dtype, cap and smoothing; also in forward mode, and mapped."""
+    """Whatever the length, the chunk (dividing it or not), the dtype, cap and smoothing; also in forward mode and under
+    `jax.vmap`."""
     rng = random.Random(seed)
     rows, length, chunk = rng.randint(1, 3), rng.randint(1, 13), rng.randint(1, 14)
     dtype, tolerance = rng.choice([(jnp.float32, 1e-5), (jnp.bfloat16, 4e-2)])

@@ -118,8 +118,7 @@ def gathered(weight: jax.Array, axis: int, x: jax.Array) -> jax.Array:
     """
     if not _row_axes(x):
         return weight
-    spec = [PartitionSpec.UNCONSTRAINED] * weight.ndim
-    spec[axis] = None
+    spec = (None if i == axis else PartitionSpec.UNCONSTRAINED for i in range(weight.ndim))
     mesh = jax.typeof(x).sharding.mesh
     return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, PartitionSpec(*spec)))
 

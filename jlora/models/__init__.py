@@ -8,6 +8,7 @@
 - `sharding_rules`: rules that split its parameters over a mesh.
 - `abstract`, `example_inputs`: the shapes of its parameters, and a small input.
 - `fetch`: the folder of a checkpoint, downloaded if necessary.
+- `TokenLosses`: what a language model returns for labels.
 - `ModelError`, `TensorError`: a network or a file that cannot be used.
 - `TaskName`, `Remat`, `AttentionForm`: the values of ``task``, ``remat`` and ``attention``.
 
@@ -21,6 +22,7 @@ from jlora.models._export import export
 from jlora.models._family import TaskName
 from jlora.models._generate import generate
 from jlora.models._layers import Remat, recomputed
+from jlora.models._loss import TokenLosses
 from jlora.models._network import abstract, build, example_inputs, fetch, sharding_rules, tensor_names
 from jlora.models.attention.mask import AttentionForm
 
@@ -30,6 +32,7 @@ __all__ = [
     "Remat",
     "TaskName",
     "TensorError",
+    "TokenLosses",
     "abstract",
     "build",
     "example_inputs",

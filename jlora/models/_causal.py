@@ -241,11 +241,6 @@ class LayerStack(Network):
         """The normalized states after all layers, and their (keys, values) for the next cache."""
         raise NotImplementedError
 
-    def unembed(self, x: jax.Array) -> jax.Array:
-        """Logits from the tied embedding, float32 [batch, length, vocab_size]."""
+    def token_table(self) -> jax.Array:
+        """The table of the token embedding, [vocab_size, width]."""
         raise NotImplementedError
-
-
-def unembed(x: jax.Array, table: jax.Array, dtype: Any) -> jax.Array:
-    """Logits float32 [..., vocab] of states [..., width], through the embedding's table [vocab, width]."""
-    return jnp.einsum("...d,vd->...v", x, table.astype(dtype), preferred_element_type=jnp.float32)

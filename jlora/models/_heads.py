@@ -13,6 +13,7 @@ from jlora.files.tensor_names import TensorName, linear
 from jlora.models._causal import Cache, CausalConfig, linear_init
 from jlora.models._family import TaskName
 from jlora.models._layers import Network
+from jlora.models._loss import Head, token_losses
 
 
 class _WithHead(Network):
@@ -39,8 +40,17 @@ class LanguageModel(_WithHead):
         cache: Cache | None = None,
         deterministic: bool = True,
         last_only: bool = False,
+        labels: jax.Array | None = None,
+        smoothing: float = 0.0,
+        chunk: int | None = None,
     ) -> Any:
-        """The logits of the token after each token.
+        """The logits of the token after each token; with labels, their loss.
+
+        All logits take batch x length x vocab_size x 4 bytes. The losses take those of a chunk of tokens at a time
+        where all of them would be large, at the same cost (with a trained or adapted head, those of the backward pass
+        are computed again):
+
+        >>> losses, predictions = model.apply(params, tokens[:, :-1], labels=tokens[:, 1:])
 
         Args:
           input_ids: int [batch, length].
@@ -51,26 +61,48 @@ class LanguageModel(_WithHead):
           cache: from `init_cache` or the last call; this call's tokens follow those in it.
           deterministic: no dropout; otherwise pass ``rngs={"dropout": key}``.
           last_only: return only the last token's logits, [batch, 1, vocab_size].
+          labels: int [batch, length], the token after each token; the caller masks the losses of padding and prompts.
+          smoothing: label smoothing, the share of a label's probability that is spread over the vocabulary (Szegedy et
+            al. 2015, section 7).
+          chunk: the number of tokens of each row whose logits are computed at a time; by default all, or, if they
+            are large, about 512 tokens of a device.
 
         Returns:
-          float32 [batch, length, vocab_size]; with a cache, also the next cache.
+          float32 [batch, length, vocab_size]; with labels a pair of loss, float32 [batch, length], and prediction,
+          int32 [batch, length], the most probable tokens; with a cache, also the next cache.
         """
-        decoder = self.decoder()
+        decoder, config = self.decoder(), self.config
         x, following = decoder.run(input_ids, attention_mask, position_ids, segment_ids, cache, deterministic)
-        x = x[:, -1:] if last_only else x
-        if self.config.tie_word_embeddings:
-            logits = decoder.unembed(x)
+        if config.tie_word_embeddings:
+            weight = decoder.token_table()
         else:
-            logits = _head(self, self.config.vocab_size, "lm_head")(x)
-        if (cap := self.config.final_logit_softcapping) is not None:
-            logits = cap * jnp.tanh(logits / cap)
-        return logits if cache is None else (logits, following)
+            size = x.shape[-1], config.vocab_size
+            weight = _Weight(size, linear_init(config), self.param_dtype, name="lm_head")()
+        head = Head(config.tie_word_embeddings, config.final_logit_softcapping)
+        weight = weight.astype(self.dtype)
+        if labels is None:
+            result = head.logits(x[:, -1:] if last_only else x, weight)
+        else:
+            result = token_losses(x, weight, labels, head, smoothing=smoothing, chunk=chunk)
+        return result if cache is None else (result, following)
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
         """An empty cache for ``length`` tokens, the prompt included; by default in the dtype of the computation."""
         layers, heads, size = self.config.cache_shape
         empty = jnp.zeros((layers, batch, length, heads, size), dtype or self.dtype)
         return Cache(empty, empty, jnp.zeros((batch, length), bool), jnp.int32(0))
+
+
+class _Weight(nn.Module):
+    """The kernel of a linear layer."""
+
+    shape: tuple[int, int]
+    initializer: nn.initializers.Initializer
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("kernel", self.initializer, self.shape, self.param_dtype)
 
 
 class SequenceClassifier(_WithHead):

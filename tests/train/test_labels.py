@@ -299,7 +299,7 @@ class Linear(Classification):
     def __init__(self, weights: Any):
         self.weights = None if weights is None else np.asarray(weights, np.float32)
 
-    def inputs(self, batch: Any) -> Any:
+    def inputs(self, batch: Any, smoothing: float = 0.0) -> Any:
         return batch["x"]
 
 

@@ -98,6 +98,18 @@ def test_every_layout_gives_the_same_curve(work, expected, layout):
     assert float(re.findall(r"loss (\S+)", printed)[0]) == pytest.approx(expected[-1]["validation_loss"], abs=6e-5)
 
 
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_in_chunks_give_the_same_curve(work, expected, layout, monkeypatch):
+    """As for a large vocabulary: the logits of a few tokens of each row at a time, in training and evaluation."""
+    monkeypatch.setattr("jlora.models._loss._SMALL", 0)
+    monkeypatch.setattr("jlora.models._loss._TOKENS", 12)
+    folder = work / f"chunks {layout}"
+    code, printed = program(*flags(work, folder, LAYOUTS[layout]))
+    assert code == 0, printed
+    assert_same_curve(records(folder), expected)
+
+
 def wait_for(done: Callable[[], bool], processes: list[Any], seconds: float = 120) -> None:
     until = time.monotonic() + seconds
     while not done():
@@ -230,7 +242,7 @@ def sharded() -> tuple[Mesh, Any, Any, Any]:
     mesh = Mesh(ComputeConfig(layout="mesh", fsdp=8), models.sharding_rules(model))
 
     class Tokens:
-        def inputs(self, batch: Any) -> Any:
+        def inputs(self, batch: Any, smoothing: float = 0.0) -> Any:
             return {"input_ids": batch["input_ids"]}
 
         def loss(self, outputs: Any, batch: Any, smoothing: float) -> Any:

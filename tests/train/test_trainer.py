@@ -44,7 +44,7 @@ def flags(work: Path, run_dir: Path, more: str = "") -> list[str]:
 class Rows:
     """A task whose loss is over the rows with a label, and a linear model."""
 
-    def inputs(self, batch: Any) -> Any:
+    def inputs(self, batch: Any, smoothing: float = 0.0) -> Any:
         return batch["x"]
 
     def loss(self, outputs: Any, batch: Any, smoothing: float) -> Any:

@@ -74,7 +74,8 @@ def make_step(
 
     def loss_fn(adapters: Any, base: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         adapters_key, network_key = jax.random.split(key)
-        outputs = apply(jlora.attach(base, adapters, dropout_key=adapters_key), task.inputs(batch), network_key)
+        tree = jlora.attach(base, adapters, dropout_key=adapters_key)
+        outputs = apply(tree, task.inputs(batch, smoothing), network_key)
         total, count = task.loss(outputs, batch, smoothing)
         return _mean(total, count), count
 

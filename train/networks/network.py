@@ -16,8 +16,9 @@ from train.config import (
 from train.data.batches import Examples
 
 Inputs = Mapping[str, jax.Array]
-Forward = Callable[..., jax.Array]
-"""``forward(params, inputs, key=None)``: the outputs; a key turns on the network's own dropout."""
+Forward = Callable[..., Any]
+"""``forward(params, inputs, key=None)``: the outputs, which only the task reads; a key turns on the network's own
+dropout."""
 
 
 @dataclass(frozen=True)

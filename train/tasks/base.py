@@ -32,18 +32,18 @@ class Task(Protocol):
         """A table as examples by domain name; most tasks have a single domain, ``""``."""
         ...
 
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """The network's arguments, by name."""
+    def inputs(self, batch: Batch, smoothing: float = 0.0) -> dict[str, Any]:
+        """The network's arguments, by name; ``smoothing`` is as in `loss`, for networks that compute the loss."""
         ...
 
-    def loss(self, outputs: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    def loss(self, outputs: Any, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
         """``(total, count)``: the summed loss of a batch, and the (weighted) number of its terms; float32 scalars.
 
         ``smoothing`` is the share of a label's probability spread over all classes.
         """
         ...
 
-    def measure(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    def measure(self, outputs: Any, batch: Batch) -> dict[str, jax.Array]:
         """The inputs of `metrics` and `predictions`, per example."""
         ...
 

@@ -104,7 +104,7 @@ class Texts:
             if name in found
         }
 
-    def inputs(self, batch: Batch) -> dict[str, Any]:
+    def inputs(self, batch: Batch, smoothing: float = 0.0) -> dict[str, Any]:
         return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 
 

@@ -76,7 +76,7 @@ class Images(Classification):
     def _normalized(self, images: np.ndarray) -> np.ndarray:
         return ((images - self._mean) / self._std).astype(np.float32)
 
-    def inputs(self, batch: Batch) -> dict[str, Any]:
+    def inputs(self, batch: Batch, smoothing: float = 0.0) -> dict[str, Any]:
         return {"images": batch["image"]}
 
 

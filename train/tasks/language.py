@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.models import TokenLosses
 from train.compute.processes import say
 from train.config import CausalLM, ConfigError
 from train.data.batches import Batch, Examples, Ragged
 from train.data.tables import Table, cells, column, texts
 from train.data.truncation import Truncation
 from train.tasks import metrics
-from train.tasks.base import Measured, cross_entropy
+from train.tasks.base import Measured
 from train.tasks.chat import Chat
 from train.tasks.conversations import Message, messages_of, tools_of
 from train.tasks.spans import Example, SpannedText, pack, plain_prompt, token_ids, tokenize, tokenize_plain, truncate
@@ -149,18 +150,21 @@ class LanguageModel:
 
     # From outputs to metrics
 
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        return {name: batch[name] for name in ("input_ids", "attention_mask", "segment_ids") if name in batch}
+    def inputs(self, batch: Batch, smoothing: float = 0.0) -> dict[str, Any]:
+        found = {name: batch[name] for name in ("input_ids", "attention_mask", "segment_ids") if name in batch}
+        # All positions have a label, so that lengths stay even; the last one is not used.
+        labels = jnp.roll(jnp.asarray(batch["input_ids"]), -1, axis=1)
+        return found | {"labels": labels} | ({"smoothing": smoothing} if smoothing else {})
 
-    def loss(self, outputs: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
-        """Cross entropy of the tokens that carry loss; ``outputs`` are logits [batch, length, vocabulary]."""
-        losses, loss_mask = _token_losses(outputs, batch, smoothing)
+    def loss(self, outputs: TokenLosses, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
+        """Cross entropy of the tokens that carry loss, summed. The network has smoothed it."""
+        losses, loss_mask = _masked(outputs.loss, batch)
         return losses.sum(), loss_mask.sum().astype(jnp.float32)
 
-    def measure(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    def measure(self, outputs: TokenLosses, batch: Batch) -> dict[str, jax.Array]:
         """Per example: the summed loss, the tokens that carry loss, the correct ones, a checksum of the predictions."""
-        losses, loss_mask = _token_losses(outputs, batch)
-        guesses = outputs[:, :-1].argmax(axis=-1)
+        losses, loss_mask = _masked(outputs.loss, batch)
+        guesses = outputs.prediction[:, :-1]
         right = (guesses == batch["input_ids"][:, 1:]) * loss_mask
         places = jnp.arange(1, guesses.shape[1] + 1, dtype=jnp.uint32)
         checksum = (guesses.astype(jnp.uint32) * loss_mask.astype(jnp.uint32) * (2 * places + 1)).sum(axis=1)
@@ -179,11 +183,10 @@ class LanguageModel:
         return measured["guesses"]
 
 
-def _token_losses(logits: jax.Array, batch: Batch, smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
+def _masked(losses: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The loss of each token except the first, 0 outside the loss mask, and that mask; both [batch, length - 1]."""
     loss_mask = jnp.asarray(batch["loss_mask"])[:, 1:]
-    losses = cross_entropy(logits[:, :-1], jnp.asarray(batch["input_ids"])[:, 1:], smoothing)
-    return losses * loss_mask, loss_mask
+    return losses[:, :-1] * loss_mask, loss_mask
 
 
 def _columns(rows: Sequence[tuple[Example, list[int] | None]], pad: int, truncation: Truncation) -> Examples:

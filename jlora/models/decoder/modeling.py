@@ -18,7 +18,6 @@ from jlora.models._causal import (
     layer_inputs,
     linear_init,
     scanned_layers,
-    unembed,
     with_cached,
 )
 from jlora.models._family import DERIVED, INTERNAL, Epsilon, Layers, Positive, Rate, Size
@@ -105,8 +104,8 @@ class Decoder(LayerStack):
         x, slots = self.layers(x, layer_inputs(cache, window=window), (mask, rotation), deterministic)
         return self.norm(x), slots
 
-    def unembed(self, x: jax.Array) -> jax.Array:
-        return unembed(x, self.embed_tokens.embedding, self.dtype)
+    def token_table(self) -> jax.Array:
+        return self.embed_tokens.embedding
 
 
 class Layer(Part):

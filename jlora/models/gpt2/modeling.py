@@ -17,7 +17,6 @@ from jlora.models._causal import (
     layer_inputs,
     linear_init,
     scanned_layers,
-    unembed,
     with_cached,
 )
 from jlora.models._family import Epsilon, Layers, Rate, Size
@@ -80,8 +79,8 @@ class GPT2(LayerStack):
         x, slots = self.h(x, layer_inputs(cache, scale=scale), mask, deterministic)
         return self.ln_f(x), slots
 
-    def unembed(self, x: jax.Array) -> jax.Array:
-        return unembed(x, self.wte.embedding, self.dtype)
+    def token_table(self) -> jax.Array:
+        return self.wte.embedding
 
 
 class Block(Part):

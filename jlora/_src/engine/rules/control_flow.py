@@ -32,6 +32,8 @@ from jlora._src.engine.traced_weights import (
 )
 
 RETURNED = "it leaves control flow as a result, changed or not"
+OWN_DERIVATIVE = "the function's own derivative"
+"""A `checkpoint_name` for functions whose custom derivative is their own in a cheaper form: `lora` looks inside."""
 
 # Calls
 
@@ -120,16 +122,22 @@ def label_materialized_call(walker: Any, eqn: Any, values: list[Value]) -> list[
 def custom_rule(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     """``custom_jvp``, ``custom_vjp`` and ``custom_vmap`` keep their rule and receive the materialized weight, unless
     they are inlined."""
-    if not scope.session.inline_custom_rules:
-        raise Decline(_own_rule(eqn))
     jaxpr, consts = compat.open_jaxpr(compat.inner_jaxpr(eqn))
+    if not scope.session.inline_custom_rules and not _has_own_derivative(jaxpr):
+        raise Decline(_own_rule(eqn))
     return scope.session.run(jaxpr, consts, args)
 
 
 def label_custom_rule(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
     """A function with a custom derivative or batching rule, assumed to use all of its operands."""
+    if _has_own_derivative(compat.open_jaxpr(compat.inner_jaxpr(eqn))[0]):
+        return walker.inner(eqn, compat.inner_jaxpr(eqn), values)
     inside = [mark_materialized(v, _own_rule(eqn)) for v in values]
     return walker.inner(eqn, compat.inner_jaxpr(eqn), inside, live=walker.live)
+
+
+def _has_own_derivative(jaxpr: Any) -> bool:
+    return any(eqn.primitive.name == "name" and eqn.params["name"] == OWN_DERIVATIVE for eqn in jaxpr.eqns)
 
 
 def _own_rule(eqn: Any) -> str:

@@ -228,7 +228,7 @@ def test_memory_does_not_grow_with_the_number_of_tokens(trained: bool) -> None:
 
 
 def assert_split(axes: tuple[int, int, int], devices: Any = None) -> None:
-    """Each device has the logits of its rows and its part of the vocabulary. It gathers this part of the weight once."""
+    """Each device has the logits of its rows and its part of the vocabulary. It gathers its part of the weight."""
     mesh = jax.make_mesh(axes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
     found, own = Compiled(compiled(8, 2048, mesh)), VOCABULARY // axes[2]
     assert found.largest(1)[0].bytes == 512 * own * 4

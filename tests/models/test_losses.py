@@ -247,6 +247,33 @@ def test_nor_on_a_tpu() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
+def test_an_adapted_head_stays_split_and_factored(tied: bool) -> None:
+    """On a mesh, in chunks: the losses and gradients of one device."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, params = jax.random.normal(keys[0], (4, 6, 8)), {"w": jax.random.normal(keys[1], (16, 8) if tied else (8, 16))}
+    labels = jax.random.randint(keys[2], (4, 6), 0, 16)
+
+    def losses(params: Any, x: Any, labels: Any) -> Any:
+        return token_losses(x, params["w"], labels, Head(tied, None), smoothing=0.1, chunk=2).loss
+
+    config = jlora.LoraConfig(rank=2, targets=("w",))
+    adapters = jlora.init(keys[0], params, config, jlora.trace(losses, params, x, labels))
+    adapters = jax.tree.map(lambda a: a + 0.1, adapters)
+
+    @jax.jit
+    def step(adapters: Any, params: Any, x: Any, labels: Any) -> Any:
+        apply = jlora.lora(losses, materialize="error")
+        return jax.value_and_grad(lambda a: apply(jlora.attach(params, a), x, labels).mean())(adapters)
+
+    rows, split = P(("data", "fsdp")), {"w": NamedSharding(mesh, P("tensor", "fsdp") if tied else P("fsdp", "tensor"))}
+    places = jlora.adapter_shardings(adapters, split), split, NamedSharding(mesh, rows), NamedSharding(mesh, rows)
+    found = step(*map(jax.device_put, (adapters, params, x, labels), places))
+    for one, two in zip(jax.tree.leaves(step(adapters, params, x, labels)), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
 def test_a_mesh_gives_what_one_device_gives(tied: bool) -> None:
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     keys = jax.random.split(jax.random.key(0), 3)

@@ -44,11 +44,10 @@ class LanguageModel(_WithHead):
         smoothing: float = 0.0,
         chunk: int | None = None,
     ) -> Any:
-        """The logits of the token after each token; with labels, their loss.
+        """The logits of the token after each token; or, with labels, its loss and the most probable token.
 
-        All logits take batch x length x vocab_size x 4 bytes. The losses take those of a chunk of tokens at a time
-        where all of them would be large, at the same cost (with a trained or adapted head, those of the backward pass
-        are computed again):
+        All logits take ``batch * length * vocab_size * 4`` bytes. For losses, large logits are computed in chunks of
+        tokens, and not again in the backward pass, unless the output projection itself is trained or adapted:
 
         >>> losses, predictions = model.apply(params, tokens[:, :-1], labels=tokens[:, 1:])
 
@@ -64,12 +63,11 @@ class LanguageModel(_WithHead):
           labels: int [batch, length], the token after each token; the caller masks the losses of padding and prompts.
           smoothing: label smoothing, the share of a label's probability that is spread over the vocabulary (Szegedy et
             al. 2015, section 7).
-          chunk: the number of tokens of each row whose logits are computed at a time; by default all, or, if they
-            are large, about 512 tokens of a device.
+          chunk: the number of tokens of each row whose logits are computed at a time. By default all of them, or about
+            512 tokens on each device if the logits there exceed 512 MiB.
 
         Returns:
-          float32 [batch, length, vocab_size]; with labels a pair of loss, float32 [batch, length], and prediction,
-          int32 [batch, length], the most probable tokens; with a cache, also the next cache.
+          float32 [batch, length, vocab_size]; with labels, a `TokenLosses`; with a cache, also the next cache.
         """
         decoder, config = self.decoder(), self.config
         x, following = decoder.run(input_ids, attention_mask, position_ids, segment_ids, cache, deterministic)

@@ -112,11 +112,11 @@ def token_losses(
 
 
 def _chunk(x: jax.Array, vocabulary: int) -> int:
-    """How many tokens of each row are computed at a time: all if the logits are small."""
-    rows, length = -(-x.shape[0] // row_parts(x)), x.shape[1]
+    """How many tokens of each row are computed at a time: all if the logits are small, otherwise a power of two."""
+    rows, length = x.shape[0] // row_parts(x), x.shape[1]
     if 4 * rows * length * vocabulary <= _SMALL:
         return length
-    return max(_TOKENS // rows, 1)
+    return 1 << (-(-_TOKENS // rows) - 1).bit_length()
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
@@ -130,7 +130,7 @@ def _chunked(x: jax.Array, weight: jax.Array, labels: jax.Array, loss: _Loss, ch
 
 
 @partial(_chunked.defjvp, symbolic_zeros=True)
-def _(loss: _Loss, chunk: int, primals: Any, tangents: Any) -> tuple[TokenLosses, TokenLosses]:
+def _chunked_jvp(loss: _Loss, chunk: int, primals: Any, tangents: Any) -> tuple[TokenLosses, TokenLosses]:
     (x, weight, labels), (dx, dweight, _) = primals, tangents
     head = loss.head
 

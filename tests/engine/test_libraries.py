@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import jlora
+from jlora._src.engine.rules.control_flow import OWN_DERIVATIVE
 from tests.zoo import MODELS, Model, merged, pulled_back
 
 COMPILING = futures.ThreadPoolExecutor(max_workers=2)
@@ -257,6 +259,29 @@ def test_custom_rules_are_looked_into_on_request(name: str) -> None:
     assert_same(got.results, expected.results, 2e-5)
     doubled = jax.tree.map(lambda g: 2 * g, got.grads)  # the zoo's rules double the gradient
     assert_same(doubled, expected.grads, 2e-5)
+
+
+def test_a_rule_that_is_the_functions_own_derivative_is_replaced_by_it() -> None:
+    """A function that says so by a name stays factored, and has JAX's derivative."""
+
+    @jax.custom_jvp
+    def squares(x: Any, w: Any) -> Any:
+        return (checkpoint_name(x, OWN_DERIVATIVE) @ w) ** 2
+
+    squares.defjvps(lambda dx, y, x, w: 1 / 0, lambda dw, y, x, w: 2 * (x @ w) * (x @ dw))
+    keys = jax.random.split(jax.random.key(0), 2)
+    params, x = {"w": jax.random.normal(keys[0], (4, 3))}, jax.random.normal(keys[1], (5, 4))
+
+    def fn(params: Any, x: Any) -> Any:
+        return squares(x, params["w"])
+
+    uses = jlora.trace(fn, params, x)
+    assert not any(use.summed for use in uses["w"].uses)
+    adapters = jax.tree.map(lambda a: a + 0.1, jlora.init(keys[0], params, jlora.LoraConfig(rank=2), uses))
+    adapted_fn = jlora.lora(fn, materialize="error")
+    found = jax.grad(lambda a: adapted_fn(jlora.attach(params, a), x).sum())(adapters)
+    expected = jax.grad(lambda a: ((x @ jlora.merge(params, a)["w"]) ** 2).sum())(adapters)
+    assert_same(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize(

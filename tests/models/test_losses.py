@@ -228,7 +228,7 @@ def test_memory_does_not_grow_with_the_number_of_tokens(trained: bool) -> None:
 
 
 def assert_split(axes: tuple[int, int, int], devices: Any = None) -> None:
-    """Each device has the logits of its rows and its part of the vocabulary. It gathers its weight once."""
+    """Each device has the logits of its rows and its part of the vocabulary. It gathers its part of the weight."""
     mesh = jax.make_mesh(axes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
     found, own = Compiled(compiled(8, 2048, mesh)), VOCABULARY // axes[2]
     assert found.largest(1)[0].bytes == 512 * own * 4
@@ -244,6 +244,33 @@ def test_a_split_vocabulary_is_never_gathered(axes: tuple[int, int, int]) -> Non
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_nor_on_a_tpu() -> None:
     assert_split((1, 4, 2), topology_devices("v5e:2x4"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapted_head_stays_split_and_factored(tied: bool) -> None:
+    """On a mesh, in chunks: the losses and gradients of one device."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, params = jax.random.normal(keys[0], (4, 6, 8)), {"w": jax.random.normal(keys[1], (16, 8) if tied else (8, 16))}
+    labels = jax.random.randint(keys[2], (4, 6), 0, 16)
+
+    def losses(params: Any, x: Any, labels: Any) -> Any:
+        return token_losses(x, params["w"], labels, Head(tied, None), smoothing=0.1, chunk=2).loss
+
+    config = jlora.LoraConfig(rank=2, targets=("w",))
+    adapters = jlora.init(keys[0], params, config, jlora.trace(losses, params, x, labels))
+    adapters = jax.tree.map(lambda a: a + 0.1, adapters)
+
+    @jax.jit
+    def step(adapters: Any, params: Any, x: Any, labels: Any) -> Any:
+        apply = jlora.lora(losses, materialize="error")
+        return jax.value_and_grad(lambda a: apply(jlora.attach(params, a), x, labels).mean())(adapters)
+
+    rows, split = P(("data", "fsdp")), {"w": NamedSharding(mesh, P("tensor", "fsdp") if tied else P("fsdp", "tensor"))}
+    places = jlora.adapter_shardings(adapters, split), split, NamedSharding(mesh, rows), NamedSharding(mesh, rows)
+    found = step(*map(jax.device_put, (adapters, params, x, labels), places))
+    for one, two in zip(jax.tree.leaves(step(adapters, params, x, labels)), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tied", [False, True])

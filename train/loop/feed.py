@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train.compute.layouts import Layout
-from train.data.batches import Examples, batch_of, bucket_of, lengths, size, training_rows
+from train.data.batches import batch_of, bucket_of, lengths, size, training_rows
+from train.data.ragged import Examples
 from train.loop.state import StepCounts
 
 

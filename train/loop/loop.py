@@ -18,7 +18,7 @@ from train.compute.optimizer import make_optimizer, make_schedule
 from train.compute.processes import first_decides
 from train.compute.step import init_state, make_step
 from train.config import ConfigError, FitConfig
-from train.data.batches import Examples
+from train.data.ragged import Examples
 from train.job import Job
 from train.loop.feed import Feed
 from train.loop.run_files import RunFiles

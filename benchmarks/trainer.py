@@ -199,9 +199,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="trainer_") as scratch:
-        found = {
-            name: overhead(flags.split(), args.rounds, args.steps, Path(scratch)) for name, flags in NETWORKS.items()
-        }
+        folder = Path(scratch)
+        found = {name: overhead(flags.split(), args.rounds, args.steps, folder) for name, flags in NETWORKS.items()}
         rows = [
             [name, f"{1000 * step:.2f}", f"{share:.3f}", f"{1000 * (share - 1) * step:.3f}", f"{1000 * wait:.0f}"]
             for name, (step, share, wait) in found.items()

@@ -232,7 +232,7 @@ class _Loop:
 
         Records are logged as soon as their metrics arrive; `evaluate` logs those with its own metrics.
         """
-        while len(self.in_flight) > leave:
+        while len(self.in_flight) > leave or self.in_flight and self.is_done(self.in_flight[0]):
             done = self.in_flight.popleft()
             metrics = {name: np.asarray(value).item() for name, value in done.metrics.items()}
             if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
@@ -244,6 +244,10 @@ class _Loop:
                 averages.add(metrics, done.counts, seconds if done.is_timed else None, waited)
             if not self.intervals.is_eval_due(done.step):
                 self.log(done.step, {})
+
+    def is_done(self, one: _InFlight) -> bool:
+        """Whether a step's metrics can be had without waiting. Several processes collect them at the same steps."""
+        return jax.process_count() == 1 and all(value.is_ready() for value in one.metrics.values())
 
     def lap(self) -> tuple[float, float]:
         """Seconds since the last lap, counted as training time; and those of them that were spent waiting for input."""

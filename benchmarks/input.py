@@ -6,7 +6,7 @@
   with an empty cache and with a filled one: peak memory, and seconds to the first step. The network is a tiny encoder,
   the tokenizer a WordPiece one of 30,522 tokens, and an epoch is a few steps of a large batch.
 - hidden: the trainer's time relative to the bare compiled step on batches in memory, with a filled cache, where
-  tokenizing takes longer than the step.
+  tokenizing takes longer than the step; also with a step that only waits, as a host waits for an accelerator.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ print(json.dumps({"code": code, "first": first[0], "peak": peak, "all": time.tim
 """
 
 
-def sentences(count: int) -> Iterator[dict[str, Any]]:
-    """Sentences of 4 to 19 words, all different from each other."""
+def sentences(count: int, times: int = 1) -> Iterator[dict[str, Any]]:
+    """Sentences of 4 to 19 words, or about so many times as many, all different from each other."""
     for i in range(count):
-        words = [WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(3 + i % 16)]
+        words = [WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(times * (3 + i % 16))]
         yield {"sentence": " ".join([*words, str(i)]), "label": i % 2}
 
 
-def write_sentences(file: Path, count: int) -> None:
+def write_sentences(file: Path, count: int, times: int = 1) -> None:
     with file.open("w") as stream:
-        stream.writelines(f"{json.dumps(row)}\n" for row in sentences(count))
+        stream.writelines(f"{json.dumps(row)}\n" for row in sentences(count, times))
 
 
-def write_model(folder: Path, tokenizer: Path) -> None:
-    """An encoder that takes almost no time, with a tokenizer that takes its usual time."""
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+def write_model(folder: Path, tokenizer: Path, width: int) -> None:
+    """A small encoder, with a tokenizer that takes its usual time."""
+    sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": width}
     config = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 64, **sizes}
     model = models.build(config, task="features")
     params = {"params": model.init(jax.random.key(0), models.example_inputs(model))["params"]}
@@ -77,13 +77,13 @@ def write_model(folder: Path, tokenizer: Path) -> None:
         shutil.copyfile(tokenizer / name, folder / name)
 
 
-def flags(folder: Path, rows: int, cache: Path, *more: str) -> list[str]:
+def flags(folder: Path, model: str, rows: int, cache: Path, *more: str) -> list[str]:
     options = (
         "--data.limit None --task.labels None --task.max-length 32 --data.buckets 32 --lora.rank 2 --fit.epochs 1 "
         "--eval-batch-size 64 --compute.no-compilation-cache --fit.batch-size 2048"
     )
     return [
-        "configs/sst2_minilm.py", "--model.path", str(folder / "model"), "--data.train", str(folder / f"{rows}.jsonl"),
+        "configs/sst2_minilm.py", "--model.path", str(folder / model), "--data.train", str(folder / f"{rows}.jsonl"),
         "--data.validation", str(folder / "validation.jsonl"), "--cache-dir", str(cache), *options.split(), *more,
     ]  # fmt: skip
 
@@ -113,7 +113,7 @@ def large(folder: Path, sizes: list[int], rounds: int) -> list[Bar]:
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for i in range(1 + rounds):
         for rows in sizes:
-            argv = flags(folder, rows, folder / f"cache{rows}", "--run-dir", str(folder / f"run{rows}-{i}"))
+            argv = flags(folder, "tiny", rows, folder / f"cache{rows}", "--run-dir", str(folder / f"run{rows}-{i}"))
             found.setdefault((rows, "filled" if i else "empty"), []).append(run(argv))
 
     def of(rows: int, kind: str, name: str) -> float:
@@ -135,10 +135,10 @@ def large(folder: Path, sizes: list[int], rounds: int) -> list[Bar]:
 
 
 def hidden(folder: Path, rounds: int, steps: int) -> list[Bar]:
-    """The trainer over the bare step, where tokenizing takes longer than training."""
+    """The trainer over the bare step, where tokenizing takes longer than training: long texts, truncated."""
     rows = 8192
-    write_sentences(folder / f"{rows}.jsonl", rows)
-    argv = flags(folder, rows, folder / "cache-hidden", "--fit.batch-size", "64")
+    write_sentences(folder / f"{rows}.jsonl", rows, times=20)
+    argv = flags(folder, "small", rows, folder / "cache", "--fit.batch-size", "64")
     job = make_job(parse(argv), lambda: None)  # fills the cache
     texts = Column(load(job.config.data, job.config.cache_dir)["train"], "sentence")
     began = time.perf_counter()
@@ -147,22 +147,29 @@ def hidden(folder: Path, rounds: int, steps: int) -> list[Bar]:
     tokenizing = (time.perf_counter() - began) / rows * 64
     bare, share, _ = overhead(argv, rounds, steps, folder)
     print(f"64 rows: {1000 * bare:.2f} ms to train on, in a bare step, and {1000 * tokenizing:.2f} ms to tokenize")
-    return [Bar("trainer / bare step, from the cache", share, MOST_OVERHEAD)]
+    bars = [Bar("trainer / bare step, from the cache", share, MOST_OVERHEAD)]
+    argv = flags(folder, "tiny", rows, folder / "cache", "--fit.batch-size", "256")
+    for seconds in (0.01, 0.03):
+        _, share, _ = overhead(argv, rounds, steps, folder, elsewhere=seconds)
+        bars.append(Bar(f"trainer / step of {1000 * seconds:.0f} ms elsewhere, 256 rows", share, MOST_OVERHEAD))
+    return bars
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, default=ROOT.parent / "shared/models/minilm-l6")
-    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000], help="0 for the last part alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="input_") as scratch:
         folder = Path(scratch)
-        write_model(folder / "model", args.tokenizer)
+        write_model(folder / "tiny", args.tokenizer, width=8)
+        write_model(folder / "small", args.tokenizer, width=96)
         write_sentences(folder / "validation.jsonl", 64)
-        bars = [*hidden(folder, args.rounds, args.steps), *large(folder, args.rows, args.rounds)]
+        bars = hidden(folder, args.rounds, args.steps)
+        bars += [] if args.rows == [0] else large(folder, args.rows, args.rounds)
     print(table(["bar", "measured", "limit", ""], [bar.row() for bar in bars]))
     if args.json:
         args.json.write_text(json.dumps({"bars": [bar.record() for bar in bars]}, indent=2))

@@ -72,8 +72,14 @@ class Warm(Mesh):
         return stepped
 
 
-def overhead(flags: Sequence[str], rounds: int, steps: int, folder: Path) -> tuple[float, float, float]:
-    """Seconds of a bare step, the trainer's time relative to the bare steps', and the seconds of a checkpoint."""
+def overhead(
+    flags: Sequence[str], rounds: int, steps: int, folder: Path, *, elsewhere: float | None = None
+) -> tuple[float, float, float]:
+    """Seconds of a bare step, the trainer's time relative to the bare steps', and the seconds of a checkpoint.
+
+    Args:
+      elsewhere: the seconds of a step that is computed elsewhere, as on an accelerator: this host waits for it.
+    """
     own = f"--log-every {max(1, steps // 50)} --eval-every-steps {steps} --learning-rate.lora 1e-4"
     job = make_job(parse([*flags, *own.split(), "--cache-dir", str(folder / "cache")]), lambda: None)
     job = dataclasses.replace(job, layout=(layout := Warm()))
@@ -100,6 +106,15 @@ def overhead(flags: Sequence[str], rounds: int, steps: int, folder: Path) -> tup
         return layout.make_state(lambda base: init_state(tx, training.start(base)), base)
 
     step = layout.step = Mesh.compile_step(layout, make_step(network.forward, job.task, tx, schedule), fresh())
+
+    if elsewhere is not None:
+        metrics = jax.block_until_ready(step(fresh(), base, batches[0], key)[1])
+
+        def wait(state: Any, *_: Any) -> Any:
+            time.sleep(elsewhere)
+            return state, metrics
+
+        step = layout.step = wait
 
     def bare() -> float:
         state = fresh()

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,16 @@ class Warm(Mesh):
         return stepped
 
 
-def overhead(flags: str, rounds: int, steps: int, folder: Path) -> tuple[float, float, float]:
-    """Seconds of a bare step, the trainer's time relative to the bare steps', and the seconds of a checkpoint."""
+def overhead(
+    flags: Sequence[str], rounds: int, steps: int, folder: Path, *, elsewhere: float | None = None
+) -> tuple[float, float, float]:
+    """Seconds of a bare step, the trainer's time relative to the bare steps', and the seconds of a checkpoint.
+
+    Args:
+      elsewhere: the seconds of a step that is computed elsewhere, as on an accelerator: this host waits for it.
+    """
     own = f"--log-every {max(1, steps // 50)} --eval-every-steps {steps} --learning-rate.lora 1e-4"
-    job = make_job(parse([*flags.split(), *own.split(), "--cache-dir", str(folder / "cache")]), lambda: None)
+    job = make_job(parse([*flags, *own.split(), "--cache-dir", str(folder / "cache")]), lambda: None)
     job = dataclasses.replace(job, layout=(layout := Warm()))
     epochs = -(-steps // job.intervals(job.config.fit, job.examples).epoch)
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, fit=FitConfig(epochs=epochs)))
@@ -93,13 +99,22 @@ def overhead(flags: str, rounds: int, steps: int, folder: Path) -> tuple[float, 
     base = layout.place_base(job.shapes, lambda places: jax.jit(network.init, out_shardings=places)(jax.random.key(0)))
     tx, schedule = make_optimizer(fit_config), make_schedule(fit_config, 1e-4, steps)
     rows = [training_rows(size(job.examples), fit_config.batch_size, 0, i) for i in range(steps)]
-    batches = [batch_of(job.examples, one) for one in rows]
+    batches = [batch_of(job.examples, one, job.buckets) for one in rows]
     key = random_key(0, "dropout")
 
     def fresh() -> Any:
         return layout.make_state(lambda base: init_state(tx, training.start(base)), base)
 
     step = layout.step = Mesh.compile_step(layout, make_step(network.forward, job.task, tx, schedule), fresh())
+
+    if elsewhere is not None:
+        metrics = jax.block_until_ready(step(fresh(), base, batches[0], key)[1])
+
+        def wait(state: Any, *_: Any) -> Any:
+            time.sleep(elsewhere)
+            return state, metrics
+
+        step = layout.step = wait
 
     def bare() -> float:
         state = fresh()
@@ -199,13 +214,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="trainer_") as scratch:
-        found = {name: overhead(flags, args.rounds, args.steps, Path(scratch)) for name, flags in NETWORKS.items()}
+        folder = Path(scratch)
+        found = {name: overhead(flags.split(), args.rounds, args.steps, folder) for name, flags in NETWORKS.items()}
         rows = [
             [name, f"{1000 * step:.2f}", f"{share:.3f}", f"{1000 * (share - 1) * step:.3f}", f"{1000 * wait:.0f}"]
             for name, (step, share, wait) in found.items()
         ]
         print(table(["step of", "bare ms", "trainer / bare", "overhead ms", "checkpoint ms"], rows))
-        times = starts(args.starts, Path(scratch))
+        times = starts(args.starts, folder)
     print(f"\nfirst step after: {', '.join(f'{name} {statistics.median(t):.2f} s' for name, t in times.items())}")
     bars = [Bar(f"trainer / bare step, {name}", share, MOST_OVERHEAD) for name, (_, share, _) in found.items()]
     bars.append(Bar("first step, resumed / new", ratio(times, "resumed", "new"), MOST_START))

@@ -22,7 +22,9 @@ from train.__main__ import main
 from train.loop.stop import Stop
 
 ROOT = Path(__file__).parents[1]
-TIMES = ("seconds", "step_seconds", "examples_per_second", "tokens_per_second", "mfu")
+TIMES = (
+    "seconds", "step_seconds", "examples_per_second", "tokens_per_second", "loss_tokens_per_second", "input", "mfu",
+)  # fmt: skip
 
 
 def program(*argv: str) -> tuple[int, str]:

@@ -36,11 +36,12 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
 TRAIN = {
     "": "messages",
     "config": "fields | tasks networks | training | __init__",
-    "data": "truncation lines | batches delimited json_rows | formats | arrow_cache | sources | tables",
+    "data": "truncation lines cache_folder | ragged delimited json_rows | batches formats | arrow_cache | sources | "
+    "tables",
     "networks": "network tokenizers | scratch pretrained | registry",
     "compute": "keys flops throughput optimizer processes hlo topology | compiled compilation_cache",
-    "tasks": "metrics spans base conversations labels pictures | chat | classify language | images | registry",
-    "tasks ": "stand_in",
+    "tasks": "encoding | metrics spans base conversations labels pictures | chat | classify language | images",
+    "tasks ": "registry | stand_in",
     "compute ": "step | layouts",
     "rundir": "arrays codec | directory | records changes | bases claim | finished",
     "loop": "state stop | evaluate checkpoints extend feed",

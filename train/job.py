@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +24,8 @@ from train.compute.layouts import Layout, Mesh, make_layout
 from train.compute.processes import check_same, say
 from train.compute.step import init_state, make_step
 from train.config import ConfigError, FitConfig, Pretrained, TrainConfig
-from train.data.batches import Examples, batch_of, default_buckets, lengths, size, truncation_of
+from train.data.batches import batch_of, default_buckets, longest, size, truncation_of
+from train.data.ragged import Examples
 from train.data.sources import Provenance
 from train.data.tables import Table, load
 from train.data.truncation import Truncation
@@ -32,9 +34,11 @@ from train.networks.network import Network, check_tokens
 from train.networks.registry import make_network
 from train.rundir.codec import flat, to_json
 from train.tasks.base import Task
-from train.tasks.classify import Classification
+from train.tasks.classify import Classification, Texts
+from train.tasks.encoding import encoded
 from train.tasks.images import Images, count_blank
 from train.tasks.labels import class_counts
+from train.tasks.language import LanguageModel
 from train.tasks.registry import make_task, resolved
 
 OWN = ("cache_dir", "processes", "run_dir")
@@ -143,7 +147,7 @@ def training_data(config: TrainConfig, check: Callable[[], None] = lambda: None)
     config = resolved(config, tables)
     network = make_network(config)
     task = make_task(config, network)
-    train, test = encoded(task, tables)
+    train, test = encoded_tables(task, tables, config.cache_dir)
     check()
     check_tokens(network, train, test)
     data = {name: table.provenance for name, table in tables.items() if table.provenance is not None}
@@ -182,23 +186,31 @@ def _check_processes(job: Job) -> None:
     check_same({**made, "plan": str(job.plan), "buckets": job.buckets}, "the configuration")
 
 
-def encoded(task: Task, tables: Mapping[str, Table]) -> tuple[dict[str, Examples], dict[str, Examples]]:
+def encoded_tables(
+    task: Task, tables: Mapping[str, Table], cache_dir: Path
+) -> tuple[dict[str, Examples], dict[str, Examples]]:
     """Training and validation examples by the name of their domain; a single domain is called ``validation``."""
-    train, test = task.encode(tables["train"]), task.encode(tables["validation"])
+    train, test = (encoded_table(task, tables[name], cache_dir) for name in ("train", "validation"))
     return train, {name or "validation": examples for name, examples in test.items()}
+
+
+def encoded_table(task: Task, table: Table, cache_dir: Path) -> dict[str, Examples]:
+    """``task.encode(table)``; of texts, from the cache."""
+    if not isinstance(task, LanguageModel | Texts):
+        return task.encode(table)
+    identity = [type(task).__name__, to_json(task.config)]
+    return {"": encoded(lambda table, draft: task.encode(table, draft)[""], table, identity, task.tokenizer, cache_dir)}
 
 
 def bucket_lengths(config: TrainConfig, *sets: Mapping[str, Examples]) -> tuple[int, ...]:
     """The padded lengths of text batches: the configured ones that the examples need."""
-    found = [long for examples in sets for one in examples.values() if (long := lengths(one)) is not None]
-    if not found:
+    most = max(longest(examples) for named in sets for examples in named.values())
+    if not most:
         return ()
-    most = getattr(config.task, "max_length", 0)
-    longest = max(int(long.max()) for long in found)
-    wanted = tuple(sorted(config.data.buckets or default_buckets(most)))
-    if wanted[-1] < longest:
-        wanted = (*wanted, longest)
-    return tuple(bucket for i, bucket in enumerate(wanted) if i == 0 or wanted[i - 1] < longest)
+    wanted = tuple(sorted(config.data.buckets or default_buckets(getattr(config.task, "max_length", 0))))
+    if wanted[-1] < most:
+        wanted = (*wanted, most)
+    return tuple(bucket for i, bucket in enumerate(wanted) if i == 0 or wanted[i - 1] < most)
 
 
 def plan_of(config: TrainConfig, network: Network, shapes: Any, inputs: Mapping[str, Any]) -> jlora.Plan:

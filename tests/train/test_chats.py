@@ -21,13 +21,15 @@ from tests import tiny
 from tests.chat_templates import CHATML, SPECIAL, TEMPLATES
 from train.config import CausalLM, ConfigError, DataConfig, Pretrained, SequenceClassification, TrainConfig
 from train.data import tables as data
-from train.data.batches import Examples, size, truncation_of
+from train.data.batches import size, truncation_of
+from train.data.ragged import Examples
 from train.data.tables import Table
 from train.data.truncation import Truncation
 from train.networks.tokenizers import set_up
 from train.tasks.chat import Chat
 from train.tasks.classify import TextClassification
 from train.tasks.conversations import messages_of, tools_of
+from train.tasks.encoding import Draft
 from train.tasks.language import LanguageModel
 from train.tasks.registry import resolved
 from train.tasks.spans import Example, SpannedText, pack, tokenize, tokenize_plain, truncate
@@ -682,12 +684,12 @@ def test_answers_are_generated_from_the_prompts_of_training(kind):
             if name is None:
                 tokenizer = wrapped(kind, bos="<s>", eos="</s>", adds="<s> $A </s>")
                 task = LanguageModel(CausalLM(prompt="p", completion="c"), tokenizer)
-                spanned = [one for _, one in task._spanned_texts(table(p=[prompt], c=[answer]))]
+                spanned = [one for _, one in task._spanned_texts(table(p=[prompt], c=[answer]), Draft())]
                 (example,) = tokenize_plain(spanned, tokenizer)
             else:
                 tokenizer = chat_tokenizer(name, kind)
                 task = LanguageModel(CausalLM(prompt="p", completion="c", chat=True), tokenizer)
-                spanned = [one for _, one in task._spanned_texts(table(p=[prompt], c=[answer]))]
+                spanned = [one for _, one in task._spanned_texts(table(p=[prompt], c=[answer]), Draft())]
                 (example,) = tokenize(spanned, tokenizer)
             assert agree(task.prompt_tokens(prompt), example), (name, prompt, answer)
 

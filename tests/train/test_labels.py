@@ -81,7 +81,7 @@ def test_classes_are_what_the_column_says(labels, names):
     """Numbers by their value, then names; and each label is its own class."""
     table = rows(labels)
     assert class_names(table, "label") == names
-    assert [names[i] for i in class_numbers(table, "label", names)] == label_texts(table, "label")
+    assert [names[i] for i in class_numbers(table, "label", names)] == list(label_texts(table, "label"))
 
 
 def test_labels_of_several_types_are_classes_or_an_error():
@@ -95,7 +95,7 @@ def test_labels_of_several_types_are_classes_or_an_error():
 def test_declared_classes_keep_their_names_and_their_order():
     table = rows([1, 0, 1], ("pos", "neg", "none"))
     assert class_names(table, "label") == ("pos", "neg", "none")
-    assert label_texts(table, "label") == ["neg", "pos", "neg"]
+    assert list(label_texts(table, "label")) == ["neg", "pos", "neg"]
     assert class_numbers(table, "label", ("pos", "neg", "none")).tolist() == [1, 0, 1]
     # The same classes in another order, as a folder that lacks one of them numbers them.
     assert class_numbers(table, "label", ("neg", "none", "pos")).tolist() == [0, 2, 0]
@@ -114,7 +114,7 @@ def test_scores_and_missing_labels_are_not_classes_unless_they_are_named(labels,
     message = refusal(class_names, rows(labels), "label")
     assert all(part in message for part in expected), message
     names = advised(message)
-    assert [names[i] for i in class_numbers(rows(labels), "label", names)] == label_texts(rows(labels), "label")
+    assert [names[i] for i in class_numbers(rows(labels), "label", names)] == list(label_texts(rows(labels), "label"))
 
 
 def test_a_split_without_labels_is_an_error():

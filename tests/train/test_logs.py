@@ -26,7 +26,8 @@ from train.report.console import Progress, ending
 LINE = re.compile(
     r"fit  step +(?P<step>\d+) of (?P<steps>\d+)  epoch (?P<epoch>\d+) of (?P<epochs>\d+)(?P<done> done  mean| ) "
     r"loss (?P<loss>[\d.]+)  lr (?P<lr>[\d.e+-]+)(?:  (?P<speed>[\d,.]+) (?P<unit>tokens|examples)/s)?"
-    r"(?:  padding (?P<padding>\d+)%)?(?:  (?P<left>\d+:\d\d:\d\d) left)?(?P<figures>(?:  validation_\w+ [\d.-]+)*)"
+    r"(?: \((?P<loss_speed>[\d,]+) with loss\))?(?:  padding (?P<padding>\d+)%)?(?:  input (?P<input>\d+)%)?"
+    r"(?:  (?P<left>\d+:\d\d:\d\d) left)?(?P<figures>(?:  validation_\w+ [\d.-]+)*)"
 )
 
 
@@ -80,7 +81,9 @@ def shown(monkeypatch: Any, out: io.StringIO, err: io.StringIO) -> tuple[str, st
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
     line = {"step": 5, "loss": 0.51234, "learning_rate": 9.1e-4, "tokens_per_second": 1234.5, "padding": 0.18}
+    line |= {"loss_tokens_per_second": 617.4, "input": 0.031}
     end = {"epoch": 1, "step": 10, "loss": 0.4, "learning_rate": 8e-4, "examples_per_second": 3.25, "test_f1": 0.75}
+    end["input"] = 0.004  # which is not worth a word
     with Progress("fit", Intervals(epoch=10, steps=40, log=5, eval=10), 0) as progress:
         for _ in range(5):
             progress.advance()
@@ -92,7 +95,8 @@ def shown(monkeypatch: Any, out: io.StringIO, err: io.StringIO) -> tuple[str, st
 
 PLAIN = (
     "fit  40 of 40 steps, 10 in an epoch; logged every 5, evaluated every 10\n"
-    "fit  step  5 of 40  epoch 1 of 4  loss 0.5123  lr 9.10e-04  1,234 tokens/s  padding 18%  1:01:01 left\n"
+    "fit  step  5 of 40  epoch 1 of 4  loss 0.5123  lr 9.10e-04  1,234 tokens/s (617 with loss)"
+    "  padding 18%  input 3%  1:01:01 left\n"
     "fit  step 10 of 40  epoch 1 of 4 done  mean loss 0.4000  lr 8.00e-04  3.2 examples/s  test_f1 0.7500\n"
 )
 

@@ -23,7 +23,7 @@ from train.__main__ import main
 from train.commands.contact_sheet import write_contact_sheet
 from train.config import CausalLM, SequenceClassification
 from train.data import tables as data
-from train.data.batches import Ragged
+from train.data.ragged import Ragged
 from train.networks.tokenizers import load_tokenizer
 from train.report import examples as look
 from train.tasks.classify import TextClassification, TextRegression
@@ -298,4 +298,4 @@ def test_marks_are_those_that_the_terminal_has(work, monkeypatch):
 
 def test_ragged_examples_without_texts_have_no_first():
     """Only texts can be shown on a line."""
-    assert look.first(object(), {"x": Ragged([[1]], 0)}) is None  # pyright: ignore[reportArgumentType]
+    assert look.first(object(), {"x": Ragged.of([[1]], 0)}) is None  # pyright: ignore[reportArgumentType]

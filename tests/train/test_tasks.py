@@ -24,7 +24,7 @@ from train.__main__ import parse
 from train.config import CausalLM, ComputeConfig, ConfigError, DataConfig, SequenceClassification, TrainConfig
 from train.data import batches
 from train.data import tables as data
-from train.data.batches import Ragged
+from train.data.ragged import Ragged
 from train.job import bucket_lengths
 from train.networks.registry import make_network
 from train.networks.tokenizers import load_tokenizer, set_up
@@ -295,18 +295,18 @@ def test_metrics_agree_with_their_definitions():
 
 
 def test_batches_pad_to_the_shortest_bucket_that_holds_them():
-    examples = {"x": Ragged([[1], [2, 2], [3, 3, 3], [4] * 4], fill=9), "y": np.arange(4)}
+    examples = {"x": Ragged.of([[1], [2, 2], [3, 3, 3], [4] * 4], fill=9), "y": np.arange(4)}
     batch = batches.batch_of(examples, np.array([0, 1]), (2, 4))
     assert batch["x"].tolist() == [[1, 9], [2, 2]] and batch["y"].tolist() == [0, 1]
     assert batches.batch_of(examples, np.array([2]), (2, 4))["x"].tolist() == [[3, 3, 3, 9]]
-    left = {"x": Ragged([[1], [2, 2, 2]], fill=0, left=True)}
+    left = {"x": Ragged.of([[1], [2, 2, 2]], fill=0, left=True)}
     assert batches.batch_of(left, np.array([0, 1]))["x"].tolist() == [[0, 0, 1], [2, 2, 2]]
     assert batches.default_buckets(64) == (16, 32, 48, 64) and batches.default_buckets(10) == (8, 10)
 
 
 def test_ordered_batches_hold_every_example_once_in_few_shapes():
     rng = np.random.default_rng(0)
-    examples = {"x": Ragged([[i] * n for i, n in enumerate(rng.integers(1, 17, 21))], fill=-1), "i": np.arange(21)}
+    examples = {"x": Ragged.of([[i] * n for i, n in enumerate(rng.integers(1, 17, 21))], fill=-1), "i": np.arange(21)}
     seen, shapes = [], set()
     for rows, own in batches.ordered_rows(examples, 4):
         bucket = batches.bucket_of(examples, rows, (4, 8, 16))

@@ -40,8 +40,9 @@ from train.config import (
 )
 from train.data import batches
 from train.data import tables as data
+from train.data.ragged import Examples
 from train.experiment import run
-from train.job import encoded
+from train.job import encoded_tables
 from train.loop.evaluate import make_measure
 from train.loop.stop import EXIT_CODE
 from train.networks.registry import make_network
@@ -95,9 +96,9 @@ def task(config, tables):
 
 
 @pytest.fixture(scope="session")
-def images(task, tables) -> dict[str, dict[str, batches.Examples]]:
+def images(config, task, tables) -> dict[str, dict[str, Examples]]:
     """Training and test images, in both domains."""
-    train, test = encoded(task, tables)
+    train, test = encoded_tables(task, tables, config.cache_dir)
     return {"train": train, "test": test}
 
 

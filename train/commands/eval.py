@@ -11,9 +11,10 @@ from train.compute.compilation_cache import compilation_cache
 from train.compute.layouts import one_device
 from train.config import ConfigError
 from train.data import tables
-from train.data.batches import Examples, truncation_of
+from train.data.batches import truncation_of
+from train.data.ragged import Examples
 from train.data.tables import Table
-from train.job import bucket_lengths
+from train.job import bucket_lengths, encoded_table
 from train.loop.evaluate import make_measure
 from train.networks.network import check_tokens
 from train.report import console
@@ -38,7 +39,7 @@ def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) 
     if limit is not None:
         table = table.keep(range(min(limit, len(table))), f"beyond the limit of {limit:,}")
     try:
-        encoded = opened.task.encode(table)
+        encoded = encoded_table(opened.task, table, opened.config.cache_dir)
     except ConfigError as error:
         if source is None:
             raise

@@ -16,7 +16,8 @@ from train.commands.inputs import Inputs, RunPath, check_no_errors, read_inputs,
 from train.commands.results import check_new, write_results
 from train.compute.compilation_cache import compilation_cache
 from train.config import ConfigError
-from train.data.batches import Ragged, batch_of, ordered_rows
+from train.data.batches import batch_of, ordered_rows
+from train.data.ragged import Ragged
 from train.networks.network import check_tokens
 from train.rundir.finished import FinishedRun, open_run
 from train.tasks.chat import Message
@@ -87,8 +88,8 @@ def completions(
     """The completion of each prompt, as text."""
     model: Any = run.network.model
     examples = {
-        "input_ids": Ragged(tokens, task.pad, left=True),
-        "attention_mask": Ragged([[1] * len(one) for one in tokens], 0, left=True),
+        "input_ids": Ragged.of(tokens, task.pad, left=True),
+        "attention_mask": Ragged.of([[1] * len(one) for one in tokens], left=True),
     }
     check_tokens(run.network, {"": examples})
     ends, closing = end_of_answers(model, task)

@@ -137,7 +137,7 @@ def _read_table(
         values = [tables.column(table, name, field) for name, field in zip(columns, fields, strict=True)]
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-    more = tables.cells(table, extra) if extra in table.column_names else [None] * len(table)
+    more = tables.Column(table, extra) if extra in table.column_names else [None] * len(table)
     return Inputs(_without_blanks(list(zip(*values, strict=True))), str(file), "row", more)
 
 

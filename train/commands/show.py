@@ -11,7 +11,8 @@ import numpy as np
 from train.commands.contact_sheet import write_contact_sheet
 from train.commands.options import ShowOptions
 from train.config import ConfigError, ImageClassification, TrainConfig
-from train.data.batches import Examples, size, truncation_of
+from train.data.batches import size, truncation_of
+from train.data.ragged import Examples
 from train.job import TrainingData, training_data
 from train.report import examples as shown
 from train.tasks import labels

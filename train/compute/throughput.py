@@ -10,7 +10,18 @@ from typing import Any
 
 import jax
 
-SPEEDS = ("step_seconds", "examples_per_second", "tokens_per_second", "mfu")
+SPEEDS = (
+    "step_seconds",
+    "examples_per_second",
+    "tokens_per_second",
+    "loss_tokens_per_second",
+    "padding",
+    "input",
+    "mfu",
+)
+
+NOTABLE = 0.01
+"""The smallest share of time spent waiting for input that is shown in a log."""
 
 
 def speed(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -39,7 +50,11 @@ def line(summary: Mapping[str, Any]) -> str:
         rate = summary["examples_per_second"]
         parts.append(f"{rate:,.{0 if rate >= 10 else 1}f} examples/s")
     if "tokens_per_second" in summary:
-        parts.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
+        loss = summary.get("loss_tokens_per_second")
+        with_loss = "" if loss is None else f" ({loss:,.0f} with loss)"
+        parts.append(f"{summary['tokens_per_second']:,.0f} tokens/s{with_loss}, padding {summary['padding']:.0%}")
+    if summary.get("input", 0) >= NOTABLE:
+        parts.append(f"waiting for input {summary['input']:.0%} of the time")
     if "mfu" in summary:
         parts.append(f"{summary['mfu']:.1%} of the devices' bfloat16 peak")
     parts.append(f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB")

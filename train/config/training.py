@@ -267,7 +267,7 @@ class TrainConfig(Part):
     log: tuple[Writer, ...] = ()
     #: Run directory. Default: a new one under runs/.
     run_dir: Directory | None = None
-    #: Directory of trained bases, converted data and compiled programs.
+    #: Directory of trained bases, converted and tokenized data, and compiled programs.
     cache_dir: Path = field(default_factory=default_cache_dir)
 
     def conflicts(self) -> Iterator[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,9 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from jlora.files.checksums import check_sums, write_sums
-from jlora.files.errors import TensorError
 from jlora.files.json_files import read_json
 from train.config import ConfigError
+from train.data.cache_folder import filled
 from train.data.formats import read_tables
 from train.data.lines import File
 from train.messages import listed
@@ -36,8 +33,7 @@ def cached_rows(
     digests = [path_digest(file.path) for file in files]
     key = [READERS, quoted_tsv, str(features), [file.suffix for file in files], digests]
     folder = cache_dir / "data" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    if not _is_intact(folder):
-        _convert(files, folder, quoted_tsv, features)
+    filled(folder, lambda draft: _convert(files, draft, quoted_tsv, features))
     counts = read_json(folder / "rows.json")["rows"]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     names = [file.name for file in files]
@@ -68,39 +64,19 @@ def rows_digest(rows: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-def _is_intact(folder: Path) -> bool:
-    try:
-        check_sums(folder)
-    except TensorError:  # missing or damaged: it is written again
-        return False
-    return True
-
-
-def _convert(files: Sequence[File], folder: Path, quoted_tsv: bool, features: datasets.Features | None) -> None:
-    """Write the rows of files as one Arrow file; ``folder`` appears complete or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix="draft-"))
+def _convert(files: Sequence[File], draft: Path, quoted_tsv: bool, features: datasets.Features | None) -> None:
+    """Write the rows of files as one Arrow file."""
     counts = [0] * len(files)
-    try:
-        with contextlib.ExitStack() as stack:
-            sink = stack.enter_context(pa.OSFile(str(draft / "rows.arrow"), "wb"))
-            writer = None
-            for number, table in read_tables(files, quoted_tsv=quoted_tsv, features=features):
-                writer = writer or stack.enter_context(pa.ipc.new_stream(sink, table.schema))
-                writer.write_table(table)
-                counts[number] += len(table)
-            if writer is None:
-                stack.enter_context(pa.ipc.new_stream(sink, pa.schema([])))
-        if not sum(counts):
-            names = listed([file.name for file in files], 4)
-            raise ConfigError(f"{names} {'is' if len(files) == 1 else 'are'} empty: no rows")
-        (draft / "rows.json").write_text(json.dumps({"rows": counts}))
-        write_sums(draft)
-        try:
-            draft.rename(folder)
-        except OSError:  # another run has converted the same files, or the folder is damaged
-            if not _is_intact(folder):
-                shutil.rmtree(folder)
-                draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(pa.OSFile(str(draft / "rows.arrow"), "wb"))
+        writer = None
+        for number, table in read_tables(files, quoted_tsv=quoted_tsv, features=features):
+            writer = writer or stack.enter_context(pa.ipc.new_stream(sink, table.schema))
+            writer.write_table(table)
+            counts[number] += len(table)
+        if writer is None:
+            stack.enter_context(pa.ipc.new_stream(sink, pa.schema([])))
+    if not sum(counts):
+        names = listed([file.name for file in files], 4)
+        raise ConfigError(f"{names} {'is' if len(files) == 1 else 'are'} empty: no rows")
+    (draft / "rows.json").write_text(json.dumps({"rows": counts}))

@@ -12,33 +12,9 @@ from typing import TypeAlias
 
 import numpy as np
 
+from train.data.ragged import Examples, Ragged
 from train.data.truncation import Truncation
 
-
-class Ragged(list[np.ndarray]):
-    """A column of int32 arrays [length] of different lengths, which batches pad.
-
-    Attributes:
-      fill: the padding value.
-      left: whether padding precedes the values.
-      truncation: the tokens cut from texts; None for other columns.
-    """
-
-    def __init__(
-        self,
-        values: Sequence[Sequence[int] | np.ndarray],
-        fill: int,
-        *,
-        left: bool = False,
-        truncation: Truncation | None = None,
-    ):
-        super().__init__(np.asarray(value, np.int32) for value in values)
-        self.fill = fill
-        self.left = left
-        self.truncation = truncation
-
-
-Examples: TypeAlias = Mapping[str, np.ndarray | Ragged]
 Batch: TypeAlias = Mapping[str, np.ndarray]
 
 
@@ -47,16 +23,31 @@ def size(examples: Examples) -> int:
     return len(next(iter(examples.values())))
 
 
+def ragged_columns(examples: Examples) -> list[Ragged]:
+    """The columns whose rows differ in length; in a task's examples they all have the same lengths."""
+    return [column for column in examples.values() if isinstance(column, Ragged)]
+
+
 def lengths(examples: Examples) -> np.ndarray | None:
     """The length of each example, int [n]; None if no column is ragged."""
-    ragged = next((column for column in examples.values() if isinstance(column, Ragged)), None)
-    return None if ragged is None else np.array([len(value) for value in ragged])
+    return next((column.lengths() for column in ragged_columns(examples)), None)
+
+
+def longest(examples: Examples) -> int:
+    """The length of the longest example; 0 if no column is ragged."""
+    return max((column.longest for column in ragged_columns(examples)), default=0)
 
 
 def truncation_of(examples: Examples) -> Truncation | None:
     """The tokens cut from texts; None for examples without texts."""
-    found = (column.truncation for column in examples.values() if isinstance(column, Ragged))
-    return next((one for one in found if one is not None), None)
+    return next((one.truncation for one in ragged_columns(examples) if one.truncation is not None), None)
+
+
+def token_counts(examples: Examples, rows: np.ndarray) -> tuple[int, int]:
+    """The numbers of tokens in these rows, and of those that carry loss; 0 without texts or a loss mask."""
+    ragged = ragged_columns(examples)
+    tokens = next((column.lengths(rows).sum() for column in ragged), 0)
+    return int(tokens), int(next((one.counts[rows].sum() for one in ragged if one.counts is not None), 0))
 
 
 def default_buckets(max_length: int) -> tuple[int, ...]:
@@ -91,24 +82,18 @@ def ordered_rows(examples: Examples, batch_size: int) -> Iterator[tuple[np.ndarr
 
 def bucket_of(examples: Examples, rows: np.ndarray, buckets: Sequence[int]) -> tuple[int, ...]:
     """The bucket of a batch, so that `batch_of` pads every part of its rows alike; empty if no column is ragged."""
-    longest = [max(len(column[row]) for row in rows) for column in examples.values() if isinstance(column, Ragged)]
-    return (_bucket(buckets, max(longest)),) if longest else ()
+    found = [int(column.lengths(rows).max(initial=0)) for column in ragged_columns(examples)]
+    return (_bucket(buckets, max(found)),) if found else ()
 
 
 def batch_of(examples: Examples, rows: np.ndarray, buckets: Sequence[int] = ()) -> Batch:
     """The examples ``rows`` as one batch; ragged columns are int32 [rows, shortest bucket that fits the longest]."""
-    batch = {}
-    for name, column in examples.items():
-        if not isinstance(column, Ragged):
-            batch[name] = column[rows]
-            continue
-        values = [column[row] for row in rows]
-        length = _bucket(buckets, max(map(len, values)))
-        out = np.full((len(rows), length), column.fill, np.int32)
-        for line, value in zip(out, values, strict=True):
-            line[length - len(value) if column.left else 0 :][: len(value)] = value
-        batch[name] = out
-    return batch
+    return {
+        name: column.padded(rows, _bucket(buckets, int(column.lengths(rows).max(initial=0))))
+        if isinstance(column, Ragged)
+        else column[rows]
+        for name, column in examples.items()
+    }
 
 
 def _bucket(buckets: Sequence[int], longest: int) -> int:

@@ -83,8 +83,8 @@ def split_lines(text: str) -> list[str]:
     return found[:-1] if found[-1] == "" else found
 
 
-def in_batches(rows: Iterable[T]) -> Iterator[list[T]]:
-    """The rows in lists of `BATCH`; the last one may be shorter."""
+def in_batches(rows: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
+    """The rows in lists of ``size``; the last one may be shorter."""
     rows = iter(rows)
-    while batch := list(itertools.islice(rows, BATCH)):
+    while batch := list(itertools.islice(rows, size)):
         yield batch

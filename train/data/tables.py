@@ -6,18 +6,24 @@ import dataclasses
 import datetime
 import decimal
 import functools
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from jlora.messages import nearest
 from train.config import ConfigError, DataConfig
+from train.data.arrow_cache import READERS
 from train.data.sources import Provenance, find_validation, read_source, source_digest
+
+SLICE = 10_000
+"""Rows of a column that are read at once."""
 
 
 class Table(datasets.Dataset):
@@ -26,10 +32,12 @@ class Table(datasets.Dataset):
     Attributes:
       provenance: their origin; None for rows not read from a source.
       rows: the index of each row in the source, int [n].
+      content: a digest of the rows' values and their order; empty for rows not read from a source.
     """
 
     provenance: Provenance | None = None
     rows: np.ndarray | None = None
+    content: str = ""
 
     @classmethod
     def from_dict(cls, *args: Any, **options: Any) -> Table:
@@ -37,16 +45,20 @@ class Table(datasets.Dataset):
         return made
 
     @classmethod
-    def from_source(cls, dataset: datasets.Dataset, provenance: Provenance) -> Table:
+    def from_source(cls, dataset: datasets.Dataset, provenance: Provenance, quoted_tsv: bool) -> Table:
         table = cls(dataset.data, info=dataset.info, split=dataset.split)
         table.provenance, table.rows = provenance, np.arange(len(table))
+        suffixes = [Path(name).suffixes for name in provenance.files]
+        read = [READERS, provenance.digest, provenance.split, suffixes, quoted_tsv, str(table.features)]
+        table.content = hashlib.sha256(json.dumps(read).encode()).hexdigest()
         return table
 
     def select(self, indices: Iterable[int], *args: Any, **options: Any) -> Table:  # pyright: ignore
-        indices = np.asarray(list(indices), np.int64)
+        indices = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), np.int64)
         found: Any = super().select(indices, *args, **options)
         found.__class__ = Table
         found.provenance, found.rows = self.provenance, None if self.rows is None else self.rows[indices]
+        found.content = self.content and hashlib.sha256(self.content.encode() + indices.tobytes()).hexdigest()
         return found
 
     def keep(self, indices: Sequence[int] | np.ndarray, why: str) -> Table:
@@ -125,15 +137,16 @@ def read(source: str, cache_dir: Path, field: str, *, found: str | None = None, 
       ConfigError: as `load`.
     """
     rows, provenance = read_source(source, cache_dir, field, found, quoted_tsv)
-    table = Table.from_source(rows, provenance)
+    table = Table.from_source(rows, provenance, quoted_tsv)
     if provenance.split is None or not Path(provenance.source).is_file():
         return table
     if "split" not in table.column_names:
         raise ConfigError(
             f"{field}: {provenance.source} has no column `split`, by which :{provenance.split} would choose rows"
         )
-    chosen = [i for i, value in enumerate(cells(table, "split")) if value == provenance.split]
-    if not chosen:
+    values, numbers, _ = _distinct(table, "split")
+    chosen = np.flatnonzero(np.isin(numbers, [i for i, value in enumerate(values) if value == provenance.split]))
+    if not len(chosen):
         raise ConfigError(f"{field}: {provenance.source} has no row whose split is {provenance.split!r}")
     return table.keep(chosen, "in other splits")
 
@@ -147,7 +160,66 @@ def data_digests(config: DataConfig) -> list[str | None]:
     return [source_digest(config.train), source_digest(validation)]
 
 
-def column(table: Table, name: str, field: str) -> list[Any]:
+class Column(Sequence[Any]):
+    """A column's values, unchecked: some may be missing. They are read in slices, and never all in memory.
+
+    Args:
+      convert: applied to each value.
+    """
+
+    def __init__(self, table: datasets.Dataset, name: str, convert: Callable[[Any], Any] | None = None):
+        self._json, self._convert = isinstance(table.features[name], datasets.Json), convert
+        rows: Any = table.select_columns([name])
+        self._rows, self._name = rows.with_format("arrow") if self._json else rows, name
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        if not isinstance(row, slice):
+            row = range(len(self))[row]
+            return self[row : row + 1][0]
+        values: Any = self._rows[row][self._name]
+        if self._json:  # the parser that datasets uses for JSON rounds numbers
+            written = (text for chunk in values.chunks for text in chunk.storage.to_pylist())
+            values = [None if text is None else json.loads(text) for text in written]
+        return values if self._convert is None else list(map(self._convert, values))
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self), SLICE):
+            yield from self[start : start + SLICE]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
+class Distinct(Sequence[Any]):
+    """A column of few distinct values.
+
+    Attributes:
+      values: the distinct ones, in the order of their first rows.
+      numbers: the index of each row's value among them, int64 [n].
+    """
+
+    def __init__(self, values: Sequence[Any], numbers: np.ndarray):
+        self.values, self.numbers = values, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self.values[int(self.numbers[row])]
+
+    def map(self, convert: Callable[[Any], Any]) -> Distinct:
+        """The column with each value converted."""
+        return Distinct([convert(value) for value in self.values], self.numbers)
+
+    def rows(self, chosen: Callable[[Any], bool]) -> list[int]:
+        """The rows whose value is chosen."""
+        return np.flatnonzero(np.isin(self.numbers, [i for i, one in enumerate(self.values) if chosen(one)])).tolist()
+
+
+def column(table: Table, name: str, field: str) -> Column:
     """A column's values, checked: none is missing, and all are of one kind that the field accepts.
 
     Args:
@@ -158,6 +230,65 @@ def column(table: Table, name: str, field: str) -> list[Any]:
         they are of several kinds, or of one that the field does not accept: dates, bytes, and for labels lists and
         objects.
     """
+    _check_exists(table, name, field)
+    values, missing, kinds = Column(table, name), list[int](), dict[str, int]()
+    for row, value in enumerate(values):
+        if _is_missing(value, field):
+            missing.append(row)
+        kinds.setdefault(_kind(type(value)), row)
+    _check(table, name, field, values, missing, kinds)
+    return values
+
+
+def distinct(table: Table, name: str, field: str) -> Distinct:
+    """As `column`, for a column of few distinct values: no value is read twice."""
+    _check_exists(table, name, field)
+    values, numbers, firsts = _distinct(table, name)
+    found, kinds = Distinct(values, numbers), dict[str, int]()
+    for value, row in zip(values, firsts, strict=True):
+        kinds.setdefault(_kind(type(value)), row)
+    _check(table, name, field, found, found.rows(lambda value: _is_missing(value, field)), kinds)
+    return found
+
+
+def texts(table: Table, name: str, field: str) -> Column:
+    """A column's values as text, exactly as written; whole numbers count as text.
+
+    Raises:
+      ConfigError: as `column`; with the row, if a value is neither.
+    """
+    for row, value in enumerate(column(table, name, field)):
+        if type(value) not in (str, int):
+            _raise_unfit(table, name, field, row, value, "expected text")
+    return Column(table, name, str)
+
+
+def _distinct(table: Table, name: str) -> tuple[list[Any], np.ndarray, list[int]]:
+    """``(values, numbers, first rows)``, see `Distinct`."""
+    found: dict[Any, int] = {}
+    firsts, numbers = list[int](), np.empty(len(table), np.int64)
+    values = Column(table, name)
+    if pa.types.is_nested(table.features.arrow_schema.field(name).type):
+        keys: Any = (json.dumps(value, default=repr) for value in values)
+        for row, key in enumerate(keys):
+            numbers[row] = found.setdefault(key, row)
+        firsts = list(found.values())
+        return [values[row] for row in firsts], np.searchsorted(firsts, numbers), firsts
+    rows: Any = table.select_columns([name]).with_format("arrow")
+    for start in range(0, len(table), SLICE):
+        part = rows[start : start + SLICE].column(name).combine_chunks()
+        part = (part.storage if isinstance(part, pa.ExtensionArray) else part).dictionary_encode("encode")
+        here = part.indices.to_numpy()
+        own = []
+        for i, key in enumerate(part.dictionary.to_pylist()):
+            if key not in found:
+                firsts.append(start + int(np.argmax(here == i)))
+            own.append(found.setdefault(key, len(found)))
+        numbers[start : start + len(here)] = np.asarray(own)[here]
+    return [values[row] for row in firsts], numbers, firsts
+
+
+def _check_exists(table: Table, name: str, field: str) -> None:
     if name not in table.column_names:
         advice = "rename the column" if field == "file" else f"pass --{field.replace('_', '-')} and one of them"
         source = "it" if table.provenance is None else table.provenance.source
@@ -165,41 +296,32 @@ def column(table: Table, name: str, field: str) -> list[Any]:
             f"{field}: the data has no column {name!r}{nearest(name, table.column_names)}; {source} has "
             f"{', '.join(table.column_names)}; {advice}"
         )
-    values, empty = cells(table, name), "" if field == "task.label" else None
-    if missing := [i for i, value in enumerate(values) if _is_missing(value, empty)]:
+
+
+def _check(
+    table: Table, name: str, field: str, values: Sequence[Any], missing: Sequence[int], kinds: Mapping[str, int]
+) -> None:
+    """Raises the errors of `column`, given the missing rows, and the first row of each kind."""
+    if missing:
         raise ConfigError(
             f"{field}: {len(missing)} of {len(values)} values of the column {name!r} are missing, in "
             f"{table.locate(missing)}; remove these rows"
         )
-    rows: dict[str, int] = {}
-    for row, value in enumerate(values):
-        rows.setdefault(_kind(type(value)), row)
-    for kind, row in rows.items():
+    for kind, row in kinds.items():
         if kind in _UNFIT.get(field, _UNFIT[""]):
-            _raise_unfit(table, name, field, row, values[row], "expected a name or a number" if empty == "" else "")
-    if len(rows) > 1:
-        (one, first), (other, row), *_ = rows.items()
+            advice = "expected a name or a number" if field == "task.label" else ""
+            _raise_unfit(table, name, field, row, values[row], advice)
+    if len(kinds) > 1:
+        (one, first), (other, row), *_ = kinds.items()
         advice = f"expected {one} in all rows, as in {table.locate([first])} ({values[first]!r:.60})"
         _raise_unfit(table, name, field, row, values[row], advice)
-    return values
 
 
-def _is_missing(value: Any, empty: str | None) -> bool:
+def _is_missing(value: Any, field: str) -> bool:
     # pandas writes NaN for a missing value.
-    return value is None or isinstance(value, str) and value == empty or isinstance(value, float) and math.isnan(value)
-
-
-def texts(table: Table, name: str, field: str) -> list[str]:
-    """A column's values as text, exactly as written; whole numbers count as text.
-
-    Raises:
-      ConfigError: as `column`; with the row, if a value is neither.
-    """
-    values = column(table, name, field)
-    for row, value in enumerate(values):
-        if type(value) not in (str, int):
-            _raise_unfit(table, name, field, row, value, "expected text")
-    return [str(value) for value in values]
+    if isinstance(value, str):
+        return value == "" and field == "task.label"
+    return value is None or isinstance(value, float) and math.isnan(value)
 
 
 def _raise_unfit(table: Table, name: str, field: str, row: int, value: Any, advice: str) -> NoReturn:
@@ -208,16 +330,6 @@ def _raise_unfit(table: Table, name: str, field: str, row: int, value: Any, advi
         f"{field}: the column {name!r} holds {_kind(type(value))} in {table.locate([row])}: {value!r:.80}; {advice}"
         "write it as text, or name another column"
     )
-
-
-def cells(table: datasets.Dataset, name: str) -> list[Any]:
-    """A column's values, unchecked: some may be missing."""
-    if not isinstance(table.features[name], datasets.Json):
-        return table[name][:]
-    # The parser that datasets uses for JSON rounds numbers.
-    rows: Any = table.select_columns([name]).with_format("arrow")[:]
-    written = (text for chunk in rows.column(name).chunks for text in chunk.storage.to_pylist())
-    return [None if text is None else json.loads(text) for text in written]
 
 
 @functools.cache

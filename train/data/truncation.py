@@ -36,6 +36,20 @@ class Truncation(NamedTuple):
         over = [length - limit for length in lengths if length > limit]
         return cls(limit, len(lengths), max(lengths, default=0), len(over), 0, sum(lengths), sum(over), None)
 
+    def plus(self, other: Truncation) -> Truncation:
+        """The truncation of both sets of texts, by the same limit."""
+        both = (self, other)
+        return Truncation(
+            limit=self.limit,
+            examples=sum(one.examples for one in both),
+            longest=max(one.longest for one in both),
+            cut=sum(one.cut for one in both),
+            dropped=sum(one.dropped for one in both),
+            tokens=sum(one.tokens for one in both),
+            lost=sum(one.lost for one in both),
+            ends=None if self.ends is None or other.ends is None else self.ends + other.ends,
+        )
+
     def describe(self, name: str, *, training: bool = True) -> str:
         """One line about the set ``name``; in ``training``, with the flag that avoids truncation."""
         if not self.cut and not self.dropped:

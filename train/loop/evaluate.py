@@ -10,7 +10,8 @@ import numpy as np
 
 import jlora
 from train.compute.layouts import Layout
-from train.data.batches import Batch, Examples, batch_of, bucket_of, ordered_rows, size
+from train.data.batches import Batch, batch_of, bucket_of, ordered_rows, size
+from train.data.ragged import Examples
 from train.loop.stop import Stop, Stopped
 from train.networks.network import Forward
 from train.tasks.base import Measured, Task

@@ -18,7 +18,7 @@ from train.compute.optimizer import make_optimizer, make_schedule
 from train.compute.processes import first_decides
 from train.compute.step import init_state, make_step
 from train.config import ConfigError, FitConfig
-from train.data.batches import Examples
+from train.data.ragged import Examples
 from train.job import Job
 from train.loop.feed import Feed
 from train.loop.run_files import RunFiles
@@ -144,12 +144,20 @@ class _Loop:
             axis=self.layout.axis,
         )
         self.step = self.layout.compile_step(step, self.train_state)
-        self.feed = Feed(training.examples, config.batch_size, job.buckets, job.config.seed, training.ideal_seconds)
+        self.feed = Feed(
+            training.examples,
+            self.layout,
+            config.batch_size,
+            job.buckets,
+            job.config.seed,
+            training.ideal_seconds,
+        )
         self.compiled: set[tuple[int, ...]] = set()
         self.in_flight: deque[_InFlight] = deque()
         self.estimate = TimeEstimate()
         self.saved_step = self.state.step
         self.clock = self.saved_at = time.perf_counter()
+        self.waited = 0.0  # for input, since the last lap
 
     def run(self) -> FitResult:
         """Train to the end, or until a stop is requested."""
@@ -160,6 +168,8 @@ class _Loop:
                 return self.result()
         except Stopped as stopped:
             raise Stopped(self.save_and_stop(), stopped.code) from None
+        finally:
+            self.feed.close()
 
     def train(self) -> None:
         if self.state.eval_pending:
@@ -198,13 +208,14 @@ class _Loop:
 
     def advance(self) -> None:
         """Dispatch one step. Its metrics stay on the devices for now, so the host need not wait for them."""
-        one = self.feed.input(self.state.step)
-        batch = self.feed.place(self.layout, one)
+        asked = time.perf_counter()
+        one = self.feed.input(self.state.step, self.intervals.steps)
+        self.waited += time.perf_counter() - asked
         is_compiled = one.shape in self.compiled
         if not is_compiled:  # keeps compilation out of the timing: no step is in flight during it
             self.collect(0)
         with contextlib.nullcontext() if is_compiled else self.compiling():
-            self.train_state, metrics = self.step(self.train_state, self.base, batch, self.key)
+            self.train_state, metrics = self.step(self.train_state, self.base, one.batch, self.key)
         self.compiled.add(one.shape)
         self.state.step += 1
         self.in_flight.append(_InFlight(self.state.step, metrics, one.counts, is_compiled))
@@ -221,25 +232,30 @@ class _Loop:
 
         Records are logged as soon as their metrics arrive; `evaluate` logs those with its own metrics.
         """
-        while len(self.in_flight) > leave:
+        while len(self.in_flight) > leave or self.in_flight and self.is_done(self.in_flight[0]):
             done = self.in_flight.popleft()
             metrics = {name: np.asarray(value).item() for name, value in done.metrics.items()}
             if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
                 raise ConfigError(self.diverged(done.step, metrics))
-            seconds = self.lap()
+            seconds, waited = self.lap()
             if done.is_timed:
                 self.estimate.add(seconds)
             for averages in (self.state.since_log, self.state.since_epoch):
-                averages.add(metrics, done.counts, seconds if done.is_timed else None)
+                averages.add(metrics, done.counts, seconds if done.is_timed else None, waited)
             if not self.intervals.is_eval_due(done.step):
                 self.log(done.step, {})
 
-    def lap(self) -> float:
-        """Seconds since the last lap, counted as training time."""
+    def is_done(self, one: _InFlight) -> bool:
+        """Whether a step's metrics can be had without waiting. Several processes collect them at the same steps."""
+        return jax.process_count() == 1 and all(value.is_ready() for value in one.metrics.values())
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap, counted as training time; and those of them that were spent waiting for input."""
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
+        waited, self.waited = min(self.waited, seconds), 0.0
         self.state.seconds += seconds
-        return seconds
+        return seconds, waited
 
     # What is due after a step
 
@@ -256,7 +272,7 @@ class _Loop:
         with contextlib.nullcontext() if self.estimate.eval_seconds else self.compiling():
             metrics = self.t.evaluate(self.train_state.adapters)
         self.state.eval_pending = False
-        self.estimate.eval_seconds = self.lap()
+        self.estimate.eval_seconds, _ = self.lap()
         self.log(self.state.step, metrics)
         self.clock = time.perf_counter()
         return self.state.add_eval(self.t.metric, metrics[self.t.metric.name])

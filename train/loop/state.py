@@ -77,12 +77,14 @@ class StepCounts(NamedTuple):
       examples, tokens: in its batch, without padding; 0 tokens without texts.
       ideal_seconds: its time at the devices' peak; 0 if unknown.
       padded_tokens: tokens with the padding.
+      loss_tokens: tokens that carry loss; 0 without a loss mask.
     """
 
     examples: int
     tokens: int
     ideal_seconds: float
     padded_tokens: int = 0
+    loss_tokens: int = 0
 
 
 @dataclass
@@ -93,9 +95,10 @@ class Averages:
       steps: number of steps.
       sums: of each metric.
       learning_rate: the newest step's; None before the first one.
-      tokens, padded_tokens: in all steps, see `StepCounts`.
-      timed_steps, timed_examples, timed_tokens: in the timed steps, those without compilation.
+      tokens, padded_tokens, loss_tokens: in all steps, see `StepCounts`.
+      timed_steps, timed_examples, timed_tokens, timed_loss_tokens: in the timed steps, those without compilation.
       seconds, ideal_seconds: the time of the timed steps, actual and at the devices' peak.
+      input_seconds: the part of the actual time in which the host waited for a batch.
     """
 
     steps: int = 0
@@ -108,27 +111,43 @@ class Averages:
     timed_tokens: int = 0
     seconds: float = 0.0
     ideal_seconds: float = 0.0
+    loss_tokens: int = 0
+    timed_loss_tokens: int = 0
+    input_seconds: float = 0.0
 
-    def add(self, metrics: Mapping[str, Any], counts: StepCounts, seconds: float | None = None) -> None:
-        """Add a step; ``seconds`` is None if not timed."""
+    def add(
+        self, metrics: Mapping[str, Any], counts: StepCounts, seconds: float | None = None, waited: float = 0.0
+    ) -> None:
+        """Add a step; ``seconds`` is None if not timed, and ``waited`` the part of them spent waiting for its batch."""
         self.steps += 1
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
         self.learning_rate = metrics.get("learning_rate", self.learning_rate)
         self.tokens += counts.tokens
         self.padded_tokens += counts.padded_tokens
+        self.loss_tokens += counts.loss_tokens
         if seconds is not None:
             self.timed_steps += 1
             self.timed_examples += counts.examples
             self.timed_tokens += counts.tokens
+            self.timed_loss_tokens += counts.loss_tokens
             self.seconds += seconds
+            self.input_seconds += waited
             self.ideal_seconds += counts.ideal_seconds
 
     def compute(self) -> dict[str, float]:
-        """The metrics' means, the newest learning rate, the share of padding, and the speed."""
+        """The metrics' means, the newest learning rate, the tokens, and the speed.
+
+        ``tokens`` and ``loss_tokens`` are numbers without padding, ``padding`` is its share of the computed tokens, and
+        ``input`` the share of the time in which the host waited for a batch.
+        """
         found = {name: total / self.steps for name, total in self.sums.items()}
         if self.learning_rate is not None:
             found["learning_rate"] = self.learning_rate
+        if self.tokens:
+            found["tokens"] = self.tokens
+        if self.loss_tokens:
+            found["loss_tokens"] = self.loss_tokens
         if self.padded_tokens:
             found["padding"] = 1 - self.tokens / self.padded_tokens
         if self.timed_steps and self.seconds > 0:
@@ -136,6 +155,9 @@ class Averages:
             found["examples_per_second"] = self.timed_examples / self.seconds
             if self.timed_tokens:
                 found["tokens_per_second"] = self.timed_tokens / self.seconds
+            if self.timed_loss_tokens:
+                found["loss_tokens_per_second"] = self.timed_loss_tokens / self.seconds
+            found["input"] = self.input_seconds / self.seconds
             if self.ideal_seconds:
                 found["mfu"] = self.ideal_seconds / self.seconds
         return found

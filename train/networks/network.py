@@ -13,7 +13,7 @@ import jlora
 from train.config import (
     ConfigError,
 )
-from train.data.batches import Examples
+from train.data.ragged import Examples
 
 Inputs = Mapping[str, jax.Array]
 Forward = Callable[..., Any]
@@ -54,8 +54,8 @@ def check_tokens(network: Network, *sets: Mapping[str, Examples]) -> None:
     known = getattr(getattr(network.model, "config", None), "vocab_size", None)
     if known is None or network.tokenizer is None:
         return
-    columns = [examples["input_ids"] for named in sets for examples in named.values()]
-    largest = max((int(tokens.max()) for column in columns for tokens in column if tokens.size), default=0)
+    columns: list[Any] = [examples["input_ids"] for named in sets for examples in named.values()]
+    largest = max((tokens.largest for tokens in columns), default=0)
     if largest >= known:
         word = network.tokenizer.convert_ids_to_tokens(largest)
         raise ConfigError(

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from jlora.messages import table
 from train.compute.processes import is_first
+from train.compute.throughput import NOTABLE
 from train.loop.state import Intervals
 
 
@@ -83,8 +84,12 @@ class Progress:
             if name in record:
                 parts.append(f"{record[name]:,.{0 if record[name] >= 10 else 1}f} {unit}")
                 break
+        if "loss_tokens_per_second" in record:
+            parts[-1] += f" ({record['loss_tokens_per_second']:,.0f} with loss)"
         if "padding" in record:
             parts.append(f"padding {record['padding']:.0%}")
+        if record.get("input", 0) >= NOTABLE:
+            parts.append(f"input {record['input']:.0%}")
         return parts if left is None else [*parts, f"{_clock(left)} left"]
 
     def _say(self, line: str) -> None:

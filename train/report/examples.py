@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.data.batches import Examples
+from train.data.ragged import Examples
 from train.tasks.base import Task
 
 SHORT = 300

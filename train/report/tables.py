@@ -174,6 +174,9 @@ SPEED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "time per step": _scaled("step_seconds", 1e3, "{:,.1f} ms"),
     "examples per second": _scaled("examples_per_second", 1, "{:,.0f}"),
     "tokens per second": _scaled("tokens_per_second", 1, "{:,.0f}"),
+    "tokens with loss per second": _scaled("loss_tokens_per_second", 1, "{:,.0f}"),
+    "padding": _scaled("padding", 1, "{:.1%}"),
+    "time waiting for input": _scaled("input", 1, "{:.1%}"),
     "share of the devices' peak": _scaled("mfu", 1, "{:.1%}"),
     "peak memory": _scaled("peak_memory_bytes", 2**-30, "{:.2f} GiB"),
 }

@@ -1,5 +1,6 @@
 """Tasks: tables in, examples out; outputs of a network in, losses, metrics and predictions out.
 
+``encoding``       encoded examples, cached on disk
 ``base``           the interface of a task
 ``metrics``        metrics over all examples
 ``labels``         a column of labels as classes or numbers

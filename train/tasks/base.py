@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from train.data.batches import Batch, Examples
+from train.data.batches import Batch
+from train.data.ragged import Examples
 from train.data.tables import Table
+from train.tasks.encoding import Draft
 
 Measured: TypeAlias = Mapping[str, np.ndarray]
 """The results of `Task.measure` over all examples: arrays [n, ...]."""
@@ -28,8 +30,8 @@ class Task(Protocol):
     primary: str
     higher_is_better: bool
 
-    def encode(self, table: Table) -> dict[str, Examples]:
-        """A table as examples by domain name; most tasks have a single domain, ``""``."""
+    def encode(self, table: Table, draft: Draft | None = None) -> dict[str, Examples]:
+        """A table as examples by domain name; most tasks have a single domain, ``""``. Without a draft, in memory."""
         ...
 
     def inputs(self, batch: Batch, smoothing: float = 0.0) -> dict[str, Any]:

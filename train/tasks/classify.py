@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.config import SequenceClassification
-from train.data.batches import Batch, Examples, Ragged
+from train.data.batches import Batch
+from train.data.lines import in_batches
+from train.data.ragged import Examples, Kind, Ragged
 from train.data.tables import Table, texts
 from train.data.truncation import Truncation
 from train.tasks import metrics
 from train.tasks.base import Measured, cross_entropy
+from train.tasks.encoding import CHUNK, Draft
 from train.tasks.labels import class_numbers, regression_targets, weight_vector
 
 
@@ -80,29 +83,41 @@ class Texts:
         self.config, self.labels, self.tokenizer = config, list(labels), tokenizer
         self.weights = weight_vector(config.class_weights, labels)
 
-    def encode(self, table: Table) -> dict[str, Examples]:
+    def encode(self, table: Table, draft: Draft | None = None) -> dict[str, Examples]:
         """``input_ids``, ``attention_mask``, ``token_type_ids`` if the tokenizer has them, and ``label``."""
         config = self.config
         pairs = None if config.pair is None else texts(table, config.pair, "task.pair")
-        examples: dict[str, np.ndarray | Ragged] = dict(self.tokens(texts(table, config.text, "task.text"), pairs))
+        examples: dict[str, np.ndarray | Ragged] = dict(
+            self.tokens(texts(table, config.text, "task.text"), pairs, draft)
+        )
         if config.regression:
             examples["label"] = regression_targets(table, config.label)
         else:
             examples["label"] = class_numbers(table, config.label, self.labels)
         return {"": examples}
 
-    def tokens(self, first: Sequence[str], pairs: Sequence[str] | None = None) -> dict[str, Ragged]:
+    def tokens(
+        self, first: Iterable[str], pairs: Iterable[str] | None = None, draft: Draft | None = None
+    ) -> dict[str, Ragged]:
         """Texts, or pairs of texts, truncated to ``max_length`` tokens."""
-        limit, whole = self.config.max_length, self.tokenizer(list(first), pairs, verbose=False)
-        cut = Truncation.of(limit, [len(one) for one in whole["input_ids"]])
-        found = self.tokenizer(list(first), pairs, truncation=True, max_length=limit) if cut.cut else whole
-        fills = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
-        left = self.tokenizer.padding_side == "left"
-        return {
-            name: Ragged(found[name], fill or 0, left=left, truncation=cut)
-            for name, fill in fills.items()
-            if name in found
+        tokenizer, limit = self.tokenizer, self.config.max_length
+        left, cut = tokenizer.padding_side == "left", Truncation.of(limit, [])
+        kinds = {
+            "input_ids": Kind(tokenizer.pad_token_id or 0, left=left),
+            "attention_mask": Kind(dtype=None, left=left),
+            "token_type_ids": Kind(dtype="uint8", left=left),
         }
+        made = tokenizer("a", None if pairs is None else "a")
+        with (draft or Draft()).writer({name: kind for name, kind in kinds.items() if name in made}) as writer:
+            for part in in_batches(zip(first) if pairs is None else zip(first, pairs, strict=True), CHUNK):
+                columns = [list(column) for column in zip(*part, strict=True)]
+                found = tokenizer(*columns, verbose=False)
+                here = Truncation.of(limit, [len(one) for one in found["input_ids"]])
+                if here.cut:
+                    found = tokenizer(*columns, truncation=True, max_length=limit)
+                cut = cut.plus(here)
+                writer.add({name: found[name] for name in ("input_ids", "token_type_ids") if name in made})
+        return writer.columns(cut)
 
     def inputs(self, batch: Batch, smoothing: float = 0.0) -> dict[str, Any]:
         return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}

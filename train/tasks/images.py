@@ -9,11 +9,13 @@ import numpy as np
 
 from train.compute.processes import say
 from train.config import ConfigError, Domain, ImageClassification
-from train.data.batches import Batch, Examples
+from train.data.batches import Batch
+from train.data.ragged import Examples
 from train.data.tables import Table
 from train.messages import bulleted
 from train.tasks import pictures
 from train.tasks.classify import Classification
+from train.tasks.encoding import Draft
 from train.tasks.labels import class_numbers, weight_vector
 
 DARK = 1 / 8
@@ -28,8 +30,8 @@ class Images(Classification):
         self.weights = weight_vector(config.class_weights, labels)
         self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
-    def encode(self, table: Table) -> dict[str, Examples]:
-        """Per domain, ``image``: float32 [n, side, side, channels], normalized; and ``label``."""
+    def encode(self, table: Table, draft: Draft | None = None) -> dict[str, Examples]:
+        """In memory, per domain, ``image``: float32 [n, side, side, channels], normalized; and ``label``."""
         config = self.config
         labels = class_numbers(table, config.label, self.labels)
         images = self._images(table)

@@ -13,7 +13,7 @@ import numpy as np
 from jlora.messages import nearest
 from jlora.messages import table as text_table
 from train.config import ConfigError
-from train.data.tables import Table, column
+from train.data.tables import Distinct, Table, column, distinct
 from train.messages import listed
 
 NO_LABEL = "-1"
@@ -38,10 +38,10 @@ def class_names(table: Table, label: str) -> tuple[str, ...]:
     texts = label_texts(table, label)
     declared = _declared_classes(table, label)
     _check_no_missing_label(table, texts, declared, label)
-    names = declared or sorted(set(texts), key=_sort_key)
+    names = declared or sorted(set(texts.values), key=_sort_key)
     here = f"task.label: the column {label!r} holds"
     if not declared and all(map(_is_number, names)) and not all(float(name).is_integer() for name in names):
-        scores = [row for row, text in enumerate(texts) if not float(text).is_integer()]
+        scores = texts.rows(lambda text: not float(text).is_integer())
         raise ConfigError(
             f"{here} numbers that are not whole: {_values_by_row(table, texts, scores)}. To predict a number from a "
             f"text, pass --task.regression; if these are names of classes, pass {_labels_flag(names)}"
@@ -73,16 +73,16 @@ def class_numbers(table: Table, label: str, names: Sequence[str]) -> np.ndarray:
     texts = label_texts(table, label)
     _check_no_missing_label(table, texts, names, label)
     index = {name: i for i, name in enumerate(names)}
-    may_be_numbers = not any(map(_is_number, names)) and not any(text in index for text in texts)
-    are_numbers = may_be_numbers and all(text.isascii() and text.isdecimal() for text in texts)
+    may_be_numbers = not any(map(_is_number, names)) and not any(text in index for text in texts.values)
+    are_numbers = may_be_numbers and all(text.isascii() and text.isdecimal() for text in texts.values)
     if are_numbers:
         index = {str(i): i for i in range(len(names))}
-    if wrong := [row for row, text in enumerate(texts) if text not in index]:
-        unknown = sorted({texts[row] for row in wrong}, key=_sort_key)
+    if wrong := texts.rows(lambda text: text not in index):
+        unknown = sorted(set(texts.values) - set(index), key=_sort_key)
         known = f"{listed(names, _SHOWN)}{f', or its number from 0 to {len(names) - 1}' if may_be_numbers else ''}"
         if are_numbers:
             way = "give --task.labels a name for each number"
-        elif not any(text in index for text in texts):  # the names of another task
+        elif not any(text in index for text in texts.values):  # the names of another task
             way = f"pass --task.labels None to take the classes from the data, or {_labels_flag([*names, *unknown])}"
         else:
             way = f"pass {_labels_flag([*names, *unknown])}"
@@ -90,24 +90,24 @@ def class_numbers(table: Table, label: str, names: Sequence[str]) -> np.ndarray:
             f"task.label: the column {label!r} holds {_values_by_row(table, texts, wrong)}, which is not a class"
             f"{nearest(unknown[0], names)}; expected one of {known}. Remove these rows, or {way}"
         )
-    return np.asarray([index[text] for text in texts], np.int32)
+    return np.asarray([index[text] for text in texts.values], np.int32)[texts.numbers]
 
 
-def label_texts(table: Table, label: str) -> list[str]:
+def label_texts(table: Table, label: str) -> Distinct:
     """Each label of a column as text: a string unchanged, a declared class by name, booleans as in JSON, and numbers as
     in Python, whole ones without a decimal point.
 
     Raises:
       ConfigError: listing every value that cannot be a label, such as a list or an empty string, with its rows.
     """
-    values = column(table, label, "task.label")
-    if wrong := [row for row, value in enumerate(values) if not _is_label(value)]:
+    values = distinct(table, label, "task.label")
+    if wrong := values.rows(lambda value: not _is_label(value)):
         raise ConfigError(
             f"task.label: the column {label!r} holds {_values_by_row(table, values, wrong)}; expected a name or a "
             "number. Remove these rows, or pass another --task.label"
         )
     declared = _declared_classes(table, label)
-    return [_label_text(value, declared) for value in values]
+    return values.map(lambda value: _label_text(value, declared))
 
 
 def regression_targets(table: Table, label: str) -> np.ndarray:
@@ -118,7 +118,7 @@ def regression_targets(table: Table, label: str) -> np.ndarray:
     """
     values = column(table, label, "task.label")
     with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, which is an error
-        numbers = np.asarray([_target(value) for value in values], np.float32)
+        numbers = np.fromiter(map(_target, values), np.float64, len(values)).astype(np.float32)
     if (wrong := np.flatnonzero(~np.isfinite(numbers))).size:
         raise ConfigError(
             f"task.label: the column {label!r} holds {_values_by_row(table, values, wrong.tolist())}; a regression "
@@ -229,12 +229,12 @@ def _declared_classes(table: Table, label: str) -> list[str]:
     return list(getattr(table.features.get(label), "names", None) or ())
 
 
-def _check_no_missing_label(table: Table, texts: Sequence[str], names: Sequence[str], label: str) -> None:
+def _check_no_missing_label(table: Table, texts: Distinct, names: Sequence[str], label: str) -> None:
     """Raises a ConfigError if rows contain `NO_LABEL`, unless that is a class."""
-    if NO_LABEL in names or not (rows := [row for row, text in enumerate(texts) if text == NO_LABEL]):
+    if NO_LABEL in names or not (rows := texts.rows(lambda text: text == NO_LABEL)):
         return
     which = f"all {len(rows)} rows" if len(rows) == len(texts) else table.locate(rows)
-    both = sorted({*names, *texts}, key=_sort_key)
+    both = sorted({*names, *texts.values}, key=_sort_key)
     way = f"; if -1 is a class, name all: {_labels_flag(both)}" if all(map(_is_number, both)) else ""
     raise ConfigError(
         f"task.label: the column {label!r} holds -1 in {which}, which marks a missing label in test splits on the hub. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -11,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.models import TokenLosses
-from train.compute.processes import say
 from train.config import CausalLM, ConfigError
-from train.data.batches import Batch, Examples, Ragged
-from train.data.tables import Table, cells, column, texts
+from train.data.batches import Batch
+from train.data.lines import in_batches
+from train.data.ragged import Examples, Kind
+from train.data.tables import Column, Table, column, texts
 from train.data.truncation import Truncation
 from train.tasks import metrics
 from train.tasks.base import Measured
 from train.tasks.chat import Chat
 from train.tasks.conversations import Message, messages_of, tools_of
+from train.tasks.encoding import CHUNK, Draft
 from train.tasks.spans import Example, SpannedText, pack, plain_prompt, token_ids, tokenize, tokenize_plain, truncate
 
 
@@ -41,7 +43,7 @@ class LanguageModel:
 
     # From tables to examples
 
-    def encode(self, table: Table) -> dict[str, Examples]:
+    def encode(self, table: Table, draft: Draft | None = None) -> dict[str, Examples]:
         """``input_ids``, ``attention_mask``, ``loss_mask``, and ``segment_ids`` if packed: int32 [length] per example.
 
         A row is one example; a conversation may be several (see `train.tasks.chat`).
@@ -49,24 +51,45 @@ class LanguageModel:
         Raises:
           ConfigError: if a conversation does not fit the template, or no example has a token that carries loss.
         """
-        config, limit = self.config, self.config.max_length
-        rows, spanned = zip(*self._spanned_texts(table), strict=True) if len(table) else ((), ())
-        examples = list((tokenize if self.chat else tokenize_plain)(spanned, self.tokenizer))
-        kept, truncation = truncate(examples, limit)
-        if not kept:
+        config, limit, draft = self.config, self.config.max_length, draft or Draft()
+        kinds = {
+            "input_ids": Kind(self.pad),
+            "attention_mask": Kind(dtype=None),
+            "loss_mask": Kind(dtype="uint8", counted=True),
+            **({"segment_ids": Kind()} if config.pack else {}),
+        }
+        kept = _Kept(limit)
+        examples = kept.of(self._examples(table, draft))
+        packed = pack(examples, limit) if config.pack else ((example, []) for example in examples)
+        with draft.writer(kinds) as writer:
+            for part in in_batches(packed, CHUNK):
+                columns = {
+                    "input_ids": [example.tokens for example, _ in part],
+                    "loss_mask": [example.loss_mask for example, _ in part],
+                    "segment_ids": [segments for _, segments in part],
+                }
+                writer.add({name: rows for name, rows in columns.items() if name in kinds})
+        cut = kept.truncation
+        if cut.dropped == cut.examples:
             raise ConfigError(
-                f"task: none of the {len(examples)} examples has a token that carries loss within max_length = "
+                f"task: none of the {cut.examples} examples has a token that carries loss within max_length = "
                 f"{limit}; pass a larger --task.max-length, or check the columns"
             )
-        used = {row for row, example in zip(rows, examples, strict=True) if example.has_loss(limit)}
-        table.count_dropped(len(table) - len(used), f"without a token that carries loss within {limit} tokens")
-        if joined := sum(example.joined for example in kept):
-            say(
-                f"in {joined} of {len(kept)} examples one token spans the end of a prompt and the start of its answer, "
-                "and carries loss. If it is a space, end prompts (or the template's generation prompt) without it"
+        table.count_dropped(len(table) - kept.rows, f"without a token that carries loss within {limit} tokens")
+        if kept.joined:
+            draft.say(
+                f"in {kept.joined} of {cut.examples - cut.dropped} examples one token spans the end of a prompt and "
+                "the start of its answer, and carries loss. If it is a space, end prompts (or the template's "
+                "generation prompt) without it"
             )
-        packed = list(pack(kept, limit)) if config.pack else [(example, None) for example in kept]
-        return {"": _columns(packed, self.pad, truncation)}
+        return {"": writer.columns(cut)}
+
+    def _examples(self, table: Table, draft: Draft) -> Iterator[list[tuple[int, Example]]]:
+        """The tokens of all texts, each with the index of its row, in parts."""
+        for part in in_batches(self._spanned_texts(table, draft), CHUNK):
+            rows, spanned = zip(*part, strict=True)
+            found = (tokenize if self.chat else tokenize_plain)(spanned, self.tokenizer)
+            yield list(zip(rows, found, strict=True))
 
     @property
     def pad(self) -> int:
@@ -96,34 +119,39 @@ class LanguageModel:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return token_ids(self.chat.prompt(messages, tools), self.tokenizer)
 
-    def _spanned_texts(self, table: Table) -> list[tuple[int, SpannedText]]:
+    def _spanned_texts(self, table: Table, draft: Draft) -> Iterator[tuple[int, SpannedText]]:
         """The texts of all rows, each with the index of its row."""
         config = self.config
         if config.messages is not None:
-            return self._conversations(table, column(table, config.messages, "task.messages"))
+            yield from self._conversations(table, column(table, config.messages, "task.messages"), draft)
+            return
         if config.text is not None:
-            whole = texts(table, config.text, "task.text")
-            return [(row, SpannedText(text, [(0, len(text))])) for row, text in enumerate(whole)]
+            for row, text in enumerate(texts(table, config.text, "task.text")):
+                yield row, SpannedText(text, [(0, len(text))])
+            return
         assert config.prompt is not None and config.completion is not None
         prompts = texts(table, config.prompt, "task.prompt")
-        pairs = list(zip(prompts, texts(table, config.completion, "task.completion"), strict=True))
+        pairs = zip(prompts, texts(table, config.completion, "task.completion"), strict=True)
         if self.chat:
-            turns = [({"role": "user", "content": one}, {"role": "assistant", "content": two}) for one, two in pairs]
-            return self._conversations(table, list(map(list, turns)))
-        starts = [0 if config.learn_prompt else len(one) for one, _ in pairs]
-        return [(row, SpannedText(one + two, [(starts[row], len(one + two))])) for row, (one, two) in enumerate(pairs)]
+            turns = ([{"role": "user", "content": one}, {"role": "assistant", "content": two}] for one, two in pairs)
+            yield from self._conversations(table, turns, draft)
+            return
+        for row, (one, two) in enumerate(pairs):
+            yield row, SpannedText(one + two, [(0 if config.learn_prompt else len(one), len(one + two))])
 
-    def _tools(self, table: Table) -> Sequence[Any]:
+    def _tools(self, table: Table) -> Iterable[Any]:
         """The tools of each row, if any."""
         name = self.config.tools
         if name is None:
             return [None] * len(table)
-        return cells(table, name) if name in table.column_names else column(table, name, "task.tools")
+        return Column(table, name) if name in table.column_names else column(table, name, "task.tools")
 
-    def _conversations(self, table: Table, conversations: Sequence[Any]) -> list[tuple[int, SpannedText]]:
+    def _conversations(
+        self, table: Table, conversations: Iterable[Any], draft: Draft
+    ) -> Iterator[tuple[int, SpannedText]]:
         """Each conversation as one span, or as texts with the assistant's turns as spans."""
         assert self.chat is not None
-        found: list[tuple[int, SpannedText]] = []
+        count = 0
         unread: Counter[str] = Counter()
         for row, (raw, of_row) in enumerate(zip(conversations, self._tools(table), strict=True)):
             try:
@@ -136,17 +164,17 @@ class LanguageModel:
             except ConfigError as error:
                 field = "messages" if self.config.messages else "chat"
                 raise ConfigError(f"task.{field}: {table.locate([row])}: {error}") from error
-            found += [(row, turn) for turn in turns]
+            yield from ((row, turn) for turn in turns)
+            count += len(turns)
             unread.update(self.chat.unread_keys(messages))
         if unread:
             keys = ", ".join(f"{key} (in {count} rows)" for key, count in sorted(unread.items()))
-            say(f"the chat template does not read these keys of messages: {keys}")
-        if len(found) > len(conversations):
-            say(
-                f"{len(conversations)} conversations become {len(found)} examples: the chat template renders earlier "
-                "turns differently from how it generates them, so each carries loss where it is generated"
+            draft.say(f"the chat template does not read these keys of messages: {keys}")
+        if count > len(table):
+            draft.say(
+                f"{len(table)} conversations become {count} examples: the chat template renders earlier turns "
+                "differently from how it generates them, so each carries loss where it is generated"
             )
-        return found
 
     # From outputs to metrics
 
@@ -189,12 +217,28 @@ def _masked(losses: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return losses[:, :-1] * loss_mask, loss_mask
 
 
-def _columns(rows: Sequence[tuple[Example, list[int] | None]], pad: int, truncation: Truncation) -> Examples:
-    examples = {
-        "input_ids": Ragged([example.tokens for example, _ in rows], pad, truncation=truncation),
-        "attention_mask": Ragged([[1] * len(example.tokens) for example, _ in rows], 0),
-        "loss_mask": Ragged([example.loss_mask for example, _ in rows], 0),
-    }
-    if rows and rows[0][1] is not None:
-        examples["segment_ids"] = Ragged([segments or [] for _, segments in rows], 0)
-    return examples
+class _Kept:
+    """Examples truncated to ``limit`` tokens, without those left with no loss, and what that costs.
+
+    Attributes:
+      truncation: of the examples so far.
+      rows: the number of rows that have an example.
+      joined: the number of examples in which a token with loss begins before its span.
+    """
+
+    def __init__(self, limit: int):
+        self.truncation = Truncation.of(limit, [])._replace(ends=0)
+        self.rows = self.joined = 0
+
+    def of(self, parts: Iterable[list[tuple[int, Example]]]) -> Iterator[Example]:
+        """The examples kept of these; each part has examples with the indices of their rows, in order."""
+        last = -1
+        for part in parts:
+            limit = self.truncation.limit
+            kept, here = truncate([example for _, example in part], limit)
+            self.truncation = self.truncation.plus(here)
+            self.joined += sum(example.joined for example in kept)
+            used = {row for row, example in part if example.has_loss(limit)}
+            self.rows += len(used - {last})
+            last = max(used, default=last)
+            yield from kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import datasets
@@ -33,7 +33,7 @@ class Picture(NamedTuple):
     animated: bool
 
 
-def stored_images(table: Table, name: str) -> list[Any]:
+def stored_images(table: Table, name: str) -> Sequence[Any]:
     """The images of a column as stored, to open one at a time."""
     if not isinstance(table.features.get(name), datasets.Image):
         return column(table, name, "task.image")

@@ -7,15 +7,14 @@ to the answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from train.data.lines import in_batches
 from train.data.truncation import Truncation
-
-CHUNK = 1000
-"""Texts per chunk: offsets take far more memory than the resulting tokens."""
+from train.tasks.encoding import CHUNK
 
 
 class SpannedText(NamedTuple):
@@ -89,8 +88,8 @@ def plain_prompt(text: str, tokenizer: Any) -> list[int]:
 
 def tokenize(texts: Sequence[SpannedText], tokenizer: Any) -> Iterator[Example]:
     """Texts as tokens, without adding special tokens."""
-    for start in range(0, len(texts), CHUNK):
-        yield from _tokenize_chunk(texts[start : start + CHUNK], tokenizer)
+    for part in in_batches(texts, CHUNK):
+        yield from _tokenize_chunk(part, tokenizer)
 
 
 def token_ids(text: str, tokenizer: Any, *, add_special_tokens: bool = False) -> list[int]:
@@ -179,7 +178,7 @@ def truncate(examples: Sequence[Example], limit: int) -> tuple[list[Example], Tr
     )
 
 
-def pack(examples: Sequence[Example], length: int) -> Iterator[tuple[Example, list[int]]]:
+def pack(examples: Iterable[Example], length: int) -> Iterator[tuple[Example, list[int]]]:
     """Examples packed in order into rows of at most ``length`` tokens, each with the segment of every token (from 1).
 
     A segment's first token is not predicted, so it carries no loss.

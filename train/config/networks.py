@@ -15,7 +15,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Pretrained(Part):
     """A Hugging Face checkpoint of a family in jlora.models."""
 
-    #: Folder, or id of a model on the hub.
+    #: Folder, also in a bucket as gs://bucket/folder, or id of a model on the hub.
     path: Annotated[str, Constraint("a folder or the id of a model on the hub", bool, "gpt2")]
     #: Branch, tag or commit of a model on the hub.
     revision: str | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from jlora.files.buckets import absolute, located
 from jlora.messages import bullets
 from train.config import ConfigError
 from train.rundir.codec import flat
@@ -82,7 +83,7 @@ def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
       ConfigError: listing all folders that are not runs, and all unreadable files and lines.
     """
     problems: list[str] = []
-    folders = list({folder.resolve(): folder for folder in folders}.values())
+    folders = list({absolute(folder): folder for folder in map(located, folders)}.values())
     found = [_read(folder, name, problems) for folder, name in zip(folders, _names(folders), strict=True)]
     if problems:
         raise ConfigError(f"report: {len(problems)} problem(s) in the runs:{bullets(problems)}")
@@ -90,7 +91,7 @@ def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [absolute(folder).parts for folder in folders]
 
     def name(mine: tuple[str, ...]) -> str:
         others = [other for other in parts if other != mine]

@@ -52,6 +52,7 @@ def open_run(folder: Path) -> FinishedRun:
       ConfigError: if there is none, the run is unfinished, or one of its files is damaged, changed or missing.
     """
     directory = RunDirectory(folder)
+    folder = directory.path
     config = directory.read_config()
     if not directory.is_finished:
         raise ConfigError(

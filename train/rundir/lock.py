@@ -74,6 +74,8 @@ class _BucketLock:
         try:
             self._store: Any = tensorstore.KvStore.open({"driver": "gcs", "bucket": bucket}).result()
             self._generation = self._acquire(directory)
+        except ConfigError:
+            raise
         except ValueError as error:  # tensorstore's
             raise OSError(f"{self._file} cannot be written ({one_line(error)})") from error
         self._thread = threading.Thread(target=self._keep, name="run.lock", daemon=True)

@@ -51,7 +51,8 @@ class Emulator:
             for path, handlers in server.HANDLERS
         )
         server._read_raw_data = _whole(server._read_raw_data)
-        self._http = HTTPServer(("127.0.0.1", 0), partial(Handler, self.storage))
+        handler: Any = Handler
+        self._http = HTTPServer(("127.0.0.1", 0), lambda *args: handler(self.storage, *args))
         self.port = self._http.server_port
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 

@@ -10,17 +10,19 @@ is written last, `SHA256SUMS` (`jlora.files.checksums`).
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import hashlib
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, cast
 
 from jlora.files.errors import TensorError
+from jlora.messages import one_line
 
 _URL = re.compile(r"([a-z][a-z0-9]+):/+(.*)", re.DOTALL)
 _BLOCK_BYTES = 32 * 2**20
@@ -73,6 +75,17 @@ def open_to_read(file: Path) -> Any:
     return _filesystem().open(text(file), "rb", block_size=_BLOCK_BYTES, cache_type="readahead")
 
 
+@contextlib.contextmanager
+def errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises the errors of the libraries beneath (refused credentials, a lost network) as `OSError`, with the path."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("aiohttp", "gcsfs", "google", "requests"):
+            raise
+        raise OSError(f"{text(path)}: {one_line(error)}") from error
+
+
 def names_below(folder: Path) -> list[str]:
     """The names of all files below a folder in a bucket, sorted."""
     top = text(folder).removeprefix("gs://").rstrip("/") + "/"
@@ -81,7 +94,8 @@ def names_below(folder: Path) -> list[str]:
 
 def upload(file: Path, target: Path) -> None:
     """Upload a local file: ``target`` is replaced as a whole, or not at all."""
-    _filesystem().put_file(str(file), text(target))
+    with errors_of(target):
+        _filesystem().put_file(str(file), text(target))
 
 
 def upload_folder(folder: Path, target: Path, last: str = "") -> None:
@@ -119,6 +133,7 @@ def download(url: str | os.PathLike[str], cache: Path | None = None, files: Sequ
 
     Raises:
       FileNotFoundError: if there is no file at ``url``.
+      OSError: if a download fails.
     """
     entries = _entries(url)
     copy = (cache or default_cache() / "buckets") / _digest(entries)[:24] / text(url).rstrip("/").rpartition("/")[2]
@@ -129,7 +144,8 @@ def download(url: str | os.PathLike[str], cache: Path | None = None, files: Sequ
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f"{target.name}.{secrets.token_hex(4)}.draft")
         try:
-            _filesystem().get_file(entry["name"], str(draft))
+            with errors_of(url):
+                _filesystem().get_file(entry["name"], str(draft))
             if draft.stat().st_size != int(entry["size"]):
                 raise OSError(f"gs://{entry['name']}: got {draft.stat().st_size:,} of {int(entry['size']):,} bytes")
             os.replace(draft, target)
@@ -146,7 +162,8 @@ def default_cache() -> Path:
 def _entries(url: str | os.PathLike[str]) -> dict[str, Mapping[str, Any]]:
     """The metadata of the files at a URL by their names below it; "" is the name of a file at the URL itself."""
     top = text(url).removeprefix("gs://").rstrip("/")
-    found = _filesystem().find(f"gs://{top}", detail=True)
+    with errors_of(url):
+        found = _filesystem().find(f"gs://{top}", detail=True)
     files = {name.removeprefix(top).lstrip("/"): one for name, one in sorted(found.items()) if one["type"] == "file"}
     if not files:
         raise FileNotFoundError(f"there are no files at gs://{top}")

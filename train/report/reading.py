@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from jlora.files.buckets import absolute, located
+from jlora.files.buckets import absolute, errors_of, located
 from jlora.messages import bullets
 from train.config import ConfigError
 from train.rundir.codec import flat
@@ -84,7 +84,10 @@ def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
     """
     problems: list[str] = []
     folders = list({absolute(folder): folder for folder in map(located, folders)}.values())
-    found = [_read(folder, name, problems) for folder, name in zip(folders, _names(folders), strict=True)]
+    found = []
+    for folder, name in zip(folders, _names(folders), strict=True):
+        with errors_of(folder):
+            found.append(_read(folder, name, problems))
     if problems:
         raise ConfigError(f"report: {len(problems)} problem(s) in the runs:{bullets(problems)}")
     return found

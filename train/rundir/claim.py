@@ -11,7 +11,7 @@ from typing import Any
 
 import filelock
 
-from jlora.files.buckets import is_in_bucket
+from jlora.files.buckets import errors_of, is_in_bucket
 from jlora.messages import bullets
 from train.compute.processes import first_decides, is_first, say
 from train.config import ConfigError, TrainConfig
@@ -61,11 +61,12 @@ def claim(config: TrainConfig, data: Mapping[str, Any]) -> ClaimedDirectory:
 
     def choose() -> str:
         try:
-            directory = _choose(config, data)
-            if not is_in_bucket(directory.path):
-                directory.path.mkdir(parents=True, exist_ok=True)
-            locks.append(lock(directory))
-            extends = _check_same_run(directory, config, data)
+            with errors_of(config.run_dir or ""):
+                directory = _choose(config, data)
+                if not is_in_bucket(directory.path):
+                    directory.path.mkdir(parents=True, exist_ok=True)
+                locks.append(lock(directory))
+                extends = _check_same_run(directory, config, data)
         except OSError as error:
             raise ConfigError(f"run_dir: {error}; expected a directory that is writable; pass --run-dir DIR") from error
         return json.dumps([str(directory), directory.is_finished, extends])

@@ -23,7 +23,7 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "_src.engine.rules": "rule | low_rank joins placement | products lookups arithmetic moves writes control_flow | "
     "table",
     "_src.engine ": "interpreter trace | lora",
-    "files": "errors drafts adapters | json_files checksums tensor_names | hub_files | safetensors",
+    "files": "errors adapters | buckets | drafts | json_files checksums tensor_names | hub_files | safetensors",
     "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init",
     "_src ": "api",
     "peft": "options | config layout | config_file describe keys | tied faults | tensors | read write | __init__",
@@ -43,7 +43,7 @@ TRAIN = {
     "tasks": "encoding | metrics spans base conversations labels pictures | chat | classify language | images",
     "tasks ": "registry | stand_in",
     "compute ": "step | layouts",
-    "rundir": "arrays codec | directory | records changes | bases claim | finished",
+    "rundir": "arrays codec | directory | lock records changes | bases claim | finished",
     "loop": "state stop | evaluate checkpoints extend feed",
     "report": "console examples writers reading | tables | curves | page",
     " ": "job",

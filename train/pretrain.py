@@ -25,7 +25,7 @@ from train.job import Job
 from train.loop.evaluate import Measure
 from train.loop.loop import Training, fit
 from train.loop.stop import Stop
-from train.rundir.bases import base_records, copy_base, load_base, save_base
+from train.rundir.bases import base_records, copy_base, has_base, load_base, save_base
 from train.rundir.codec import to_json
 from train.rundir.records import Record
 
@@ -56,7 +56,7 @@ def pretrain(job: Job, kept: Path, measure: Measure, log: Callable[[Record], Non
       stop: checked after each step.
     """
     cached = cache_entry(job.config)
-    found = next((path for path in (kept, cached) if all_agree(path.is_dir())), None)
+    found = next((path for path in (kept, cached) if all_agree(has_base(path))), None)
     if found is None:
         params = _train(job, cached, measure, log, stop)
     else:

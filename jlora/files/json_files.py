@@ -29,9 +29,11 @@ def read_json(file: Path) -> dict[str, Any]:
         return found
 
     try:
-        if (size := file.stat().st_size) > MAX_BYTES:
-            raise TensorError(f"{file} has {size:,} bytes; expected at most {MAX_BYTES:,}")
-        value = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=without_duplicates)
+        with file.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise TensorError(f"{file} has more than {MAX_BYTES:,} bytes; expected at most that")
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=without_duplicates)
     except TensorError:
         raise
     except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number with thousands of digits

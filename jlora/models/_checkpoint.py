@@ -18,6 +18,7 @@ import numpy as np
 from jlora._src.paths import named_leaves
 from jlora._src.types import Array, PyTree
 from jlora._src.types import Path as LeafPath
+from jlora.files.buckets import is_in_bucket, located
 from jlora.files.errors import ModelError
 from jlora.files.hub_files import CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX, WEIGHTS_PATTERN
 from jlora.files.json_files import write_json
@@ -58,7 +59,7 @@ def load(
     memory never holds much more than the parameters.
 
     Args:
-      path: a folder, or the id of a model on the hub, to download.
+      path: a folder; or a URL as ``gs://bucket/folder``, or the id of a model on the hub, to download.
       task: the kind of output; by default the checkpoint's.
       labels: of a classifier: their names or number; by default the checkpoint's.
       dtype: of the computation; norms, attention weights and logits for losses are float32.
@@ -115,7 +116,7 @@ def save(folder: str | Path, model: nn.Module, params: PyTree, *, max_shard_byte
     For a language model, also writes the ``generation_config.json`` from the folder that it was loaded from.
 
     Args:
-      folder: created if it does not exist; a checkpoint in it is replaced.
+      folder: a path, or a URL as ``gs://bucket/folder``; created if it does not exist; a checkpoint in it is replaced.
       model: from `load` or `build`.
       params: plain parameters of ``model``, as from `load` or `jlora.merge`; stored in their dtypes.
       max_shard_bytes: the size above which the tensors are divided into several files with an index.
@@ -128,7 +129,7 @@ def save(folder: str | Path, model: nn.Module, params: PyTree, *, max_shard_byte
     """
     leaves, _ = named_leaves(params)
     check_leaves(leaves, model)
-    return write(Path(folder), model, leaves, leaves.__getitem__, max_shard_bytes)
+    return write(located(folder), model, leaves, leaves.__getitem__, max_shard_bytes)
 
 
 def check_leaves(leaves: Mapping[LeafPath, Any], model: nn.Module) -> None:
@@ -167,7 +168,8 @@ def write(
       generation: the content of generation_config.json; by default the network's.
     """
     found = architecture(model)
-    folder.mkdir(parents=True, exist_ok=True)
+    if not is_in_bucket(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     stale = {*folder.glob(WEIGHTS_PATTERN.format(suffix="*")), *folder.glob(WEIGHTS_INDEX)}
     written = write_checkpoint(folder, _pending(found, shapes, fetch_leaf), max_shard_bytes)
     for file in stale - set(written):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jlora._src.tree.sharding import ShardingRules
 from jlora._src.types import Array, PyTree
+from jlora.files.buckets import download, is_in_bucket, located, text
 from jlora.files.errors import ModelError
 from jlora.files.hub_files import CHECKPOINT_PATTERNS, CONFIG, GENERATION_CONFIG, JSON_PATTERN, WEIGHTS, read_optional
 from jlora.files.json_files import read_json
@@ -133,16 +134,22 @@ def example_inputs(model: nn.Module, shape: tuple[int, int] = _EXAMPLE_SHAPE) ->
 
 
 def fetch(path: str | Path, revision: str | None = None, files: Sequence[str] = CHECKPOINT_PATTERNS) -> Path:
-    """The folder of a checkpoint: ``path`` itself, or a download of the model with that id on the hub.
+    """The folder of a checkpoint: ``path`` itself, or a download from a bucket or of the model with that id on the hub.
 
     Args:
-      path: a folder or an id.
+      path: a folder, a URL as ``gs://bucket/folder``, or an id.
       revision: of a model on the hub: branch, tag or commit.
       files: patterns of the files to download.
 
     Raises:
       ModelError: if there is no such folder and the download fails, or huggingface_hub is not installed.
+      TensorError: for a URL, if gcsfs is not installed.
     """
+    if is_in_bucket(path):
+        try:
+            return download(located(path), files=files)
+        except OSError as error:
+            raise ModelError(f"{text(path)} cannot be downloaded: {error}") from error
     if (folder := Path(path)).is_dir():
         return folder
     if folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:  # never an id

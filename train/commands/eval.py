@@ -44,8 +44,8 @@ def evaluate(run: RunPath, source: str | None = None, limit: int | None = None) 
         if source is None:
             raise
         raise ConfigError(
-            f"{error}\n`eval` takes no flags of the task: it reads the columns and labels that {run} was trained on. "
-            f"Rename them in {source}"
+            f"{error}\n`eval` takes no flags of the task: it reads the columns and labels that {opened.folder} was "
+            f"trained on. Rename them in {source}"
         ) from error
     sets = {name or "validation": examples for name, examples in encoded.items()}
     _print_source(run, table, own=source is None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +13,7 @@ import jax
 
 import jlora
 from jlora import models, peft
+from jlora.files.buckets import is_in_bucket, located, names_below, upload_folder
 from jlora.files.hub_files import MODEL_CARD
 from train.commands.inputs import RunPath
 from train.config import CausalLM, ConfigError, Pretrained, SequenceClassification
@@ -48,7 +52,28 @@ def export(
       uniform_rank: Write one rank and scale for all weights, as vLLM requires (peft only). The update stays the same.
     """
     opened = open_run(run)
-    folder = out or run / to
+    target = located(out) if out else opened.folder / to
+    with local_folder(target) as folder:
+        _export(opened, to, folder, uniform_rank)
+        names = ", ".join(sorted(file.name for file in folder.iterdir()))
+    print(f"written to {target}: {names}")
+
+
+@contextlib.contextmanager
+def local_folder(target: Path) -> Iterator[Path]:
+    """A local folder to write to: ``target``; or one whose files are uploaded to it, a folder in a bucket."""
+    if not is_in_bucket(target):
+        yield target
+        return
+    if names_below(target):
+        raise ConfigError(f"{target} already exists; pass --out with a new folder")
+    with tempfile.TemporaryDirectory(prefix="jlora-") as drafts:
+        folder = Path(drafts) / target.name
+        yield folder
+        upload_folder(folder, target)
+
+
+def _export(opened: FinishedRun, to: str, folder: Path, uniform_rank: bool) -> None:
     if to == "orbax":
         _export_orbax(opened, folder)
     elif opened.network.model is None:
@@ -59,7 +84,6 @@ def export(
         _export_peft(opened, folder, uniform_rank)
     else:
         _export_hf(opened, folder)
-    print(f"written to {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
 def _export_orbax(run: FinishedRun, folder: Path) -> None:

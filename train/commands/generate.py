@@ -61,7 +61,7 @@ def generate(
     opened = open_run(run)
     task, model = opened.task, opened.network.model
     if not isinstance(task, LanguageModel) or model is None:
-        raise ConfigError(f"{run} was not trained as a language model; see `predict`")
+        raise ConfigError(f"{opened.folder} was not trained as a language model; see `predict`")
     default = task.config.messages or task.config.prompt or task.config.text
     assert default is not None
     inputs = read_inputs(

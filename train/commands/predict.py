@@ -50,7 +50,7 @@ def predict(
     opened = open_run(run)
     task = opened.task
     if not isinstance(task, Texts):
-        raise ConfigError(f"{run} was not trained to label texts; see `generate` and `eval`")
+        raise ConfigError(f"{opened.folder} was not trained to label texts; see `generate` and `eval`")
     columns = [one for one in (column or task.config.text, task.config.pair) if one is not None]
     inputs = read_inputs(text, file, columns, opened.config, flag="--text", by_column=column is not None)
     rows = [

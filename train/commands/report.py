@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from jlora.files.buckets import is_in_bucket, located
 from train.config import ConfigError
 from train.report.curves import COLOURS, picture
 from train.report.page import page
@@ -29,8 +30,9 @@ def report(runs: Runs, out: Path = Path("report.html")) -> None:
         )
     if out.suffix not in (".html", ".png"):
         raise ConfigError(f"got --out {out}, expected a file whose name ends in .html or .png")
-    found = read_runs(runs)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    found, out = read_runs(runs), located(out)
+    if not is_in_bucket(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
         out.write_bytes(picture(found))
     else:

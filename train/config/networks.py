@@ -16,7 +16,7 @@ Attention = Literal["auto", "plain", "flash"]
 class Pretrained(Part):
     """A Hugging Face checkpoint of a family in jlora.models."""
 
-    #: Folder, or id of a model on the hub.
+    #: Folder, also in a bucket as gs://bucket/folder, or id of a model on the hub.
     path: Annotated[str, Constraint("a folder or the id of a model on the hub", bool, "gpt2")]
     #: Branch, tag or commit of a model on the hub.
     revision: str | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from jlora import HEADS, LoraConfig
 from jlora.fields import bad_pattern
+from jlora.files.buckets import default_cache, is_in_bucket
 from train.config.fields import (
     Constraint,
     Count,
@@ -42,18 +42,14 @@ EVERYTHING = LoraConfig(targets=(), train_also=(r".",))
 """The weights that the modes head and full train."""
 
 
-def default_cache_dir() -> Path:
-    """``~/.cache/jlora``, or its place under ``XDG_CACHE_HOME``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jlora"
-
-
 @dataclass(frozen=True)
 class DataConfig(Part):
     """Training and validation examples.
 
     A source is a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder of such files, or a dataset on the hub as
-    owner/name or owner/name/config. A split may follow after a colon: a split of the dataset or folder, or the rows of
-    a file whose column "split" contains it. Example: nyu-mll/glue/sst2:train.
+    owner/name or owner/name/config. Files and folders may be in a bucket, as gs://bucket/train.jsonl. A split may
+    follow after a colon: a split of the dataset or folder, or the rows of a file whose column "split" contains it.
+    Example: nyu-mll/glue/sst2:train.
 
     Values are read unchanged: cells of .csv and .tsv are strings, values of .json and .jsonl keep their JSON types, and
     each line of a .txt is a row with the column "text". Text files are UTF-8, and may be compressed as .gz, .bz2 or
@@ -211,13 +207,16 @@ class SaveConfig(Part):
 
 
 def _may_be_dir(path: Path) -> bool:
+    if is_in_bucket(path):
+        return len(path.parts) > 2
     try:
         return not path.exists() or path.is_dir()
     except (OSError, ValueError):  # a name that no file can have
         return False
 
 
-Directory = Annotated[Path, Constraint("a directory or a new path", _may_be_dir, "runs/mine")]
+Directory = Annotated[Path, Constraint("a directory or a new path, or gs://bucket/name", _may_be_dir, "runs/mine")]
+LocalPath = Annotated[Path, Constraint("a local path", lambda path: not is_in_bucket(path), "~/.cache/jlora")]
 Resume = Annotated[
     Literal["auto", "never"] | int,
     Constraint("auto, never, or the step of a checkpoint", lambda x: isinstance(x, str) or x >= 0, "auto"),
@@ -265,10 +264,10 @@ class TrainConfig(Part):
     log_every: Annotated[int, at_least(1, 10)] | None = None
     #: Log metrics to these too, besides metrics.jsonl.
     log: tuple[Writer, ...] = ()
-    #: Run directory. Default: a new one under runs/.
+    #: Run directory, also in a bucket as gs://bucket/run. Default: a new one under runs/.
     run_dir: Directory | None = None
-    #: Directory of trained bases, converted and tokenized data, and compiled programs.
-    cache_dir: Path = field(default_factory=default_cache_dir)
+    #: Local directory of trained bases, converted and tokenized data, compiled programs and copies from buckets.
+    cache_dir: LocalPath = field(default_factory=default_cache)
 
     def conflicts(self) -> Iterator[str]:
         task, model = self.task, self.model

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 
+from jlora.files.buckets import download, fingerprint, is_in_bucket, located
 from jlora.messages import nearest
 from train.config import ConfigError
 from train.data.arrow_cache import cached_rows, path_digest, rows_digest
@@ -72,9 +73,18 @@ def parse(source: str) -> tuple[str, str | None]:
 
 
 def source_digest(source: str) -> str | None:
-    """The SHA-256 of a local file or folder; None for any other source."""
-    path = Path(parse(source)[0])
+    """The SHA-256 of a local file or folder; in a bucket, of names and versions; None for any other source."""
+    location = parse(source)[0]
+    if is_in_bucket(location):
+        return fingerprint(location)
+    path = Path(location)
     return path_digest(path) if path.exists() else None
+
+
+def is_file(provenance: Provenance) -> bool:
+    """Whether the source is a single file."""
+    source = provenance.source
+    return [*provenance.files] == [source] if is_in_bucket(source) else Path(source).is_file()
 
 
 def find_validation(train: str) -> tuple[str, str]:
@@ -84,13 +94,15 @@ def find_validation(train: str) -> tuple[str, str]:
       ConfigError: if no file next to a training file has a name in `VALIDATION`.
     """
     location, _ = parse(train)
-    path = Path(location)
+    path = located(location)
     if not path.is_file():
         return location, "the same source"
     first = File(path, path.name).suffix
+    there = {one.name for one in path.parent.iterdir()}
     for name in VALIDATION:
         for suffix in (first, *SUFFIXES):
-            if (sibling := path.with_name(name + suffix)).is_file() and sibling != path:
+            sibling = path.with_name(name + suffix)
+            if sibling.name in there and sibling != path and sibling.is_file():
                 return str(sibling), f"found next to {path.name}"
     raise ConfigError(
         f"data.validation: got None, and no file next to {path} is named {', '.join(VALIDATION[:-1])} or "
@@ -114,14 +126,17 @@ def read_source(
     location, split = parse(source)
     path = Path(location)
     try:
+        if is_in_bucket(location):
+            path = download(located(location), cache_dir / "buckets")
         if path.is_file():
-            file = File(path, str(path))
+            file = File(path, location if is_in_bucket(location) else str(path))
             if file.suffix not in SUFFIXES:
                 raise ConfigError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
             rows, files, digest = cached_rows([file], cache_dir, quoted_tsv)
         elif path.is_dir() or not (path.suffix in SUFFIXES or location.startswith((".", "/"))):
             wanted = (split,) if split else ("train",) if field == "data.train" else VALIDATION
-            rows, files, digest, split = _read_dataset(location, wanted, cache_dir, quoted_tsv)
+            rows, files, digest, split = _read_dataset(str(path), wanted, cache_dir, quoted_tsv)
+            files = {name.replace(str(path), location, 1): count for name, count in files.items()}
         else:
             siblings = sorted(str(file) for file in path.parent.glob("*") if file.suffix in SUFFIXES)
             missing = next((one for one in reversed(path.parents) if not one.is_dir()), None)

@@ -20,7 +20,7 @@ import pyarrow as pa
 from jlora.messages import nearest
 from train.config import ConfigError, DataConfig
 from train.data.arrow_cache import READERS
-from train.data.sources import Provenance, find_validation, read_source, source_digest
+from train.data.sources import Provenance, find_validation, is_file, read_source, source_digest
 
 SLICE = 10_000
 """Rows of a column that are read at once."""
@@ -138,7 +138,7 @@ def read(source: str, cache_dir: Path, field: str, *, found: str | None = None, 
     """
     rows, provenance = read_source(source, cache_dir, field, found, quoted_tsv)
     table = Table.from_source(rows, provenance, quoted_tsv)
-    if provenance.split is None or not Path(provenance.source).is_file():
+    if provenance.split is None or not is_file(provenance):
         return table
     if "split" not in table.column_names:
         raise ConfigError(

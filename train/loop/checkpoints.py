@@ -10,7 +10,7 @@
       SHA256SUMS    of all these files
 
 orbax writes them in the background, while training continues. Unfinished checkpoints are ignored, and one with a
-flipped bit is an error.
+flipped bit is an error. In a bucket, each has the file `COMMITTED`, written last.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora.files.adapters import differences, record_of
+from jlora.files.buckets import absolute, is_in_bucket
 from jlora.files.checksums import check_sums, files_in, write_sums
 from jlora.messages import one_line
 from jlora.models import TensorError
@@ -34,6 +35,9 @@ from train.compute.processes import first_decides
 from train.compute.step import TrainState
 from train.config import SaveConfig
 from train.loop.state import LoopState
+
+COMMITTED = "commit_success.txt"
+"""The file by which orbax marks a checkpoint in a bucket as finished."""
 
 ITEMS = ("adapters", "opt_state", "rng", "loop", "factors", "config")
 
@@ -65,7 +69,7 @@ class Checkpoints:
             async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         try:
-            return ocp.CheckpointManager(self.folder.resolve(), item_names=ITEMS, options=options)
+            return ocp.CheckpointManager(absolute(self.folder), item_names=ITEMS, options=options)
         except Exception as error:  # orbax and tensorstore have no common class for I/O errors
             raise CheckpointError(
                 f"{self.folder}: checkpoints cannot be stored here ({one_line(error)}); expected a writable directory"
@@ -80,6 +84,8 @@ class Checkpoints:
         self.close()
         self._manager = self._open(read_only=False)
         for later in [one for one in self.steps() if one > step]:
+            if is_in_bucket(self.folder):  # where a killed process may leave a part of it
+                (self.folder / str(later) / COMMITTED).unlink(missing_ok=True)
             self._manager.delete(later)
 
     def steps(self) -> list[int]:
@@ -158,8 +164,15 @@ class Checkpoints:
                 self._manager.close()
 
     def _seal(self) -> None:
-        """Write the checksums of a checkpoint. orbax calls this in the first process before it renames the draft."""
-        for draft in self.folder.glob("*.orbax-checkpoint-tmp*"):
+        """Write the checksums of a checkpoint.
+
+        orbax calls this in the first process before it renames the draft, or in a bucket, before it writes `COMMITTED`.
+        """
+        if is_in_bucket(self.folder):
+            drafts = [one for one in self.folder.glob("[0-9]*") if not (one / COMMITTED).is_file()]
+        else:
+            drafts = [*self.folder.glob("*.orbax-checkpoint-tmp*")]
+        for draft in drafts:
             # Files next to the items are orbax's own, and will be rewritten.
             write_sums(draft, {name: file for name, file in files_in(draft).items() if "/" in name})
 

@@ -14,7 +14,7 @@ from train.loop.state import Intervals, LoopState
 from train.report import writers
 from train.rundir.claim import ClaimedDirectory
 from train.rundir.codec import to_json
-from train.rundir.records import Record, Records
+from train.rundir.records import Record, open_records
 
 
 class RunFiles:
@@ -48,7 +48,7 @@ class RunFiles:
         self.keep_best = config.keep == "best" or config.keep is None and config.fit.patience is not None
         again = "" if config.resume in (None, "auto") else " with --resume auto"
         self.command = f"the same command{again}"
-        self.records = Records(directory.metrics)
+        self.records = open_records(directory.metrics)
         self.checkpoints = Checkpoints(directory.checkpoints, config.save, keep_best=self.keep_best)
         self._identity, self._writers = to_json(config), writers.Writers(())
         self.state, notes = self._stored_state(), []
@@ -59,7 +59,7 @@ class RunFiles:
         extension = extend(config.fit, peak, intervals, self.state, finished=directory.extends)
         if self.state.step:
             notes += [f"resuming {self.path} after step {self.state.step}", extension]
-        elif config.resume != 0 and directory.metrics.is_file() and directory.metrics.stat().st_size:
+        elif config.resume != 0 and directory.metrics.is_file() and directory.metrics.read_bytes():
             notes.append(f"{self.path} was stopped before its first checkpoint: training starts over")
         self.note = "\n".join(note for note in notes if note)
 
@@ -69,6 +69,7 @@ class RunFiles:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._writers.close(failed=error is not None)
         self.checkpoints.close()
+        self.records.close()
 
     def _stored_state(self) -> LoopState:
         """The loop's state in the configured checkpoint, or a new run's."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora import models
-from jlora.files.hub_files import TOKENIZER_FILES
+from jlora.files.buckets import is_in_bucket
+from jlora.files.hub_files import JSON_PATTERN, TOKENIZER_FILES
 from train.config import CausalLM, ConfigError, Pretrained, SequenceClassification, TaskConfig
 
 
@@ -22,8 +23,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
         warnings.simplefilter("ignore")
         from transformers import AutoTokenizer
 
+        folder = models.fetch(path, files=(JSON_PATTERN, *TOKENIZER_FILES)) if is_in_bucket(path) else path
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
             # Without its files, transformers returns a tokenizer with an empty vocabulary.
             if set(tokenizer("a b c", add_special_tokens=False)["input_ids"]) <= set(tokenizer.all_special_ids):
                 raise ValueError("its vocabulary is empty")

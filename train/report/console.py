@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jlora.files.drafts import drafts
 from jlora.messages import table
 from train.compute.processes import is_first
 from train.compute.throughput import NOTABLE
@@ -169,4 +170,5 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]], metrics: Sequence
     if all(name.endswith("accuracy") for name in metrics):
         measured.set(ylim=(0, 1.02))
     measured.legend()
-    figure.savefig(path, dpi=120)
+    with drafts(path) as (draft,):
+        figure.savefig(draft, dpi=120, format="png")

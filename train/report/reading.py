@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from jlora.files.buckets import absolute, errors_of, located
 from jlora.messages import bullets
 from train.config import ConfigError
 from train.rundir.codec import flat
@@ -82,15 +83,18 @@ def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
       ConfigError: listing all folders that are not runs, and all unreadable files and lines.
     """
     problems: list[str] = []
-    folders = list({folder.resolve(): folder for folder in folders}.values())
-    found = [_read(folder, name, problems) for folder, name in zip(folders, _names(folders), strict=True)]
+    folders = list({absolute(folder): folder for folder in map(located, folders)}.values())
+    found = []
+    for folder, name in zip(folders, _names(folders), strict=True):
+        with errors_of(folder):
+            found.append(_read(folder, name, problems))
     if problems:
         raise ConfigError(f"report: {len(problems)} problem(s) in the runs:{bullets(problems)}")
     return found
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [absolute(folder).parts for folder in folders]
 
     def name(mine: tuple[str, ...]) -> str:
         others = [other for other in parts if other != mine]

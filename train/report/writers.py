@@ -5,18 +5,21 @@ configured is not imported.
 
     runs/digits-lora-seed0-20261122-120000/
       tensorboard/base, tensorboard/fit   event files: tensorboard --logdir runs
-      wandb/                              files of Weights & Biases; id is the run's id there
+      wandb/                              files of Weights & Biases; id is the run's id there. For a run in a bucket,
+                                          only id is there, and other files in the machine's temporary folder
 """
 
 from __future__ import annotations
 
 import importlib
 import secrets
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from jlora.files.buckets import absolute, is_in_bucket
 from train.config import ConfigError
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -143,10 +146,10 @@ class _Wandb:
         try:
             self._run = wandb.init(
                 project="jlora",
-                name=run_dir.resolve().name,
+                name=absolute(run_dir).name,
                 id=_wandb_id(run_dir),
                 resume="allow",
-                dir=str(run_dir),
+                dir=tempfile.mkdtemp(prefix="jlora-") if is_in_bucket(run_dir) else str(run_dir),
                 config=dict(config),
             )
         except wandb.Error as error:
@@ -169,6 +172,7 @@ def _wandb_id(run_dir: Path) -> str:
     """The id of the run, stored in its directory: another directory of the same name is another run."""
     path = run_dir / "wandb" / "id"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not is_in_bucket(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(secrets.token_hex(8))
     return path.read_text()

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jlora.files.buckets import absolute
+
 
 def save_tree(path: Path, tree: Any) -> None:
     """Write a tree of this process's arrays to ``path``, replacing an existing one, atomically."""
     with _checkpointer() as checkpointer:
-        checkpointer.save(path.resolve(), tree, force=True)
+        checkpointer.save(absolute(path), tree, force=True)
 
 
 def load_tree(path: Path, like: Any, shardings: Any = None) -> Any:
@@ -25,7 +27,7 @@ def load_tree(path: Path, like: Any, shardings: Any = None) -> Any:
         shardings = jax.tree.map(lambda _: device, like)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
     with _checkpointer() as checkpointer:
-        return checkpointer.restore(path.resolve(), target)
+        return checkpointer.restore(absolute(path), target)
 
 
 def _checkpointer() -> ocp.StandardCheckpointer:

@@ -14,7 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jlora.files.checksums import check_sums, write_sums
+from jlora.files.buckets import is_in_bucket, upload_folder
+from jlora.files.checksums import SUMS, check_sums, write_sums
 from jlora.files.json_files import write_json
 from jlora.models import TensorError
 from train.config import ConfigError
@@ -40,8 +41,16 @@ def save_base(path: Path, params: Any, records: list[Record], identity: dict[str
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def has_base(path: Path) -> bool:
+    """Whether there is a base at ``path``; in a bucket, one whose last file is there."""
+    return (path / SUMS).is_file() if is_in_bucket(path) else path.is_dir()
+
+
 def copy_base(source: Path, path: Path) -> None:
     """Copy the base at ``source`` to ``path`` in a run directory, replacing an existing one."""
+    if is_in_bucket(path):
+        upload_folder(source, path, last=SUMS)
+        return
     draft = path.with_name(path.name + DRAFT)
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(source, draft)

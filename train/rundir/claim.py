@@ -11,12 +11,14 @@ from typing import Any
 
 import filelock
 
+from jlora.files.buckets import errors_of, is_in_bucket
 from jlora.messages import bullets
 from train.compute.processes import first_decides, is_first, say
 from train.config import ConfigError, TrainConfig
 from train.rundir.changes import LATER, MORE, config_changes, data_changes
 from train.rundir.codec import flat
 from train.rundir.directory import RunDirectory
+from train.rundir.lock import Lock, lock
 
 
 class ClaimedDirectory(RunDirectory):
@@ -27,7 +29,7 @@ class ClaimedDirectory(RunDirectory):
       extends: whether this run extends it.
     """
 
-    def __init__(self, path: Path, finished: bool, extends: bool, lock: filelock.BaseFileLock | None):
+    def __init__(self, path: Path, finished: bool, extends: bool, lock: Lock | None):
         super().__init__(path)
         self.finished, self.extends, self._lock = finished, extends, lock
 
@@ -55,14 +57,16 @@ def claim(config: TrainConfig, data: Mapping[str, Any]) -> ClaimedDirectory:
       ConfigError: if the directory holds another run, listing the differing fields, or a run on other data, or other
         files; if another run uses it; or if it cannot be created.
     """
-    locks: list[filelock.BaseFileLock] = []
+    locks: list[Lock] = []
 
     def choose() -> str:
         try:
-            directory = _choose(config, data)
-            directory.path.mkdir(parents=True, exist_ok=True)
-            locks.append(_lock(directory))
-            extends = _check_same_run(directory, config, data)
+            with errors_of(config.run_dir or ""):
+                directory = _choose(config, data)
+                if not is_in_bucket(directory.path):
+                    directory.path.mkdir(parents=True, exist_ok=True)
+                locks.append(lock(directory))
+                extends = _check_same_run(directory, config, data)
         except OSError as error:
             raise ConfigError(f"run_dir: {error}; expected a directory that is writable; pass --run-dir DIR") from error
         return json.dumps([str(directory), directory.is_finished, extends])
@@ -70,8 +74,8 @@ def claim(config: TrainConfig, data: Mapping[str, Any]) -> ClaimedDirectory:
     try:
         path, finished, extends = json.loads(first_decides(choose))
     except ConfigError:
-        for lock in locks:
-            lock.release()
+        for held in locks:
+            held.release()
         raise
     return ClaimedDirectory(Path(path), finished, extends, locks[0] if locks else None)
 
@@ -96,19 +100,6 @@ def _choose(config: TrainConfig, data: Mapping[str, Any]) -> RunDirectory:
             f"resume: got step {config.resume}, and there is no run in {directory}; pass the --run-dir of one"
         )
     return directory
-
-
-def _lock(directory: RunDirectory) -> filelock.BaseFileLock:
-    lock = filelock.FileLock(directory.lock_file, timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise ConfigError(
-            f"run_dir: {directory} is in use by another training process; wait for it, or pass another "
-            "--run-dir. If there is none, a lost host still holds the lock on the file server: remove "
-            f"{directory.lock_file}"
-        ) from None
-    return lock
 
 
 def _check_same_run(directory: RunDirectory, config: TrainConfig, data: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from jlora import LoraConfig
 from jlora.fields import expected, fits
+from jlora.files.buckets import text
 from jlora.messages import nearest, shown
 
 
@@ -25,7 +26,7 @@ def to_json(value: Any) -> Any:
         return {name: to_json(one) for name, one in value.items()}
     if isinstance(value, tuple | list):
         return [to_json(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
+    return text(value) if isinstance(value, Path) else value
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

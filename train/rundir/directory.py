@@ -18,13 +18,14 @@ The summary is written last: a run directory without one is unfinished.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jlora.files.buckets import located
 from jlora.files.checksums import SUMS, check_sums, write_sums
-from jlora.files.json_files import read_json, write_json
+from jlora.files.drafts import drafts
+from jlora.files.json_files import json_text, read_json, write_json
 from jlora.models import TensorError
 from train.config import ConfigError, TrainConfig
 from train.rundir.codec import from_json, to_json
@@ -37,12 +38,12 @@ class RunDirectory:
     """A run directory, read and written file by file. Constructing one touches no file.
 
     Attributes:
-      path: the directory.
+      path: the directory, local or in a bucket; see `jlora.files.buckets`.
       config, data, plan, metrics, checkpoints, base, adapters, curves, summary, sums, lock_file: its files.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path = path = located(path)
         self.config = path / "config.json"
         self.data = path / "data.json"
         self.plan = path / "plan.txt"
@@ -111,7 +112,7 @@ class RunDirectory:
 
     def read_plan(self) -> str:
         """The plan; empty in runs of earlier versions, which lack the file."""
-        return self.plan.read_text(encoding="utf-8", errors="replace").rstrip() if self.plan.is_file() else ""
+        return self.plan.read_bytes().decode(errors="replace").rstrip() if self.plan.is_file() else ""
 
     def read_summary(self) -> dict[str, Any]:
         """The summary of a finished run.
@@ -143,13 +144,12 @@ class RunDirectory:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the checksums, then the summary, which marks the run as finished."""
-        draft = self.summary.with_name(self.summary.name + DRAFT)
-        write_json(draft, summary, sort_keys=False)
         used = [self.config, self.data, self.metrics, self.plan, self.adapters / SUMS]
         used += [self.base / SUMS] * self.base.is_dir()  # adapters and base have their own checksums
         sums = {file.relative_to(self.path).as_posix(): file for file in used}
-        write_sums(self.path, {**sums, self.summary.name: draft})
-        os.replace(draft, self.summary)
+        with drafts(self.summary) as (draft,):
+            draft.write_text(json_text(summary, sort_keys=False))
+            write_sums(self.path, {**sums, self.summary.name: draft})
 
     def reopen(self, config: TrainConfig) -> None:
         """Reopen a finished run with this configuration; other files stay until they are replaced."""

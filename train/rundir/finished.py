@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 import jlora
+from jlora.files.buckets import errors_of
 from jlora.files.errors import TensorError
 from train.compute.keys import random_key
 from train.config import ConfigError, TrainConfig
@@ -52,7 +53,9 @@ def open_run(folder: Path) -> FinishedRun:
       ConfigError: if there is none, the run is unfinished, or one of its files is damaged, changed or missing.
     """
     directory = RunDirectory(folder)
-    config = directory.read_config()
+    folder = directory.path
+    with errors_of(folder):
+        config = directory.read_config()
     if not directory.is_finished:
         raise ConfigError(
             f"{folder} has no {directory.summary.name}: the run did not finish. Resume it with the same command, or "

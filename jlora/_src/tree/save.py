@@ -8,9 +8,11 @@ folder/
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from jlora._src.tree.checks import check_kinds, check_mapping
 from jlora._src.types import Adapters, Array, LoraFactors
 from jlora._src.types import Path as LeafPath
 from jlora.files.adapters import arrays_of, differences, fault, record_of, shapes_of, with_arrays
+from jlora.files.buckets import absolute, is_in_bucket, located, remove_folder
 from jlora.files.checksums import SUMS, check_sums, write_sums
 from jlora.files.errors import TensorError
 from jlora.files.json_files import read_json, write_json
@@ -33,8 +36,11 @@ _CONTENT = {"arrays", "adapters.json", SUMS}
 def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
     """Write adapters to ``folder``, atomically: if writing fails, the folder keeps its old content.
 
+    In a bucket, which has no rename, the old content is removed first, and a folder that was not written to its end is
+    an error for `load`.
+
     Args:
-      folder: created with its parents; replaces adapters in it.
+      folder: a path, or a URL as ``gs://bucket/folder``; created with its parents; replaces adapters in it.
       adapters: as from `init`, with any sharding. With several processes, all must call this, on a shared disk.
 
     Raises:
@@ -44,21 +50,15 @@ def save(folder: str | os.PathLike[str], adapters: Adapters) -> None:
     """
     import orbax.checkpoint as ocp  # imported here: it would double the time of `import jlora`
 
-    folder = Path(folder).resolve()
+    folder = absolute(located(folder))
     _check_savable(folder, adapters)
     keys = {path: f"{i:04}" for i, path in enumerate(adapters)}
-    draft = folder.with_name(f".{folder.name}-{_from_first_process(uuid.uuid4().hex)}")
-    draft.mkdir(parents=True, exist_ok=True)
-    try:
+    with _draft(folder) as draft:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(draft / "arrays", {keys[path]: arrays_of(value) for path, value in adapters.items()})
         if jax.process_index() == 0:
             write_json(draft / "adapters.json", {p: {"key": keys[p], **record_of(v)} for p, v in adapters.items()})
             write_sums(draft)
-            _replace(draft, folder)
-        _from_first_process("done")
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def load(
@@ -79,7 +79,7 @@ def load(
     """
     import orbax.checkpoint as ocp
 
-    folder = Path(folder).resolve()
+    folder = absolute(located(folder))
     if like is not None:
         check_kinds(like, "load, like")
     if not (folder / "adapters.json").is_file():
@@ -107,6 +107,28 @@ def load(
             "that adapters.json lists; save them again."
         ) from error
     return {path: with_arrays(arrays[record["key"]], record) for path, record in records.items()}
+
+
+@contextlib.contextmanager
+def _draft(folder: Path) -> Iterator[Path]:
+    """The folder to write to, which replaces ``folder`` at the end; in a bucket, ``folder`` itself, emptied."""
+    is_first = jax.process_index() == 0
+    if is_in_bucket(folder):
+        if is_first:
+            remove_folder(folder, first=SUMS)
+        _from_first_process("empty")
+        yield folder
+        _from_first_process("done")
+        return
+    draft = folder.with_name(f".{folder.name}-{_from_first_process(uuid.uuid4().hex)}")
+    draft.mkdir(parents=True, exist_ok=True)
+    try:
+        yield draft
+        if is_first:
+            _replace(draft, folder)
+        _from_first_process("done")
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _from_first_process(text: str) -> str:

@@ -126,7 +126,7 @@ def exports(folder: Path) -> dict[str, int]:
     }
     labels = ("negative", "positive")
     return {
-        name: sum(a != labels[b] for a, b in zip(expected, _torch_predictions(model, tokenizer, texts), strict=True))
+        name: sum(a != labels[b] for a, b in zip(expected, _torch_predictions(model, tokenizer, [*texts]), strict=True))
         for name, model in torch_models.items()
     }
 

@@ -94,7 +94,7 @@ def assert_same(found: Examples, expected: Examples) -> None:
             assert (other.counts is None) == (column.counts is None)
             assert other.counts is None or other.counts.tolist() == column.counts.tolist()  # pyright: ignore
         else:
-            assert other.dtype == column.dtype and other.tolist() == column.tolist()
+            assert isinstance(other, np.ndarray) and other.dtype == column.dtype and other.tolist() == column.tolist()
 
 
 # The cache
@@ -209,7 +209,11 @@ def test_a_killed_writer_leaves_nothing_half(tmp_path):
         assert one.stdout is not None and int(one.stdout.readline()) == one.pid
         one.send_signal(signal.SIGKILL)
     assert not (tmp_path / "entry").exists()
-    filled(tmp_path / "entry", lambda draft: (draft / "values").write_bytes(b"whole") and None)
+
+    def write(draft: Path) -> None:
+        (draft / "values").write_bytes(b"whole")
+
+    filled(tmp_path / "entry", write)
     assert sorted(one.name for one in tmp_path.iterdir() if one.is_dir()) == ["entry"]
     assert (tmp_path / "entry" / "values").read_bytes() == b"whole"
 

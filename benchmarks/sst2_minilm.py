@@ -42,7 +42,7 @@ from train.compute.step import init_state, make_step
 from train.data import tables as data
 from train.data.batches import batch_of
 from train.experiment import run
-from train.job import encoded, plan_of, start_adapters
+from train.job import encoded_tables, plan_of, start_adapters
 from train.networks.registry import make_network
 from train.rundir.finished import open_run
 from train.tasks.registry import make_task, resolved
@@ -126,7 +126,7 @@ def exports(folder: Path) -> dict[str, int]:
     }
     labels = ("negative", "positive")
     return {
-        name: sum(a != labels[b] for a, b in zip(expected, _torch_predictions(model, tokenizer, texts), strict=True))
+        name: sum(a != labels[b] for a, b in zip(expected, _torch_predictions(model, tokenizer, [*texts]), strict=True))
         for name, model in torch_models.items()
     }
 
@@ -166,7 +166,7 @@ def _jlora(config: Any, fixed: bool, rounds: int) -> tuple[list[Any], Callable[[
     config = resolved(config, tables)
     network = make_network(config)
     task = make_task(config, network)
-    train, _ = encoded(task, tables)
+    train, _ = encoded_tables(task, tables, config.cache_dir)
     buckets = (64,) if fixed else (16, 32, 48, 64)
     order = np.random.default_rng(0).permutation(16_000)
     batches = [batch_of(train[""], order[i * 32 : i * 32 + 32], buckets)

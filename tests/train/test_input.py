@@ -76,7 +76,7 @@ def rows_of(work: Path, keep: Any = None) -> Table:
     return table if keep is None else table.keep(keep, "not kept")
 
 
-def told(encode: Callable[[], Any]) -> tuple[Any, str]:
+def with_output(encode: Callable[[], Any]) -> tuple[Any, str]:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         return encode(), out.getvalue()
@@ -94,7 +94,7 @@ def assert_same(found: Examples, expected: Examples) -> None:
             assert (other.counts is None) == (column.counts is None)
             assert other.counts is None or other.counts.tolist() == column.counts.tolist()  # pyright: ignore
         else:
-            assert other.dtype == column.dtype and other.tolist() == column.tolist()
+            assert isinstance(other, np.ndarray) and other.dtype == column.dtype and other.tolist() == column.tolist()
 
 
 # The cache
@@ -106,12 +106,12 @@ def test_what_is_read_from_the_cache_is_what_was_encoded(work, tmp_path, monkeyp
     """The same columns, messages, truncation and provenance, whether encoded in memory, to disk, or read from there."""
     task, memory, disk, again = task_of(work, name), *(rows_of(work, keep) for _ in range(3))
     assert memory.provenance and disk.provenance and again.provenance
-    expected, printed = told(lambda: task.encode(memory)[""])
-    assert told(lambda: encoded_table(task, disk, tmp_path)[""])[1] == printed
+    expected, printed = with_output(lambda: task.encode(memory)[""])
+    assert with_output(lambda: encoded_table(task, disk, tmp_path)[""])[1] == printed
     assert (printed == "") == (name not in ("answers", "chats"))
     with monkeypatch.context() as patch:
         patch.setattr(type(task), "encode", None)
-        found, repeated = told(lambda: encoded_table(task_of(work, name), again, tmp_path)[""])
+        found, repeated = with_output(lambda: encoded_table(task_of(work, name), again, tmp_path)[""])
     assert repeated == printed
     assert_same(found, expected)
     assert memory.provenance.to_json() == disk.provenance.to_json() == again.provenance.to_json()
@@ -209,7 +209,11 @@ def test_a_killed_writer_leaves_nothing_half(tmp_path):
         assert one.stdout is not None and int(one.stdout.readline()) == one.pid
         one.send_signal(signal.SIGKILL)
     assert not (tmp_path / "entry").exists()
-    filled(tmp_path / "entry", lambda draft: (draft / "values").write_bytes(b"whole") and None)
+
+    def write(draft: Path) -> None:
+        (draft / "values").write_bytes(b"whole")
+
+    filled(tmp_path / "entry", write)
     assert sorted(one.name for one in tmp_path.iterdir() if one.is_dir()) == ["entry"]
     assert (tmp_path / "entry" / "values").read_bytes() == b"whole"
 
@@ -355,7 +359,7 @@ def test_batches_are_those_of_the_steps_from_wherever_a_run_resumes(work, tmp_pa
     assert_same_run(tmp_path / "half", tmp_path / "whole")
 
 
-# What is said of it
+# What is logged
 
 
 def test_waiting_for_input_is_measured_and_shown(work, tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ SETTINGS: dict[str, list[list[Setting]]] = {
         [Setting("v5p:2x2x1", 4096, 16, accumulate=2)],
         [Setting("v6e:1x1", 4096, 8, accumulate=8)],
         [Setting("v5e:1x1", 1024, 32, accumulate=8)],
+        [Setting("v5e:1x1", 32768, 1)],
     ],
     "Llama 3.1 8B": [
         [Setting("v5e:2x2", 4096, 8, 4, accumulate=2), Setting("v5e:2x4", 4096, 8, 8)],

@@ -132,6 +132,17 @@ def test_gpus_take_cudnn_where_it_fits() -> None:
     assert not fits(segments=ones) and not fits(scoring=Scoring(0.125, 30.0)) and not fits(real=ones, window=4)
 
 
+def test_the_platform_is_that_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of their mesh, or of the default device, whatever else JAX has."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    x, mesh = jnp.zeros(8), jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    found = [mask.platform_of(x), mask.platform_of(jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))))]
+    for device in ("cpu", jax.devices("cpu")[0]):
+        with jax.default_device(device):
+            found.append(mask.platform_of(x))
+    assert found == ["tpu", "cpu", "cpu", "cpu"] and not gpu.has_cudnn()
+
+
 def test_dropout_drops_its_share_of_the_weights() -> None:
     """In chunks too, each with masks of its own; the expectation stays."""
     query = key = jnp.zeros((2, 64, 2, 8))
@@ -279,7 +290,7 @@ def test_memory_grows_with_the_length_not_with_its_square() -> None:
 
 
 @needs_libtpu
-def test_tpus_run_the_kernels_on_each_device_of_a_mesh() -> None:
+def test_each_device_of_a_mesh_runs_the_kernels_on_a_tpu() -> None:
     """8 x 2048 tokens on fsdp x tensor = 4 x 2, windows and full layers: no scores, and no head leaves its device."""
     from train.compute.compiled import Compiled
     from train.compute.topology import topology_devices

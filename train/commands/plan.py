@@ -58,11 +58,10 @@ def describe(costs: StepCosts) -> str:
     work = [f"a step: {costs.rows:,} rows" + (f", {costs.tokens:,} tokens" if costs.tokens else "")]
     work[0] += f"; {costs.flops / costs.devices / 1e12:.3g} TFLOP on each device, without recomputation"
     if costs.seconds is not None:
-        kernels = (
-            f", with {costs.kernel_cycles / 1e6:,.1f} for attention at the chip's peak" if costs.kernel_cycles else ""
-        )
+        cycles, attention = costs.cycles + costs.kernel_cycles, f"{costs.kernel_cycles / 1e6:,.1f}"
+        part = f" ({attention} of them for attention at the chip's peak)" if costs.kernel_cycles else ""
         work.append(
-            f"the compiler's estimate, without collectives: {costs.cycles / 1e6:,.1f} million cycles{kernels}, "
+            f"the compiler's estimate, without collectives: {cycles / 1e6:,.1f} million cycles{part}, "
             f"{1000 * costs.seconds:,.1f} ms" + ("" if costs.utilization is None else f", MFU {costs.utilization:.1%}")
         )
     lines.append("\n".join(work))

@@ -58,6 +58,6 @@ def _flash(
     platform = platform_of(query)
     if has_kernel and platform == "tpu":
         return tpu.splash(query, key, value, mask, window, scoring)
-    if has_kernel and platform == "gpu" and gpu.fits(query, mask, window, scoring):
+    if has_kernel and platform == "gpu" and gpu.has_cudnn() and gpu.fits(query, mask, window, scoring):
         return gpu.cudnn(query, key, value, mask, window, scoring)
     return chunked(query, key, value, mask, window, scoring)

@@ -6,9 +6,15 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.extend.backend import get_backend
 
 from jlora.models.attention.mask import Mask
 from jlora.models.attention.plain import Scoring
+
+
+def has_cudnn() -> bool:
+    """Whether JAX's devices are of a platform that has cuDNN."""
+    return "cuda" in get_backend().platform_version
 
 
 def fits(query: jax.Array, mask: Mask, window: int | None, scoring: Scoring) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -117,8 +117,9 @@ def make_mask(
 
 
 def platform_of(x: jax.Array) -> str:
-    """The platform that ``x`` is computed on: that of its mesh, which may be one that is compiled for and not there, or
-    JAX's default."""
-    device = getattr(jax.typeof(x).sharding.mesh, "abstract_device", None)
-    found = jax.default_backend() if device is None else device.platform
+    """The platform that ``x`` is computed on: of its mesh, which may be one that is compiled for and not there; else of
+    JAX's default device."""
+    device: Any = getattr(jax.typeof(x).sharding.mesh, "abstract_device", None)
+    device = device or jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    found = jax.default_backend() if device is None else getattr(device, "platform", device)
     return {"cuda": "gpu", "rocm": "gpu"}.get(found, found)

@@ -472,7 +472,8 @@ def test_all_problems_are_reported_at_once(tmp_path, capsys):
         "  data.limit: got 0, expected a whole number >= 1, or None; pass --data.limit 1000",
         "  fit.epochs: got 0, expected a whole number >= 1; pass --fit.epochs 20",
         "  learning_rate.lora: got -1.0, expected a number > 0; pass --learning-rate.lora 0.001",
-        f"  run_dir: got {used}, expected a directory or a new path, or None; pass --run-dir runs/mine",
+        f"  run_dir: got {used}, expected a directory, a new path, or gs://bucket/name, or None; pass "
+        "--run-dir runs/mine",
     ]
 
 

@@ -215,7 +215,7 @@ def _may_be_dir(path: Path) -> bool:
         return False
 
 
-Directory = Annotated[Path, Constraint("a directory or a new path, or gs://bucket/name", _may_be_dir, "runs/mine")]
+Directory = Annotated[Path, Constraint("a directory, a new path, or gs://bucket/name", _may_be_dir, "runs/mine")]
 LocalPath = Annotated[Path, Constraint("a local path", lambda path: not is_in_bucket(path), "~/.cache/jlora")]
 Resume = Annotated[
     Literal["auto", "never"] | int,

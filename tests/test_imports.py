@@ -27,7 +27,7 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init",
     "_src ": "api",
     "peft": "options | config layout | config_file describe keys | tied faults | tensors | read write | __init__",
-    "models": "_family attention.mask attention.plain | attention.chunked attention.tpu attention.gpu | "
+    "models": "_family _mesh attention.mask attention.plain | attention.chunked attention.tpu attention.gpu | "
     "attention.attend _layers decoder.rope | _causal _encoder _loss | _heads | "
     "bert.modeling gpt2.modeling decoder.modeling vit.modeling | bert.table gpt2.table decoder.table vit.table | "
     "_registry _reading | _network _matching | _checkpoint | _generate | _export | __init__",

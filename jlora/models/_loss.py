@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jlora._src.engine.rules.control_flow import OWN_DERIVATIVE
-from jlora.models._layers import gathered, row_parts, split_batch
+from jlora.models._mesh import gathered, row_parts, split_batch
 
 # By the estimates of v5e's compiler, logits of 500 tokens at a time cost the same as those of all tokens, and logits of
 # 250 take 1.4 times as long: the weight is read too often. Logits of up to 512 MiB are not worth a loop.

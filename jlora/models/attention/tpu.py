@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jlora.models._mesh import row_axes
 from jlora.models.attention.mask import Mask
 from jlora.models.attention.plain import Scoring
 
@@ -99,9 +99,7 @@ def _over_devices(
     auto = {name for name, kind in kinds.items() if kind == AxisType.Auto}
     if not auto or mesh.size == 1:
         return fn(query, key, value, *segments)
-    rows = tuple(name for name in ("data", "fsdp") if name in auto)
-    if query.shape[0] % math.prod(mesh.shape[name] for name in rows):
-        rows = ()
+    rows = row_axes(query)
     heads = "tensor" if "tensor" in auto and key.shape[2] % mesh.shape["tensor"] == 0 else None
     whole, flat = P(rows or None, None, heads, None), P(rows or None, None)
     specs = (whole, whole, whole, *(None if x is None else flat for x in segments))

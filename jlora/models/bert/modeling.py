@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jlora.models._encoder import Encoded, EncoderConfig, EncoderPart
 from jlora.models._family import INTERNAL, Rate, Size, Token, check_length
-from jlora.models._layers import Network, Part, dense, layer_norm, recomputed, split_batch
+from jlora.models._layers import Network, Part, dense, layer_norm, recomputed
+from jlora.models._mesh import split_batch
 from jlora.models.attention.mask import Mask, make_mask
 
 

@@ -22,7 +22,8 @@ from jlora.models._causal import (
 )
 from jlora.models._family import DERIVED, INTERNAL, Epsilon, Layers, Positive, Rate, Size
 from jlora.models._heads import LanguageModel, SequenceClassifier
-from jlora.models._layers import Activation, Part, activation, dense, split_batch
+from jlora.models._layers import Activation, Part, activation, dense
+from jlora.models._mesh import split_batch
 from jlora.models.attention.attend import attend
 from jlora.models.attention.mask import Mask
 from jlora.models.attention.plain import Scoring

@@ -21,7 +21,8 @@ from jlora.models._causal import (
 )
 from jlora.models._family import Epsilon, Layers, Rate, Size
 from jlora.models._heads import LanguageModel, SequenceClassifier
-from jlora.models._layers import Activation, Part, activation, layer_norm, split_batch
+from jlora.models._layers import Activation, Part, activation, layer_norm
+from jlora.models._mesh import split_batch
 from jlora.models.attention.attend import attend
 from jlora.models.attention.mask import Mask
 from jlora.models.attention.plain import Scoring

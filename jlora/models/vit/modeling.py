@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jlora.files.errors import ModelError
 from jlora.models._encoder import Encoded, EncoderConfig, EncoderPart
 from jlora.models._family import Rate, Size
-from jlora.models._layers import Activation, Network, activation, dense, layer_norm, recomputed, split_batch
+from jlora.models._layers import Activation, Network, activation, dense, layer_norm, recomputed
+from jlora.models._mesh import split_batch
 from jlora.models.attention.mask import Mask, make_mask
 
 

@@ -83,6 +83,7 @@ def overhead(
     own = f"--log-every {max(1, steps // 50)} --eval-every-steps {steps} --learning-rate.lora 1e-4"
     job = make_job(parse([*flags, *own.split(), "--cache-dir", str(folder / "cache")]), lambda: None)
     job = dataclasses.replace(job, layout=(layout := Warm()))
+    layout.on_host = elsewhere is None
     epochs = -(-steps // job.intervals(job.config.fit, job.examples).epoch)
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, fit=FitConfig(epochs=epochs)))
     network, fit_config = job.network, job.config.fit

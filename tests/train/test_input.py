@@ -22,6 +22,7 @@ import pytest
 
 from tests import tiny
 from tests.runs import ROOT, assert_same_run, free_port, program, records, stopping
+from train.compute.layouts import Mesh
 from train.config import CausalLM, ConfigError, SequenceClassification
 from train.data import batches, tables
 from train.data.cache_folder import filled
@@ -303,12 +304,19 @@ def sentiment(work: Path, folder: Path, *more: str) -> list[str]:
     return tiny.sentiment_flags(work, folder, "--learning-rate 0.01 --data.buckets 16 --log-every 1", *more)
 
 
+@pytest.fixture(params=["on the host's cores", "elsewhere"])
+def devices(request, monkeypatch):
+    """Where steps run: where they are computed elsewhere, a thread builds the batches."""
+    if request.param == "elsewhere":
+        monkeypatch.setattr(Mesh, "on_host", property(lambda self: False, lambda self, value: None), raising=False)
+
+
 def input_threads() -> list[str]:
     return [one.name for one in threading.enumerate() if one.name.startswith("input")]
 
 
 @pytest.mark.parametrize("end", ["done", "stopped", "diverged", "patience"])
-def test_no_thread_survives_a_run(work, tmp_path, end):
+def test_no_thread_survives_a_run(work, tmp_path, end, devices):
     argv = sentiment(work, tmp_path / "run", "--fit.epochs 3")
     if end == "stopped":
         with stopping(5):
@@ -324,7 +332,7 @@ def test_no_thread_survives_a_run(work, tmp_path, end):
     assert not input_threads()
 
 
-def test_an_error_in_the_thread_is_the_run_s_own(work, tmp_path, monkeypatch):
+def test_an_error_in_building_a_batch_is_the_run_s_own(work, tmp_path, monkeypatch, devices):
     """With the traceback of the place where it happened."""
     real, calls = feed.batch_of, []
 
@@ -341,7 +349,7 @@ def test_an_error_in_the_thread_is_the_run_s_own(work, tmp_path, monkeypatch):
     assert len(records(tmp_path / "run")) <= 4
 
 
-def test_batches_are_those_of_the_steps_from_wherever_a_run_resumes(work, tmp_path, monkeypatch):
+def test_batches_are_those_of_the_steps_from_wherever_a_run_resumes(work, tmp_path, monkeypatch, devices):
     """The order is a function of the step alone: built ahead or not, interrupted or not."""
     rows: list[list[int]] = []
     real = feed.batch_of
@@ -362,7 +370,7 @@ def test_batches_are_those_of_the_steps_from_wherever_a_run_resumes(work, tmp_pa
 # What is logged
 
 
-def test_waiting_for_input_is_measured_and_shown(work, tmp_path, monkeypatch):
+def test_waiting_for_input_is_measured_and_shown(work, tmp_path, monkeypatch, devices):
     real = feed.batch_of
 
     def slow(*args: Any) -> Any:

@@ -39,6 +39,7 @@ class Layout(Protocol):
       devices: the number of devices in use.
       parts: the number of parts of a batch's rows; the batch size is a multiple.
       ahead: the number of steps dispatched before the host waits for one.
+      on_host: whether the devices are this host's own cores, so that work beside a step slows it down.
     """
 
     @property
@@ -47,6 +48,7 @@ class Layout(Protocol):
     devices: int
     parts: int
     ahead: int
+    on_host: bool
 
     def place_base(self, shapes: Any, load: Callable[[Any], Any]) -> Any:
         """The base on its devices: ``load(shardings)``, with a tree like ``shapes``, or None for one device of this
@@ -102,7 +104,7 @@ class Pmap:
 
     def __init__(self) -> None:
         self.devices = self.parts = jax.device_count()
-        self.ahead = _ahead(self.devices)
+        self.ahead, self.on_host = _ahead(self.devices), jax.default_backend() == "cpu"
         self._local = jax.local_device_count()
 
     def __str__(self) -> str:
@@ -190,7 +192,7 @@ class Mesh:
                 "be used: leave compute.data out"
             )
         self.parts = sizes["data"] * sizes["fsdp"]
-        self.ahead = _ahead(self.devices)
+        self.ahead, self.on_host = _ahead(self.devices), found[0].platform == "cpu"
         self.mesh = _device_mesh(tuple(sizes.values()), found[: self.devices])
         self._name = config.layout
         self._own = [(pattern, parse_spec(spec)) for pattern, spec in config.rules.items()]
@@ -243,7 +245,7 @@ class Mesh:
         if self.devices == 1:
             batch = build(slice(0, count))
             # On a CPU, jit reads NumPy arrays where they are; elsewhere the transfer starts now, before the step.
-            return batch if self.mesh.devices.flat[0].platform == "cpu" else jax.device_put(dict(batch), self._whole)
+            return batch if self.on_host else jax.device_put(dict(batch), self._whole)
         parts: dict[tuple[int, int], Batch] = {}
 
         def part(index: Any) -> Batch:

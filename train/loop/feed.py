@@ -16,7 +16,7 @@ from train.data.ragged import Examples
 from train.loop.state import StepCounts
 
 AHEAD = 2
-"""Batches that are built ahead of their steps."""
+"""Batches that are built ahead of their steps, where these do not run on the host's own cores."""
 
 
 class StepInput(NamedTuple):
@@ -35,6 +35,8 @@ class StepInput(NamedTuple):
 
 class Feed:
     """The batches of training. A thread builds and places them while the devices compute; `close` ends it.
+
+    Where the devices are the host's own cores there is no thread, which would only take these from the steps.
 
     Args:
       examples: to train on.
@@ -55,7 +57,7 @@ class Feed:
     ):
         self._examples, self._layout, self._batch_size = examples, layout, batch_size
         self._buckets, self._seed, self._ideal_seconds = buckets, seed, ideal_seconds
-        self._thread = ThreadPoolExecutor(1, "input")
+        self._thread = None if layout.on_host else ThreadPoolExecutor(1, "input")
         self._ahead: deque[tuple[int, Future[StepInput]]] = deque()
 
     def rows(self, step: int) -> np.ndarray:
@@ -63,20 +65,24 @@ class Feed:
         return training_rows(size(self._examples), self._batch_size, self._seed, step)
 
     def input(self, step: int, last: int) -> StepInput:
-        """The batch of a step, counted from 0; those of the next steps before ``last`` are built meanwhile.
+        """The batch of a step, counted from 0; a thread builds those of the next steps before ``last`` meanwhile.
 
         Raises what building it raised, with its traceback.
         """
+        one = self._build(step) if self._thread is None else self._built_ahead(self._thread, step, last)
+        return one._replace(counts=one.counts._replace(ideal_seconds=self._ideal_seconds(one.shape)))
+
+    def _built_ahead(self, thread: ThreadPoolExecutor, step: int, last: int) -> StepInput:
         while self._ahead and self._ahead[0][0] != step:
             self._ahead.popleft()[1].cancel()
         for later in range(step + len(self._ahead), min(step + 1 + AHEAD, last)):
-            self._ahead.append((later, self._thread.submit(self._build, later)))
-        one = self._ahead.popleft()[1].result()
-        return one._replace(counts=one.counts._replace(ideal_seconds=self._ideal_seconds(one.shape)))
+            self._ahead.append((later, thread.submit(self._build, later)))
+        return self._ahead.popleft()[1].result()
 
     def close(self) -> None:
         """End the thread: the batch that it builds is the last one."""
-        self._thread.shutdown(cancel_futures=True)
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
 
     def _build(self, step: int) -> StepInput:
         rows = self.rows(step)

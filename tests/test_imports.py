@@ -17,7 +17,7 @@ import jlora
 ROOT = Path(__file__).parents[1]
 JLORA = {  # a room imports from those above it; of its own files, from those that stand before
     " ": "messages | fields",
-    "_src": "types | paths config",
+    "_src": "types | quantized | paths config",
     "_src.engine": "compat | named_axes mutation gradient location traced_weights | product factored dependence | "
     "adapted_product staging",
     "_src.engine.rules": "rule | low_rank joins placement | products lookups arithmetic moves writes control_flow | "

@@ -30,6 +30,7 @@ from jlora._src.tree.sharding import ShardingRules, adapter_shardings, shardings
 
 # Paths and types.
 from jlora._src.paths import named_leaves, path_key
+from jlora._src.quantized import QuantizedArray
 from jlora._src.types import Adapters, Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
 
 # Registers the types with jax.export and flax.serialization.
@@ -78,6 +79,7 @@ __all__ = [
     "named_leaves",
     "path_key",
     "Adapters",
+    "QuantizedArray",
     "Axes",
     "FullWeight",
     "LoraFactors",

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from jlora._src.types import Array, Path, PyTree, is_attached
+from jlora._src.quantized import is_one_leaf
+from jlora._src.types import Array, Path, PyTree
 from jlora.messages import shown
 
 
@@ -18,7 +19,7 @@ def named_leaves(tree: PyTree) -> tuple[dict[Path, Any], Any]:
     """``({path: leaf}, treedef)`` in the tree's order: the paths that `plan`, adapters and sharding rules use.
 
     A path joins the keys of a leaf by ``/``. Boxes (NNX variables, ``nn.Partitioned``) add nothing to it. An attached
-    weight (`attach`) is one leaf.
+    weight (`attach`) is one leaf, and so is a quantized one (`QuantizedArray`).
 
     >>> leaves, treedef = jlora.named_leaves(params)
     >>> params = treedef.unflatten(leaves.values())
@@ -26,7 +27,7 @@ def named_leaves(tree: PyTree) -> tuple[dict[Path, Any], Any]:
     Raises:
       ValueError: if two leaves have the same path; all such paths are listed.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_attached)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_one_leaf)
     paths = [path_of(keys) for keys, _ in flat]
     if len(set(paths)) != len(paths):
         twice = sorted({p for p in paths if paths.count(p) > 1})

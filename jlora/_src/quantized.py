@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -86,6 +87,21 @@ def is_one_leaf(x: Any) -> bool:
     return is_attached(x) or isinstance(x, QuantizedArray)
 
 
+def as_array(x: Any) -> Any:
+    """A leaf as an array."""
+    return x.dequantize() if isinstance(x, QuantizedArray) else x
+
+
+def split_blocks(blocks: Sequence[int], shape: Sequence[int], spec: Iterable[Any], mesh: Any) -> list[Any] | None:
+    """The PartitionSpec entries of an array with a number of blocks along each axis of a weight that ``spec`` splits:
+    the weight's, or none where one block has the whole axis. None if a block would be split."""
+    entries = [*spec]
+    entries += [None] * (len(shape) - len(entries))
+    own = [None if count == 1 else entry for count, entry in zip(blocks, entries, strict=True)]
+    parts = [math.prod(mesh.shape[axis] for axis in ((e,) if isinstance(e, str) else e or ())) for e in own]
+    return None if any(count % n for count, n in zip(blocks, parts, strict=True)) else own
+
+
 def _bits(dtype: Any) -> int:
     info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
     return info(dtype).bits
@@ -105,7 +121,7 @@ def _split(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[tuple[int, 
 def _decoded(codes: Array, values: tuple[float, ...]) -> Array:
     """``values[codes]`` in float32: a choice by each bit, as a lookup of single entries is slow on every device."""
     codes = codes.astype(jnp.uint8)
-    found: list[Any] = list(np.float32(values))
+    found: list[Any] = [np.array(value, np.float32) for value in values]
     for bit in range(4):
         odd = (codes >> bit) & 1 == 1
         found = [jnp.where(odd, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]

@@ -6,6 +6,7 @@ import typing
 
 # Needs no jax, so that a command line can check a configuration before it imports jax, which takes most of a second.
 from jlora._src.config import HEADS, LoraConfig, Override
+from jlora._src.quantization.scheme import Scheme
 
 __version__ = "0.1.0"
 

@@ -24,7 +24,9 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "table",
     "_src.engine ": "interpreter trace | lora",
     "files": "errors adapters | buckets | drafts | json_files checksums tensor_names | hub_files | safetensors",
+    "_src.quantization": "scheme | array",
     "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init",
+    "_src.quantization ": "tree loss qwix",
     "_src ": "api",
     "peft": "options | config layout | config_file describe keys | tied faults | tensors | read write | __init__",
     "models": "_family _mesh attention.mask attention.plain | attention.chunked attention.tpu attention.gpu | "

@@ -18,6 +18,14 @@ from jlora._src.tree.labels import combine, freeze, labels, partition, trainable
 from jlora._src.tree.merge import Rounding, merge, rounding, unmerge
 from jlora._src.tree.stack import stack, unstack
 
+# A base in few bits.
+from jlora._src.quantization.scheme import Scheme
+from jlora._src.quantization.tree import dequantize, quantize
+from jlora._src.quantization.array import quantize_array
+from jlora._src.quantization.loss import QuantizationLoss, quantization_loss
+from jlora._src.quantization.qwix import from_qwix
+from jlora._src.quantized import QuantizedArray
+
 # Running a model with its adapters.
 from jlora._src.engine.lora import Explanation, explain
 from jlora._src.engine.interpreter import MaterializeError, MaterializeWarning
@@ -30,7 +38,6 @@ from jlora._src.tree.sharding import ShardingRules, adapter_shardings, shardings
 
 # Paths and types.
 from jlora._src.paths import named_leaves, path_key
-from jlora._src.quantized import QuantizedArray
 from jlora._src.types import Adapters, Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
 
 # Registers the types with jax.export and flax.serialization.
@@ -62,6 +69,15 @@ __all__ = [
     "unmerge",
     "stack",
     "unstack",
+    # A base in few bits.
+    "Scheme",
+    "dequantize",
+    "quantize",
+    "quantize_array",
+    "QuantizationLoss",
+    "quantization_loss",
+    "from_qwix",
+    "QuantizedArray",
     # Running a model with its adapters.
     "Explanation",
     "explain",
@@ -79,7 +95,6 @@ __all__ = [
     "named_leaves",
     "path_key",
     "Adapters",
-    "QuantizedArray",
     "Axes",
     "FullWeight",
     "LoraFactors",

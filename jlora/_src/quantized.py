@@ -66,7 +66,7 @@ class QuantizedArray:
     def dequantize(self) -> Array:
         """The weight, in ``dtype``."""
         values = _decoded(self.codes, NF4) if self.scheme == "nf4" else self.codes.astype(jnp.float32)
-        blocks, scales = _split(self.shape, self.scales.shape)
+        blocks, scales = split_blocks(self.shape, self.scales.shape)
         weight = values.reshape(blocks) * self._float_scales().reshape(scales)
         return weight.reshape(self.shape).astype(self.dtype)
 
@@ -77,8 +77,8 @@ class QuantizedArray:
     def _float_scales(self) -> Array:
         scales = self.scales
         if self.groups is not None:
-            blocks, groups = _split(scales.shape, self.groups.shape)
-            scales = (jnp.asarray(DYNAMIC)[scales].reshape(blocks) * self.groups.reshape(groups)).reshape(scales.shape)
+            blocks, groups = split_blocks(scales.shape, self.groups.shape)
+            scales = (_decoded(scales, DYNAMIC).reshape(blocks) * self.groups.reshape(groups)).reshape(scales.shape)
         return (scales if self.offset is None else scales + self.offset).astype(jnp.float32)
 
 
@@ -92,7 +92,7 @@ def as_array(x: Any) -> Any:
     return x.dequantize() if isinstance(x, QuantizedArray) else x
 
 
-def split_blocks(blocks: Sequence[int], shape: Sequence[int], spec: Iterable[Any], mesh: Any) -> list[Any] | None:
+def spec_of_blocks(blocks: Sequence[int], shape: Sequence[int], spec: Iterable[Any], mesh: Any) -> list[Any] | None:
     """The PartitionSpec entries of an array with a number of blocks along each axis of a weight that ``spec`` splits:
     the weight's, or none where one block has the whole axis. None if a block would be split."""
     entries = [*spec]
@@ -107,7 +107,7 @@ def _bits(dtype: Any) -> int:
     return info(dtype).bits
 
 
-def _split(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def split_blocks(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """``shape`` with each axis that has several blocks split in two, and ``blocks`` to be broadcast to it."""
     whole: list[int] = []
     own: list[int] = []
@@ -118,11 +118,11 @@ def _split(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[tuple[int, 
     return tuple(whole), tuple(own)
 
 
-def _decoded(codes: Array, values: tuple[float, ...]) -> Array:
+def _decoded(codes: Array, values: Sequence[float] | np.ndarray) -> Array:
     """``values[codes]`` in float32: a choice by each bit, as a lookup of single entries is slow on every device."""
     codes = codes.astype(jnp.uint8)
-    found: list[Any] = [np.array(value, np.float32) for value in values]
-    for bit in range(4):
+    found: list[Any] = list(np.asarray(values, np.float32))
+    for bit in range(len(found).bit_length() - 1):
         odd = (codes >> bit) & 1 == 1
         found = [jnp.where(odd, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
     return found[0]
@@ -136,7 +136,7 @@ def _dynamic() -> np.ndarray:
         edges = np.linspace(0.1, 1, 2**i + 1)
         means = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
         values += [*means, *-means]
-    return np.sort(np.float32(values))
+    return np.sort(np.asarray(values, np.float32))
 
 
 DYNAMIC = _dynamic()

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from jlora._src.engine import compat
 from jlora._src.engine.adapted_product import checkpoint_policy
-from jlora._src.quantized import QuantizedArray, split_blocks
+from jlora._src.quantized import QuantizedArray, spec_of_blocks
 from jlora._src.types import Array
 
 
@@ -185,7 +185,7 @@ def divisible(base: Any, spec: Any, mesh: Any) -> Any:
     """A base that ``spec`` splits in whole blocks."""
     if not isinstance(base, Stored):
         return base
-    own = [split_blocks(x.shape, base.shape, spec, mesh) for x in _arrays(base.array)]
+    own = [spec_of_blocks(x.shape, base.shape, spec, mesh) for x in _arrays(base.array)]
     return base.dequantize() if base.moves or any(one is None for one in own) else base
 
 
@@ -193,4 +193,4 @@ def specs_of(base: Any, spec: Any, mesh: Any) -> Any:
     """The specs of a base, where ``spec`` is the weight's, and splits it in whole blocks."""
     if not isinstance(base, Stored):
         return spec
-    return jax.tree.map(lambda x: PartitionSpec(*(split_blocks(x.shape, base.shape, spec, mesh) or ())), base)
+    return jax.tree.map(lambda x: PartitionSpec(*(spec_of_blocks(x.shape, base.shape, spec, mesh) or ())), base)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jlora._src.paths import named_leaves
-from jlora._src.quantized import QuantizedArray, split_blocks
+from jlora._src.quantization.array import quantized_shardings
 from jlora._src.tree.checks import check_kinds, check_paths
 from jlora._src.types import Adapters, FullWeight, LoraFactors, LoraWeight, Path, PyTree, is_attached
 from jlora.fields import bad_pattern
@@ -57,20 +57,7 @@ def shardings(params: PyTree, mesh: Mesh, rules: ShardingRules) -> PyTree:
             "change the rule, put a rule for that path before it, or use a mesh of another shape."
         )
     places = {path: NamedSharding(mesh, rules[i][1]) for path, i in applied.items() if i is not None}
-    return treedef.unflatten([quantized_shardings(leaves[path], place) for path, place in places.items()])
-
-
-def quantized_shardings(leaf: Any, place: NamedSharding) -> Any:
-    """The shardings of a quantized weight's arrays, where ``place`` is the weight's; that itself for any other leaf."""
-    if not isinstance(leaf, QuantizedArray):
-        return place
-
-    def own(x: Any) -> NamedSharding:
-        alone = [split_blocks(x.shape, leaf.shape, [*[None] * d, e], place.mesh) for d, e in enumerate(place.spec)]
-        entries = [None if found is None else found[d] for d, found in enumerate(alone)]
-        return NamedSharding(place.mesh, PartitionSpec(*entries), memory_kind=place.memory_kind)
-
-    return jax.tree.map(own, leaf)
+    return treedef.unflatten([quantized_shardings(place, leaves[path]) for path, place in places.items()])
 
 
 def adapter_shardings(adapters: Adapters | PyTree, shardings: PyTree) -> Any:
@@ -147,12 +134,12 @@ def _follow(leaf: Any, place: NamedSharding) -> Any:
         case LoraWeight(factors=f, path=path):
             replicated = NamedSharding(place.mesh, PartitionSpec())
             strength, key = jax.tree.map(lambda _: replicated, (leaf.strength, leaf.dropout_key))
-            return LoraWeight(quantized_shardings(leaf.base, place), _follow_axes(f, place), strength, key, path)
+            return LoraWeight(quantized_shardings(place, leaf.base), _follow_axes(f, place), strength, key, path)
         case FullWeight(path=path):
-            base: Any = quantized_shardings(leaf.base, place)
+            base: Any = quantized_shardings(place, leaf.base)
             return FullWeight(base, place, path)  # pyright: ignore[reportArgumentType]
         case _:
-            return quantized_shardings(leaf, place)
+            return quantized_shardings(place, leaf)
 
 
 def _follow_axes(factors: LoraFactors, place: NamedSharding) -> LoraFactors:

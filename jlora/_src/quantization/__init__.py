@@ -1,0 +1,1 @@
+"""Frozen weights in few bits: schemes, their numerics, and trees of parameters."""

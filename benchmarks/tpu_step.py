@@ -73,6 +73,7 @@ NETWORKS = {
     "the same, 2 layers, 32k vocabulary": _tpu.LLAMAS["Llama 3.2 1B"] | {"num_hidden_layers": 2, "vocab_size": 32768},
     "Gemma 2B, 2 layers, 32k vocabulary": GEMMA,
     "BERT base, 4 layers": ENCODER,
+    "Llama 3.1 8B": _tpu.LLAMAS["Llama 3.1 8B"],
     "toy": _tpu.llama(64, 128, 2, 8, 16, vocab_size=256),
 }
 

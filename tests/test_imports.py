@@ -18,13 +18,15 @@ ROOT = Path(__file__).parents[1]
 JLORA = {  # a room imports from those above it; of its own files, from those that stand before
     " ": "messages | fields",
     "_src": "types | paths config",
-    "_src.engine": "compat | named_axes mutation gradient location traced_weights | product factored dependence | "
-    "adapted_product staging",
+    "_src.engine": "compat | named_axes mutation gradient location traced_weights observation | "
+    "product factored dependence | adapted_product staging",
     "_src.engine.rules": "rule | low_rank joins placement | products lookups arithmetic moves writes control_flow | "
     "table",
     "_src.engine ": "interpreter trace | lora",
+    "_src.inits": "fresh matrices",
     "files": "errors adapters | buckets | drafts | json_files checksums tensor_names | hub_files | safetensors",
     "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init",
+    "_src.inits ": "moments | spectral quantized driven | decompose plain",
     "_src ": "api",
     "peft": "options | config layout | config_file describe keys | tied faults | tensors | read write | __init__",
     "models": "_family _mesh attention.mask attention.plain | attention.chunked attention.tpu attention.gpu | "

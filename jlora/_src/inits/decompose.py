@@ -68,19 +68,19 @@ def decompose(
     - ``"loftq"``: R = ``quantizer(W - s·A·B)``, and s·A·B the truncated SVD of W - R, in turn for ``iterations``
       rounds, 5 by default (Li et al. 2023, algorithm 1, https://arxiv.org/abs/2310.08659). Unlike PEFT's, A·B is
       divided by s, which PEFT leaves out: the same where ``alpha = rank``.
-    - ``"lq"``: the same rounds, starting from the truncated SVD of W (Guo et al. 2023, algorithm 1,
+    - ``"lq"``: the same rounds, starting from the truncated SVD of W (Guo et al. 2023, section 3.1,
       https://arxiv.org/abs/2311.12023), and the best of their results by the Frobenius norm of W - R - s·A·B. The first
       round of LoftQ is a candidate too, so it is never worse than quantizing W and is at least as good as one LoftQ
       round.
     - ``"corda"``: A·B spans the directions that matter most for the inputs in ``moments``: the SVD of C·W with the
-      second moment C of the inputs, multiplied by C⁻¹ (Yang et al. 2024, eqs. 2 to 4,
+      second moment C of the inputs, multiplied by C⁻¹ (Yang et al. 2024, section 3,
       https://arxiv.org/abs/2406.05223; PEFT's ``ipm``). ``"corda_kpm"``: those that matter least.
     - ``"eva"``: the columns of A are the principal components of the inputs in ``moments``, and B = 0, so R = W
       (Paischer et al. 2024, https://arxiv.org/abs/2410.07170). Ranks move to the weights whose components explain most
       of their inputs' variance: no rank grows beyond ``rho`` (2 by default, 1 keeps them all) times the plan's, and
       weights whose rank falls to 0 get no adapter. Slices of a stacked weight share one rank, by their mean.
     - ``"lora_ga"``: A and B are the singular vectors of the loss's ``gradients`` in W, so that the first step is that
-      of full fine-tuning (Wang et al. 2024, eqs. 8 to 10 and algorithm 1, with its γ of 16,
+      of full fine-tuning (Wang et al. 2024, theorem 3.1 and algorithm 1, with a γ of 16,
       https://arxiv.org/abs/2407.05000). Best with ``use_rslora``.
 
     SVDs are taken in float32, of every slice of a stacked weight (scanned layers, experts), with all input and all

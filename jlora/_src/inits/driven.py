@@ -23,7 +23,7 @@ _GAMMA = 16
 
 
 def corda(weight: Array, target: Target, dtype: str, *, moments: InputMoments) -> LoraFactors:
-    """The first components of the inputs' second moment times the weight (Yang et al. 2024, eqs. 2 to 4)."""
+    """The first components of the inputs' second moment times the weight (Yang et al. 2024, section 3)."""
     return _corda(weight, target, dtype, moments, slice(0, target.rank))
 
 
@@ -46,7 +46,7 @@ def _corda(weight: Array, target: Target, dtype: str, moments: InputMoments, par
 
 
 def eva(weight: Array, target: Target, dtype: str, *, moments: InputMoments) -> LoraFactors:
-    """The principal components of the inputs (Paischer et al. 2024, section 3.2); B = 0."""
+    """The principal components of the inputs (Paischer et al. 2024); B = 0."""
     _, vectors = _components(moments)
     a = vectors[..., ::-1][..., : target.rank]
     return to_factors(a, jnp.zeros((*a.shape[:-2], target.rank, _outputs(target))), target, dtype)

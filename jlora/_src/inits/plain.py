@@ -66,8 +66,8 @@ def to_plain(params: PyTree, residual: PyTree, adapters: Adapters) -> dict[Path,
             raise ValueError(
                 "to_plain: the params and the residual differ by more than an update of the adapters' rank:"
                 f"{bullets(wrong)}\nExpected the params given to jlora.decompose, and its residual without a "
-                "quantization. For a quantized residual, ship merged weights: jlora.merge(residual, adapters), with the residual "
-                "dequantized."
+                "quantization. For a quantized residual, ship merged weights: "
+                "jlora.merge(residual, adapters), with the residual dequantized."
             )
     return found
 

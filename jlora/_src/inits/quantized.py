@@ -30,7 +30,7 @@ def loftq(
 def lq(
     weight: Array, target: Target, dtype: str, *, quantizer: Quantizer, iterations: int = 5
 ) -> tuple[Any, LoraFactors]:
-    """The best of the rounds that start from the truncated SVD of the weight (Guo et al. 2023, algorithm 1), and of one
+    """The best of the rounds that start from the truncated SVD of the weight (Guo et al. 2023, section 3.1), and of one
     that starts from no factors."""
     (best,) = _rounds(weight, target, dtype, quantizer, 1, start=None)
     least = _error(weight, target, *best)

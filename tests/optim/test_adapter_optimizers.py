@@ -124,7 +124,7 @@ def test_lora_fa_keeps_no_inputs_and_no_state_for_a() -> None:
 def test_lora_fa_names_tables_that_would_never_change() -> None:
     fn, params, ids = TOYS["tied"]
     config = jlora.LoraConfig(rank=2, targets=("table",))
-    adapters = jlora.init(KEY, params, config, jlora.trace(fn, params, ids))
+    adapters: Any = jlora.init(KEY, params, config, jlora.trace(fn, params, ids))
     for tree in (adapters, jlora.attach(params, adapters)):
         with pytest.raises(ValueError, match="table"):
             optim.lora_fa(optax.sgd(1.0)).init(tree)

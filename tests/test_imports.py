@@ -18,16 +18,19 @@ ROOT = Path(__file__).parents[1]
 JLORA = {  # a room imports from those above it; of its own files, from those that stand before
     " ": "messages | fields",
     "_src": "types | quantized | paths config",
-    "_src.engine": "compat | named_axes mutation gradient location traced_weights | product dependence | "
+    "_src.engine": "compat | named_axes mutation gradient location traced_weights observation | product dependence | "
     "adapted_product staging | stored | factored",
     "_src.engine.rules": "rule | low_rank joins placement | products lookups arithmetic moves writes control_flow | "
     "table",
     "_src.engine ": "interpreter trace | lora",
+    "_src.inits": "fresh matrices",
     "files": "errors adapters | buckets | drafts | json_files checksums tensor_names | hub_files | safetensors",
     "_src.quantization": "scheme | array",
     "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init",
     "_src.quantization ": "tree loss qwix",
+    "_src.inits ": "moments | spectral quantized driven | decompose plain",
     "_src ": "api",
+    "  ": "optim",
     "peft": "options | config layout | config_file describe keys | tied faults | tensors | read write | __init__",
     "models": "_family _mesh attention.mask attention.plain | attention.chunked attention.tpu attention.gpu | "
     "attention.attend _layers decoder.rope | _causal _encoder _loss | _heads | "
@@ -137,7 +140,7 @@ def test_every_public_name_is_imported_when_it_is_used(before: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-ROOMS = ["jlora._src.api", "jlora.fields", "jlora.messages", "jlora.models", "jlora.peft"]
+ROOMS = ["jlora._src.api", "jlora.fields", "jlora.messages", "jlora.models", "jlora.optim", "jlora.peft"]
 
 
 def test_all_is_what_is_public() -> None:
@@ -148,7 +151,7 @@ def test_all_is_what_is_public() -> None:
     modules = {name for name, value in vars(jlora).items() if isinstance(value, types.ModuleType)}
     assert {name for name in vars(jlora) if not name.startswith("_")} - modules == set(imported)
     own = {name for name in modules if vars(jlora)[name].__name__ == f"jlora.{name}" and not name.startswith("_")}
-    assert own <= {"fields", "files", "messages", "models", "peft"}
+    assert own <= {"fields", "files", "messages", "models", "optim", "peft"}
 
 
 def test_no_function_hides_a_module() -> None:

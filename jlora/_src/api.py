@@ -7,6 +7,11 @@ from jlora._src.engine.trace import trace
 from jlora._src.tree.plan import Plan, plan
 from jlora._src.tree.init import init
 
+# Adapters that start from the weights, or from data.
+from jlora._src.inits.decompose import decompose
+from jlora._src.inits.moments import InputMoments, input_moments
+from jlora._src.inits.plain import to_plain
+
 # The adapted model.
 from jlora._src.engine.lora import lora
 from jlora._src.tree.attach import attach, detach
@@ -52,6 +57,11 @@ __all__ = [
     "Plan",
     "plan",
     "init",
+    # Adapters that start from the weights, or from data.
+    "decompose",
+    "InputMoments",
+    "input_moments",
+    "to_plain",
     # The adapted model.
     "lora",
     "attach",

@@ -20,6 +20,7 @@ HEADS = (r"(^|/)(lm_head|classifier|score|head)(/|$)",)
 _Rank: TypeAlias = Annotated[int, Within(0, above=True)]
 _Alpha: TypeAlias = Annotated[float, Within(0, above=True)]
 _Rate: TypeAlias = Annotated[float, Within(0, 1, below=True)]
+_Init: TypeAlias = Literal["kaiming", "gaussian", "orthogonal"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Override:
 
     Attributes:
       pattern: a regular expression, searched in the path.
-      rank, alpha, dropout, use_rslora, use_dora: as in `LoraConfig`; None keeps the config's.
+      rank, alpha, dropout, use_rslora, use_dora, init: as in `LoraConfig`; None keeps the config's.
     """
 
     pattern: str
@@ -39,6 +40,7 @@ class Override:
     dropout: _Rate | None = None
     use_rslora: bool | None = None
     use_dora: bool | None = None
+    init: _Init | None = None
 
     def __post_init__(self) -> None:
         _plain_numbers(self)
@@ -62,6 +64,11 @@ class LoraConfig:
       use_rslora: scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
       use_dora: train the columns' magnitudes too (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
       dtype: of the trainable arrays, by name.
+      init: how `init` draws the factors; lookup tables keep A = 0, B from N(0, 1). ``"kaiming"``: A from
+        U(±1/sqrt(fan_in)), B = 0. ``"gaussian"``: A from N(0, 1/rank²), B = 0 (Hu et al. 2021, section 4.1).
+        ``"orthogonal"``: neither is zero, but ``A·B`` is, up to rounding: their entries are normal, of variance 1/200,
+        over orthogonal halves of the rank's space (https://datta0.github.io/posts/rethink-lora-init). Needs an even
+        rank. (PEFT's ``init_lora_weights``; for those that change the base weights, see `decompose`.)
 
     Raises:
       ValueError: listing every field that is out of range.
@@ -77,13 +84,15 @@ class LoraConfig:
     use_rslora: bool = False
     use_dora: bool = False
     dtype: str = "float32"
+    init: _Init = "kaiming"
 
     def __post_init__(self) -> None:
         _plain_numbers(self)
         for name in ("targets", "exclude", "train_also", "overrides"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
-        wrong = [*_bad_numbers(self), *_bad_patterns(self), *_bad_overrides(self.overrides)]
+        wrong = [*_bad_settings(self), *_bad_patterns(self), *_bad_overrides(self.overrides)]
+        wrong = wrong or _bad_ranks(self)
         if (dtype := _float_name(self.dtype)) is None:
             wrong.append(f"dtype = {shown(self.dtype)}; expected the name of a float dtype, such as 'float32'")
         object.__setattr__(self, "dtype", dtype)
@@ -137,7 +146,8 @@ class LoraConfig:
 
 
 _NUMBERS = ("rank", "alpha", "dropout", "use_rslora", "use_dora")
-"""Value ranges of the fields that `LoraConfig` and `Override` share."""
+_SHARED = (*_NUMBERS, "init")
+"""The fields that `LoraConfig` and `Override` share."""
 
 
 def _plain_numbers(config: LoraConfig | Override) -> None:
@@ -158,10 +168,22 @@ def _float_name(dtype: Any) -> str | None:
         return None
 
 
-def _bad_numbers(config: LoraConfig | Override, prefix: str = "") -> list[str]:
+def _bad_settings(config: LoraConfig | Override, prefix: str = "") -> list[str]:
     hints = get_type_hints(type(config), include_extras=True)
-    given = {prefix + name: getattr(config, name) for name in _NUMBERS}
-    return faults(given, {prefix + name: hints[name] for name in _NUMBERS})
+    given = {prefix + name: getattr(config, name) for name in _SHARED}
+    return faults(given, {prefix + name: hints[name] for name in _SHARED})
+
+
+def _bad_ranks(config: LoraConfig) -> list[str]:
+    """Odd ranks of an orthogonal init, which halves the rank."""
+    ranks = {"rank": (config.rank, config.init)}
+    for i, override in enumerate(config.overrides):
+        ranks[f"overrides[{i}].rank"] = override.rank or config.rank, override.init or config.init
+    return [
+        f"{name} = {rank}; expected an even one: init = 'orthogonal' halves it"
+        for name, (rank, init) in ranks.items()
+        if init == "orthogonal" and rank % 2
+    ]
 
 
 def _bad_patterns(config: LoraConfig) -> list[str]:
@@ -182,7 +204,7 @@ def _bad_overrides(overrides: Any) -> list[str]:
         return [f"overrides = {shown(overrides)}; expected a tuple of Override"]
     wrong = []
     for i, override in enumerate(overrides):
-        wrong += _bad_numbers(override, f"overrides[{i}].")
+        wrong += _bad_settings(override, f"overrides[{i}].")
         wrong += [f"overrides[{i}].pattern: {problem}"] if (problem := bad_pattern(override.pattern)) else []
     return wrong
 

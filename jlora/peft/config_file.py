@@ -74,8 +74,21 @@ _FIELDS = {
 }
 
 
-def read_config(file: Path) -> PeftConfig:
+def read_start(file: Path) -> str | None:
+    """The initialization that changed the base weights, by its name; None if none did.
+
+    Raises:
+      TensorError: if the file cannot be read.
+    """
+    start = read_json(file).get("init_lora_weights", True)
+    return str(start) if options.changes_base(start) else None
+
+
+def read_config(file: Path, *, base_known: bool = False) -> PeftConfig:
     """The config in a file.
+
+    Args:
+      base_known: whether an initialization that changed the base weights is accepted.
 
     Raises:
       TensorError: if the file cannot be read.
@@ -88,7 +101,8 @@ def read_config(file: Path) -> PeftConfig:
         for name, value in values.items()
         if not _FIELDS[name].fits(value)
     ]
-    if lacking := options.lacking({name: value for name, value in content.items() if name not in _FIELDS}):
+    others = {name: value for name, value in content.items() if name not in _FIELDS}
+    if lacking := options.lacking(others, base_known=base_known):
         raise PeftError(
             f"{file}: the adapter uses features that jlora lacks:{bullets(lacking + wrong)}\nExpected LoRA, rsLoRA or "
             "DoRA. To merge: `PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained("

@@ -45,6 +45,15 @@ class Layer(NamedTuple):
         """The same update with another scale; ``b`` is multiplied by the quotient."""
         return self if scale == self.scale else self._replace(b=scaled(self.b, self.scale / scale), scale=scale)
 
+    def minus(self, start: Layer) -> Layer:
+        """The update without that of ``start``, of both ranks together, in float32 or wider."""
+        dtype = np.promote_types(np.promote_types(self.a.dtype, start.a.dtype), np.float32)
+        b = start.b.astype(dtype) * (start.scale / self.scale)
+        return self._replace(
+            a=np.concatenate([self.a.astype(dtype), start.a.astype(dtype)], -1),
+            b=np.concatenate([self.b.astype(dtype), -b], 0),
+        )
+
     def padded(self, rank: int) -> Layer:
         """The same update, padded with zeros to ``rank``."""
         more = rank - self.rank

@@ -25,11 +25,15 @@ _EMPTY = frozenset(
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base weights unchanged."""
 
-_REPEATED_INITS = ("pissa", "olora")
-"""Values for which PEFT repeats its change of the base weights whenever it loads the adapter."""
+REPEATED_INITS = ("pissa", "olora")
+"""Values for which PEFT repeats its change of the base weights whenever it loads the adapter, as `load` does."""
 
 MERGE = "merge it in PyTorch"
 _IN_PROCESS = "in the process that trained it, merge it (`model.merge_and_unload().save_pretrained(new_folder)`)"
+_CHANGED_BASE = (
+    "save the changed base in the process that trained it (`model.unload().save_pretrained(new_base)`), load that, and "
+    "set init_lora_weights to true in the adapter's config"
+)
 _ADVICE: Mapping[str, str] = {
     "alora_invocation_tokens": "acts only after these tokens, so it cannot be merged; use it in PyTorch",
     "arrow_config": "chooses among adapters by the input, so it cannot be merged; load each adapter by itself",
@@ -50,18 +54,24 @@ _UNMERGED = frozenset(
 """Methods other than LoRA that PEFT cannot merge."""
 
 
-def lacking(given: Mapping[str, Any]) -> list[str]:
+def changes_base(start: Any) -> bool:
+    """Whether ``init_lora_weights`` is an initialization that changed the base weights."""
+    return start not in _PLAIN_INITS
+
+
+def lacking(given: Mapping[str, Any], *, base_known: bool = False) -> list[str]:
     """One line per setting that jlora lacks, with advice.
 
     Args:
       given: the content of an ``adapter_config.json``.
+      base_known: whether a change of the base weights can be undone.
     """
     method, start = given.get("peft_type"), given.get("init_lora_weights", True)
     found = []
     if method != "LORA":
         advice = "it cannot be merged; use it in PyTorch" if str(method) in _UNMERGED else MERGE
         found.append(f"peft_type = {shown(method)}; expected 'LORA': {advice}")
-    if start not in _PLAIN_INITS:
+    if changes_base(start) and not base_known:
         found.append(f"init_lora_weights = {shown(start)}, which changed the base weights too: {_of_init(start)}")
     for name, value in given.items():
         if name in _INERT or value is None or value is False or (name in _EMPTY and not value):
@@ -71,12 +81,11 @@ def lacking(given: Mapping[str, Any]) -> list[str]:
 
 
 def _of_init(start: Any) -> str:
-    if start in _REPEATED_INITS:
-        return MERGE
+    if start in REPEATED_INITS:
+        return f"pass the values of the base weights as params, and it is converted; or {MERGE}"
     if start == "loftq":  # PEFT's conversion starts from the weights before quantization
-        return f"{_IN_PROCESS}; PEFT cannot convert it"
+        return f"{_CHANGED_BASE}; or {_IN_PROCESS}; PEFT cannot convert it"
     return (
-        f"{_IN_PROCESS} or convert it (`model.save_pretrained(new_folder, "
-        "path_initial_model_for_weight_conversion=start)`, with the adapter as it was saved before the training); PEFT "
-        "does not repeat this change when it loads the file"
+        "pass the adapter as it was saved before the training, `peft.load(folder, names, params, start=start_folder)`, "
+        f"and it is converted; or {_CHANGED_BASE}; or {_IN_PROCESS}"
     )

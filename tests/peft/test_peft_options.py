@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.metadata
+import json
 import sys
 import tempfile
 import types
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -121,8 +124,6 @@ def assert_loads(folder: Path, expected: np.ndarray, base: Path | None = None) -
 
 BLOCKS = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2, "match_strict": False}
 MERGED: dict[str, Any] = {
-    "init_lora_weights": "pissa",
-    "init_lora_weights ": "olora",
     "kasa_config": {},
     "monteclora_config": {},
     "target_parameters": ["q_proj.weight"],
@@ -254,15 +255,48 @@ def test_starts_that_change_the_base(start: str, tmp_path: Path, monkeypatch: py
         model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
         return folder
 
+    unloaded: Any = copy.deepcopy(model)
     if start == "loftq":
         expect(text, "PEFT cannot convert it")
         assert np.abs(logits(reloaded(convert())) - expected).max() > 0.1
     else:
-        expect(text, "path_initial_model_for_weight_conversion=start")
+        expect(text, "peft.load(folder, names, params, start=start_folder)")
         assert_loads(convert(), expected)
+        network, params = models.load(checkpoint())
+        names = models.tensor_names(network)
+        adapters, _ = peft.load(tmp_path / "adapter", names, params, start=tmp_path / "start")
+        assert_close(network.apply(jlora.merge(params, adapters), IDS), expected)
         if start != "corda":  # which cannot be loaded at all
             assert np.abs(logits(reloaded(tmp_path / "adapter")) - expected).max() > 0.01
     assert_merges(model, tmp_path / "merged", expected)
+    # The changed base, for which the adapter is plain LoRA.
+    expect(text, "`model.unload().save_pretrained(new_base)`", "set init_lora_weights to true")
+    unloaded.unload().save_pretrained(str(tmp_path / "base"))
+    file = tmp_path / "adapter" / ADAPTER_CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": True}))
+    assert_loads(tmp_path / "adapter", expected, tmp_path / "base")
+    network, _ = models.load(checkpoint())
+    with pytest.raises(peft.PeftError, match="names no initialization"):
+        peft.load(tmp_path / "adapter", models.tensor_names(network), start=tmp_path / "start")
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "rank_pattern": {"v_proj": 3}}, {"use_dora": True}])
+@pytest.mark.parametrize("start", options.REPEATED_INITS)
+def test_starts_that_peft_repeats_are_converted(start: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    """From the original weights, to plain LoRA of twice the rank; shapes are not enough, and the advice works."""
+    model = trained(fresh(), init_lora_weights=start, **fields)
+    expected = logits(model)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert_close(logits(reloaded(tmp_path / "adapter")), expected)
+    assert_loads(tmp_path / "adapter", expected)
+    network, params = models.load(checkpoint())
+    names = models.tensor_names(network)
+    text = message(peft.PeftError, lambda: peft.load(tmp_path / "adapter", names, jax.eval_shape(lambda: params)))
+    expect(text, f"init_lora_weights = '{start}'", "values of the base weights as params", options.MERGE)
+    assert_merges(reloaded(tmp_path / "adapter"), tmp_path / "merged", expected)
+    adapters, config = peft.load(tmp_path / "adapter", names, params)
+    peft.save(tmp_path / "plain", names, params, adapters, config)
+    assert_close(logits(reloaded(tmp_path / "plain")), expected)
 
 
 @pytest.mark.parametrize("start", ["gaussian", "orthogonal", "mica", "eva", False])
@@ -342,6 +376,9 @@ def test_a_resized_vocabulary(case: str, tmp_path: Path) -> None:
 
     _unload(resized(), tmp_path)
     assert_loads(tmp_path / "adapter", expected, tmp_path / "base")
+    network, _ = models.load(checkpoint())
+    with pytest.raises(peft.PeftError, match="names no initialization"):
+        peft.load(tmp_path / "adapter", models.tensor_names(network), start=tmp_path / "start")
 
 
 def _unload(network: Any, folder: Path) -> None:

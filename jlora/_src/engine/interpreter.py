@@ -20,6 +20,7 @@ from jlora._src.engine import compat
 from jlora._src.engine.factored import Factored, materialize
 from jlora._src.engine.location import Location
 from jlora._src.engine.named_axes import NamedArray
+from jlora._src.engine.observation import Mode
 from jlora._src.engine.rules.rule import Decline
 from jlora._src.engine.rules.table import KEEPS_STORED, PRIMITIVES, REARRANGING, SQUARED, SQUARES
 from jlora._src.engine.stored import Stored, dequantized
@@ -77,6 +78,7 @@ class Session:
       events: every consumption so far.
       masks: the number of dropout masks drawn for each weight.
       pending: the warnings to emit at the end of the call.
+      observation: what products record of their inputs in place of computing updates (`observation`); None to compute.
     """
 
     policy: Policy
@@ -87,6 +89,7 @@ class Session:
     events: list[Event] = dataclasses.field(default_factory=list)
     masks: Counter[str] = dataclasses.field(default_factory=Counter)
     pending: dict[Path, PendingWarning] = dataclasses.field(default_factory=dict)
+    observation: Mode | None = None
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """The results of an open jaxpr; arguments and results may be `Factored`."""

@@ -14,6 +14,7 @@ from jax import lax
 from jlora._src.engine.dependence import constant_gathers, forwarded_inputs, live_inputs, trained_operands
 from jlora._src.engine.factored import Factored, frozen, materialize, to_factored
 from jlora._src.engine.interpreter import Event, Policy, Session
+from jlora._src.engine.observation import Mode
 from jlora._src.engine.staging import Staged, check_callable, is_array, replace_leaves, stage
 from jlora._src.quantized import QuantizedArray, is_one_leaf
 from jlora._src.types import FullWeight, LoraFactors, LoraWeight, PyTree, is_attached
@@ -91,6 +92,12 @@ def lora(
         return _call(Session(materialize, inline_custom_rules), fn, args, kwargs, frozen_gradients)
 
     return wrapped  # pyright: ignore[reportReturnType]
+
+
+def observed_call(mode: Mode, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """``fn`` without the updates of its adapted weights: the gradients of their factors A are moments of their inputs
+    (`observation`)."""
+    return _call(Session("allow", inline_custom_rules=False, observation=mode), fn, args, kwargs, False)
 
 
 def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any, frozen_gradients: bool = True) -> Any:

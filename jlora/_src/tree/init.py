@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from jlora._src.config import LoraConfig
 from jlora._src.engine import compat
 from jlora._src.engine.factored import column_norm, to_factored
 from jlora._src.engine.stored import array_like
+from jlora._src.inits.fresh import fresh_factors
 from jlora._src.paths import named_leaves, one_key, path_key
 from jlora._src.quantized import as_array
 from jlora._src.tree.plan import Plan
@@ -24,10 +24,12 @@ from jlora.messages import bullets, nearest
 def init(
     key: Array, params: PyTree, plan: Plan | LoraConfig, uses: Uses | None = None
 ) -> dict[Path, LoraFactors | Array]:
-    """Fresh adapters for ``params``: A random, B zero, so the model does not change yet.
+    """Fresh adapters for ``params``, under which the model does not change yet.
 
-    A is drawn from U(±1/sqrt(fan_in)), like torch's ``kaiming_uniform_(a=sqrt(5))``, and B is 0. For a lookup table the
-    roles swap, as in PEFT: A = 0, B from N(0, 1). Leaves of ``train_also`` are copies of the params, never aliases.
+    By default A is drawn from U(±1/sqrt(fan_in)), like torch's ``kaiming_uniform_(a=sqrt(5))``, and B is 0; see
+    `LoraConfig.init` for the alternatives, and `decompose` for adapters that start from the weights themselves. For a
+    lookup table the roles swap, as in PEFT: A = 0, B from N(0, 1). Each slice of a stacked weight has its own numbers.
+    Leaves of ``train_also`` are copies of the params, never aliases.
     Each weight's key is folded from its path (`path_key`), so its initialization does not depend on which other weights
     are adapted. Works under `jax.eval_shape` and ``jax.jit(out_shardings=…)``.
 
@@ -50,29 +52,55 @@ def init(
         are swapped.
     """
     key = one_key(key, "init", "key")
-    leaves, _ = named_leaves(params)
-    if isinstance(plan, Plan):
-        _check_plan(plan, leaves, uses)
-    else:
-        plan = make_plan(params, plan, uses)
+    leaves, _, plan = planned("init", params, plan, uses)
     copied = [path for path, target in plan.items() if target.axes is None or target.dora]
-    if shapes := [path for path in copied if isinstance(array_like(leaves[path]), jax.ShapeDtypeStruct)]:
-        raise TypeError(
-            f"init: the params are shapes, but these leaves are copied, or measured for DoRA:{bullets(shapes)}\n"
-            "Expected arrays. For the shapes of the adapters, call init under jax.eval_shape."
-        )
+    check_values("init", leaves, copied, "copied, or measured for DoRA")
     dtype = plan.config.dtype
     return {
-        path: jnp.array(compat.to_device(as_array(leaves[path])), dtype=dtype, copy=True)
+        path: copy_of(leaves[path], dtype)
         if target.axes is None
         else _factors(path_key(key, path), leaves[path], target, dtype)
         for path, target in plan.items()
     }
 
 
-def _check_plan(plan: Plan, leaves: dict[Path, Any], uses: Uses | None) -> None:
+def planned(what: str, params: PyTree, plan: Plan | LoraConfig, uses: Uses | None) -> tuple[dict[Path, Any], Any, Plan]:
+    """The named leaves of the params, their tree, and a plan for them; a config is planned first.
+
+    Raises:
+      ValueError, TypeError: as `init`.
+    """
+    leaves, treedef = named_leaves(params)
+    if isinstance(plan, Plan):
+        _check_plan(what, plan, leaves, uses)
+    else:
+        plan = make_plan(params, plan, uses)
+    return leaves, treedef, plan
+
+
+def check_values(what: str, leaves: dict[Path, Any], needed: list[Path], why: str) -> None:
+    """Raises a TypeError if leaves whose values are ``needed`` are only shapes."""
+    if shapes := [path for path in needed if isinstance(array_like(leaves[path]), jax.ShapeDtypeStruct)]:
+        raise TypeError(
+            f"{what}: the params are shapes, but these leaves are {why}:{bullets(shapes)}\n"
+            f"Expected arrays. For the shapes of the adapters, call {what} under jax.eval_shape."
+        )
+
+
+def copy_of(leaf: Any, dtype: str) -> Array:
+    """A leaf that is trained whole."""
+    return jnp.array(compat.to_device(as_array(leaf)), dtype=dtype, copy=True)
+
+
+def with_magnitude(factors: LoraFactors, weight: Any, dtype: str) -> LoraFactors:
+    """The factors with DoRA's magnitudes: the column norms of ``weight`` with its update."""
+    norm = column_norm(to_factored(LoraWeight(weight, factors)), factors.axes)
+    return dataclasses.replace(factors, magnitude=norm.astype(dtype))
+
+
+def _check_plan(what: str, plan: Plan, leaves: dict[Path, Any], uses: Uses | None) -> None:
     if uses is not None:
-        raise TypeError("init: got uses and a plan, which already includes them; leave out uses")
+        raise TypeError(f"{what}: got uses and a plan, which already includes them; leave out uses")
     wrong = [
         f"{path!r} has shape {tuple(leaves[path].shape)}, {target.shape} in the plan"
         if path in leaves
@@ -82,22 +110,13 @@ def _check_plan(plan: Plan, leaves: dict[Path, Any], uses: Uses | None) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"init: the plan was made for other params:{bullets(wrong)}\nExpected the params given to jlora.plan, "
+            f"{what}: the plan was made for other params:{bullets(wrong)}\nExpected the params given to jlora.plan, "
             "or params of the same shapes."
         )
 
 
 def _factors(key: Array, weight: Array, target: Target, dtype: str) -> LoraFactors:
     assert target.axes is not None
-    batch, inputs, outputs = target.axes.sizes(target.shape)
-    a_shape, b_shape = (*batch, *inputs, target.rank), (*batch, target.rank, *outputs)
-    if target.lookup:
-        a, b = jnp.zeros(a_shape, dtype), jax.random.normal(key, b_shape, dtype)
-    else:
-        bound = 1 / math.sqrt(max(math.prod(inputs), 1))
-        a, b = jax.random.uniform(key, a_shape, dtype, -bound, bound), jnp.zeros(b_shape, dtype)
+    a, b = fresh_factors(key, target, dtype)
     factors = LoraFactors(a, b, None, scale=target.scale, axes=target.axes, dropout=target.dropout)
-    if target.dora:
-        norm = column_norm(to_factored(LoraWeight(weight, factors)), target.axes)
-        factors = dataclasses.replace(factors, magnitude=norm.astype(dtype))
-    return factors
+    return with_magnitude(factors, weight, dtype) if target.dora else factors

@@ -211,7 +211,7 @@ def _target(path: Path, leaf: Any, axes: Axes, config: LoraConfig, use: WeightUs
     return Target(
         path, tuple(leaf.shape), leaf.dtype, axes, config.rank, config.scale, config.dropout,
         config.use_dora, trainable, "" if use is None else _used_by(use),
-        lookup=use is not None and use.kind == "lookup", scheme=_scheme(leaf),
+        lookup=use is not None and use.kind == "lookup", init=config.init, scheme=_scheme(leaf),
     )  # fmt: skip
 
 

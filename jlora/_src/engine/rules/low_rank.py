@@ -15,6 +15,7 @@ from jlora._src.engine import compat
 from jlora._src.engine.adapted_product import AdaptedProduct, Dot, adapted_product
 from jlora._src.engine.factored import Factored, fold_in
 from jlora._src.engine.named_axes import NamedArray, accumulation_dtype, low_rank_dtype
+from jlora._src.engine.observation import observe, observed_input
 from jlora._src.engine.product import Product, chain
 from jlora._src.engine.stored import with_base
 from jlora._src.types import Array
@@ -54,7 +55,8 @@ def adapted(
     scope.record_factored(weight, eqn, 2 * sum(flops))
     constant = {n for n in x.dims if n in early and n not in first.dims}
     same = x.array.dtype == weight.dtype == low_rank_dtype(x.array.dtype)
-    if same and weight.key is None and not constant and compat.explicit_spec(x.array) is None:
+    observation = scope.session.observation
+    if same and weight.key is None and not constant and compat.explicit_spec(x.array) is None and observation is None:
         weight_dims = tuple(range(len(weight.shape)))
         axes = AdaptedProduct(
             (x.dims, weight_dims, hidden, first.dims, second.dims, tuple(out)), dot, eqn.params["precision"]
@@ -73,6 +75,10 @@ def adapted(
         Product((x.dims, first.dims, hidden), precision, first_specs),
         Product((hidden, second.dims, names), precision, last_specs, last=True),
     )
+    if observation is not None:
+        y = scaled(y, multiplier, dtype)
+        seen = first is weight.a  # a transposed use has the outputs as its inputs
+        return observe(y, chain(products[:1], x.array, first.array), observation) if seen else y
     delta = chain(products, x.array, first.array, second.array)
     return total(y, NamedArray(delta, names).broadcast(y.dims, y.array.shape), multiplier)
 
@@ -84,6 +90,8 @@ def adapter_input(scope: Any, weight: Factored, x: NamedArray) -> NamedArray:
     Each batch slice of the weight has its own mask, as do each of its uses, each step of a surrounding loop, and,
     inside ``shard_map``, each device with its own ``x``.
     """
+    if (observation := scope.session.observation) is not None:
+        return x.apply(lambda array: observed_input(array, observation))
     x = x.apply(lambda array: array.astype(low_rank_dtype(array.dtype, weight.dtype)))
     if weight.key is None:
         return x

@@ -14,6 +14,7 @@ from jlora._src.engine import compat
 from jlora._src.engine.adapted_product import Dot
 from jlora._src.engine.factored import Factored
 from jlora._src.engine.named_axes import RANK, NamedArray, low_rank_dtype, promote_arrays
+from jlora._src.engine.observation import observe
 from jlora._src.engine.product import Product, chain
 from jlora._src.engine.rules.low_rank import adapted, adapter_input, total
 from jlora._src.engine.rules.rule import Decline
@@ -128,6 +129,8 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     scope.record_factored(weight, eqn, 2 * rank * (x.size + y.size))
     rows = numbers.lhs_ragged_dimensions[0]
     hidden = product(dropped.transpose([f"x{d}" for d in (rows, *xc)]), a)
+    if (observation := scope.session.observation) is not None:
+        return [observe(y, hidden, observation)]
     multiplier = None
     if weight.multiplier is not None:  # the multiplier of each row's group
         table = weight.multiplier.broadcast([group, n], (groups, outputs))
@@ -179,6 +182,8 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if weight.is_frozen:
         return [y]
     hidden = _conv_to_rank(scope, eqn, weight, first, x)
+    if (observation := scope.session.observation) is not None:
+        return [observe(y, hidden, observation)]
     names = [("y", i) for i in range(y.ndim)]
     names[y_spec[1]] = channel
     delta = _conv_from_rank(eqn, hidden, second.expand([channel], weight.shape), names).reshape(y.shape)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jlora._src.config import LoraConfig
 from jlora._src.engine import compat
 from jlora._src.engine.factored import column_norm, to_factored
+from jlora._src.engine.split_inputs import split_inputs
 from jlora._src.paths import named_leaves, one_key, path_key
 from jlora._src.tree.plan import Plan
 from jlora._src.tree.plan import plan as make_plan
@@ -96,6 +97,7 @@ def _factors(key: Array, weight: Array, target: Target, dtype: str) -> LoraFacto
         a, b = jax.random.uniform(key, a_shape, dtype, -bound, bound), jnp.zeros(b_shape, dtype)
     factors = LoraFactors(a, b, None, scale=target.scale, axes=target.axes, dropout=target.dropout)
     if target.dora:
-        norm = column_norm(to_factored(LoraWeight(weight, factors)), target.axes)
+        attached = LoraWeight(weight, factors, path=target.path)
+        norm = column_norm(to_factored(attached), target.axes, split_inputs(attached))
         factors = dataclasses.replace(factors, magnitude=norm.astype(dtype))
     return factors

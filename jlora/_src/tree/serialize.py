@@ -30,6 +30,8 @@ def _register_export(kind: Any) -> None:
         values = json.loads(bytes(data))
         if "axes" in values:
             values["axes"] = Axes(*map(tuple, values["axes"]))
+        if values.get("split_inputs") is not None:
+            values["split_inputs"] = tuple(values["split_inputs"])
         return tuple(values[name] for name in names)
 
     def build(aux_data: Any, children: Sequence[Any]) -> Any:

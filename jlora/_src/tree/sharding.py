@@ -131,7 +131,7 @@ def _follow(leaf: Any, place: NamedSharding) -> Any:
         case LoraWeight(factors=f, path=path):
             replicated = NamedSharding(place.mesh, PartitionSpec())
             strength, key = jax.tree.map(lambda _: replicated, (leaf.strength, leaf.dropout_key))
-            return LoraWeight(place, _follow_axes(f, place), strength, key, path)
+            return LoraWeight(place, _follow_axes(f, place), strength, key, path, leaf.split_inputs)
         case FullWeight(path=path):
             return FullWeight(place, place, path)  # pyright: ignore[reportArgumentType]
         case _:

@@ -25,6 +25,7 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "_src.engine ": "interpreter trace | lora",
     "files": "errors adapters | buckets | drafts | json_files checksums tensor_names | hub_files | safetensors",
     "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init",
+    "_src.updates": "rule | tied vera",
     "_src ": "api",
     "peft": "options | config layout | config_file describe keys | tied faults | tensors | read write | __init__",
     "models": "_family _mesh attention.mask attention.plain | attention.chunked attention.tpu attention.gpu | "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from benchmarks import _encoder, _measure
 
 LIMIT = 1.15
 METHODS = {"LoRA": False, "DoRA": True}
-TPU_STEPS = (("Llama 3.2 1B, 4 layers", 4, 1024), ("BERT base, 4 layers", 32, 128))
+TPU_STEPS = (("BERT base, 4 layers", 32, 128), ("the same, 2 layers, 32k vocabulary", 4, 1024))
 
 
 def scanned(params: Any, x: jax.Array) -> jax.Array:
@@ -90,6 +91,7 @@ def tpu_cycles() -> list[dict[str, Any]]:
             found.append(
                 {"layout": str(point), "dtype": "bfloat16", "ratio": ratio, "temp_mib": temp, "cycles": cycles}
             )
+            print(found[-1], file=sys.stderr, flush=True)
     return found
 
 

@@ -50,7 +50,8 @@ class TiedLora:
 def tied_lora(key: Array, plan: Plan, *, train_shared: bool = True) -> TiedLora:
     """Tied-LoRA (Renduchintala et al. 2023, https://arxiv.org/abs/2311.09578): one A and B for all weights of a shape.
 
-    The update is ``scale · A · diag(u) · B · diag(v)``, with vectors of each weight's own: ``u`` starts at 1, ``v`` at 0.
+    The update is ``scale · A · diag(u) · B · diag(v)``. The vectors are each weight's own: ``u`` is 1 at
+    first, ``v`` 0.
 
     >>> rule = jlora.tied_lora(jax.random.key(0), jlora.plan(params, jlora.LoraConfig(rank=8), uses))
 

@@ -41,6 +41,8 @@ class Factored:
       constant_rows: whether it holds rows of a table picked by constant indices: a rearranged weight if a product
         takes them, else looked-up rows. Static.
       squared: whether this represents the elementwise square of the value, until summed. Static.
+      nonzero: whether the multiplier is DoRA's alone, which is not zero: its gradient may then be computed from the
+        product's result. At a magnitude of exactly 0 it is 0. Static.
     """
 
     base: Any
@@ -52,6 +54,7 @@ class Factored:
     path: Path = dataclasses.field(default="", metadata={"static": True})
     constant_rows: bool = dataclasses.field(default=False, metadata={"static": True})
     squared: bool = dataclasses.field(default=False, metadata={"static": True})
+    nonzero: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,7 +138,7 @@ def to_factored(weight: LoraWeight) -> Factored:
         return value
     norm = lax.stop_gradient(column_norm(value, f.axes, split_inputs(weight)))
     norm, magnitude = promote_arrays(norm, f.magnitude)
-    return dataclasses.replace(value, multiplier=NamedArray(magnitude / norm, (*batch, *outputs)))
+    return dataclasses.replace(value, multiplier=NamedArray(magnitude / norm, (*batch, *outputs)), nonzero=True)
 
 
 def column_norm(value: Factored, axes: Axes, mesh_axes: tuple[str, ...] = ()) -> Array:

@@ -203,7 +203,7 @@ def written_out(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
 class Steps:
     """The programs of a point: functions, and the shapes of their arguments with shardings."""
 
-    def __init__(self, point: Point, devices: Sequence[Any]):
+    def __init__(self, point: Point, devices: Sequence[Any], use_dora: bool = False):
         config = NETWORKS[point.network]
         encoder = config["model_type"] == "bert"
         task: Any = {"task": "sequence-classification", "labels": 2} if encoder else {"task": "causal-lm"}
@@ -221,7 +221,7 @@ class Steps:
         self.params = _placed(shapes, self._places)
         self.tokens = _shape((point.rows, point.length), jnp.int32, rows)
         self.added = _shape((point.rows, point.length, config["hidden_size"]), jnp.bfloat16, rows)
-        fresh = _fresh(shapes, point.rank, self.model.apply, self.tokens)
+        fresh = _fresh(shapes, point.rank, self.model.apply, self.tokens, use_dora=use_dora)
         self.adapters = _placed(fresh, jlora.adapter_shardings(fresh, self._places))
         self.rank = point.rank
         self.optimizer = optax.adamw(1e-4)
@@ -348,9 +348,10 @@ def _against(value: float | None, limit: float | None, unit: float, digits: int)
     return f"{value / unit:,.{digits}f}" + (f" ({value / limit:.2f})" if limit and limit != value else "")
 
 
-def _fresh(params: Any, rank: int, fn: Callable[..., Any], *args: Any) -> Any:
+def _fresh(params: Any, rank: int, fn: Callable[..., Any], *args: Any, use_dora: bool = False) -> Any:
     """The shapes of fresh adapters on every linear layer."""
-    plan = jlora.plan(params, jlora.LoraConfig(rank=rank, alpha=rank), jlora.trace(fn, params, *args))
+    config = jlora.LoraConfig(rank=rank, alpha=rank, use_dora=use_dora)
+    plan = jlora.plan(params, config, jlora.trace(fn, params, *args))
     return jax.eval_shape(lambda params: jlora.init(jax.random.key(0), params, plan), params)
 
 

@@ -19,7 +19,7 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     " ": "messages | fields",
     "_src": "types | quantized | paths config",
     "_src.engine": "compat | named_axes mutation gradient location traced_weights observation | product dependence | "
-    "adapted_product staging | stored | factored",
+    "adapted_product staging | stored | split_inputs | factored",
     "_src.engine.rules": "rule | low_rank joins placement | products lookups arithmetic moves writes control_flow | "
     "table",
     "_src.engine ": "interpreter trace | lora",
@@ -29,6 +29,7 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init",
     "_src.quantization ": "tree loss qwix",
     "_src.inits ": "moments | spectral quantized driven | decompose plain",
+    "_src.updates": "rule | tied vera",
     "_src ": "api",
     "  ": "optim",
     "peft": "options | config layout | config_file describe keys | tied faults | tensors | read write | __init__",

@@ -16,6 +16,11 @@ from jlora._src.inits.plain import to_plain
 from jlora._src.engine.lora import lora
 from jlora._src.tree.attach import attach, detach
 
+# Adapters in terms of other trained values.
+from jlora._src.updates.rule import UpdateRule
+from jlora._src.updates.tied import TiedLora, tied_lora
+from jlora._src.updates.vera import Vera, vera
+
 # Optimizers over a whole tree.
 from jlora._src.tree.labels import combine, freeze, labels, partition, trainable_mask
 
@@ -66,6 +71,12 @@ __all__ = [
     "lora",
     "attach",
     "detach",
+    # Adapters in terms of other trained values.
+    "UpdateRule",
+    "TiedLora",
+    "tied_lora",
+    "Vera",
+    "vera",
     # Optimizers over a whole tree.
     "combine",
     "freeze",

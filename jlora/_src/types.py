@@ -126,6 +126,7 @@ class LoraWeight(_Attached):
       strength: None, or a scalar array that multiplies the update at run time.
       dropout_key: None, or a PRNG key; if given, dropout at rate ``factors.dropout`` acts on the adapter's input.
       path: of the weight. Static.
+      split_inputs: the mesh axes over which a local shard's inputs are split, or None if they are not known. Static.
     """
 
     base: Any
@@ -133,6 +134,7 @@ class LoraWeight(_Attached):
     strength: Array | None = None
     dropout_key: Array | None = None
     path: Path = dataclasses.field(default="", metadata={"static": True})
+    split_inputs: tuple[str, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -165,6 +165,82 @@ def test_tensor_parallel_inside_shard_map(check_vma: bool) -> None:
     assert_close(jax.jit(jax.value_and_grad(loss))(adapters, MLP.params, MLP.x), expected())
 
 
+SPLIT_FACTORS = {"w0": (P(), P(None, "tensor"), P("tensor")), "w1": (P("tensor"), P(), P())}
+"""Where a, b and the magnitude of the weights of `SPLIT` are."""
+
+
+def places_of(adapters: Any, magnitude: Any = None) -> Any:
+    """The specs of DoRA adapters of `tensor_parallel`; ``magnitude`` for all of them, if given."""
+    return {
+        path: dataclasses.replace(f, a=a, b=b, magnitude=magnitude or m)
+        for (path, f), (a, b, m) in zip(adapters.items(), SPLIT_FACTORS.values(), strict=True)
+    }
+
+
+@pytest.mark.parametrize("declared", [None, {"w1": "tensor"}, {"w1": ("tensor",)}], ids=str)
+@check_vma
+def test_dora_of_weights_split_on_their_inputs(check_vma: bool, declared: Any) -> None:
+    """Attached inside shard_map, DoRA's norm is the whole weight's, or an error that says what it needs."""
+    adapters = adapters_for(mlp, MLP.params, MLP.x, use_dora=True)
+    apply, places = jlora.lora(tensor_parallel, materialize="error"), places_of(adapters)
+
+    @functools.partial(jax.shard_map, mesh=line(), in_specs=(places, SPLIT, P()), out_specs=P(), check_vma=check_vma)
+    def sharded(adapters: Any, params: Any, x: Any) -> Any:
+        return apply(jlora.attach(params, adapters, split_inputs=declared), x)
+
+    step = jax.jit(jax.value_and_grad(lambda *args: loss_of(sharded(*args))))
+    if not check_vma and declared is None:
+        with pytest.raises(ValueError, match=r"'w0'.*'tensor'.*check_vma=False.*split_inputs=\{'w0': 'tensor'\}"):
+            step(adapters, MLP.params, MLP.x)
+        return
+    assert_close(step(adapters, MLP.params, MLP.x), jax.value_and_grad(merged_loss(mlp))(adapters, MLP.params, MLP.x))
+
+
+@pytest.mark.parametrize("cast", ["both vary", "neither varies"])
+def test_dora_is_refused_where_types_do_not_tell_which_axes_are_split(cast: str) -> None:
+    """Factors that all vary over the devices, or weights that vary alone; declared, both are right."""
+    adapters = adapters_for(mlp, MLP.params, MLP.x, use_dora=True)
+    split = cast == "both vary"
+    places, weights = (places_of(adapters), SPLIT) if split else (P(), P())
+
+    @functools.partial(jax.shard_map, mesh=line(), in_specs=(places, weights, P()), out_specs=P("tensor"))
+    def sharded(adapters: Any, params: Any, x: Any) -> Any:
+        vary = lambda tree: jax.tree.map(  # noqa: E731
+            lambda v: v if "tensor" in jax.typeof(v).mat.varying else lax.pcast(v, "tensor", to="varying"), tree
+        )
+        adapters, params = (vary(adapters), params) if split else (adapters, vary(params))
+        tree = jlora.attach(params, adapters, split_inputs=declared)
+        y = jlora.lora(mlp, materialize="error")(tree, x)
+        return lax.psum(y, "tensor")[None] if split else y[None]
+
+    declared: Any = None
+    with pytest.raises(ValueError, match=f"{cast} with it"):
+        sharded(adapters, MLP.params, MLP.x)
+    declared = {"w1": "tensor"} if split else {}
+    assert_close(sharded(adapters, MLP.params, MLP.x)[0], mlp(jlora.merge(MLP.params, adapters), MLP.x))
+
+
+def test_dora_under_pmap_needs_to_know() -> None:
+    """pmap records no types: what is not split is declared; `init` and `merge` belong outside."""
+    adapters = adapters_for(mlp, MLP.params, MLP.x, use_dora=True)
+
+    def apply(params: Any, x: Any, **options: Any) -> Any:
+        return jlora.lora(mlp)(jlora.attach(params, adapters, **options), x)
+
+    rows = MLP.x.reshape(8, 2, 8)
+    with pytest.raises(ValueError, match="jax.pmap"):
+        jax.pmap(apply, "rows", in_axes=(None, 0))(MLP.params, rows)
+    got = jax.pmap(functools.partial(apply, split_inputs={}), "rows", in_axes=(None, 0))(MLP.params, rows)
+    assert_close(got.reshape(16, 8), mlp(jlora.merge(MLP.params, adapters), MLP.x))
+    config = jlora.LoraConfig(rank=2, targets=("w0",), use_dora=True)
+    init = lambda params, _: jlora.init(jax.random.key(0), params, config)  # noqa: E731
+    for inside in (lambda params, x: jlora.merge(params, adapters), init):
+        with pytest.raises(ValueError, match="outside of the mapped function"):
+            jax.pmap(inside, "rows", in_axes=(None, 0))(MLP.params, rows)
+    with pytest.raises(KeyError, match="split_inputs has paths without factors"):
+        jlora.attach(MLP.params, adapters, split_inputs={"w2": "rows"})
+
+
 def test_an_attached_tree_through_shard_map() -> None:
     """An attached tree is a pytree: shard_map of the adapted model takes it as it is."""
     apply = jax.shard_map(jlora.lora(mlp), mesh=line(), in_specs=(P(), P("tensor")), out_specs=P("tensor"))

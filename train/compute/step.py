@@ -74,7 +74,7 @@ def make_step(
 
     def loss_fn(adapters: Any, base: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         adapters_key, network_key = jax.random.split(key)
-        tree = jlora.attach(base, adapters, dropout_key=adapters_key)
+        tree = jlora.attach(base, adapters, dropout_key=adapters_key, split_inputs={})
         outputs = apply(tree, task.inputs(batch, smoothing), network_key)
         total, count = task.loss(outputs, batch, smoothing)
         return _mean(total, count), count

@@ -42,7 +42,8 @@ def make_measure(
 
     def measure_batch(params: Any, adapters: Any, batch: Batch) -> dict[str, jax.Array]:
         inputs = task.inputs(batch)
-        outputs = forward(params, inputs) if adapters is None else adapted(jlora.attach(params, adapters), inputs)
+        tree = params if adapters is None else jlora.attach(params, adapters, split_inputs={})
+        outputs = (forward if adapters is None else adapted)(tree, inputs)
         return task.measure(outputs, batch)
 
     compiled = layout.compile_rows(measure_batch)

@@ -21,6 +21,7 @@ from jlora._src.engine.named_axes import (
     low_rank_dtype,
     promote_arrays,
 )
+from jlora._src.engine.split_inputs import split_inputs
 from jlora._src.engine.stored import Stored, array_like, dequantized
 from jlora._src.quantized import QuantizedArray
 from jlora._src.types import Array, Axes, LoraFactors, LoraWeight, Path
@@ -42,6 +43,8 @@ class Factored:
       constant_rows: whether it holds rows of a table picked by constant indices: a rearranged weight if a product
         takes them, else looked-up rows. Static.
       squared: whether this represents the elementwise square of the value, until summed. Static.
+      nonzero: whether the multiplier is DoRA's alone, which is not zero: its gradient may then be computed from the
+        product's result. At a magnitude of exactly 0 it is 0. Static.
     """
 
     base: Any
@@ -53,6 +56,7 @@ class Factored:
     path: Path = dataclasses.field(default="", metadata={"static": True})
     constant_rows: bool = dataclasses.field(default=False, metadata={"static": True})
     squared: bool = dataclasses.field(default=False, metadata={"static": True})
+    nonzero: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -146,8 +150,9 @@ def to_factored(weight: LoraWeight) -> Factored:
     )
     if f.magnitude is None:
         return value
-    norm, magnitude = promote_arrays(lax.stop_gradient(column_norm(value, f.axes)), f.magnitude)
-    return dataclasses.replace(value, multiplier=NamedArray(magnitude / norm, (*batch, *outputs)))
+    norm = lax.stop_gradient(column_norm(value, f.axes, split_inputs(weight)))
+    norm, magnitude = promote_arrays(norm, f.magnitude)
+    return dataclasses.replace(value, multiplier=NamedArray(magnitude / norm, (*batch, *outputs)), nonzero=True)
 
 
 def frozen(array: QuantizedArray, path: Path) -> Factored:
@@ -156,12 +161,14 @@ def frozen(array: QuantizedArray, path: Path) -> Factored:
     return Factored(Stored(jax.tree.map(lax.stop_gradient, array)), none, none, path=path)
 
 
-def column_norm(value: Factored, axes: Axes) -> Array:
+def column_norm(value: Factored, axes: Axes, mesh_axes: tuple[str, ...] = ()) -> Array:
     """The norm of ``base + a·b`` over the input axes, float32, of shape ``batch + outputs``.
 
-    DoRA divides by it (Liu et al. 2024, eq. 5).
+    DoRA divides by it (Liu et al. 2024, eq. 5). Inside ``shard_map``, the inputs may be split over ``mesh_axes``.
     """
     square = square_sum(value, (*axes.batch, *axes.outputs))
+    if mesh_axes:
+        square = lax.psum(square, mesh_axes)
     return jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
 
 
@@ -180,13 +187,15 @@ def square_sum(value: Factored, out: Sequence[int]) -> Array:
     other = "other rank"
     x_other, y_other = (NamedArray(v.array, tuple(other if d == RANK else d for d in v.dims)) for v in (x, y))
     shared = [d for d in x.dims if d in y.dims and d != RANK]
-    cross = contract(contract(x, base, y.dims), y, out).array
+    cross = contract(x, base, y.dims).array
     gram = contract(x, x_other, (*shared, RANK, other))
-    square = contract(contract(gram, y, y_other.dims), y_other, out).array
-    summed, kept = [d for d in dims if d not in out], sorted(out)
+    square = contract(gram, y_other, y.dims).array
+    summed = [d for d in dims if d not in out]
     constant = math.prod(value.shape[d] for d in summed if d not in x.dims and d not in y.dims)
-    own = jnp.sum(jnp.square(base.array), summed).transpose([kept.index(d) for d in out])
-    return jnp.maximum(own + 2 * cross + constant * square, 0)
+    # Multiplied and summed, as XLA:CPU would transpose the weight for a product that is contracted once more.
+    update = NamedArray(y.array * (2 * cross + constant * square), y.dims).sum({*y.dims} - {*out})
+    own = base.apply(jnp.square).sum(summed)
+    return jnp.maximum(own.transpose(out) + update.transpose(out), 0)
 
 
 def materialize(value: Factored) -> Array:

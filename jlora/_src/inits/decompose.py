@@ -153,7 +153,7 @@ def _split(leaf: Any, target: Target, method: str, options: Mapping[str, Any], d
     else:
         rest, found = found
     if target.dora:
-        found = with_magnitude(found, quantized.dequantized(rest).astype(weight.dtype), dtype)
+        found = with_magnitude(found, quantized.dequantized(rest).astype(weight.dtype), target.path, dtype)
     return compat.to_memory_of(rest, leaf) if isinstance(rest, jax.Array) else rest, found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ def attach(
     *,
     strength: Array | float | Mapping[Path, Array | float] | None = None,
     dropout_key: Array | None = None,
+    split_inputs: Mapping[Path, str | Sequence[str]] | None = None,
 ) -> PyTree:
     """The parameter tree with adapters attached, for a `lora` function.
 
@@ -44,12 +45,17 @@ def attach(
         The same call with the same key drops the same entries, and so does rematerialization by `jax.checkpoint`.
         The mask depends on nothing outside the `lora` function: under `jax.vmap`, in a loop over calls, and under
         `jax.pmap`, fold the index into the key.
+      split_inputs: for DoRA attached inside ``shard_map`` or ``pmap``, whose norm sums over all inputs: the mesh axes
+        over which a weight's inputs are split, by path; a path that is not listed is not split. By default they are
+        read from the types of the shards, and `lora` raises a ValueError where the types do not tell (``pmap``,
+        ``check_vma=False``).
 
     Returns:
       A tree like ``params`` with `LoraWeight` and `FullWeight` leaves.
 
     Raises:
-      KeyError: if a path is not in ``params``, or the paths of ``strength`` differ from the factors'.
+      KeyError: if a path is not in ``params``, the paths of ``strength`` differ from the factors', or those of
+        ``split_inputs`` have none.
       ValueError: if a shape does not fit, or the tree has adapters attached already; lists every offender.
       TypeError: if a value is neither factors nor an array, for example adapters that orbax restored without a target;
         or if an argument is of another kind, as when the two are swapped.
@@ -60,6 +66,15 @@ def attach(
     strengths = _strengths(strength, [path for path, v in adapters.items() if isinstance(v, LoraFactors)])
     if dropout_key is not None:
         dropout_key = one_key(dropout_key, "attach", "dropout_key")
+    if unknown := [path for path in split_inputs or () if path not in strengths]:
+        raise PathError(
+            "attach: split_inputs has paths without factors:"
+            + bullets(f"{path!r}{nearest(path, strengths)}" for path in unknown)
+        )
+
+    def split(path: Path) -> tuple[str, ...] | None:
+        axes = None if split_inputs is None else split_inputs.get(path, ())
+        return (axes,) if isinstance(axes, str) else None if axes is None else tuple(axes)
 
     def put(path: Path, leaf: Any) -> Any:
         match adapters.get(path):
@@ -67,7 +82,7 @@ def attach(
                 return leaf
             case LoraFactors() as f:
                 key = None if dropout_key is None or f.dropout == 0 else path_key(dropout_key, path)
-                return LoraWeight(leaf, f, strengths[path], key, path)
+                return LoraWeight(leaf, f, strengths[path], key, path, split(path))
             case value:
                 return FullWeight(leaf, value, path)
 

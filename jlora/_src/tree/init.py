@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jlora._src.config import LoraConfig
 from jlora._src.engine import compat
 from jlora._src.engine.factored import column_norm, to_factored
+from jlora._src.engine.split_inputs import split_inputs
 from jlora._src.engine.stored import array_like
 from jlora._src.inits.fresh import fresh_factors
 from jlora._src.paths import named_leaves, one_key, path_key
@@ -92,9 +93,10 @@ def copy_of(leaf: Any, dtype: str) -> Array:
     return jnp.array(compat.to_device(as_array(leaf)), dtype=dtype, copy=True)
 
 
-def with_magnitude(factors: LoraFactors, weight: Any, dtype: str) -> LoraFactors:
+def with_magnitude(factors: LoraFactors, weight: Any, path: Path, dtype: str) -> LoraFactors:
     """The factors with DoRA's magnitudes: the column norms of ``weight`` with its update."""
-    norm = column_norm(to_factored(LoraWeight(weight, factors)), factors.axes)
+    attached = LoraWeight(weight, factors, path=path)
+    norm = column_norm(to_factored(attached), factors.axes, split_inputs(attached))
     return dataclasses.replace(factors, magnitude=norm.astype(dtype))
 
 
@@ -119,4 +121,4 @@ def _factors(key: Array, weight: Array, target: Target, dtype: str) -> LoraFacto
     assert target.axes is not None
     a, b = fresh_factors(key, target, dtype)
     factors = LoraFactors(a, b, None, scale=target.scale, axes=target.axes, dropout=target.dropout)
-    return with_magnitude(factors, weight, dtype) if target.dora else factors
+    return with_magnitude(factors, weight, target.path, dtype) if target.dora else factors

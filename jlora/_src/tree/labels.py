@@ -89,7 +89,7 @@ def _leaf_labels(leaf: Any) -> Any:
     match leaf:
         case LoraWeight(factors=f):
             frozen = jax.tree.map(lambda _: "frozen", leaf)
-            return LoraWeight(frozen.base, _factor_labels(f), frozen.strength, frozen.dropout_key, leaf.path)
+            return dataclasses.replace(frozen, factors=_factor_labels(f))
         case FullWeight():  # either part may be None, in a partitioned tree
             return FullWeight(
                 jax.tree.map(lambda _: "frozen", leaf.base), jax.tree.map(lambda _: "full", leaf.value), leaf.path

@@ -33,6 +33,8 @@ def _register_export(kind: Any) -> None:
             values["axes"] = Axes(*map(tuple, values["axes"]))
         if "dtype" in values:
             values["dtype"] = np.dtype(values["dtype"])
+        if values.get("split_inputs") is not None:
+            values["split_inputs"] = tuple(values["split_inputs"])
         return tuple(values[name] for name in names)
 
     def build(aux_data: Any, children: Sequence[Any]) -> Any:

@@ -134,9 +134,10 @@ def _follow(leaf: Any, place: NamedSharding) -> Any:
         case LoraWeight(factors=f, path=path):
             replicated = NamedSharding(place.mesh, PartitionSpec())
             strength, key = jax.tree.map(lambda _: replicated, (leaf.strength, leaf.dropout_key))
-            return LoraWeight(quantized_shardings(place, leaf.base), _follow_axes(f, place), strength, key, path)
-        case FullWeight(path=path):
             base: Any = quantized_shardings(place, leaf.base)
+            return LoraWeight(base, _follow_axes(f, place), strength, key, path, leaf.split_inputs)
+        case FullWeight(path=path):
+            base = quantized_shardings(place, leaf.base)
             return FullWeight(base, place, path)  # pyright: ignore[reportArgumentType]
         case _:
             return quantized_shardings(place, leaf)

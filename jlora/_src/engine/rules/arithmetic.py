@@ -64,7 +64,7 @@ def scale(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         factor = factor.apply(lambda x: 1 / x.astype(accumulation_dtype(x.dtype)))
     trained = (id(eqn), 1 - at) in scope.session.trained_operands and not weight.is_row
     if trained and (multiplier := _multiplied(weight, factor)) is not None:
-        return [dataclasses.replace(weight, multiplier=multiplier)]
+        return [dataclasses.replace(weight, multiplier=multiplier, nonzero=False)]
     (base,) = bind_base(eqn, [weight if i == at else other for i in range(2)])
     return [dataclasses.replace(expanded, base=base, **{name: getattr(expanded, name).times(factor)})]
 

@@ -68,7 +68,8 @@ def concatenate_weights(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     blocks = [_as_block(v, axis, int(at), base) for v, at in zip(args, starts, strict=False) if isinstance(v, Factored)]
     blocks = [dataclasses.replace(v, multiplier=None) for v in blocks]
     joined = add_weights(blocks, base, with_array=len(blocks) < len(args))
-    return [dataclasses.replace(joined, multiplier=_concatenated_multiplier(args, axis))]
+    nonzero = all(v.nonzero or v.multiplier is None for v in weights)
+    return [dataclasses.replace(joined, multiplier=_concatenated_multiplier(args, axis), nonzero=nonzero)]
 
 
 def label_concatenate(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
@@ -140,7 +141,8 @@ def _longer_stack(weights: list[Factored], axis: int, base: Any) -> Factored:
     if len({v.rate for v in weights if v.key is not None}) > 1:
         raise Decline("the weights have different dropout rates")
     joined = {name: join(name) for name in ("a", "b", "multiplier", "key")}
-    return dataclasses.replace(weights[0], base=base, path=_paths(weights), **joined)
+    nonzero = all(v.nonzero for v in weights)
+    return dataclasses.replace(weights[0], base=base, path=_paths(weights), nonzero=nonzero, **joined)
 
 
 def _as_block(weight: Factored, axis: int, start: int, base: Any) -> Factored:

@@ -43,7 +43,7 @@ def adapted(
 
     if weight.is_frozen:
         y = with_base(weight.base, of_base, x.array)
-        return y if multiplier is None else total(NamedArray(y, tuple(out)), jnp.zeros_like(y), multiplier)
+        return y if multiplier is None else scaled(NamedArray(y, tuple(out)), multiplier, dtype)
     first, second = _in_order(weight, summed)
     early = {d for d in summed if d not in second.dims}  # summed by the first product
     hidden = (*(n for n in x.dims if n not in early), *(d for d in first.dims if d not in x.dims))
@@ -67,7 +67,7 @@ def adapted(
             return adapted_product(x, base, a, b, axes, wide)
 
         y = with_base(weight.base, product, x.array, first.array, second.array)
-        return scaled(NamedArray(y, tuple(out)), multiplier, dtype)
+        return scaled(NamedArray(y, tuple(out)), multiplier, dtype, nonzero=weight.nonzero)
     y = NamedArray(with_base(weight.base, of_base, x.array), tuple(out))
     x = adapter_input(scope, weight, x).sum(constant)
     precision, (first_specs, last_specs) = eqn.params["precision"], _specs(x, first, second, y, hidden, names)
@@ -80,7 +80,7 @@ def adapted(
         seen = first is weight.a  # a transposed use has the outputs as its inputs
         return observe(y, chain(products[:1], x.array, first.array), observation) if seen else y
     delta = chain(products, x.array, first.array, second.array)
-    return total(y, NamedArray(delta, names).broadcast(y.dims, y.array.shape), multiplier)
+    return total(y, NamedArray(delta, names).broadcast(y.dims, y.array.shape), multiplier, nonzero=weight.nonzero)
 
 
 def adapter_input(scope: Any, weight: Factored, x: NamedArray) -> NamedArray:
@@ -105,18 +105,37 @@ def adapter_input(scope: Any, weight: Factored, x: NamedArray) -> NamedArray:
     return x.apply(lambda array: _dropped(array, _mask(keys, shared, x, 1 - weight.rate), weight.rate))
 
 
-def total(y: NamedArray, delta: Array, multiplier: NamedArray | None) -> Array:
+def total(y: NamedArray, delta: Array, multiplier: NamedArray | None, *, nonzero: bool = False) -> Array:
     """``(y + delta) * multiplier`` in the dtype of ``y``, rounded once."""
     dtype = accumulation_dtype(y.array.dtype)
     result = NamedArray(y.array.astype(dtype) + delta.astype(dtype), y.dims)
-    return scaled(result, multiplier, y.array.dtype)
+    return scaled(result, multiplier, y.array.dtype, nonzero=nonzero)
 
 
-def scaled(y: NamedArray, multiplier: NamedArray | None, dtype: Any) -> Array:
-    """``y * multiplier`` in ``dtype``, rounded once."""
+def scaled(y: NamedArray, multiplier: NamedArray | None, dtype: Any, *, nonzero: bool = False) -> Array:
+    """``y * multiplier`` in ``dtype``, rounded once. See `Factored.nonzero`."""
     if multiplier is None:
         return y.array.astype(dtype)
-    return (y.array * multiplier.broadcast(y.dims, y.array.shape).astype(y.array.dtype)).astype(dtype)
+    shape = [size if name in multiplier.dims else 1 for name, size in zip(y.dims, y.array.shape, strict=True)]
+    array, factor = y.array, multiplier.broadcast(y.dims, shape).astype(y.array.dtype)
+    return (_scaled_by_nonzero if nonzero else _scaled)(*compat.match_varying(array, factor), dtype)
+
+
+def _scaled(y: Array, factor: Array, dtype: Any) -> Array:
+    return (y * factor).astype(dtype)
+
+
+_scaled_by_nonzero = jax.custom_jvp(_scaled, nondiff_argnums=(2,))
+
+
+@_scaled_by_nonzero.defjvp
+def _scaled_jvp(dtype: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """Takes ``y`` for the factor's derivative from the result: it is the model's own activation, in its own dtype, and
+    what follows often keeps it. ``y`` would be one more activation for each weight, in float32."""
+    (y, factor), (dy, d_factor) = primals, tangents
+    result = _scaled_by_nonzero(y, factor, dtype)
+    change = d_factor / jnp.where(factor == 0, jnp.ones_like(factor), factor)
+    return result, (dy * factor + result.astype(y.dtype) * change).astype(dtype)
 
 
 def _in_order(weight: Factored, summed: set[int]) -> tuple[NamedArray, NamedArray]:

@@ -135,7 +135,7 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     if weight.multiplier is not None:  # the multiplier of each row's group
         table = weight.multiplier.broadcast([group, n], (groups, outputs))
         multiplier = NamedArray(jnp.repeat(table, rest[0], axis=0, total_repeat_length=y.shape[0]), (0, 1))
-    return [total(NamedArray(y, (0, 1)), product(hidden, b), multiplier)]
+    return [total(NamedArray(y, (0, 1)), product(hidden, b), multiplier, nonzero=weight.nonzero)]
 
 
 def label_ragged_dot_general(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
@@ -190,7 +190,7 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     scope.record_factored(
         weight, eqn, 2 * hidden.size * math.prod(weight.shape[d] for d in kernel_dims) + 2 * weight.rank * y.size
     )
-    return [total(NamedArray(y, tuple(names)), delta, weight.multiplier)]
+    return [total(NamedArray(y, tuple(names)), delta, weight.multiplier, nonzero=weight.nonzero)]
 
 
 def _conv_to_rank(scope: Any, eqn: Any, weight: Factored, factor: NamedArray, x: Array) -> Array:

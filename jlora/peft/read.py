@@ -78,7 +78,7 @@ def load(
     method = read_start(folder / ADAPTER_CONFIG)
     if start is not None and method is None:
         raise PeftError(
-            f"{folder}: got start={str(start)!r}, and the config names no initialization that changed the base weights. "
+            f"{folder}: got start={str(start)!r}, and its config names no initialization that changed the base. "
             "Expected no start."
         )
     has_values = leaves is not None and not any(isinstance(leaves[path], jax.ShapeDtypeStruct) for path in names)

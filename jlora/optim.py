@@ -123,13 +123,18 @@ def decay_mask(tree: PyTree) -> PyTree:
         names = labels(tree)
     except ValueError:  # nothing but leaves trained whole
         names = jax.tree.map(lambda _: "full", tree)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    paths = [_path(keys) for keys, _ in leaves]
-    kept = [
-        label in ("A", "B") or (label == "full" and jnp.ndim(leaf) > 1 and not _SPARED.search(path))
-        for path, (_, leaf), label in zip(paths, leaves, jax.tree.leaves(names), strict=True)
-    ]
-    return treedef.unflatten(kept)
+
+    def decays(path: Path, leaf: Any, label: str) -> bool:
+        return label in ("A", "B") or (label == "full" and jnp.ndim(leaf) > 1 and not _SPARED.search(path))
+
+    return _mask(tree, names, decays)
+
+
+def _mask(tree: PyTree, names: PyTree, keep: Callable[[Path, Any, str], bool]) -> PyTree:
+    """``keep(path, leaf, label)`` of every leaf. The tree may lack some of the labels' leaves, as one that
+    `optax.partition` masked."""
+    by_path = {keys: label for keys, label in jax.tree_util.tree_flatten_with_path(names)[0]}
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: keep(_path(keys), leaf, by_path[keys]), tree)
 
 
 def _path(keys: Any) -> str:
@@ -137,7 +142,7 @@ def _path(keys: Any) -> str:
 
 
 def _is_b(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda label: label == "B", labels(tree))
+    return _mask(tree, labels(tree), lambda path, leaf, label: label == "B")
 
 
 def _is_factors(x: Any) -> bool:

@@ -122,6 +122,16 @@ def test_one_optimizer_is_for_adapters_and_attached_trees(dora: bool) -> None:
         assert {"A", "B", "full"} | ({"magnitude"} if dora else set()) <= set(jax.tree.leaves(names))
 
 
+def test_methods_keep_the_model_and_ship_without_the_residual() -> None:
+    n, _ = program("docs/methods.md")
+    logits = n["model"].apply(n["params"], n["tokens"])
+    ga = n["apply"](n["jlora"].attach(n["shifted"], n["ga"]), n["tokens"])
+    for found in (n["same"], n["shipped"], ga):
+        np.testing.assert_allclose(found, logits, atol=1e-4)
+    assert n["unchanged"]["params"]["Dense_0"]["kernel"] is n["params"]["params"]["Dense_0"]["kernel"]
+    assert not any(np.any(f.a) for f in n["updates"].values() if isinstance(f, n["jlora"].LoraFactors))
+
+
 def test_the_gradient_of_a_preference_has_the_adapters_structure() -> None:
     n, _ = program("docs/guides/preferences.md")
     assert jax.tree.structure(n["dpo_grads"]) == jax.tree.structure(n["adapters"])

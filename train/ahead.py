@@ -108,6 +108,7 @@ def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
         optax.constant_schedule(0.0),
         smoothing=config.fit.label_smoothing,
         accumulate=config.compute.accumulate,
+        freeze_a=config.fit.optimizer == "lora-fa",
     )
     plan = plan_of(config, made.network, base, made.task.inputs(_one_row(made.batch)))
 

@@ -221,9 +221,15 @@ def plan_of(config: TrainConfig, network: Network, shapes: Any, inputs: Mapping[
     """
     uses = jlora.trace(network.forward, shapes, inputs)
     try:
-        return jlora.plan(shapes, config.adapted, uses)
+        plan = jlora.plan(shapes, config.adapted, uses)
     except ValueError as error:
         raise ConfigError(f"lora: {error}{_where_paths_are(config)}") from error
+    if config.fit.optimizer == "lora-fa" and (tables := [path for path, target in plan.items() if target.lookup]):
+        raise ConfigError(
+            f"fit.optimizer: got 'lora-fa', which keeps A, and the A of a lookup table is zero: {', '.join(tables)} "
+            "would never change; exclude it from lora.targets, or pass --fit.optimizer adamw"
+        )
+    return plan
 
 
 def _where_paths_are(config: TrainConfig) -> str:

@@ -69,7 +69,7 @@ WRONG: dict[str, tuple[Callable[[dict, dict], Any], tuple[str, ...]]] = {
         ("kasa_config = {}", "velora_config = {}", "monteclora_config", "use_bdlora = {}", "new = 0", "other = ''"),
     ),
     "prompts": (lambda c, t: c.update(peft_type="PROMPT_TUNING"), ("it cannot be merged; use it in PyTorch",)),
-    "init": (lambda c, t: c.update(init_lora_weights="pissa"), ("'pissa', which changed the base weights", "save_")),
+    "init": (lambda c, t: c.update(init_lora_weights="corda"), ("'corda', which changed the base weights", "save_")),
     "values": (
         lambda c, t: c.update(r=0, lora_alpha="8", lora_dropout=1, bias="some", use_dora="yes", target_modules="(",
                               modules_to_save="x", layers_to_transform=["1"], rank_pattern={"q": -1},

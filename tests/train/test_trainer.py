@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import jlora
-from jlora import named_leaves
+from jlora import named_leaves, optim
 from tests import tiny
 from tests.runs import program, records
 from train.__main__ import parse
@@ -109,6 +109,32 @@ def test_lora_plus_moves_b_that_many_times_as_far(linear, decay):
     updates: Any = tx.update(jax.tree.map(jnp.ones_like, whole), tx.init(whole), whole)[0]
     np.testing.assert_allclose(updates["w"].b, 16 * jnp.broadcast_to(updates["w"].a[0, 0], (2, 3)), rtol=1e-3)
     np.testing.assert_allclose(updates["bias"], updates["w"].a[0, 0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lora-fa", "riemannian"])
+@pytest.mark.parametrize("lora_plus", [1.0, 4.0])
+def test_optimizers_by_name_are_those_of_jlora(linear, optimizer, lora_plus):
+    """Wrapped around AdamW, under the clip and LoRA+; matrices decay, biases do not."""
+    config = FitConfig(weight_decay=0.3, clip=None, optimizer=optimizer, lora_plus=lora_plus, decay="matrices")
+    adapters: Any = {"w": linear[1]["w"], "bias": jnp.ones(3)}
+    inner = optax.adamw(1.0, weight_decay=0.3, mask=optim.decay_mask)
+    wrap = {"adamw": lambda tx: tx, "lora-fa": optim.lora_fa, "riemannian": optim.riemannian}[optimizer]
+    theirs, mine = optim.loraplus(wrap(inner), lora_plus), make_optimizer(config)
+    grads = jax.tree.map(lambda x: jnp.sin(100 * x + 1), adapters)
+    wanted, _ = theirs.update(grads, theirs.init(adapters), adapters)
+    found: Any = mine.update(grads, mine.init(adapters), adapters)[0]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(-x, y, rtol=1e-4, atol=1e-6), found, wanted)
+    assert bool(found["w"].a.any()) == (optimizer != "lora-fa")
+
+
+def test_a_step_of_lora_fa_has_no_gradient_of_a(linear):
+    """The norm of the gradient is that of B's alone; A stays."""
+    config = FitConfig(optimizer="lora-fa")
+    (_, loose), (state, tight) = (stepped(linear, batch([1.0] * 8), config, freeze_a=f) for f in (False, True))
+    assert tight["grad_norm"] < loose["grad_norm"]
+    before = linear[1]["w"]
+    np.testing.assert_array_equal(state.adapters["w"].a, before.a)
+    assert not np.array_equal(state.adapters["w"].b, before.b)
 
 
 def test_adamw_is_that_of_optax(linear):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
 import optax
 
-import jlora
+from jlora import optim
 from train.config import FitConfig
 
 
@@ -29,17 +26,17 @@ def make_schedule(config: FitConfig, peak: float, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: FitConfig) -> optax.GradientTransformation:
-    """AdamW on the clipped gradient, without the learning rate: the step scales the updates by its negative.
+    """The optimizer on the clipped gradient, without the learning rate: the step scales the updates by its negative.
 
     The learning rate is a function of the step in `TrainState`, so the optimizer's state is two moments of the trained
-    parameters and one counter. With LoRA+, the updates of B are scaled by ``lora_plus``.
+    parameters (LoRA-FA: without A) and one counter. With LoRA+, the updates of B are scaled by ``lora_plus``.
     """
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
-    parts = [clip, optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay)]
-    if config.lora_plus != 1:
-        parts.append(optax.masked(optax.scale(config.lora_plus), _is_b))
-    return optax.chain(*parts)
-
-
-def _is_b(adapters: Any) -> Any:
-    return jax.tree.map(lambda label: label == "B", jlora.labels(adapters))
+    spared = optim.decay_mask if config.decay == "matrices" else None
+    parts = [optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay, spared)]
+    if config.optimizer == "lora-fa":
+        parts = [optim.lora_fa(optax.chain(*parts))]
+    elif config.optimizer == "riemannian":
+        parts = [optim.riemannian(optax.chain(*parts))]
+    tx = optax.chain(clip, *parts)
+    return tx if config.lora_plus == 1 else optim.loraplus(tx, config.lora_plus)

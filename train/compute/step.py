@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import jlora
+from jlora import optim
 from train.data.batches import Batch
 from train.networks.network import Forward
 from train.tasks.base import Task
@@ -53,6 +54,7 @@ def make_step(
     smoothing: float = 0.0,
     accumulate: int = 1,
     axis: str | None = None,
+    freeze_a: bool = False,
 ) -> Step:
     """A step that trains the adapters of any model.
 
@@ -65,6 +67,7 @@ def make_step(
       accumulate: number of parts of the batch, computed one after the other; it divides the rows.
       axis: the mapped axis (`jax.pmap`, `jax.shard_map`) of devices with different rows; None if the batch is one
         array, sharded or not.
+      freeze_a: whether A has no gradient, as under LoRA-FA: the inputs of adapted weights are then not kept.
 
     Returns:
       ``step(state, base, batch, key) -> (state, metrics)``, to be compiled. The key is for dropout, and the same in
@@ -74,6 +77,7 @@ def make_step(
 
     def loss_fn(adapters: Any, base: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         adapters_key, network_key = jax.random.split(key)
+        adapters = optim.frozen_a(adapters) if freeze_a else adapters
         tree = jlora.attach(base, adapters, dropout_key=adapters_key, split_inputs={})
         outputs = apply(tree, task.inputs(batch, smoothing), network_key)
         total, count = task.loss(outputs, batch, smoothing)

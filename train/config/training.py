@@ -82,7 +82,7 @@ class DataConfig(Part):
 
 @dataclass(frozen=True)
 class FitConfig(Part):
-    """Training with AdamW."""
+    """The optimizer and its schedule."""
 
     #: Passes over the training examples.
     epochs: Count = 20
@@ -92,8 +92,14 @@ class FitConfig(Part):
     schedule: Schedule = "cosine"
     #: Fraction of all steps over which the learning rate rises linearly to its peak: step 1 of w has peak / w.
     warmup: Fraction = 0.1
-    #: Decoupled weight decay of all trained parameters.
+    #: adamw; or, for adapters, AdamW on preconditioned gradients: lora-fa (Zhang et al. 2023) trains B alone, and does
+    #: not keep the inputs of adapted weights for the backward pass; riemannian (Zhang and Pilanci 2024) divides the
+    #: gradient of each factor by the Gram matrix of the other.
+    optimizer: Literal["adamw", "lora-fa", "riemannian"] = "adamw"
+    #: Decoupled weight decay.
     weight_decay: NotNegative = 1e-4
+    #: What weight decay shrinks: all trained parameters, or matrices only, without DoRA's magnitudes, norms and biases.
+    decay: Literal["all", "matrices"] = "all"
     #: Maximum global norm of the gradient, or None.
     clip: Positive | None = 1.0
     #: Learning rate of B as a multiple of A's (LoRA+, Hayou et al. 2024, who use 16).
@@ -240,7 +246,7 @@ class TrainConfig(Part):
     seed: Annotated[int, at_least(0)] = 0
     #: Training of the base from scratch, for a network without a checkpoint.
     base: FitConfig | None = None
-    #: Training with AdamW of the adapters, or of the weights that --mode selects.
+    #: Training of the adapters, or of the weights that --mode selects.
     fit: FitConfig = FitConfig()
     learning_rate: LearningRates = LearningRates()
     #: Epochs between evaluations on the validation examples.
@@ -290,6 +296,9 @@ class TrainConfig(Part):
             if fit.lora_plus != 1 and (phase == "base" or self.mode != "lora"):
                 what = "a base" if phase == "base" else f"mode {self.mode!r}"
                 yield f"{phase}.lora_plus: got {fit.lora_plus}, expected 1: {what} has no factors A and B"
+            if fit.optimizer != "adamw" and (phase == "base" or self.mode != "lora"):
+                what = "a base" if phase == "base" else f"mode {self.mode!r}"
+                yield f"{phase}.optimizer: got {fit.optimizer!r}, expected 'adamw': {what} has no factors A and B"
             if fit.label_smoothing and getattr(task, "regression", False):
                 yield f"{phase}.label_smoothing: got {fit.label_smoothing}, expected 0: a regression has no classes"
             if phase == "base" and fit.patience is not None:

@@ -142,6 +142,7 @@ class _Loop:
             smoothing=config.label_smoothing,
             accumulate=job.config.compute.accumulate,
             axis=self.layout.axis,
+            freeze_a=config.optimizer == "lora-fa",
         )
         self.step = self.layout.compile_step(step, self.train_state)
         self.feed = Feed(

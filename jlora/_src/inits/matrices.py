@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jlora._src.engine import compat
 from jlora._src.types import Array, Axes, LoraFactors, Target
@@ -74,12 +75,14 @@ def truncated_svd(
 def _randomized_svd(matrices: Array, rank: int, niter: int, key: Array) -> tuple[Array, Array, Array]:
     *batch, m, n = matrices.shape
     width = min(rank + _OVERSAMPLED, m, n)
+    # A transposed copy, made once: XLA:CPU takes ten times as long for a product with a transposed matrix.
+    flipped = lax.optimization_barrier(matrices.mT)
     basis = jnp.linalg.qr(matrices @ jax.random.normal(key, (*batch, n, width)))[0]
     for _ in range(niter):
-        basis = jnp.linalg.qr(matrices.mT @ basis)[0]
+        basis = jnp.linalg.qr(flipped @ basis)[0]
         basis = jnp.linalg.qr(matrices @ basis)[0]
     # The SVD of a thin matrix and not of a wide one: that of its triangular factor.
-    q, r = jnp.linalg.qr(matrices.mT @ basis)
+    q, r = jnp.linalg.qr(flipped @ basis)
     u, s, vh = jnp.linalg.svd(r.mT, full_matrices=False)
     return basis @ u, s, vh @ q.mT
 

@@ -118,7 +118,8 @@ def scaled(y: NamedArray, multiplier: NamedArray | None, dtype: Any, *, nonzero:
         return y.array.astype(dtype)
     shape = [size if name in multiplier.dims else 1 for name, size in zip(y.dims, y.array.shape, strict=True)]
     array, factor = y.array, multiplier.broadcast(y.dims, shape).astype(y.array.dtype)
-    return (_scaled_by_nonzero if nonzero else _scaled)(*compat.match_varying(array, factor), dtype)  # pyright: ignore[reportCallIssue]
+    array, factor = compat.match_varying(array, factor)
+    return _scaled_by_nonzero(array, factor, dtype) if nonzero else _scaled(array, factor, dtype)
 
 
 def _scaled(y: Array, factor: Array, dtype: Any) -> Array:

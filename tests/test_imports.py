@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 JLORA = {  # a room imports from those above it; of its own files, from those that stand before
     " ": "messages | fields",
     "_src": "types | quantized | paths config",
-    "_src.engine": "compat | named_axes mutation gradient location traced_weights | product factored dependence | "
-    "adapted_product staging",
+    "_src.engine": "compat | named_axes mutation gradient location traced_weights | product dependence | "
+    "adapted_product staging | stored | factored",
     "_src.engine.rules": "rule | low_rank joins placement | products lookups arithmetic moves writes control_flow | "
     "table",
     "_src.engine ": "interpreter trace | lora",

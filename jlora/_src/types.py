@@ -253,6 +253,7 @@ class Target:
       trainable: the number of trainable parameters.
       used_by: what consumes the weight, in words.
       lookup: whether the weight is a table whose rows are looked up.
+      scheme: of a quantized weight; "" for any other.
     """
 
     path: Path
@@ -266,8 +267,10 @@ class Target:
     trainable: int
     used_by: str
     lookup: bool = False
+    scheme: str = ""
 
     def describe(self) -> tuple[str, ...]:
         """The cells of this target's row in the plan's table."""
         how = "whole" if self.axes is None else f"r={self.rank} s={self.scale:g}" + (" DoRA" if self.dora else "")
-        return (self.path, "x".join(map(str, self.shape)), how, f"{self.trainable:,}", self.used_by)
+        shape = "x".join(map(str, self.shape)) + (f" {self.scheme}" if self.scheme else "")
+        return (self.path, shape, how, f"{self.trainable:,}", self.used_by)

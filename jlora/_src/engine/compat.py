@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import compute_on as compute_on_module
 from jax.extend import source_info_util
@@ -97,6 +98,13 @@ def reshard(x: Any, spec: Iterable[Any]) -> Any:
     if explicit_spec(x) in (None, entries):
         return x
     return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec(*entries)))
+
+
+def with_dtype(x: Any, dtype: Any) -> Any:
+    """The type of ``x`` with another dtype: its shape, sharding and varying axes."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(dtype=dtype)
+    return jax.typeof(x).update(dtype=jnp.dtype(dtype), weak_type=False)
 
 
 def device_put(x: Any, to: Any) -> Any:

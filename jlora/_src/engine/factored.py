@@ -21,6 +21,8 @@ from jlora._src.engine.named_axes import (
     low_rank_dtype,
     promote_arrays,
 )
+from jlora._src.engine.stored import Stored, array_like, dequantized
+from jlora._src.quantized import QuantizedArray
 from jlora._src.types import Array, Axes, LoraFactors, LoraWeight, Path
 
 
@@ -65,6 +67,16 @@ class Factored:
         return self.a.sizes[RANK]
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether it has no update: a quantized weight that is not adapted."""
+        return self.rank == 0
+
+    @property
+    def scheme(self) -> str:
+        """Of a quantized base; "" for any other."""
+        return self.base.array.scheme if isinstance(self.base, Stored) else ""
+
+    @property
     def parts(self) -> dict[str, NamedArray]:
         """Its named arrays by field: the factors, and any multiplier and keys."""
         fields = {name: getattr(self, name) for name in ("a", "b", "multiplier", "key")}
@@ -75,7 +87,8 @@ class Factored:
         """Whether only a single row or column of a weight is left, as after a lookup by one index or a mean: a result,
         not a weight."""
         pairs = ((self.a, self.b), (self.b, self.a))
-        return any(all(d in other.dims or self.shape[d] == 1 for d in one.dims) for one, other in pairs)
+        in_other = any(all(d in other.dims or self.shape[d] == 1 for d in one.dims) for one, other in pairs)
+        return in_other and not self.is_frozen
 
     def map_parts(self, base: Any, fn: Callable[[NamedArray], NamedArray]) -> Factored:
         """This value with another base and ``fn`` applied to every part."""
@@ -92,7 +105,8 @@ class Factored:
 
     def to_memory_of(self, other: Any) -> Factored:
         """This value with its parts in the memory space of ``other``: the device's or the host's."""
-        return self.map_parts(self.base, lambda part: part.apply(lambda x: compat.to_memory_of(x, other)))
+        like = array_like(other)
+        return self.map_parts(self.base, lambda part: part.apply(lambda x: compat.to_memory_of(x, like)))
 
     def factor_along(self, dims: Sequence[int]) -> tuple[str | None, Factored]:
         """The name of a factor that has all of ``dims``, and this value with it. If the whole update is constant
@@ -123,7 +137,7 @@ def to_factored(weight: LoraWeight) -> Factored:
     if weight.dropout_key is not None and f.dropout > 0:
         key = NamedArray(_batch_keys(weight.dropout_key, f.axes.sizes(weight.shape)[0]), batch)
     value = Factored(
-        base=weight.base,
+        base=Stored(weight.base) if isinstance(weight.base, QuantizedArray) else weight.base,
         a=NamedArray(f.a, (*batch, *inputs, RANK)),
         b=NamedArray(b, (*batch, RANK, *outputs)),
         key=key,
@@ -134,6 +148,12 @@ def to_factored(weight: LoraWeight) -> Factored:
         return value
     norm, magnitude = promote_arrays(lax.stop_gradient(column_norm(value, f.axes)), f.magnitude)
     return dataclasses.replace(value, multiplier=NamedArray(magnitude / norm, (*batch, *outputs)))
+
+
+def frozen(array: QuantizedArray, path: Path) -> Factored:
+    """The interpreter's value for a quantized weight that is not adapted: it has no update."""
+    none = NamedArray(jnp.zeros(0, jnp.float32), (RANK,))
+    return Factored(Stored(jax.tree.map(lax.stop_gradient, array)), none, none, path=path)
 
 
 def column_norm(value: Factored, axes: Axes) -> Array:
@@ -155,7 +175,7 @@ def square_sum(value: Factored, out: Sequence[int]) -> Array:
     parts = (value.a, value.b) if set(out) <= set(value.b.dims) else (value.b, value.a)
     base, x, y = (
         part.apply(lambda array: compat.to_device(array).astype(jnp.float32))
-        for part in (NamedArray(value.base, dims), *parts)
+        for part in (NamedArray(dequantized(value.base), dims), *parts)
     )
     other = "other rank"
     x_other, y_other = (NamedArray(v.array, tuple(other if d == RANK else d for d in v.dims)) for v in (x, y))
@@ -171,7 +191,10 @@ def square_sum(value: Factored, out: Sequence[int]) -> Array:
 
 def materialize(value: Factored) -> Array:
     """The value summed in float32 and rounded once to its dtype, in its base's memory space, without dropout."""
-    dims, given = range(len(value.shape)), value.base
+    dims, given = range(len(value.shape)), array_like(value.base)
+    if value.is_frozen and value.multiplier is None and not value.squared:
+        return dequantized(value.base)
+    value = dataclasses.replace(value, base=dequantized(value.base))
     value = jax.tree.map(compat.to_device, value)
     dtype = accumulation_dtype(value.dtype)
     out = [d for d in dims if d in value.a.dims or d in value.b.dims]

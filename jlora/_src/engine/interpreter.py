@@ -21,7 +21,8 @@ from jlora._src.engine.factored import Factored, materialize
 from jlora._src.engine.location import Location
 from jlora._src.engine.named_axes import NamedArray
 from jlora._src.engine.rules.rule import Decline
-from jlora._src.engine.rules.table import PRIMITIVES, REARRANGING, SQUARED, SQUARES
+from jlora._src.engine.rules.table import KEEPS_STORED, PRIMITIVES, REARRANGING, SQUARED, SQUARES
+from jlora._src.engine.stored import Stored, dequantized
 from jlora._src.types import Path
 from jlora.messages import bullets
 
@@ -44,6 +45,7 @@ class Event(NamedTuple):
       primitive, source: the consumer, and its source line.
       why: why it was materialized; None if it stayed factored.
       flops: FLOPs that the update adds to the forward pass.
+      scheme: of a quantized base; "" for any other.
     """
 
     path: str
@@ -51,6 +53,7 @@ class Event(NamedTuple):
     source: str
     why: str | None
     flops: int
+    scheme: str = ""
 
 
 class PendingWarning(NamedTuple):
@@ -92,7 +95,7 @@ class Session:
     def materialize(self, value: Factored, primitive: str, source: str, why: str) -> Any:
         """The weight summed to its full shape, if the policy allows."""
         flops = 2 * value.rank * value.base.size * self.location.repeats
-        new = self.record(Event(value.path, primitive, source, why, flops))
+        new = self.record(Event(value.path, primitive, source, why, flops, value.scheme))
         what = f"the adapted weight {value.path!r} of shape {value.shape} is materialized at full size for "
         place = f"the primitive {primitive!r} at {source}: {why}"
         if self.policy == "error":
@@ -170,6 +173,8 @@ class _Scope:
 
     def _as_operand(self, value: Any, eqn: Any) -> Any:
         """``value`` as ``eqn`` accepts it: squares and rows picked by constants stay factored for some primitives."""
+        if isinstance(value, Factored) and isinstance(value.base, Stored) and eqn.primitive.name not in KEEPS_STORED:
+            value = materialize(value) if value.is_frozen else dataclasses.replace(value, base=dequantized(value.base))
         if isinstance(value, Factored) and value.squared and eqn.primitive.name not in SQUARES:
             return self.materialize(value, eqn, SQUARED)
         if isinstance(value, Factored) and value.constant_rows and eqn.primitive.name not in REARRANGING:
@@ -191,12 +196,16 @@ class _Scope:
         """Record that ``eqn`` consumed ``weight`` in factored form."""
         location = self.session.location
         source = location.source_line(eqn) if self.session.policy == "explain" else ""
-        self.session.record(Event(weight.path, eqn.primitive.name, source, None, flops * location.repeats))
+        self.session.record(
+            Event(weight.path, eqn.primitive.name, source, None, flops * location.repeats, weight.scheme)
+        )
 
     def materialize(self, value: Any, eqn: Any, why: str) -> Any:
         """``value`` as a plain array: materializes a factored weight, if the policy allows it."""
         if not isinstance(value, Factored):
             return value
+        if value.is_frozen:
+            return materialize(value)
         if value.is_row or value.constant_rows:
             self.record_factored(value, eqn, 2 * value.rank * value.base.size)
             return materialize(value)

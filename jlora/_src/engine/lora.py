@@ -12,9 +12,10 @@ import jax
 from jax import lax
 
 from jlora._src.engine.dependence import constant_gathers, forwarded_inputs, live_inputs, trained_operands
-from jlora._src.engine.factored import Factored, materialize, to_factored
+from jlora._src.engine.factored import Factored, frozen, materialize, to_factored
 from jlora._src.engine.interpreter import Event, Policy, Session
 from jlora._src.engine.staging import Staged, check_callable, is_array, replace_leaves, stage
+from jlora._src.quantized import QuantizedArray, is_one_leaf
 from jlora._src.types import FullWeight, LoraFactors, LoraWeight, PyTree, is_attached
 from jlora.messages import bullets, table
 
@@ -93,7 +94,7 @@ def lora(
 
 
 def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any, frozen_gradients: bool = True) -> Any:
-    if not any(map(is_attached, jax.tree.leaves((args, kwargs), is_leaf=is_attached))):
+    if not any(map(is_one_leaf, jax.tree.leaves((args, kwargs), is_leaf=is_one_leaf))):
         return _plain_call(fn, args, kwargs)
     staged = stage(fn, args, kwargs)
     if staged.lost and session.policy != "explain":
@@ -101,14 +102,16 @@ def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any, froz
     _check_read(staged)
     stop = (lambda x: x) if frozen_gradients else lax.stop_gradient
 
-    def value(leaf: Any, array: Any, frozen: bool) -> Any:
+    def value(leaf: Any, array: Any, is_frozen: bool) -> Any:
         match leaf:
             case LoraWeight():
-                return to_factored(dataclasses.replace(leaf, base=stop(leaf.base)))
+                return to_factored(dataclasses.replace(leaf, base=jax.tree.map(stop, leaf.base)))
+            case QuantizedArray():
+                return frozen(leaf, "")
             case FullWeight():
                 return array
             case _:
-                return stop(array) if frozen else array
+                return stop(array) if is_frozen else array
 
     session.constant_gathers = constant_gathers(staged.jaxpr)
     session.trained_operands = trained_operands(staged.jaxpr, list(map(is_attached, staged.leaves)))
@@ -117,10 +120,10 @@ def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any, froz
 
     def finish(forwarded: int | None, result: Any) -> Any:
         leaf = None if forwarded is None else staged.leaves[forwarded]
-        if is_attached(leaf):
-            return leaf  # a weight that is returned unchanged stays attached
-        if isinstance(result, Factored) and result.constant_rows:
-            return materialize(result)  # looked-up rows
+        if is_one_leaf(leaf):
+            return leaf  # a weight that is returned unchanged stays attached, or quantized
+        if isinstance(result, Factored) and (result.constant_rows or result.is_frozen):
+            return materialize(result)  # looked-up rows, or a quantized weight
         if isinstance(result, Factored):
             why = "the function returns it changed, and the caller receives it merged"
             return session.materialize(result, "return", getattr(fn, "__qualname__", repr(fn)), why)
@@ -176,12 +179,13 @@ class Explanation:
     def __str__(self) -> str:
         grouped: dict[tuple[str, str, str], list[Event]] = defaultdict(list)
         for e in self.events:
-            grouped[e.path, e.primitive, e.why or "factored"].append(e)
+            how = "factored" if e.why is None else f"materialized: {e.why}"
+            grouped[e.path, e.primitive, how + (f" (base in {e.scheme})" if e.scheme else "")].append(e)
         rows = [
             (
                 path,
                 primitive,
-                how if how == "factored" else f"materialized: {how}",
+                how,
                 str(len(es)),
                 f"{sum(e.flops for e in es):,}",
                 es[0].source,

@@ -13,6 +13,7 @@ import numpy as np
 from jlora._src.engine import compat
 from jlora._src.engine.dependence import forwarded_inputs
 from jlora._src.engine.mutation import changes
+from jlora._src.quantized import QuantizedArray, is_one_leaf
 from jlora._src.types import FullWeight, LoraWeight, is_attached
 
 _CLOSED_OVER = (
@@ -45,7 +46,7 @@ class Staged:
 
 def is_array(x: Any) -> bool:
     """Whether a leaf is traced; all others are static."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | QuantizedArray)
 
 
 def check_callable(fn: Any, what: str) -> None:
@@ -66,13 +67,13 @@ def replace_leaves(leaves: list[Any], positions: list[int], arrays: Iterable[Any
 def stage(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Staged:
     """``fn(*args, **kwargs)`` as a jaxpr. The arrays themselves are traced, not their shapes, so that what JAX knows
     about them (shardings, varying mesh axes) is kept."""
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_attached)
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_one_leaf)
     arrays = [_array_of(leaf) for leaf in leaves]
     traced = [i for i, leaf in enumerate(arrays) if is_array(leaf)]
     call = _TracedCall(fn, arrays, treedef, traced)
     functools.update_wrapper(call, fn, updated=())  # JAX's own messages then name the user's function
     values = [arrays[i] for i in traced]
-    jaxpr, consts = compat.open_jaxpr(jax.make_jaxpr(call)(*values))
+    jaxpr, consts = compat.open_jaxpr(jax.make_jaxpr(call)(*map(_traceable, values)))
     lost: list[str] = []
     if call.changes:
         n = sum(x is None for x in call.static)
@@ -148,8 +149,14 @@ def _lost(changed: list[tuple[int | None, bool, str]], forwarded: list[int | Non
 def _array_of(leaf: Any) -> Any:
     match leaf:
         case FullWeight(base=base, value=value):
-            return compat.to_memory_of(value.astype(base.dtype), base)
+            like = base.codes if isinstance(base, QuantizedArray) else base
+            return compat.to_memory_of(value.astype(base.dtype), like)
         case LoraWeight(base=base):
             return base
         case _:
             return leaf
+
+
+def _traceable(array: Any) -> Any:
+    """An array, or the type of the one that a quantized weight stands for."""
+    return compat.with_dtype(array.codes, array.dtype) if isinstance(array, QuantizedArray) else array

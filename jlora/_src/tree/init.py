@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jlora._src.config import LoraConfig
 from jlora._src.engine import compat
 from jlora._src.engine.factored import column_norm, to_factored
+from jlora._src.engine.stored import array_like
 from jlora._src.paths import named_leaves, one_key, path_key
+from jlora._src.quantized import as_array
 from jlora._src.tree.plan import Plan
 from jlora._src.tree.plan import plan as make_plan
 from jlora._src.types import Array, LoraFactors, LoraWeight, Path, PyTree, Target, Uses
@@ -54,14 +56,14 @@ def init(
     else:
         plan = make_plan(params, plan, uses)
     copied = [path for path, target in plan.items() if target.axes is None or target.dora]
-    if shapes := [path for path in copied if isinstance(leaves[path], jax.ShapeDtypeStruct)]:
+    if shapes := [path for path in copied if isinstance(array_like(leaves[path]), jax.ShapeDtypeStruct)]:
         raise TypeError(
             f"init: the params are shapes, but these leaves are copied, or measured for DoRA:{bullets(shapes)}\n"
             "Expected arrays. For the shapes of the adapters, call init under jax.eval_shape."
         )
     dtype = plan.config.dtype
     return {
-        path: jnp.array(compat.to_device(leaves[path]), dtype=dtype, copy=True)
+        path: jnp.array(compat.to_device(as_array(leaves[path])), dtype=dtype, copy=True)
         if target.axes is None
         else _factors(path_key(key, path), leaves[path], target, dtype)
         for path, target in plan.items()

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jlora._src.engine import compat
 from jlora._src.engine.factored import Factored, materialize, to_factored
 from jlora._src.engine.named_axes import accumulation_dtype
+from jlora._src.engine.stored import array_like
 from jlora._src.paths import named_leaves
+from jlora._src.quantized import QuantizedArray
 from jlora._src.tree.checks import check_adapters, check_arguments, check_finite, check_kinds
 from jlora._src.types import Adapters, Array, LoraFactors, LoraWeight, Path, PyTree
 from jlora.messages import bullets, table
@@ -34,7 +36,7 @@ def merge(params: PyTree, adapters: Adapters) -> PyTree:
     Raises:
       KeyError, ValueError: if an adapter does not fit the params, or holds NaN or infinity (checked only outside
         ``jit``); all offenders are listed.
-      TypeError: as `attach`.
+      TypeError: as `attach`; and for adapted weights that are quantized, listing all.
     """
     return _mapped("merge", params, adapters, _merged)
 
@@ -127,13 +129,20 @@ def _checked(what: str, params: PyTree, adapters: Adapters) -> tuple[dict[Path, 
     leaves, treedef = named_leaves(params)
     check_adapters(leaves, adapters, what)
     check_finite(adapters, what)
+    weights = {path: leaves[path] for path, value in adapters.items() if isinstance(value, LoraFactors)}
+    stored = [f"{path!r}: {leaf.scheme}" for path, leaf in weights.items() if isinstance(leaf, QuantizedArray)]
+    if stored:
+        raise TypeError(
+            f"{what}: {len(stored)} of {len(adapters)} adapted weights are quantized:{bullets(stored)}\nAn update is "
+            "lost in few bits. Merge into jlora.dequantize(params); to quantize the result, call jlora.quantize on it."
+        )
     return leaves, treedef
 
 
 def _merged(base: Any, value: Any, path: Path) -> Any:
     if isinstance(value, LoraFactors):
         return materialize(_factored(base, value, path))
-    return jnp.array(compat.to_memory_of(value, base), dtype=base.dtype, copy=True)
+    return jnp.array(compat.to_memory_of(value, array_like(base)), dtype=base.dtype, copy=True)
 
 
 def _unmerged(merged: Any, f: LoraFactors, path: Path) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jlora._src.config import HEADS, LoraConfig
 from jlora._src.paths import named_leaves
+from jlora._src.quantized import QuantizedArray
 from jlora._src.tree.state import is_linen, state
 from jlora._src.types import NO_FORM, Axes, Path, PyTree, Target, Use, Uses, WeightUse
 from jlora.messages import bullets, nearest, table
@@ -199,7 +200,9 @@ class _Chooser(NamedTuple):
         if not _is_floating(leaf):
             return _No(f"dtype {leaf.dtype}; train_also expects a floating leaf", "always", listed=False)
         size = math.prod(leaf.shape)
-        return Target(path, tuple(leaf.shape), leaf.dtype, None, 0, 1.0, 0.0, False, size, "train_also")
+        return Target(
+            path, tuple(leaf.shape), leaf.dtype, None, 0, 1.0, 0.0, False, size, "train_also", scheme=_scheme(leaf)
+        )
 
 
 def _target(path: Path, leaf: Any, axes: Axes, config: LoraConfig, use: WeightUse | None = None) -> Target:
@@ -208,8 +211,12 @@ def _target(path: Path, leaf: Any, axes: Axes, config: LoraConfig, use: WeightUs
     return Target(
         path, tuple(leaf.shape), leaf.dtype, axes, config.rank, config.scale, config.dropout,
         config.use_dora, trainable, "" if use is None else _used_by(use),
-        lookup=use is not None and use.kind == "lookup",
+        lookup=use is not None and use.kind == "lookup", scheme=_scheme(leaf),
     )  # fmt: skip
+
+
+def _scheme(leaf: Any) -> str:
+    return leaf.scheme if isinstance(leaf, QuantizedArray) else ""
 
 
 def _wrong_uses(config: LoraConfig, uses: Uses | None, leaves: Mapping[Path, Any]) -> Iterable[str]:
@@ -300,7 +307,7 @@ def _instead(leaf: Any) -> str:
     """How to adapt a weight that is not floating."""
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         return "to adapt it, keep its real and imaginary parts as two leaves"
-    return "to adapt it, attach to the dequantized tree, inside the loss"
+    return "to adapt it, make it a jlora.QuantizedArray, or attach to the dequantized tree, inside the loss"
 
 
 def _is_floating(leaf: Any) -> bool:

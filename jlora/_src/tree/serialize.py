@@ -1,4 +1,4 @@
-"""Registers adapters and attached leaves with `jax.export` and `flax.serialization`, static fields included."""
+"""Registers adapters, attached and quantized leaves with `jax.export` and `flax.serialization`, with static fields."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from flax import serialization
 from jax import export
 
+from jlora._src.quantized import QuantizedArray
 from jlora._src.types import Axes, FullWeight, LoraFactors, LoraWeight
 
 
@@ -24,12 +25,14 @@ def _register_export(kind: Any) -> None:
     names = _fields(kind, static=True)
 
     def to_bytes(values: Any) -> bytes:
-        return json.dumps(dict(zip(names, values, strict=True)), default=lambda number: number.item()).encode()
+        return json.dumps(dict(zip(names, values, strict=True)), default=_plain).encode()
 
     def from_bytes(data: Any) -> tuple[Any, ...]:
         values = json.loads(bytes(data))
         if "axes" in values:
             values["axes"] = Axes(*map(tuple, values["axes"]))
+        if "dtype" in values:
+            values["dtype"] = np.dtype(values["dtype"])
         return tuple(values[name] for name in names)
 
     def build(aux_data: Any, children: Sequence[Any]) -> Any:
@@ -43,6 +46,11 @@ def _register_export(kind: Any) -> None:
         deserialize_auxdata=from_bytes,
         from_children=build,
     )
+
+
+def _plain(value: Any) -> Any:
+    """A static field that JSON lacks: the name of a dtype, or the number of a NumPy scalar."""
+    return value.name if isinstance(value, np.dtype) else value.item()
 
 
 def _to_state_dict(value: Any) -> dict[str, Any]:
@@ -85,6 +93,6 @@ def _comparable(value: Any) -> Any:
     return "a tree" if isinstance(value, dict) and not set(value) == set(Axes._fields) else value
 
 
-for _kind in (LoraFactors, LoraWeight, FullWeight):
+for _kind in (LoraFactors, LoraWeight, FullWeight, QuantizedArray):
     _register_export(_kind)
     serialization.register_serialization_state(_kind, _to_state_dict, _from_state_dict)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jlora._src.paths import named_leaves
+from jlora._src.quantized import QuantizedArray, split_blocks
 from jlora._src.tree.checks import check_kinds, check_paths
 from jlora._src.types import Adapters, FullWeight, LoraFactors, LoraWeight, Path, PyTree, is_attached
 from jlora.fields import bad_pattern
@@ -35,7 +36,8 @@ def shardings(params: PyTree, mesh: Mesh, rules: ShardingRules) -> PyTree:
       rules: for all leaves; end with ``(r"", P())`` to replicate the rest.
 
     Returns:
-      A tree of `NamedSharding` like ``params``, with each rule's spec.
+      A tree of `NamedSharding` like ``params``, with each rule's spec. A quantized leaf has one for each array: scales
+      are split with their blocks, or not at all along an axis where a block would be split.
 
     Raises:
       ValueError: listing every leaf that no rule matches, every rule that applies to no leaf, every spec that is longer
@@ -54,7 +56,21 @@ def shardings(params: PyTree, mesh: Mesh, rules: ShardingRules) -> PyTree:
             "for each leaf (the first match applies), a leaf for each rule, and axes that their mesh axes divide: "
             "change the rule, put a rule for that path before it, or use a mesh of another shape."
         )
-    return treedef.unflatten([NamedSharding(mesh, rules[i][1]) for i in applied.values() if i is not None])
+    places = {path: NamedSharding(mesh, rules[i][1]) for path, i in applied.items() if i is not None}
+    return treedef.unflatten([quantized_shardings(leaves[path], place) for path, place in places.items()])
+
+
+def quantized_shardings(leaf: Any, place: NamedSharding) -> Any:
+    """The shardings of a quantized weight's arrays, where ``place`` is the weight's; that itself for any other leaf."""
+    if not isinstance(leaf, QuantizedArray):
+        return place
+
+    def own(x: Any) -> NamedSharding:
+        alone = [split_blocks(x.shape, leaf.shape, [*[None] * d, e], place.mesh) for d, e in enumerate(place.spec)]
+        entries = [None if found is None else found[d] for d, found in enumerate(alone)]
+        return NamedSharding(place.mesh, PartitionSpec(*entries), memory_kind=place.memory_kind)
+
+    return jax.tree.map(own, leaf)
 
 
 def adapter_shardings(adapters: Adapters | PyTree, shardings: PyTree) -> Any:
@@ -103,7 +119,7 @@ def _weight_shardings(adapters: Adapters, shardings: PyTree) -> dict[Path, Named
     """The shardings of these adapters' weights, checked."""
     given = dict.fromkeys(adapters, shardings) if isinstance(shardings, Sharding) else named_leaves(shardings)[0]
     check_paths(adapters, given, "adapter_shardings")
-    places: dict[Path, Any] = {path: given[path] for path in adapters}
+    places: dict[Path, Any] = {path: getattr(given[path], "codes", given[path]) for path in adapters}
     if odd := {path: place for path, place in places.items() if not isinstance(place, NamedSharding)}:
         raise TypeError(
             f"adapter_shardings: these weights have no NamedSharding:{bullets(f'{p!r}: {x!r}' for p, x in odd.items())}"
@@ -131,11 +147,12 @@ def _follow(leaf: Any, place: NamedSharding) -> Any:
         case LoraWeight(factors=f, path=path):
             replicated = NamedSharding(place.mesh, PartitionSpec())
             strength, key = jax.tree.map(lambda _: replicated, (leaf.strength, leaf.dropout_key))
-            return LoraWeight(place, _follow_axes(f, place), strength, key, path)
+            return LoraWeight(quantized_shardings(leaf.base, place), _follow_axes(f, place), strength, key, path)
         case FullWeight(path=path):
-            return FullWeight(place, place, path)  # pyright: ignore[reportArgumentType]
+            base: Any = quantized_shardings(leaf.base, place)
+            return FullWeight(base, place, path)  # pyright: ignore[reportArgumentType]
         case _:
-            return place
+            return quantized_shardings(leaf, place)
 
 
 def _follow_axes(factors: LoraFactors, place: NamedSharding) -> LoraFactors:

@@ -20,6 +20,7 @@ from jlora._src.engine.factored import Factored, fold_in
 from jlora._src.engine.named_axes import RANK, NamedArray
 from jlora._src.engine.rules.placement import map_with_specs, sharding_like
 from jlora._src.engine.rules.rule import Decline
+from jlora._src.engine.stored import divisible, sliceable, specs_of
 from jlora._src.engine.traced_weights import (
     Value,
     combined_kind,
@@ -98,11 +99,18 @@ def shard_map(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
     jaxpr, consts = compat.open_jaxpr(p["jaxpr"])
 
     def specs(value: Any, spec: Any) -> Any:
-        return map_with_specs(value, spec, spec, lambda _, own: own) if isinstance(value, Factored) else spec
+        if not isinstance(value, Factored):
+            return spec
+        return map_with_specs(value, spec, specs_of(value.base, spec, p["mesh"]), lambda _, own: own)
 
     def placed(value: Any, spec: Any) -> Any:
         return map_with_specs(value, spec, value.base, compat.reshard) if isinstance(value, Factored) else value
 
+    def in_blocks(value: Any, spec: Any) -> Any:
+        base = divisible(value.base, spec, p["mesh"]) if isinstance(value, Factored) else None
+        return value if base is None else dataclasses.replace(value, base=base)
+
+    args = list(map(in_blocks, args, p["in_specs"]))
     mapped = jax.shard_map(
         lambda *args: tuple(_materialized(scope, eqn, scope.session.run(jaxpr, consts, args))),
         mesh=p["mesh"],
@@ -293,7 +301,7 @@ def _stacked_arrays(weight: Factored) -> dict[str, Any]:
     """The arrays of a stacked weight that a scan slices: the base, and the parts with its first dimension."""
     stacked = {name: part for name, part in weight.parts.items() if 0 in part.dims}
     arrays = {n: part.transpose([0, *(d for d in part.dims if d != 0)]) for n, part in stacked.items()}
-    return {"base": weight.base, **arrays}
+    return {"base": sliceable(weight.base), **arrays}
 
 
 def _slice(weight: Factored, arrays: dict[str, Any]) -> Factored:

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora._src.engine import compat
 from jlora._src.engine.factored import Factored
 from jlora._src.engine.named_axes import RANK, NamedArray, low_rank_dtype
 from jlora._src.engine.product import Product, chain
 from jlora._src.engine.rules.low_rank import total
-from jlora._src.engine.rules.rule import Decline, bind_base
+from jlora._src.engine.rules.rule import Decline
+from jlora._src.engine.stored import Stored
 from jlora._src.engine.traced_weights import CONSTANT, NO_AXES, TracedWeight, Value, axes_of, weights_in
 from jlora._src.types import Array, Axes, Use
 
@@ -27,7 +29,9 @@ def gather(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         raise Decline("the index is an adapted weight")
     picked = _picked_dims(eqn)
     weight = weight.to_memory_of(indices)
-    (base,) = bind_base(eqn, [weight, indices])
+    base = _rows(eqn, weight.base, indices, picked)
+    if weight.is_frozen:
+        return [base]
     # For an index out of bounds, the base takes the fill value, the update is 0 and the multiplier 1.
     slices = weight.map_parts(
         base, lambda part: _gather_part(eqn, part, indices, picked, fill_value=int(part is weight.multiplier))
@@ -69,6 +73,29 @@ def label_gather(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:
 
     rows = tuple(map(pick, table))
     return [rows] if sized > 1 or index == CONSTANT else walker.consume(eqn, [rows, index])
+
+
+def _rows(eqn: Any, base: Any, indices: Array, picked: list[int]) -> Array:
+    """The slices of a base; of a stored one, only they are dequantized."""
+    if not isinstance(base, Stored):
+        return compat.bind(eqn, [base, indices])[0]
+    if base.moves:
+        return compat.bind(eqn, [base.dequantize(), indices])[0]
+    columns = eqn.params["dimension_numbers"].start_index_map
+    shape, last = base.shape, indices.ndim - 1
+    inside = jnp.clip(indices, 0, jnp.array([shape[d] - 1 for d in columns], indices.dtype))
+
+    def part(x: Array) -> Array:
+        blocks = jnp.array([shape[d] // x.shape[d] for d in columns], indices.dtype)
+        sizes = tuple(1 if d in picked else n for d, n in enumerate(x.shape))
+        return compat.bind(eqn, [x, inside // blocks], slice_sizes=sizes, mode=lax.GatherScatterMode.CLIP)[0]
+
+    rows = jax.tree.map(part, base.array).dequantize()
+    if eqn.params["mode"] in IN_BOUNDS:
+        return rows
+    fill = jnp.nan if eqn.params["fill_value"] is None else eqn.params["fill_value"]
+    lead = [i for i in range(rows.ndim) if i not in _places(eqn).values()]
+    return jnp.where(lax.broadcast_in_dim(jnp.all(inside == indices, last), rows.shape, lead), rows, fill)
 
 
 def _picked_dims(eqn: Any) -> list[int]:

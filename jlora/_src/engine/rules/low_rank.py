@@ -16,6 +16,7 @@ from jlora._src.engine.adapted_product import AdaptedProduct, Dot, adapted_produ
 from jlora._src.engine.factored import Factored, fold_in
 from jlora._src.engine.named_axes import NamedArray, accumulation_dtype, low_rank_dtype
 from jlora._src.engine.product import Product, chain
+from jlora._src.engine.stored import with_base
 from jlora._src.types import Array
 
 
@@ -34,6 +35,14 @@ def adapted(
     The factor with most of the summed dimensions comes first: ``a`` in a straight use, ``b`` in a transposed one.
     Dimensions of both factors (a stack of matrices) are batch dimensions of the first product.
     """
+    dtype = eqn.outvars[0].aval.dtype
+
+    def of_base(base: Array, x: Array) -> Array:
+        return dot(x, base)
+
+    if weight.is_frozen:
+        y = with_base(weight.base, of_base, x.array)
+        return y if multiplier is None else total(NamedArray(y, tuple(out)), jnp.zeros_like(y), multiplier)
     first, second = _in_order(weight, summed)
     early = {d for d in summed if d not in second.dims}  # summed by the first product
     hidden = (*(n for n in x.dims if n not in early), *(d for d in first.dims if d not in x.dims))
@@ -43,7 +52,6 @@ def adapted(
     per_output = weight.rank * math.prod(weight.shape[d] for d in summed if d in second.dims)
     flops = [math.prod(sizes[n] for n in dims) * per for dims, per in ((hidden, per_hidden), (names, per_output))]
     scope.record_factored(weight, eqn, 2 * sum(flops))
-    dtype = eqn.outvars[0].aval.dtype
     constant = {n for n in x.dims if n in early and n not in first.dims}
     same = x.array.dtype == weight.dtype == low_rank_dtype(x.array.dtype)
     if same and weight.key is None and not constant and compat.explicit_spec(x.array) is None:
@@ -52,9 +60,13 @@ def adapted(
             (x.dims, weight_dims, hidden, first.dims, second.dims, tuple(out)), dot, eqn.params["precision"]
         )
         wide = dtype if multiplier is None else accumulation_dtype(dtype)
-        y = adapted_product(x.array, weight.base, first.array, second.array, axes, wide)
+
+        def product(base: Array, x: Array, a: Array, b: Array) -> Array:
+            return adapted_product(x, base, a, b, axes, wide)
+
+        y = with_base(weight.base, product, x.array, first.array, second.array)
         return scaled(NamedArray(y, tuple(out)), multiplier, dtype)
-    y = NamedArray(dot(x.array, weight.base), tuple(out))
+    y = NamedArray(with_base(weight.base, of_base, x.array), tuple(out))
     x = adapter_input(scope, weight, x).sum(constant)
     precision, (first_specs, last_specs) = eqn.params["precision"], _specs(x, first, second, y, hidden, names)
     products = (

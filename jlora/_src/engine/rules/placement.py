@@ -16,6 +16,7 @@ from jlora._src.engine import compat
 from jlora._src.engine.factored import Factored
 from jlora._src.engine.named_axes import RANK, NamedArray
 from jlora._src.engine.rules.rule import Decline, bind_base
+from jlora._src.engine.stored import specs_of
 from jlora._src.engine.traced_weights import Value
 
 
@@ -26,12 +27,14 @@ def sharding_like(value: Any, sharding: Any) -> Any:
     if not isinstance(value, Factored):
         return sharding
     if not isinstance(sharding, NamedSharding):
-        return value.map_parts(sharding, lambda part: NamedArray(None, part.dims))
+        base = jax.tree.map(lambda _: sharding, value.base)
+        return value.map_parts(base, lambda part: NamedArray(None, part.dims))
 
     def named(_: Any, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
-    return map_with_specs(value, sharding.spec, sharding, named)
+    base = jax.tree.map(lambda spec: named(None, spec), specs_of(value.base, sharding.spec, sharding.mesh))
+    return map_with_specs(value, sharding.spec, base, named)
 
 
 def map_with_specs(value: Factored, spec: Any, base: Any, fn: Callable[[Any, PartitionSpec], Any]) -> Factored:

@@ -16,7 +16,8 @@ from jlora._src.engine.factored import Factored
 from jlora._src.engine.named_axes import RANK, NamedArray, low_rank_dtype, promote_arrays
 from jlora._src.engine.product import Product, chain
 from jlora._src.engine.rules.low_rank import adapted, adapter_input, total
-from jlora._src.engine.rules.rule import Decline, bind_base
+from jlora._src.engine.rules.rule import Decline
+from jlora._src.engine.stored import with_base
 from jlora._src.engine.traced_weights import (
     DATA,
     MatrixUse,
@@ -121,7 +122,9 @@ def ragged_dot_general(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
             left, right, *rest, ragged_dot_dimension_numbers=standard, precision=eqn.params["precision"]
         )
 
-    (y,) = bind_base(eqn, args)
+    y = with_base(weight.base, lambda base, x, *rest: compat.bind(eqn, [x, base, *rest])[0], x, *rest)
+    if weight.is_frozen:
+        return [y]
     scope.record_factored(weight, eqn, 2 * rank * (x.size + y.size))
     rows = numbers.lhs_ragged_dimensions[0]
     hidden = product(dropped.transpose([f"x{d}" for d in (rows, *xc)]), a)
@@ -172,7 +175,9 @@ def conv_general_dilated(scope: Any, eqn: Any, args: list[Any]) -> list[Any]:
         raise Decline(MULTIPLIED_INPUTS)
     if channel in first.dims or any(d in second.dims for d in kernel_dims):
         raise Decline(MIXED_KERNEL_FACTORS)
-    (y,) = compat.bind(eqn, [x, weight.base])
+    y = with_base(weight.base, lambda base, x: compat.bind(eqn, [x, base])[0], x)
+    if weight.is_frozen:
+        return [y]
     hidden = _conv_to_rank(scope, eqn, weight, first, x)
     names = [("y", i) for i in range(y.ndim)]
     names[y_spec[1]] = channel

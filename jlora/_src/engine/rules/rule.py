@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from jlora._src.engine import compat
 from jlora._src.engine.factored import Factored
+from jlora._src.engine.stored import Stored, bind_stored
 from jlora._src.engine.traced_weights import Value
 
 Rule: TypeAlias = Callable[[Any, Any, list[Any]], list[Any]]
@@ -24,8 +25,9 @@ class Decline(Exception):  # noqa: N818 (not an error: it asks for the materiali
 
 
 def bind_base(eqn: Any, args: list[Any]) -> list[Any]:
-    """The equation's results for the bases of the weights among ``args``."""
-    return compat.bind(eqn, [v.base if isinstance(v, Factored) else v for v in args])
+    """The equation's results for the bases of the weights among ``args``; see `KEEPS_STORED` for stored ones."""
+    first, *others = [v.base if isinstance(v, Factored) else v for v in args]
+    return bind_stored(eqn, first, others) if isinstance(first, Stored) else compat.bind(eqn, [first, *others])
 
 
 def label_unchanged(walker: Any, eqn: Any, values: list[Value]) -> list[Value]:

@@ -77,6 +77,13 @@ PRIMITIVES: dict[str, Primitive] = {
 SQUARES = frozenset("reduce_sum convert_element_type jit pjit remat2 checkpoint".split())
 """Primitives that take the square of a weight before it is summed; any other needs the entries."""
 SQUARED = "it is squared elementwise"
+KEEPS_STORED = frozenset(
+    "dot_general ragged_dot_general conv_general_dilated gather transpose squeeze broadcast_in_dim reshape slice "
+    "dynamic_slice rev split unstack convert_element_type stop_gradient optimization_barrier copy copy_p name "
+    "sharding_constraint reduce_precision jit pjit remat2 checkpoint shard_map cond while scan pvary "
+    "custom_jvp_call custom_vjp_call custom_vmap_call".split()
+)
+"""Primitives that take a quantized weight as it is stored; for any other it is dequantized."""
 REARRANGING = frozenset(
     "dot_general conv_general_dilated transpose reshape squeeze broadcast_in_dim convert_element_type copy copy_p name "
     "slice rev neg sharding_constraint jit pjit remat2 checkpoint".split()

@@ -23,7 +23,8 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "_src.engine.rules": "rule | low_rank joins placement | products lookups arithmetic moves writes control_flow | "
     "table",
     "_src.engine ": "interpreter trace | lora",
-    "files": "errors adapters | buckets | drafts | json_files checksums tensor_names | hub_files | safetensors",
+    "files": "errors adapters | buckets | drafts | json_files checksums tensor_names | hub_files | safetensors | "
+    "quantized_tensors",
     "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init",
     "_src.quantization": "scheme | array | tree loss qwix",
     "_src ": "api",
@@ -31,7 +32,7 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "models": "_family _mesh attention.mask attention.plain | attention.chunked attention.tpu attention.gpu | "
     "attention.attend _layers decoder.rope | _causal _encoder _loss | _heads | "
     "bert.modeling gpt2.modeling decoder.modeling vit.modeling | bert.table gpt2.table decoder.table vit.table | "
-    "_registry _reading | _network _matching | _checkpoint | _generate | _export | __init__",
+    "_registry _reading | _network _matching | _quantized | _checkpoint | _generate | _export | __init__",
     "": "__init__",
 }
 TRAIN = {

@@ -73,7 +73,7 @@ def quantize(
     leaves, treedef = named_leaves(params)
     choose = Chooser(targets, exclude, uses, state(params), is_linen(params))
     chosen = choose.all(leaves)
-    made = {path: _quantized_leaf(leaves[path], scheme, choose.axes(path, leaves[path])) for path in chosen}
+    made = {path: quantized_leaf(leaves[path], scheme, choose.axes(path, leaves[path])) for path in chosen}
     finite = {path: ok for path, (_, ok) in made.items() if isinstance(ok, jax.Array) and not isinstance(ok, Tracer)}
     check_finite_weights(jax.device_get(finite), "quantize")
     return treedef.unflatten([made[path][0] if path in made else leaf for path, leaf in leaves.items()])
@@ -199,7 +199,7 @@ def _matches(patterns: Iterable[str], path: Path) -> bool:
     return any(re.search(pattern, path) for pattern in patterns)
 
 
-def _quantized_leaf(leaf: Any, scheme: Scheme, axes: Axes) -> tuple[Any, Any]:
+def quantized_leaf(leaf: Any, scheme: Scheme, axes: Axes) -> tuple[Any, Any]:
     """The quantized weight, and whether all of it was finite; for a shape, shapes."""
     place = None if isinstance(leaf, Tracer) else _place(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):

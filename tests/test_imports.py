@@ -24,10 +24,10 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "table",
     "_src.engine ": "interpreter trace | lora",
     "_src.inits": "fresh matrices",
-    "files": "errors adapters | buckets | drafts | json_files checksums tensor_names | hub_files | safetensors",
-    "_src.quantization": "scheme | array",
+    "files": "errors adapters | buckets | drafts | json_files checksums tensor_names | hub_files | safetensors | "
+    "quantized_tensors",
     "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init",
-    "_src.quantization ": "tree loss qwix",
+    "_src.quantization": "scheme | array | tree loss qwix",
     "_src.inits ": "moments | spectral quantized driven | decompose plain",
     "_src.updates": "rule | tied vera",
     "_src ": "api",
@@ -36,7 +36,7 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "models": "_family _mesh attention.mask attention.plain | attention.chunked attention.tpu attention.gpu | "
     "attention.attend _layers decoder.rope | _causal _encoder _loss | _heads | "
     "bert.modeling gpt2.modeling decoder.modeling vit.modeling | bert.table gpt2.table decoder.table vit.table | "
-    "_registry _reading | _network _matching | _checkpoint | _generate | _export | __init__",
+    "_registry _reading | _network _matching | _quantized | _checkpoint | _generate | _export | __init__",
     "": "__init__",
 }
 TRAIN = {

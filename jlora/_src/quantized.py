@@ -66,7 +66,7 @@ class QuantizedArray:
     def dequantize(self) -> Array:
         """The weight, in ``dtype``."""
         values = _decoded(self.codes, NF4) if self.scheme == "nf4" else self.codes.astype(jnp.float32)
-        blocks, scales = split_blocks(self.shape, self.scales.shape)
+        blocks, scales = block_shapes(self.shape, self.scales.shape)
         weight = values.reshape(blocks) * self._float_scales().reshape(scales)
         return weight.reshape(self.shape).astype(self.dtype)
 
@@ -77,7 +77,7 @@ class QuantizedArray:
     def _float_scales(self) -> Array:
         scales = self.scales
         if self.groups is not None:
-            blocks, groups = split_blocks(scales.shape, self.groups.shape)
+            blocks, groups = block_shapes(scales.shape, self.groups.shape)
             scales = (_decoded(scales, DYNAMIC).reshape(blocks) * self.groups.reshape(groups)).reshape(scales.shape)
         return (scales if self.offset is None else scales + self.offset).astype(jnp.float32)
 
@@ -107,7 +107,7 @@ def _bits(dtype: Any) -> int:
     return info(dtype).bits
 
 
-def split_blocks(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def block_shapes(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """``shape`` with each axis that has several blocks split in two, and ``blocks`` to be broadcast to it."""
     whole: list[int] = []
     own: list[int] = []
@@ -121,7 +121,7 @@ def split_blocks(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[tuple
 def _decoded(codes: Array, values: Sequence[float] | np.ndarray) -> Array:
     """``values[codes]`` in float32: a choice by each bit, as a lookup of single entries is slow on every device."""
     codes = codes.astype(jnp.uint8)
-    found: list[Any] = list(np.asarray(values, np.float32))
+    found: list[Any] = [np.array(value, np.float32) for value in values]
     for bit in range(len(found).bit_length() - 1):
         odd = (codes >> bit) & 1 == 1
         found = [jnp.where(odd, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +32,7 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+_FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
 _CHUNK_ENTRIES = 2**18
 
 
@@ -54,6 +58,8 @@ class Tensor(NamedTuple):
         Raises:
           TensorError: if it holds NaN or infinity.
         """
+        if self.dtype.itemsize == 1 and self.dtype.kind == "V":
+            return self._read_float8()[index or ()]
         with safe_open(self.file, "np") as file:
             # A slice of a scalar is an error in safetensors.
             array = file.get_tensor(self.name) if not index else file.get_slice(self.name)[index]
@@ -62,6 +68,17 @@ class Tensor(NamedTuple):
                 f"{self.file}: the tensor {self.name!r} holds NaN or infinity. Expected finite weights; the file is "
                 "damaged, or the training that wrote it diverged."
             )
+        return array
+
+    def _read_float8(self) -> np.ndarray:
+        """The array from its bytes: safetensors has no float8 of NumPy."""
+        with self.file.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            start, _ = json.loads(file.read(length))[self.name]["data_offsets"]
+        count = math.prod(self.shape)
+        array = np.fromfile(self.file, self.dtype, count, offset=8 + length + start).reshape(self.shape)
+        if np.isnan(array).any():
+            raise TensorError(f"{self.file}: the tensor {self.name!r} holds NaN. Expected finite weights.")
         return array
 
 
@@ -80,8 +97,11 @@ def is_finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(np.max(array)) and np.isfinite(np.min(array)))
 
 
-def open_tensors(file: Path) -> dict[str, Tensor]:
+def open_tensors(file: Path, *, float8: bool = False) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name. Reads only the header.
+
+    Args:
+      float8: whether tensors of these dtypes are expected: those of quantized weights.
 
     Raises:
       TensorError: if the file is not safetensors, is truncated, or has a dtype that JAX lacks.
@@ -91,15 +111,16 @@ def open_tensors(file: Path) -> dict[str, Tensor]:
             found = {name: (part := opened.get_slice(name)).get_shape() + [part.get_dtype()] for name in opened.keys()}
     except (SafetensorError, OSError) as error:
         raise TensorError(f"{file} is not a complete safetensors file ({error}). Fetch or export it again.") from error
-    if odd := {name: entry[-1] for name, entry in found.items() if entry[-1] not in _DTYPES}:
+    known: dict[str, Any] = {**_DTYPES, **(_FLOAT8 if float8 else {})}
+    if odd := {name: entry[-1] for name, entry in found.items() if entry[-1] not in known}:
         raise TensorError(
             f"{file}: JAX has no dtype for these tensors:{bullets(f'{n}: {d}' for n, d in odd.items())}\nExpected one "
-            f"of {', '.join(_DTYPES)}. Quantized checkpoints are not supported: load the original checkpoint."
+            f"of {', '.join(known)}. Quantized checkpoints need a quantization_config: load the original checkpoint."
         )
-    return {name: Tensor(file, name, tuple(shape), np.dtype(_DTYPES[dtype])) for name, (*shape, dtype) in found.items()}
+    return {name: Tensor(file, name, tuple(shape), np.dtype(known[dtype])) for name, (*shape, dtype) in found.items()}
 
 
-def open_checkpoint(folder: Path) -> dict[str, Tensor]:
+def open_checkpoint(folder: Path, *, float8: bool = False) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, in ``model.safetensors`` or the files listed in its index.
 
     Raises:
@@ -107,11 +128,11 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
         folder, or that lack a tensor.
     """
     if (folder / WEIGHTS).is_file():
-        return open_tensors(folder / WEIGHTS)
+        return open_tensors(folder / WEIGHTS, float8=float8)
     if not (folder / WEIGHTS_INDEX).is_file():
         raise TensorError(f"{folder} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{_what_instead(folder)}")
     weight_map = _read_index(folder / WEIGHTS_INDEX)
-    files = {name: open_tensors(folder / name) for name in sorted(set(weight_map.values()))}
+    files = {name: open_tensors(folder / name, float8=float8) for name in sorted(set(weight_map.values()))}
     lacking = [f"{tensor!r} is not in {file}" for tensor, file in weight_map.items() if tensor not in files[file]]
     if lacking:
         raise TensorError(

@@ -16,19 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._src.paths import named_leaves
+from jlora._src.quantization.scheme import Scheme
+from jlora._src.quantized import QuantizedArray
 from jlora._src.types import Array, PyTree
 from jlora._src.types import Path as LeafPath
 from jlora.files.buckets import is_in_bucket, located
 from jlora.files.errors import ModelError
 from jlora.files.hub_files import CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX, WEIGHTS_PATTERN
-from jlora.files.json_files import write_json
-from jlora.files.safetensors import PendingTensor, open_checkpoint, write_checkpoint
+from jlora.files.json_files import read_json, write_json
+from jlora.files.quantized_tensors import DTYPES, QuantizedTensor, stored_weights
+from jlora.files.safetensors import PendingTensor, Tensor, open_checkpoint, write_checkpoint
 from jlora.files.tensor_names import to_tensor
 from jlora.messages import bullets, nearest
 from jlora.models._family import TaskName
 from jlora.models._layers import Remat
 from jlora.models._matching import match_tensors
 from jlora.models._network import Architecture, Labels, abstract, architecture, draw, fetch, read_architecture
+from jlora.models._quantized import axes_to_quantize, quantize_tensors, read_quantized
 from jlora.models._reading import read_leaf
 from jlora.models.attention.mask import AttentionForm
 
@@ -49,6 +53,7 @@ def load(
     key: Array | None = None,
     revision: str | None = None,
     untie: bool = False,
+    quantize: str | Scheme | None = None,
 ) -> tuple[nn.Module, PyTree]:
     """Load a network and its parameters from a checkpoint of Hugging Face's transformers.
 
@@ -57,6 +62,10 @@ def load(
 
     Reads tensors one by one, and for a sharded parameter only the parts of this process's devices, so that the host's
     memory never holds much more than the parameters.
+
+    A quantized checkpoint gives `jlora.QuantizedArray` leaves with the stored values: NF4 and int8 of bitsandbytes, and
+    float8 with scales (of a tensor, of rows, or of blocks, as in DeepSeek's and Qwen's). Products take the dequantized
+    weights: transformers also rounds the activations for int8 (all but outliers) and float8, so its outputs differ.
 
     Args:
       path: a folder; or a URL as ``gs://bucket/folder``, or the id of a model on the hub, to download.
@@ -76,36 +85,63 @@ def load(
       untie: give a language model a separate output projection although config.json ties it to the embedding
         (``tie_word_embeddings``). It starts as the file's ``lm_head.weight``, or else as the embedding. `save` writes
         both, and an adapter acts only on the one it adapts.
+      quantize: a scheme, such as ``"nf4"``: weights of linear layers become `jlora.QuantizedArray` leaves as by
+        `jlora.quantize`, tensor by tensor, so that the whole model never lies in memory in full precision.
 
     Returns:
       ``(model, params)`` such that ``model.apply(params, ...)`` computes the same as the class in transformers.
 
     Raises:
       ModelError: if config.json describes an unknown network, or the tensors do not match the network, listing all;
-        or if config.json ties an output projection whose values differ from the embedding's.
+        or if config.json ties an output projection whose values differ from the embedding's; or if only some layers
+        of a stack are quantized; or, with ``quantize``, if the checkpoint is quantized already.
       TensorError: if a file is damaged, pickled or outside of the folder, or a tensor holds NaN or infinity.
+      ValueError: if there is no such scheme.
     """
+    scheme = None if quantize is None else Scheme.parse(quantize)
     folder = fetch(path, revision)
     found = read_architecture(folder, task, labels, untie=untie)
     model = found.network(dtype, param_dtype or jnp.float32, remat, attention)
-    shapes, treedef = named_leaves(abstract(model))
+    tree = abstract(model)
+    shapes, treedef = named_leaves(tree)
     names = found.tensor_names()
     tied_names = read_architecture(folder, task, labels).tensor_names() if untie else names
     ties = {head: name.files[0] for name in tied_names.values() for head in name.tied}
     tensors = match_tensors(
-        folder, open_checkpoint(folder), names, shapes, found.family, ties, may_start=key is not None
+        folder, _stored(folder, scheme), names, shapes, found.family, ties, may_start=key is not None
     )
     place = _placement(shardings, shapes, treedef)
-    params = {
-        path: read_leaf(tensors[path], names[path], shape.shape, param_dtype or tensors[path][0].dtype, place(path))
-        for path, shape in shapes.items()
-        if path in tensors
-    }
+    axes = {} if scheme is None else axes_to_quantize(model, tree)
+
+    def read(path: LeafPath) -> Any:
+        stored, dtype = tensors[path], param_dtype or tensors[path][0].dtype
+        where = (names[path], shapes[path].shape, dtype, place(path))
+        if any(isinstance(tensor, QuantizedTensor) for tensor in stored):
+            return read_quantized(stored, path, *where)
+        if scheme is None or path not in axes:
+            return read_leaf(stored, *where)
+        return quantize_tensors(stored, *where, scheme, axes[path])
+
+    params = {path: read(path) for path in shapes if path in tensors}
     if new := [path for path in shapes if path not in tensors]:
         assert key is not None
         stored = next((leaf[0].dtype for leaf in tensors.values()), jnp.float32)
         params |= _start(model, new, key, param_dtype or stored, place)
     return model, treedef.unflatten([params[path] for path in shapes])
+
+
+def _stored(folder: Path, scheme: Scheme | None) -> dict[str, Tensor | QuantizedTensor]:
+    """The tensors of a checkpoint by name."""
+    config = read_json(folder / CONFIG)
+    quantization = config.get("quantization_config")
+    if quantization is not None and scheme is not None:
+        raise ModelError(
+            f"{folder}: got quantize={str(scheme)!r}, and the checkpoint is quantized already "
+            f"({quantization.get('quant_method')!r}). Leave out quantize, or load the original checkpoint."
+        )
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    tensors = open_checkpoint(folder, float8=quantization is not None)
+    return stored_weights(tensors, quantization, dtype if dtype in DTYPES else "bfloat16")
 
 
 def save(folder: str | Path, model: nn.Module, params: PyTree, *, max_shard_bytes: int = 5 * 10**9) -> list[Path]:
@@ -142,7 +178,13 @@ def check_leaves(leaves: Mapping[LeafPath, Any], model: nn.Module) -> None:
         for path, shape in expected.items()
         if path in leaves and tuple(leaves[path].shape) != shape.shape
     ]
-    wrong += [f"{path!r} holds NaN or infinity" for path, leaf in leaves.items() if not jnp.all(jnp.isfinite(leaf))]
+    quantized = [path for path, leaf in leaves.items() if isinstance(leaf, QuantizedArray)]
+    wrong += [f"{path!r} is quantized; write jlora.dequantize(params)" for path in quantized]
+    wrong += [
+        f"{path!r} holds NaN or infinity"
+        for path, leaf in leaves.items()
+        if path not in quantized and not jnp.all(jnp.isfinite(leaf))
+    ]
     if wrong:
         raise ModelError(
             f"save: these are not the parameters of {type(model).__name__}:{bullets(wrong)}\nExpected plain, finite "

@@ -5,29 +5,31 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jlora._src.types import Path as LeafPath
 from jlora.files.errors import ModelError, first_bullets
 from jlora.files.hub_files import CONFIG
+from jlora.files.quantized_tensors import QuantizedTensor
 from jlora.files.safetensors import Tensor
 from jlora.files.tensor_names import TensorNames, torch_shape
 from jlora.models._family import Family
 from jlora.models._reading import are_equal
 
+Stored: TypeAlias = Tensor | QuantizedTensor
 _NEW_HEAD = "; pass key=jax.random.key(0) to start a new head"
 
 
 def match_tensors(
     folder: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Stored],
     names: TensorNames,
     shapes: Mapping[LeafPath, Any],
     family: Family,
     ties: Mapping[str, str],
     *,
     may_start: bool,
-) -> dict[LeafPath, list[Tensor]]:
+) -> dict[LeafPath, list[Any]]:
     """The tensors of each leaf.
 
     Args:
@@ -51,7 +53,7 @@ def match_tensors(
             if absent not in available and present in available:
                 available[absent] = available[present]
     heads = {path for path in shapes if re.search(family.heads, path)}
-    found: dict[LeafPath, list[Tensor]] = {}
+    found: dict[LeafPath, list[Any]] = {}
     unfit: list[str] = []
     for path, shape in shapes.items():
         wrong = _unfit(available, names[path].files, torch_shape(shape.shape, names[path]))
@@ -68,10 +70,10 @@ def match_tensors(
 
 
 def _by_network_name(
-    tensors: Mapping[str, Tensor], wanted: Collection[str], family: Family
-) -> tuple[dict[str, Tensor], list[str]]:
+    tensors: Mapping[str, Stored], wanted: Collection[str], family: Family
+) -> tuple[dict[str, Stored], list[str]]:
     """The tensors by their names in the network, and one line per unknown or duplicate tensor."""
-    available: dict[str, Tensor] = {}
+    available: dict[str, Stored] = {}
     foreign = []
     for name, tensor in tensors.items():
         modern = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
@@ -86,7 +88,7 @@ def _by_network_name(
     return available, foreign
 
 
-def _conflicts(available: Mapping[str, Tensor], ties: Mapping[str, str]) -> list[str]:
+def _conflicts(available: Mapping[str, Stored], ties: Mapping[str, str]) -> list[str]:
     """One line per output projection whose values differ from the embedding that it is tied to."""
     return [
         f"{head!r} and {table!r} have different values, but {CONFIG} ties them (tie_word_embeddings): transformers "
@@ -96,7 +98,7 @@ def _conflicts(available: Mapping[str, Tensor], ties: Mapping[str, str]) -> list
     ]
 
 
-def _unfit(available: Mapping[str, Tensor], files: Collection[str], expected: tuple[int, ...]) -> list[str]:
+def _unfit(available: Mapping[str, Stored], files: Collection[str], expected: tuple[int, ...]) -> list[str]:
     """One line per tensor of a leaf that is missing or has another shape."""
     missing = [f"{name!r} of shape {expected} is missing" for name in files if name not in available]
     return missing + [

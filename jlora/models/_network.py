@@ -19,6 +19,7 @@ from jlora.files.buckets import download, is_in_bucket, located, text
 from jlora.files.errors import ModelError
 from jlora.files.hub_files import CHECKPOINT_PATTERNS, CONFIG, GENERATION_CONFIG, JSON_PATTERN, WEIGHTS, read_optional
 from jlora.files.json_files import read_json
+from jlora.files.quantized_tensors import why_unsupported
 from jlora.files.tensor_names import ModelTensorNames, TensorNames
 from jlora.messages import nearest
 from jlora.models._family import Family, ModelConfig, TaskName, ending_of, task_of
@@ -235,18 +236,18 @@ def architecture_of(
 
 
 def _family_of(hf: Mapping[str, Any]) -> Family:
-    """The family of a config.json; raises a ModelError if there is none, or its weights are quantized."""
+    """The family of a config.json; raises a ModelError if there is none, or its weights are quantized in another way
+    than those that `load` reads."""
     kind = str(hf.get("model_type"))
     if kind not in FAMILIES:
         raise ModelError(
             f"model_type = {kind!r} is not a network of jlora.models{nearest(kind, FAMILIES)}; expected one of "
             f"{', '.join(sorted(FAMILIES))}. jlora.lora adapts any other JAX network."
         )
-    if (quantized := hf.get("quantization_config")) is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+    if (quantized := hf.get("quantization_config")) is not None and (why := why_unsupported(quantized)):
         raise ModelError(
-            f"quantization_config: the checkpoint is quantized ({method!r}). Expected plain weights: load the "
-            "original checkpoint."
+            f"quantization_config: {why}. Expected plain weights, NF4 or int8 of bitsandbytes, or float8 with scales: "
+            "load the original checkpoint."
         )
     return FAMILIES[kind]
 

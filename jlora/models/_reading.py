@@ -11,6 +11,7 @@ import numpy as np
 
 from jlora._src.types import Array
 from jlora.files.errors import TensorError
+from jlora.files.quantized_tensors import QuantizedTensor
 from jlora.files.safetensors import Tensor, is_finite
 from jlora.files.tensor_names import TensorName, to_torch, torch_axes
 
@@ -40,14 +41,14 @@ def read_leaf(tensors: Sequence[Tensor], name: TensorName, shape: tuple[int, ...
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def are_equal(one: Tensor, other: Tensor) -> bool:
+def are_equal(one: Tensor | QuantizedTensor, other: Tensor | QuantizedTensor) -> bool:
     """Whether two tensors hold the same values; reads a few rows at a time."""
     if one.shape != other.shape:
         return False
     return all(np.array_equal(one.read(rows), other.read(rows)) for rows in _chunks(one, range(one.shape[0])))
 
 
-def _chunks(tensor: Tensor, rows: range) -> Iterator[tuple[slice]]:
+def _chunks(tensor: Tensor | QuantizedTensor, rows: range) -> Iterator[tuple[slice]]:
     """Slices of about `CHUNK_BYTES` each that together cover ``rows``."""
     count = max(1, CHUNK_BYTES // max(1, tensor.dtype.itemsize * math.prod(tensor.shape[1:])))
     for start in range(0, len(rows), count):

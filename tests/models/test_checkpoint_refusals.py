@@ -38,6 +38,8 @@ from tests.small_checkpoints import BERT, VIT, change, network, same
         ({"model_type": None}, ("None", "expected one of")),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("quantized ('gptq')", "original checkpoint")),
         ({"quantization_config": "int8"}, ("quantized ('int8')",)),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ("'bitsandbytes', 'fp4'",)),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, ("'pack-quan",)),
         ({"roberta": True}, ("roberta = True is unknown",)),
         ({"hidden_act_param": 1, "pooler_type": "max"}, ("2 attribute", "'first_token_transform'", "hidden_act_param")),
         ({"num_attention_heads": 3, "hidden_act": "swiglu"}, ("2 attribute", "divisor of hidden_size = 16", "swiglu")),

@@ -7,13 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora._src.quantization.scheme import Scheme
-from jlora._src.quantized import DYNAMIC, NF4, QuantizedArray, split_blocks
+from jlora._src.quantized import DYNAMIC, NF4, QuantizedArray, block_shapes
 from jlora._src.types import Array, Axes
 
 GROUP = 256
@@ -59,7 +57,7 @@ def quantize_array(array: Array, scheme: str | Scheme = "nf4", axes: Axes | None
         )
     axes = axes or matrix_axes(array.ndim)
     scales_shape = _scales_shape(array.shape, axes.inputs, scheme.block)
-    blocks, own = split_blocks(array.shape, scales_shape)
+    blocks, own = block_shapes(array.shape, scales_shape)
     values = array.astype(jnp.float32).reshape(blocks)
     largest = _largest(values, own)
     if scheme.format == "mxfp4":
@@ -80,27 +78,6 @@ def quantize_array(array: Array, scheme: str | Scheme = "nf4", axes: Axes | None
     return _with_coded_scales(quantized, axes) if scheme.double else quantized
 
 
-def quantized_shardings(place: Any, leaf: Any) -> Any:
-    """The shardings of the arrays of a quantized leaf placed at ``place``: an axis of scales that the mesh axes do not
-    divide is replicated. Of any other leaf, ``place`` itself."""
-
-    def follow(part: Any) -> Any:
-        if not isinstance(place, NamedSharding):
-            return place
-        spec = (*place.spec, *(None,) * (len(part.shape) - len(place.spec)))
-        fits = [
-            entry if entry is not None and size % _parts(place.mesh, entry) == 0 else None
-            for size, entry in zip(part.shape, spec, strict=True)
-        ]
-        return NamedSharding(place.mesh, PartitionSpec(*fits), memory_kind=place.memory_kind)
-
-    return jax.tree.map(follow, leaf) if isinstance(leaf, QuantizedArray) else place
-
-
-def _parts(mesh: Any, entry: Any) -> int:
-    return math.prod(mesh.shape[name] for name in (entry if isinstance(entry, tuple) else (entry,)))
-
-
 def _with_coded_scales(array: QuantizedArray, axes: Axes) -> QuantizedArray:
     """Double quantization (Dettmers et al. 2023, §3): the scales less their mean, in 8-bit codes with a dynamic
     exponent. As in bitsandbytes, neighbours along the inputs are grouped first, then outputs.
@@ -114,7 +91,7 @@ def _with_coded_scales(array: QuantizedArray, axes: Axes) -> QuantizedArray:
         size = _divisor(shape[axis], limit)
         counts[axis] //= size
         limit //= size
-    blocks, own = split_blocks(shape, tuple(counts))
+    blocks, own = block_shapes(shape, tuple(counts))
     values = (array.scales - offset).reshape(blocks)
     groups = _largest(values, own)
     codes = _nearest(values * (1 / jnp.maximum(groups, _TINY)), DYNAMIC).astype(jnp.uint8).reshape(shape)

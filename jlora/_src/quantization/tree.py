@@ -14,9 +14,10 @@ from jax.sharding import NamedSharding
 from jlora._src.config import HEADS
 from jlora._src.engine import compat
 from jlora._src.paths import named_leaves
-from jlora._src.quantization.array import matrix_axes, quantize_array, quantized_shardings
+from jlora._src.quantization.array import matrix_axes, quantize_array
 from jlora._src.quantization.scheme import Scheme
 from jlora._src.quantized import QuantizedArray
+from jlora._src.tree.sharding import quantized_shardings
 from jlora._src.tree.state import is_linen, state
 from jlora._src.types import Array, Axes, Path, PyTree, Uses, WeightUse, is_attached
 from jlora.fields import bad_pattern
@@ -72,7 +73,7 @@ def quantize(
     leaves, treedef = named_leaves(params)
     choose = Chooser(targets, exclude, uses, state(params), is_linen(params))
     chosen = choose.all(leaves)
-    made = {path: _quantized_leaf(leaves[path], scheme, choose.axes(path, leaves[path])) for path in chosen}
+    made = {path: quantized_leaf(leaves[path], scheme, choose.axes(path, leaves[path])) for path in chosen}
     finite = {path: ok for path, (_, ok) in made.items() if isinstance(ok, jax.Array) and not isinstance(ok, Tracer)}
     check_finite_weights(jax.device_get(finite), "quantize")
     return treedef.unflatten([made[path][0] if path in made else leaf for path, leaf in leaves.items()])
@@ -198,20 +199,17 @@ def _matches(patterns: Iterable[str], path: Path) -> bool:
     return any(re.search(pattern, path) for pattern in patterns)
 
 
-def _quantized_leaf(leaf: Any, scheme: Scheme, axes: Axes) -> tuple[Any, Any]:
+def quantized_leaf(leaf: Any, scheme: Scheme, axes: Axes) -> tuple[Any, Any]:
     """The quantized weight, and whether all of it was finite; for a shape, shapes."""
-    shapes = jax.eval_shape(lambda x: _quantize(x, scheme, axes), leaf)
-    place = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    place = None if isinstance(leaf, Tracer) else _place(leaf)
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return _shapes_at(shapes[0], place), shapes[1]
-    if (
-        isinstance(place, NamedSharding)
-        or place is not None
-        and jax.typeof(leaf).memory_space != jax.memory.Space.Device
-    ):
-        out = (quantized_shardings(place, shapes[0]), None)
-        return jax.jit(_quantize, static_argnums=(1, 2), out_shardings=out)(leaf, scheme, axes)
-    return jax.jit(_quantize, static_argnums=(1, 2))(leaf, scheme, axes)
+        shapes, finite = jax.eval_shape(lambda x: _quantize(x, scheme, axes), leaf)
+        return shapes if place is None else _shapes_at(shapes, _places(shapes, place)), finite
+    if place is None:
+        return jax.jit(_quantize, static_argnums=(1, 2))(leaf, scheme, axes)
+    shapes, _ = jax.eval_shape(lambda x: _quantize(x, scheme, axes), leaf)
+    out = (_places(shapes, place), None)
+    return jax.jit(_quantize, static_argnums=(1, 2), out_shardings=out)(leaf, scheme, axes)
 
 
 def _quantize(leaf: Any, scheme: Scheme, axes: Axes) -> tuple[QuantizedArray, Array]:
@@ -219,27 +217,34 @@ def _quantize(leaf: Any, scheme: Scheme, axes: Axes) -> tuple[QuantizedArray, Ar
     return quantize_array(array, scheme, axes), jnp.all(jnp.isfinite(array))
 
 
-def _shapes_at(shapes: Any, place: Any) -> Any:
-    if not isinstance(place, NamedSharding):
-        return shapes
-    places = quantized_shardings(place, shapes)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
-
-
 def _dequantized_leaf(leaf: Any) -> Any:
     if not isinstance(leaf, QuantizedArray):
         return leaf
+    place = None if isinstance(leaf.codes, Tracer) else _place(leaf.codes)
     if isinstance(leaf.codes, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.codes.sharding)
-    place = None if isinstance(leaf.codes, Tracer) else getattr(leaf.codes, "sharding", None)
-    if (
-        isinstance(place, NamedSharding)
-        or place is not None
-        and jax.typeof(leaf.codes).memory_space != jax.memory.Space.Device
-    ):
-        return jax.jit(_dequantize, out_shardings=place)(leaf)
-    return jax.jit(_dequantize)(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    return jax.jit(_dequantize, out_shardings=place)(leaf)
 
 
 def _dequantize(leaf: QuantizedArray) -> Array:
     return jax.tree.map(compat.to_device, leaf).dequantize()
+
+
+def _place(leaf: Any) -> Any:
+    """The sharding of a leaf on a mesh or in host memory, where a result must be put; None anywhere else."""
+    place = getattr(leaf, "sharding", None)
+    on_device = place is None or place.memory_kind in (None, "device", "unpinned_host")
+    return None if on_device and not isinstance(place, NamedSharding) else place
+
+
+def _places(shapes: QuantizedArray, place: Any) -> Any:
+    """The shardings of a quantized weight's arrays."""
+    return (
+        quantized_shardings(shapes, place)
+        if isinstance(place, NamedSharding)
+        else jax.tree.map(lambda _: place, shapes)
+    )
+
+
+def _shapes_at(shapes: Any, places: Any) -> Any:
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jlora._src.paths import named_leaves
-from jlora._src.quantization.array import quantized_shardings
+from jlora._src.quantized import QuantizedArray
 from jlora._src.tree.checks import check_kinds, check_paths
 from jlora._src.types import Adapters, FullWeight, LoraFactors, LoraWeight, Path, PyTree, is_attached
 from jlora.fields import bad_pattern
@@ -57,7 +57,21 @@ def shardings(params: PyTree, mesh: Mesh, rules: ShardingRules) -> PyTree:
             "change the rule, put a rule for that path before it, or use a mesh of another shape."
         )
     places = {path: NamedSharding(mesh, rules[i][1]) for path, i in applied.items() if i is not None}
-    return treedef.unflatten([quantized_shardings(place, leaves[path]) for path, place in places.items()])
+    return treedef.unflatten([quantized_shardings(leaves[path], place) for path, place in places.items()])
+
+
+def quantized_shardings(leaf: Any, place: Any) -> Any:
+    """The shardings of the arrays of a quantized leaf placed at ``place``: an axis of scales that the mesh axes do not
+    divide is replicated. Of any other leaf, ``place`` itself."""
+    if not isinstance(leaf, QuantizedArray) or not isinstance(place, NamedSharding):
+        return jax.tree.map(lambda _: place, leaf) if isinstance(leaf, QuantizedArray) else place
+
+    def follow(part: Any) -> Any:
+        parts = [math.prod(place.mesh.shape[name] for name in _mesh_axes(entry)) for entry in place.spec]
+        fits = [e if size % n == 0 else None for size, e, n in zip(part.shape, place.spec, parts, strict=False)]
+        return NamedSharding(place.mesh, PartitionSpec(*fits), memory_kind=place.memory_kind)
+
+    return jax.tree.map(follow, leaf)
 
 
 def adapter_shardings(adapters: Adapters | PyTree, shardings: PyTree) -> Any:
@@ -134,13 +148,13 @@ def _follow(leaf: Any, place: NamedSharding) -> Any:
         case LoraWeight(factors=f, path=path):
             replicated = NamedSharding(place.mesh, PartitionSpec())
             strength, key = jax.tree.map(lambda _: replicated, (leaf.strength, leaf.dropout_key))
-            base: Any = quantized_shardings(place, leaf.base)
+            base: Any = quantized_shardings(leaf.base, place)
             return LoraWeight(base, _follow_axes(f, place), strength, key, path, leaf.split_inputs)
         case FullWeight(path=path):
-            base = quantized_shardings(place, leaf.base)
+            base = quantized_shardings(leaf.base, place)
             return FullWeight(base, place, path)  # pyright: ignore[reportArgumentType]
         case _:
-            return quantized_shardings(place, leaf)
+            return quantized_shardings(leaf, place)
 
 
 def _follow_axes(factors: LoraFactors, place: NamedSharding) -> LoraFactors:

@@ -17,7 +17,8 @@ SCHEMES = {"nf4": jlora.Scheme("nf4", double=False), "nf4-double": jlora.Scheme(
 
 
 def assert_equal(weight: np.ndarray, found: dict[str, np.ndarray], same_groups: bool = True) -> None:
-    """Our dequantized weights equal these within 1e-6 of the largest magnitude of each row (of the weight, with coded scales).
+    """Our dequantized weights equal these within 1e-6 of the largest magnitude of each row, or, with coded
+    scales, of the weight.
 
     To code a scale, the CPU kernel of bitsandbytes takes the second nearest value where two are about as near (its GPU
     kernel does not): its blocks with another code are left out, at most one in a hundred.

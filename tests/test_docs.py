@@ -122,6 +122,13 @@ def test_one_optimizer_is_for_adapters_and_attached_trees(dora: bool) -> None:
         assert {"A", "B", "full"} | ({"magnitude"} if dora else set()) <= set(jax.tree.leaves(names))
 
 
+def test_the_page_on_quantized_bases_runs() -> None:
+    n, printed = program("docs/quantized.md")
+    leaves = n["jlora"].named_leaves(n["base"])[0].values()
+    assert sum(isinstance(x, n["jlora"].QuantizedArray) for x in leaves) > 3 and "nf4" in printed
+    assert np.all(np.isfinite(n["logits"])) and set(n["small"]) == set(n["plan"])
+
+
 def test_methods_keep_the_model_and_ship_without_the_residual() -> None:
     n, _ = program("docs/methods.md")
     logits = n["model"].apply(n["params"], n["tokens"])

@@ -324,7 +324,7 @@ def test_quantized_weights_are_left_out_by_name_and_the_way_out_works() -> None:
 
     text = message(ValueError, lambda: planned(lambda t, ids: model(dequantized(t), ids), stored, ids))
     for path, use in (("embed", "looked up"), ("dense/q", "dot_general"), ("groups/q", "dot_general")):
-        expect(text, f"{path}: int8, {use}; to adapt it, attach to the dequantized tree, inside the loss")
+        expect(text, f"{path}: int8, {use}; to adapt it", "jlora.QuantizedArray", "attach to the dequantized tree")
     assert "counter" not in text
     text = message(
         ValueError, lambda: planned(lambda t, ids: model(dequantized(t), ids), stored, ids, targets=("dense/q",))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jlora._src.engine import compat
+from jlora._src.engine.named_axes import accumulation_dtype
 from jlora._src.inits.matrices import balanced, to_matrices, truncated_svd
 from jlora._src.paths import named_leaves, path_key
 from jlora._src.tree.checks import check_adapters, check_arguments, check_finite, check_paths
@@ -93,7 +94,7 @@ def _plain(leaf: Any, rest: Any, f: LoraFactors, path: Path) -> tuple[LoraFactor
     missed = jnp.linalg.norm((change - f.scale * (a @ b)).ravel())
     allowed = rounding + _SLACK * jnp.linalg.norm(change.ravel())
     batch, inputs, outputs = f.axes.sizes(shape)
-    dtype = jnp.promote_types(f.a.dtype, jnp.float32)
+    dtype = accumulation_dtype(f.a.dtype)
     a, b = a.reshape(*batch, *inputs, f.rank).astype(dtype), b.reshape(*batch, f.rank, *outputs).astype(dtype)
     joined = dataclasses.replace(
         f,

@@ -16,6 +16,7 @@ from jlora._src.inits import driven, quantized, spectral
 from jlora._src.inits.matrices import from_matrices, update
 from jlora._src.inits.moments import InputMoments
 from jlora._src.paths import named_leaves, one_key, path_key
+from jlora._src.quantized import QuantizedArray
 from jlora._src.tree.init import check_values, copy_of, planned, with_magnitude
 from jlora._src.tree.plan import Plan
 from jlora._src.types import Array, LoraFactors, Path, PyTree, Target, Uses
@@ -108,7 +109,8 @@ def decompose(
     Raises:
       ValueError: listing every weight for which the method is not defined: lookup tables, ranks above the rank of the
         weight, weights without moments or gradients; and as `init`.
-      TypeError: for options that the method lacks or does not take; and as `init`.
+      TypeError: for options that the method lacks or does not take, and for weights that are quantized already,
+        listing all; and as `init`.
     """
     given = {
         "key": key, "niter": niter, "quantizer": quantizer, "iterations": iterations, "moments": moments,
@@ -118,6 +120,7 @@ def decompose(
     leaves, treedef, plan = planned("decompose", params, plan, uses)
     check_values("decompose", leaves, list(plan), "decomposed or copied")
     targets = {path: target for path, target in plan.items() if target.axes is not None}
+    _check_stored(leaves, targets)
     _check_targets(method, targets, options)
     if method == "eva":
         targets = driven.redistributed(targets, plan.config, options["moments"], options.pop("rho", 2.0))
@@ -132,6 +135,17 @@ def decompose(
             elif path in targets:
                 residual[path], adapters[path] = _split(leaves[path], targets[path], method, options, dtype)
     return treedef.unflatten(residual.values()), adapters
+
+
+def _check_stored(leaves: Mapping[Path, Any], targets: Mapping[Path, Target]) -> None:
+    stored = {path: leaves[path] for path in targets if isinstance(leaves[path], QuantizedArray)}
+    if stored:
+        lines = bullets(f"{path!r}: {leaf.scheme}" for path, leaf in stored.items())
+        raise TypeError(
+            f"decompose: {len(stored)} of {len(targets)} weights are quantized:{lines}\nExpected the weights before "
+            "their quantization: pass jlora.dequantize(params), and for a quantized residual method='loftq' or 'lq' with "
+            "quantizer=jlora.quantize_array."
+        )
 
 
 def _split(leaf: Any, target: Target, method: str, options: Mapping[str, Any], dtype: str) -> tuple[Any, LoraFactors]:

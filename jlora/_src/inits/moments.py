@@ -40,7 +40,7 @@ def input_moments(
     ``fn``.
 
     An input is what a product contracts with the weight: a token's features, the patch under a kernel, the rows of an
-    expert. It may pass through scans, checkpoints, vmap and shard_map; ``fn`` is differentiated once in reverse mode
+    expert. It may pass through scans, checkpoints and vmap; ``fn`` is differentiated once in reverse mode
     for each of the three sums. Padding counts too: pass batches without it. A matrix of ``fan_in²`` numbers is kept
     for each slice of each weight.
 

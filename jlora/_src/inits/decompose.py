@@ -143,8 +143,8 @@ def _check_stored(leaves: Mapping[Path, Any], targets: Mapping[Path, Target]) ->
         lines = bullets(f"{path!r}: {leaf.scheme}" for path, leaf in stored.items())
         raise TypeError(
             f"decompose: {len(stored)} of {len(targets)} weights are quantized:{lines}\nExpected the weights before "
-            "their quantization: pass jlora.dequantize(params), and for a quantized residual method='loftq' or 'lq' with "
-            "quantizer=jlora.quantize_array."
+            "their quantization: pass jlora.dequantize(params), and for a quantized residual method='loftq' or 'lq' "
+            "with quantizer=jlora.quantize_array."
         )
 
 

@@ -135,5 +135,5 @@ def _nearest(values: Array, entries: Sequence[float] | np.ndarray) -> Array:
     table = np.asarray(entries, np.float32)
     middles = (table[:-1] + table[1:]) / 2
     if len(middles) < 16:  # one by one, they are fused with what comes before and after: no array of float32 is stored
-        return sum(((values > middle).astype(jnp.uint8) for middle in middles), jnp.uint8(0))
+        return sum(((values > middle).astype(jnp.uint8) for middle in middles), jnp.zeros((), jnp.uint8))
     return jnp.sum(values[..., None] > middles, -1, dtype=jnp.uint8)

@@ -110,3 +110,13 @@ def stopping(after: int) -> Iterator[None]:
         patch.setattr(Stop, "requested", requested)
         patch.setattr(Stop, "check", lambda self: None)
         yield
+
+
+def assert_same_curve(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Losses and metrics within 1e-5, of the same steps."""
+    assert [one["step"] for one in found] == [one["step"] for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"phase"}:
+            slack = 1e-4 if name.endswith("perplexity") or name == "grad_norm" else 1e-5
+            assert one[name] == pytest.approx(other[name], abs=slack, rel=slack), (name, one["step"])

@@ -155,9 +155,14 @@ def _bytes(tree: Any, shardings: Any = None) -> int:
     leaves = jax.tree.leaves(tree)
     places = [leaf.sharding for leaf in leaves] if shardings is None else jax.tree.leaves(shardings)
     return sum(
-        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        -(-math.prod(place.shard_shape(leaf.shape)) * _bits(leaf.dtype) // 8)
         for leaf, place in zip(leaves, places, strict=True)
     )
+
+
+def _bits(dtype: Any) -> int:
+    """Two 4-bit codes share a byte."""
+    return 4 if dtype.name.startswith(("int4", "uint4", "float4")) else 8 * dtype.itemsize
 
 
 def _compiled(lowered: Any, given: int) -> tuple[Compiled | None, int]:

@@ -71,7 +71,6 @@ def pretrain(job: Job, kept: Path, measure: Measure, log: Callable[[Record], Non
 def _train(job: Job, cached: Path, measure: Measure, log: Callable[[Record], None], stop: Stop) -> Any:
     """Train the base on the examples of the first domain, and cache it."""
     config, network, layout, domain = job.config, job.network, job.layout, next(iter(job.test))
-    assert config.base is not None
     examples = next(iter(job.train.values()))
     records: list[Record] = []
 
@@ -118,7 +117,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return {
         "model": to_json(config.model),
         "task": to_json(dataclasses.replace(config.task, domains=dict(domains))),
-        "fit": to_json(config.base),
+        "fit": to_json(config.scratch),
         "learning_rate": config.learning_rate.base,
         "data": [to_json(config.data), *data_digests(config.data)],
         "seed": config.seed,

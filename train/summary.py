@@ -61,7 +61,11 @@ def make_summary(
         "epochs_planned": state.planned_epochs,
         "trainable": job.plan.trainable,
         "total": job.plan.total,
-        "base": {"path": base.source, "cached": job.network.load is None and not base.trained},
+        "base": {
+            "path": base.source,
+            "cached": job.network.load is None and not base.trained,
+            "scheme": job.network.scheme,
+        },
         "layout": str(job.layout),
         **throughput.speed(records),
         "peak_memory_bytes": throughput.peak_memory(),

@@ -56,6 +56,13 @@ def why_unsupported(quantization: Any) -> str | None:
     return None
 
 
+def scheme_of(quantization: Mapping[str, Any]) -> str:
+    """The name of the `jlora.Scheme` of a ``quantization_config`` for which `why_unsupported` is None."""
+    if quantization["quant_method"] == "bitsandbytes":
+        return "nf4" if quantization.get("load_in_4bit") else "int8"
+    return "fp8"
+
+
 def stored_weights(
     tensors: Mapping[str, Tensor], quantization: Mapping[str, Any] | None, dtype: Any
 ) -> dict[str, Tensor | QuantizedTensor]:

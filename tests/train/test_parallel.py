@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora import models
 from tests import tiny
-from tests.runs import compilations, free_port, program, records, start
+from tests.runs import assert_same_curve, compilations, free_port, program, records, start
 from train.__main__ import main
 from train.compute.keys import random_key
 from train.compute.layouts import Mesh, Pmap, one_device, parse_spec
@@ -70,16 +70,6 @@ def expected(work) -> list[dict[str, Any]]:
     code, printed = program(*flags(work, work / "jit"))
     assert code == 0, printed
     return records(work / "jit")
-
-
-def assert_same_curve(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Losses and metrics within 1e-5, of the same steps."""
-    assert [one["step"] for one in found] == [one["step"] for one in expected]
-    for one, other in zip(found, expected, strict=True):
-        assert one.keys() == other.keys()
-        for name in one.keys() - {"phase"}:
-            slack = 1e-4 if name.endswith("perplexity") or name == "grad_norm" else 1e-5
-            assert one[name] == pytest.approx(other[name], abs=slack, rel=slack), (name, one["step"])
 
 
 @pytest.mark.sampled(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator
@@ -39,7 +40,11 @@ tags:
 
 
 def export(
-    run: RunPath, to: Literal["peft", "hf", "orbax"] = "peft", out: Path | None = None, uniform_rank: bool = False
+    run: RunPath,
+    to: Literal["peft", "hf", "orbax"] = "peft",
+    out: Path | None = None,
+    uniform_rank: bool = False,
+    dequantize: bool = False,
 ) -> None:
     """Write the adapters or the merged model of a run for other programs.
 
@@ -50,8 +55,16 @@ def export(
         tokenizer and model card. orbax: merged parameters for the unmodified JAX model.
       out: Folder to write to. Default: a folder named after the format in the run directory.
       uniform_rank: Write one rank and scale for all weights, as vLLM requires (peft only). The update stays the same.
+      dequantize: Merge into the dequantized weights of a quantized base (hf and orbax).
     """
     opened = open_run(run)
+    if to != "peft" and (scheme := opened.network.scheme) is not None:
+        if not dequantize:
+            raise ConfigError(
+                f"the base of {opened.folder} is quantized ({scheme}), and an update is lost in few bits; pass "
+                f"--dequantize to merge into its dequantized weights, or --to peft for the adapters alone"
+            )
+        opened = dataclasses.replace(opened, params=jlora.dequantize(opened.params))
     target = located(out) if out else opened.folder / to
     with local_folder(target) as folder:
         _export(opened, to, folder, uniform_rank)

@@ -220,7 +220,7 @@ class Mesh:
             raise ConfigError(f"compute: {error}") from error
 
     def place_base(self, shapes: Any, load: Callable[[Any], Any]) -> Any:
-        return load(self.shardings(shapes))
+        return load(self.shardings(jlora.dequantize(shapes)))
 
     def make_state(self, make: Callable[[Any], TrainState], base: Any) -> TrainState:
         shapes: Any = jax.eval_shape(jax.jit(make), base)  # jit keeps the trace for the second call below
@@ -368,14 +368,13 @@ def make_layout(config: TrainConfig, rules: jlora.ShardingRules) -> Layout:
 def _check_batch_sizes(config: TrainConfig, layout: Layout) -> None:
     compute = config.compute
     multiple = layout.parts * compute.accumulate
-    phases: Mapping[str, Any] = {"base": config.base, "fit": config.fit}
     refuse(
         [
             f"{phase}.batch_size: got {fit.batch_size}, expected a multiple of {multiple}: {layout.parts} parts of the "
             f"rows ({layout}) x compute.accumulate = {compute.accumulate}; pass "
             f"--{phase}.batch-size {max(1, round(fit.batch_size / multiple)) * multiple}"
-            for phase, fit in phases.items()
-            if fit is not None and fit.batch_size % multiple
+            for phase, fit in config.phases.items()
+            if fit.batch_size % multiple
         ]
     )
 

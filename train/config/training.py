@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jlora import HEADS, LoraConfig
+from jlora import HEADS, LoraConfig, Scheme
 from jlora.fields import bad_pattern
 from jlora.files.buckets import default_cache, is_in_bucket
 from train.config.fields import (
@@ -108,6 +108,27 @@ class FitConfig(Part):
     label_smoothing: Fraction = 0.0
     #: Stop after this many evaluations in a row without a new best. Keeps the best adapters, unless --keep last.
     patience: Annotated[int, at_least(1, 3)] | None = None
+
+
+def _is_scheme(name: str) -> bool:
+    try:
+        return bool(Scheme.parse(name))
+    except ValueError:
+        return False
+
+
+SchemeName = Annotated[
+    str, Constraint("one of nf4, int4, int8, fp8, mxfp4, also with a block as in int4-64", _is_scheme, "nf4")
+]
+
+
+@dataclass(frozen=True)
+class FrozenBase(Part):
+    """The base of a network with a checkpoint."""
+
+    #: Quantize the frozen weights of linear layers while they are read, except output heads: to nf4 (QLoRA), int8, int4,
+    #: fp8 or mxfp4; a number is the size of blocks with a scale of their own, as in int4-64. Default: as stored.
+    quantize: SchemeName | None = None
 
 
 @dataclass(frozen=True)
@@ -244,8 +265,8 @@ class TrainConfig(Part):
     mode: Mode = "lora"
     #: Seed of initialization, data order and dropout.
     seed: Annotated[int, at_least(0)] = 0
-    #: Training of the base from scratch, for a network without a checkpoint.
-    base: FitConfig | None = None
+    #: The frozen base: of a checkpoint (FrozenBase), or how to train it from scratch (FitConfig).
+    base: FitConfig | FrozenBase = FrozenBase()
     #: Training of the adapters, or of the weights that --mode selects.
     fit: FitConfig = FitConfig()
     learning_rate: LearningRates = LearningRates()
@@ -283,16 +304,21 @@ class TrainConfig(Part):
                     f"model: got {type(model).__name__}, which takes images; {type(task).__name__} needs a "
                     "Pretrained(path=...) network"
                 )
-            elif self.base is None:
+            elif self.scratch is None:
                 yield (
-                    f"base: got None, expected a FitConfig: a {type(model).__name__} has no checkpoint and is trained "
-                    "from scratch first; write base = FitConfig(...)"
+                    f"base: got a FrozenBase, expected a FitConfig: a {type(model).__name__} has no checkpoint and is "
+                    "trained from scratch first; write base = FitConfig(...)"
                 )
-        elif self.base is not None:
-            yield "base: got a FitConfig, expected None: a Pretrained network is not trained from scratch"
+        elif self.scratch is not None:
+            yield "base: got a FitConfig, expected a FrozenBase: a Pretrained network is not trained from scratch"
+        if self.quantize is not None and self.mode == "full":
+            yield (
+                f"base.quantize: got {self.quantize!r} with mode 'full', expected None: full fine-tuning changes the "
+                "weights, and an update is lost in few bits; pass --mode lora"
+            )
         if isinstance(task, CausalLM) and self.mode == "head":
             yield "mode: got 'head', expected 'lora' or 'full': a language model needs no new head; pass --mode lora"
-        for phase, fit in self._phases():
+        for phase, fit in self.phases.items():
             if fit.lora_plus != 1 and (phase == "base" or self.mode != "lora"):
                 what = "a base" if phase == "base" else f"mode {self.mode!r}"
                 yield f"{phase}.lora_plus: got {fit.lora_plus}, expected 1: {what} has no factors A and B"
@@ -324,7 +350,7 @@ class TrainConfig(Part):
         refuse(
             f"{phase}.batch_size: got {fit.batch_size}, expected at most the {count} training examples; "
             f"pass {flag(phase + '.batch_size')} {count}"
-            for phase, fit in self._phases()
+            for phase, fit in self.phases.items()
             if fit.batch_size > count
         )
 
@@ -333,5 +359,17 @@ class TrainConfig(Part):
         """The LoRA config of the mode."""
         return {"lora": self.lora, "full": EVERYTHING, "head": NEW_HEAD}[self.mode]
 
-    def _phases(self) -> list[tuple[str, FitConfig]]:
-        return [(phase, fit) for phase, fit in (("base", self.base), ("fit", self.fit)) if fit is not None]
+    @property
+    def scratch(self) -> FitConfig | None:
+        """How the base is trained from scratch; None for a checkpoint."""
+        return self.base if isinstance(self.base, FitConfig) else None
+
+    @property
+    def quantize(self) -> str | None:
+        """The scheme of the frozen weights."""
+        return self.base.quantize if isinstance(self.base, FrozenBase) else None
+
+    @property
+    def phases(self) -> dict[str, FitConfig]:
+        """The trainings of a run, by the name of their field."""
+        return {"fit": self.fit} if self.scratch is None else {"base": self.scratch, "fit": self.fit}

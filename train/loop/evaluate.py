@@ -43,8 +43,7 @@ def make_measure(
     def measure_batch(params: Any, adapters: Any, batch: Batch) -> dict[str, jax.Array]:
         inputs = task.inputs(batch)
         tree = params if adapters is None else jlora.attach(params, adapters, split_inputs={})
-        outputs = (forward if adapters is None else adapted)(tree, inputs)
-        return task.measure(outputs, batch)
+        return task.measure(adapted(tree, inputs), batch)
 
     compiled = layout.compile_rows(measure_batch)
 

@@ -35,6 +35,7 @@ class Network:
       tokenizer: from transformers, set up for the task; None for images.
       channels, mean, std: of the images, as the network expects them.
       source: the checkpoint, or None.
+      scheme: of its quantized weights, or None.
     """
 
     forward: Forward
@@ -47,6 +48,7 @@ class Network:
     mean: Any = 0.0
     std: Any = 1.0
     source: str | None = None
+    scheme: str | None = None
 
 
 def check_tokens(network: Network, *sets: Mapping[str, Examples]) -> None:

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jlora
 from jlora import models
 from jlora.files.hub_files import CONFIG
 from jlora.files.json_files import read_json
+from jlora.files.quantized_tensors import scheme_of
 from jlora.models import ModelError, Remat, TensorError
 from train.config import CausalLM, ConfigError, ImageClassification, Pretrained, SequenceClassification, TaskConfig
 from train.networks.network import Inputs, Network
@@ -23,16 +25,26 @@ TASKS: dict[type, models.TaskName] = {
 }
 
 
-def pretrained(config: Pretrained, task: TaskConfig, remat: Remat, *, tokenizer: bool = True) -> Network:
+def pretrained(
+    config: Pretrained, task: TaskConfig, remat: Remat, *, tokenizer: bool = True, quantize: str | None = None
+) -> Network:
     """The network of a checkpoint, with a new head if the task needs one. Does not read the weights yet.
 
     Args:
       tokenizer: whether to load the tokenizer of a task on texts.
+      quantize: the scheme of the frozen weights; None for those of the checkpoint.
 
     Raises:
       ConfigError: if the task does not fit the network, or there is no tokenizer.
       ModelError, TensorError: if the checkpoint cannot be used.
     """
+    stored = _stored_scheme(config)
+    if quantize is not None and stored is not None:
+        raise ConfigError(
+            f"base.quantize: got {quantize!r}, expected None: {config.path} is quantized already ({stored}); pass "
+            "--base.quantize None, or the original checkpoint as --model.path"
+        )
+    scheme = quantize or stored
     options = _options(config, task)
     dtype = jnp.dtype(config.param_dtype or "float32")
     model: Any = models.build(config.path, **options, param_dtype=dtype, remat=remat, attention=config.attention)
@@ -43,12 +55,14 @@ def pretrained(config: Pretrained, task: TaskConfig, remat: Remat, *, tokenizer:
         return model.apply(params, **inputs, deterministic=False, rngs={"dropout": key})
 
     def load(key: jax.Array | None, shardings: Any = None) -> Any:
-        return _load(config, options, key, shardings)
+        return _load(config, {**options, "quantize": quantize}, key, shardings)
 
     def init(key: jax.Array) -> Any:
-        return {"params": model.init(key, models.example_inputs(model))["params"]}
+        inputs = models.example_inputs(model)
+        params = {"params": model.init(key, inputs)["params"]}
+        return params if scheme is None else jlora.quantize(params, scheme, jlora.trace(model.apply, params, inputs))
 
-    network = {"load": load, "model": model, "source": config.path}
+    network = {"load": load, "model": model, "source": config.path, "scheme": scheme}
     if isinstance(task, ImageClassification):
         return Network(forward, init, models.sharding_rules(model), **network, **_image_format(config))
     _check_length(task, model)
@@ -58,8 +72,18 @@ def pretrained(config: Pretrained, task: TaskConfig, remat: Remat, *, tokenizer:
 
 def stored_dtype(config: Pretrained) -> str:
     """The dtype of the weights, by config.json; float32 where it has none."""
-    found = read_json(models.fetch(config.path, config.revision, (CONFIG,)) / CONFIG)
+    found = _config_json(config)
     return str(found.get("dtype") or found.get("torch_dtype") or "float32")
+
+
+def _stored_scheme(config: Pretrained) -> str | None:
+    """The scheme in which a checkpoint is stored."""
+    quantization = _config_json(config).get("quantization_config")
+    return None if quantization is None else scheme_of(quantization)
+
+
+def _config_json(config: Pretrained) -> dict[str, Any]:
+    return read_json(models.fetch(config.path, config.revision, (CONFIG,)) / CONFIG)
 
 
 def checkpoint_side(config: Pretrained) -> int:

@@ -20,6 +20,6 @@ def make_network(config: TrainConfig, *, tokenizer: bool = True) -> Network:
         assert isinstance(config.task, ImageClassification)
         return from_scratch(config.model, config.task, remat)
     try:
-        return pretrained(config.model, config.task, remat, tokenizer=tokenizer)
+        return pretrained(config.model, config.task, remat, tokenizer=tokenizer, quantize=config.quantize)
     except (ModelError, TensorError) as error:
         raise ConfigError(f"model.path: {error}") from error

@@ -29,8 +29,10 @@ MORE = ("fit.epochs", "fit.patience")
 def config_changes(written: Mapping[str, Any], config: TrainConfig) -> dict[str, str]:
     """The fields, except `HOW`, in which ``config`` differs from a run's configuration in JSON, with one line each.
 
-    A field that did not exist yet when the run started counts as its default.
+    A field that did not exist yet when the run started counts as its default, and so does a base of null, as a
+    checkpoint had.
     """
+    written = {name: one for name, one in written.items() if not (name == "base" and one is None)}
     found, wanted = flat(written), flat(to_json(config))
     found = {name: default for name in wanted if (default := _default(config, name)) is not None} | found
     return {
@@ -61,6 +63,8 @@ def _default(config: Any, name: str) -> Any:
     if not dataclasses.is_dataclass(config):
         return None
     default = next((field.default for field in dataclasses.fields(config) if field.name == last), None)
+    if dataclasses.is_dataclass(default):
+        return type(default).__name__
     return None if default is dataclasses.MISSING else to_json(default)
 
 

@@ -83,7 +83,12 @@ def _part(kind: type[Any], value: Any, prefix: str) -> Any:
     hints, fields = get_type_hints(kind), {field.name: field for field in dataclasses.fields(kind)}
     if not isinstance(value, Mapping) or value.get("kind", kind.__name__) != kind.__name__:
         raise ValueError(f"{prefix or 'the file'} = {shown(value)}; expected a {kind.__name__}")
-    given = {name: one for name, one in value.items() if name != "kind"}
+    # Earlier versions wrote null for a part that now has a default.
+    given = {
+        name: one
+        for name, one in value.items()
+        if name != "kind" and not (one is None and name in fields and dataclasses.is_dataclass(fields[name].default))
+    }
     wrong = [f"{prefix}{name} is unknown{nearest(name, fields)}" for name in given if name not in fields]
     wrong += [
         f"{prefix}{name} is missing"

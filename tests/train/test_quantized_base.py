@@ -63,11 +63,12 @@ def quantized_paths(params: Any) -> set[str]:
 
 def test_it_trains_as_on_the_dequantized_weights(work: Path) -> None:
     run = open_run(work / "nf4")
-    uses = jlora.trace(run.network.model.apply, models.abstract(run.network.model), np.zeros((1, 4), np.int32))
+    assert (model := run.network.model) is not None
+    uses = jlora.trace(model.apply, models.abstract(model), np.zeros((1, 4), np.int32))
     assert quantized_paths(run.params) == {path for path, use in uses.items() if use.kind == "matmul"} - {
         "params/lm_head/kernel"
     }
-    models.save(work / "dequantized", run.network.model, jlora.dequantize(run.params))
+    models.save(work / "dequantized", model, jlora.dequantize(run.params))
     for file in (work / "decoder").glob("tokenizer*"):
         (work / "dequantized" / file.name).write_bytes(file.read_bytes())
     assert_same_curve(records(work / "nf4"), train(work, "plain", model="dequantized"))

@@ -126,8 +126,8 @@ SchemeName = Annotated[
 class FrozenBase(Part):
     """The base of a network with a checkpoint."""
 
-    #: Quantize the frozen weights of linear layers while they are read, except output heads: to nf4 (QLoRA), int8, int4,
-    #: fp8 or mxfp4; a number is the size of blocks with a scale of their own, as in int4-64. Default: as stored.
+    #: Quantize the frozen weights of linear layers, except output heads, while they are read: to nf4 (QLoRA), int8,
+    #: int4, fp8 or mxfp4; a number is the size of blocks with a scale of their own, as in int4-64. Default: as stored.
     quantize: SchemeName | None = None
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._src.types import Array, is_attached
+from jlora._src.types import Array, StandsForArray, is_attached
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -24,7 +24,7 @@ NF4 = (
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class QuantizedArray:
+class QuantizedArray(StandsForArray):
     """A frozen weight in few bits: ``values[codes] * scales``, computed in float32 and rounded once to ``dtype``.
 
     All arrays have as many axes as the weight. An axis of the scales divides the weight's: each scale holds for a block
@@ -51,14 +51,6 @@ class QuantizedArray:
         return self.codes.shape
 
     @property
-    def ndim(self) -> int:
-        return len(self.codes.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.codes.shape)
-
-    @property
     def nbytes(self) -> int:
         """The bytes of all its arrays; devices store two 4-bit codes in a byte."""
         return sum(-(-math.prod(x.shape) * _bits(x.dtype) // 8) for x in jax.tree.leaves(self))
@@ -73,6 +65,13 @@ class QuantizedArray:
     def astype(self, dtype: Any) -> QuantizedArray:
         """The same codes, dequantized to another dtype."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def _advice(self) -> str:
+        return (
+            f"a quantized weight ({self.scheme}, shape {self.shape}) was passed to a function that does not support "
+            "it. Wrap the function that takes the parameters: `apply = jlora.lora(model.apply)`, then call "
+            "`apply(params, ...)`; or give the plain function `jlora.dequantize(params)`."
+        )
 
     def _float_scales(self) -> Array:
         scales = self.scales

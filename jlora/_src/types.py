@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import jax
-import numpy as np
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -80,8 +80,41 @@ _LABELS = (
 )
 
 
-class _Attached:
-    """Base of attached leaves: the weight's shape and dtype, and an error for use as an array."""
+class StandsForArray:
+    """Base of leaves that only `jlora.lora` understands: the size of an array, and an error for use as one.
+
+    A subclass has a shape, and says in ``_advice`` what to do.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def _advice(self) -> str:
+        raise NotImplementedError
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(self._advice())
+
+    # As a method, __jax_array__ would make lax functions fail with advice about __jax_array__, which does not apply;
+    # as a property that raises, they name this class.
+    __jax_array__ = property(_refuse)
+    __array__ = __getitem__ = __len__ = __iter__ = __neg__ = astype = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = _refuse
+    reshape = transpose = swapaxes = T = property(_refuse)  # pyright: ignore[reportAssignmentType]
+
+
+class _Attached(StandsForArray):
+    """Base of attached leaves, with the weight's shape and dtype."""
 
     base: Any
     path: Path
@@ -91,28 +124,11 @@ class _Attached:
         return self.base.shape
 
     @property
-    def ndim(self) -> int:
-        return len(self.base.shape)
-
-    @property
-    def size(self) -> int:
-        return int(np.prod(self.base.shape))
-
-    @property
     def dtype(self) -> Any:
         return self.base.dtype
 
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        text = _LABELS if isinstance(self.base, str) else _NOT_WRAPPED
-        raise TypeError(text.format(path=self.path))
-
-    # As a method, __jax_array__ would make lax functions fail with advice about __jax_array__, which does not apply;
-    # as a property that raises, they name this class.
-    __jax_array__ = property(_refuse)
-    __array__ = __getitem__ = __len__ = __iter__ = __neg__ = astype = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __pow__ = _refuse
-    reshape = transpose = swapaxes = T = property(_refuse)  # pyright: ignore[reportAssignmentType]
+    def _advice(self) -> str:
+        return (_LABELS if isinstance(self.base, str) else _NOT_WRAPPED).format(path=self.path)
 
 
 @jax.tree_util.register_dataclass

@@ -296,25 +296,36 @@ def test_strengths_are_for_the_paths_of_the_factors() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda w: w @ jnp.ones(6),
-        lambda w: jnp.ones(4) @ w,
-        lambda w: jnp.dot(jnp.ones(4), w),
-        lambda w: w.T,
-        lambda w: w[0],
-        lambda w: jnp.asarray(w),
-        lambda w: np.asarray(w),
-        lambda w: w * 2,
-        lambda w: w.astype("bfloat16"),
-        lambda w: jnp.exp(w),
-    ],
-)
+CAST: Any = lambda w: w.astype("bfloat16")  # noqa: E731
+USES: list[Any] = [
+    lambda w: w @ jnp.ones(6),
+    lambda w: jnp.ones(4) @ w,
+    lambda w: jnp.dot(jnp.ones(4), w),
+    lambda w: w.T,
+    lambda w: w[0],
+    lambda w: jnp.asarray(w),
+    lambda w: np.asarray(w),
+    lambda w: w * 2,
+    CAST,
+    lambda w: jnp.exp(w),
+]
+"""Uses of a weight as an array of shape 4 x 6."""
+
+
+@pytest.mark.parametrize("use", USES)
 def test_an_attached_weight_refuses_functions_that_are_not_wrapped(use: Any) -> None:
     weight = jlora.attach(PARAMS, adapters())["layer_0"]["query"]["kernel"]
     assert (weight.shape, weight.ndim, weight.size, weight.dtype) == ((4, 6), 2, 24, jnp.float32)
     expect(message(TypeError, lambda: use(weight)), "'layer_0/query/kernel'", "jlora.lora(model.apply)", "jlora.merge")
+
+
+def test_a_quantized_weight_refuses_functions_that_are_not_wrapped() -> None:
+    weight = jlora.quantize(PARAMS, "int8")["layer_0"]["query"]["kernel"]
+    assert (weight.shape, weight.ndim, weight.size, weight.dtype) == ((4, 6), 2, 24, jnp.float32)
+    for use in USES:
+        if use is not CAST:
+            text = message(TypeError, lambda use=use: use(weight))
+            expect(text, "int8, shape (4, 6)", "jlora.lora(model.apply)", "jlora.dequantize")
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -71,7 +70,7 @@ STARTS: dict[str, Start] = {
 
 
 def losses(job: Job, start: Start) -> dict[str, float]:
-    """The held-out loss before and after training, the seconds of a step, and the gigabytes of the base."""
+    """The held-out loss before and after training, and the gigabytes of the base."""
     config, fit = job.config, job.config.fit
     steps = fit.epochs * (size(job.examples) // fit.batch_size)
     assert job.network.load is not None
@@ -88,15 +87,14 @@ def losses(job: Job, start: Start) -> dict[str, float]:
         return job.task.metrics(measure(base, adapters, held_out))["loss"]
 
     found = {"before": held_out_loss(adapters)}
-    state, key, began = init_state(tx, adapters), random_key(config.seed, "dropout"), time.perf_counter()
+    state, key = init_state(tx, adapters), random_key(config.seed, "dropout")
     for i in range(steps):
         rows = training_rows(size(job.examples), fit.batch_size, config.seed, i)
         state, metrics = step(state, base, batch_of(job.examples, rows, job.buckets), key)
         if i % 10 == 9:
             print(f"  step {i + 1} of {steps}  loss {float(metrics['loss']):.4f}", flush=True)
-    seconds = (time.perf_counter() - began) / steps
     memory = sum(leaf.nbytes for leaf in jlora.named_leaves(base)[0].values()) / 1e9
-    return {**found, "after": held_out_loss(state.adapters), "step_seconds": seconds, "base_gigabytes": memory}
+    return {**found, "after": held_out_loss(state.adapters), "base_gigabytes": memory}
 
 
 def main() -> None:
@@ -136,11 +134,11 @@ def main() -> None:
     rows = [
         (
             name, f"{one['before']:.4f}", f"{one['after']:.4f}", f"{one['after'] / best:.4f}",
-            f"{one['base_gigabytes']:.3f}", f"{one['step_seconds']:.2f}",
+            f"{one['base_gigabytes']:.3f}",
         )
         for name, one in found.items()
     ]  # fmt: skip
-    print(table(("base", "before", "after", "of bfloat16's", "GB", "s a step"), rows))
+    print(table(("base", "before", "after", "of bfloat16's", "GB"), rows))
     bars = [
         Bar("nf4 / bfloat16", nf4 / best, MOST),
         *(Bar(f"{name} / nf4", found[name]["after"] / nf4, 1.0) for name in ("nf4, loftq", "nf4, lq")),

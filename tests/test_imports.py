@@ -58,7 +58,7 @@ TRAIN = {
     "loop ": "run_files | loop",
     "  ": "ahead pretrain | summary | experiment",
     "commands": "options inputs results contact_sheet advice | export | fit show plan predict generate eval extract "
-    "report inspect",
+    "merge report inspect",
     "   ": "__main__",
 }
 

@@ -44,6 +44,7 @@ COMMANDS = {
     "eval": "evaluate",
     "export": "export",
     "extract": "extract",
+    "merge": "merge",
     "report": "report",
     "inspect": "inspect",
 }
@@ -71,6 +72,7 @@ After training:
   python -m train generate RUN --prompt "..."  continue prompts
   python -m train eval RUN                     evaluate, also on other data
   python -m train export RUN --to peft         write for PyTorch (peft, hf) or JAX (orbax)
+  python -m train merge RUN RUN --method ties  combine the adapters of runs to a new run directory
   python -m train report RUN [RUN...]          compare runs on a page, report.html
 
 For other checkpoints:

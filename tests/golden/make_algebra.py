@@ -18,7 +18,11 @@ from safetensors.numpy import save_file
 
 FILE = Path(__file__).parent / "algebra.safetensors"
 TARGETS = {"one": ["linear", "table", "conv"], "two": ["linear", "table", "conv"], "small": ["linear", "conv"]}
-ADAPTERS = {"one": {"r": 3, "lora_alpha": 5}, "two": {"r": 3, "lora_alpha": 2}, "small": {"r": 2, "lora_alpha": 7}}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "one": {"r": 3, "lora_alpha": 5},
+    "two": {"r": 3, "lora_alpha": 2},
+    "small": {"r": 2, "lora_alpha": 7},
+}
 _SAME_RANK, _ALL = ("one", "two"), ("one", "two", "small")
 _DENSITY = {"density": 0.4}
 CASES: dict[str, tuple[str, tuple[str, ...], tuple[float, ...], dict[str, Any]]] = {

@@ -34,7 +34,8 @@ class Extraction(NamedTuple):
 
     Attributes:
       model: the tuned network.
-      params: the base's, for `jlora.peft.save`: leaves that are no stacks of matrices, and the shapes of the rest.
+      params: the base's, for `jlora.peft.save`: the leaves without factors (zeros where the base lacks one), and the
+        shapes of the rest.
       adapters: as from `jlora.init`.
       kept: the energy kept, by path.
       config: what was adapted.

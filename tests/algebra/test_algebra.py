@@ -175,6 +175,23 @@ def test_all_of_it_is_pure() -> None:
     expect(text, "truncate", "energy=0.9", "jax.jit", "pass rank=")
 
 
+def test_no_array_has_the_size_of_a_weight() -> None:
+    """In the programs of all but the sparse sums, which have one."""
+    one, two = ({"w": jlora.LoraFactors(normal(i, 97, 3), normal(i, 3, 89))} for i in range(2))
+
+    def lean(one: Any, two: Any) -> Any:
+        sums = [algebra.add_weighted([one, two], [1.0, 2.0], method) for method in ("linear", "cat", "svd")]
+        scaled = algebra.truncate(algebra.rescale(algebra.negate(one), 2.0), rank=1)
+        return sums, scaled, jlora.norms(one), jlora.distance(one, two), jlora.cosine(one, two)
+
+    def sparse(one: Any, two: Any) -> Any:
+        return algebra.add_weighted([one, two], [1.0, 2.0], "ties_svd", density=0.5)
+
+    sizes = [str(jax.make_jaxpr(fn)(one, two)) for fn in (lean, sparse)]
+    found = ["97,89]" in text or "89,97]" in text for text in sizes]
+    assert found == [False, True] and "97,3]" in sizes[0]
+
+
 def test_leaves_trained_whole_take_part_by_their_difference_to_the_base() -> None:
     """With the base, each operation acts on ``leaf - base``; without it they are refused, and left out on advice."""
     params = PARAMS | {"bias": normal(7, 4)}

@@ -139,6 +139,17 @@ def test_methods_keep_the_model_and_ship_without_the_residual() -> None:
     assert not any(np.any(f.a) for f in n["updates"].values() if isinstance(f, n["jlora"].LoraFactors))
 
 
+def test_adapters_are_added_shortened_and_extracted() -> None:
+    n, _ = program("docs/algebra.md")
+    jlora, params, config = n["jlora"], n["params"], n["config"]
+    first, second, exact, back = (jlora.merge(params, n[name]) for name in ("first", "adapters", "exact", "recovered"))
+    mean = jax.tree.map(lambda p, x, y: p + 0.7 * (x - p) + 0.3 * (y - p), params, first, second)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), exact, mean)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), back, first)
+    ranks = {f.rank for f in n["small"].values() if isinstance(f, jlora.LoraFactors)}
+    assert ranks == {config.rank} and n["apart"] > 0 and abs(n["angle"]) <= 1 and set(n["sizes"]) == set(n["plan"])
+
+
 def test_the_gradient_of_a_preference_has_the_adapters_structure() -> None:
     n, _ = program("docs/guides/preferences.md")
     assert jax.tree.structure(n["dpo_grads"]) == jax.tree.structure(n["adapters"])

@@ -23,12 +23,14 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "_src.engine.rules": "rule | low_rank joins placement | products lookups arithmetic moves writes control_flow | "
     "table",
     "_src.engine ": "interpreter trace | lora",
-    "_src.inits": "fresh matrices",
+    "_src.algebra": "matrices",
+    "_src.inits": "fresh",
     "files": "errors adapters | buckets | drafts | json_files checksums tensor_names | hub_files | safetensors | "
     "quantized_tensors",
     "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init",
     "_src.quantization": "scheme | array | tree loss qwix",
     "_src.inits ": "moments | spectral quantized driven | decompose plain",
+    "_src.algebra ": "parts ranks sparse | linear measures | weighted extract",
     "_src.updates": "rule | tied vera",
     "_src ": "api",
     "  ": "optim",
@@ -36,7 +38,7 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "models": "_family _mesh attention.mask attention.plain | attention.chunked attention.tpu attention.gpu | "
     "attention.attend _layers decoder.rope | _causal _encoder _loss | _heads | "
     "bert.modeling gpt2.modeling decoder.modeling vit.modeling | bert.table gpt2.table decoder.table vit.table | "
-    "_registry _reading | _network _matching | _quantized | _checkpoint | _generate | _export | __init__",
+    "_registry _reading | _network _matching | _quantized | _checkpoint | _generate | _export _extract | __init__",
     "": "__init__",
 }
 TRAIN = {
@@ -55,8 +57,8 @@ TRAIN = {
     " ": "job",
     "loop ": "run_files | loop",
     "  ": "ahead pretrain | summary | experiment",
-    "commands": "options inputs results contact_sheet advice | fit show plan predict generate eval export report "
-    "inspect",
+    "commands": "options inputs results contact_sheet advice | export | fit show plan predict generate eval extract "
+    "merge report inspect",
     "   ": "__main__",
 }
 

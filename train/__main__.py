@@ -43,6 +43,8 @@ COMMANDS = {
     "generate": "generate",
     "eval": "evaluate",
     "export": "export",
+    "extract": "extract",
+    "merge": "merge",
     "report": "report",
     "inspect": "inspect",
 }
@@ -70,7 +72,11 @@ After training:
   python -m train generate RUN --prompt "..."  continue prompts
   python -m train eval RUN                     evaluate, also on other data
   python -m train export RUN --to peft         write for PyTorch (peft, hf) or JAX (orbax)
-  python -m train report RUN [RUN...]          compare runs on a page, report.html"""
+  python -m train merge RUN RUN --method ties  combine the adapters of runs to a new run directory
+  python -m train report RUN [RUN...]          compare runs on a page, report.html
+
+For other checkpoints:
+  python -m train extract BASE TUNED --rank 16 write adapters that turn BASE into TUNED"""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,6 +28,12 @@ from jlora._src.tree.labels import combine, freeze, labels, partition, trainable
 from jlora._src.tree.merge import Rounding, merge, rounding, unmerge
 from jlora._src.tree.stack import stack, unstack
 
+# Algebra: adapters combined, extracted, shortened, compared.
+from jlora._src.algebra.weighted import add_weighted
+from jlora._src.algebra.extract import EnergyKept, extract
+from jlora._src.algebra.linear import negate, rescale, truncate
+from jlora._src.algebra.measures import cosine, distance, norms
+
 # A base in few bits.
 from jlora._src.quantization.scheme import Scheme
 from jlora._src.quantization.tree import dequantize, quantize
@@ -90,6 +96,16 @@ __all__ = [
     "unmerge",
     "stack",
     "unstack",
+    # Algebra: adapters combined, extracted, shortened, compared.
+    "add_weighted",
+    "EnergyKept",
+    "extract",
+    "negate",
+    "rescale",
+    "truncate",
+    "cosine",
+    "distance",
+    "norms",
     # A base in few bits.
     "Scheme",
     "dequantize",

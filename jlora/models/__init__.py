@@ -3,6 +3,7 @@
 - `load`, `save`: convert a checkpoint to a network and its parameters, and back.
 - `build`: the network alone, from a checkpoint or a configuration.
 - `export`: a merged checkpoint with tokenizer and model card.
+- `extract`: adapters from a fully fine-tuned checkpoint and its base.
 - `generate`: text from a language model, compiled once.
 - `tensor_names`: the PyTorch names of a network's leaves, for `jlora.peft`.
 - `sharding_rules`: rules that split its parameters over a mesh.
@@ -19,6 +20,7 @@ Each family is a folder with its network (``modeling``) and tensor names (``tabl
 from jlora.files.errors import ModelError, TensorError
 from jlora.models._checkpoint import load, save
 from jlora.models._export import export
+from jlora.models._extract import Extraction, extract
 from jlora.models._family import TaskName
 from jlora.models._generate import generate
 from jlora.models._layers import Remat, recomputed
@@ -28,6 +30,7 @@ from jlora.models.attention.mask import AttentionForm
 
 __all__ = [
     "AttentionForm",
+    "Extraction",
     "ModelError",
     "Remat",
     "TaskName",
@@ -37,6 +40,7 @@ __all__ = [
     "build",
     "example_inputs",
     "export",
+    "extract",
     "fetch",
     "generate",
     "load",

@@ -108,7 +108,7 @@ def load(
     tied_names = read_architecture(folder, task, labels).tensor_names() if untie else names
     ties = {head: name.files[0] for name in tied_names.values() for head in name.tied}
     tensors = match_tensors(
-        folder, _stored(folder, scheme), names, shapes, found.family, ties, may_start=key is not None
+        folder, stored_tensors(folder, scheme), names, shapes, found.family, ties, may_start=key is not None
     )
     place = _placement(shardings, shapes, treedef)
     axes = {} if scheme is None else axes_to_quantize(model, tree)
@@ -130,7 +130,7 @@ def load(
     return model, treedef.unflatten([params[path] for path in shapes])
 
 
-def _stored(folder: Path, scheme: Scheme | None) -> dict[str, Tensor | QuantizedTensor]:
+def stored_tensors(folder: Path, scheme: Scheme | None) -> dict[str, Tensor | QuantizedTensor]:
     """The tensors of a checkpoint by name."""
     config = read_json(folder / CONFIG)
     quantization = config.get("quantization_config")

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jlora._src.algebra.matrices import from_matrices, update
 from jlora._src.config import LoraConfig
 from jlora._src.engine import compat
 from jlora._src.inits import driven, quantized, spectral
-from jlora._src.inits.matrices import from_matrices, update
 from jlora._src.inits.moments import InputMoments
 from jlora._src.paths import named_leaves, one_key, path_key
 from jlora._src.quantized import QuantizedArray
@@ -162,7 +162,7 @@ def _split(leaf: Any, target: Target, method: str, options: Mapping[str, Any], d
         assert target.axes is not None
         rest = weight
         if method != "eva":
-            change = from_matrices(update(found, target.shape), target.axes, target.shape)
+            change = from_matrices(update(found), target.axes, target.shape)
             rest = (weight.astype(jnp.float32) - change).astype(weight.dtype)
     else:
         rest, found = found

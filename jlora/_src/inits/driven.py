@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jlora._src.algebra.matrices import balanced, to_factors, to_matrices, truncated_svd
 from jlora._src.config import LoraConfig
-from jlora._src.inits.matrices import balanced, to_factors, to_matrices, truncated_svd
 from jlora._src.inits.moments import InputMoments
 from jlora._src.types import Array, LoraFactors, Path, Target
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from jlora._src.algebra.matrices import balanced, factor_matrices, to_matrices, truncated_svd, with_matrices
 from jlora._src.engine import compat
-from jlora._src.engine.named_axes import accumulation_dtype
-from jlora._src.inits.matrices import balanced, to_matrices, truncated_svd
 from jlora._src.paths import named_leaves, path_key
 from jlora._src.tree.checks import check_adapters, check_arguments, check_finite, check_paths
 from jlora._src.types import Adapters, Array, LoraFactors, Path, PyTree
@@ -85,7 +83,6 @@ def _leaves_of(residual: PyTree) -> dict[Path, Any]:
 
 def _plain(leaf: Any, rest: Any, f: LoraFactors, path: Path) -> tuple[LoraFactors, Array]:
     """The factors for the original weight, and the norm of what they miss, over what rounding may lose."""
-    shape = tuple(leaf.shape)
     weight, left = (to_matrices(jnp.asarray(compat.to_device(x)), f.axes) for x in (leaf, rest))
     change = weight - left
     u, s, vh = truncated_svd(change, f.rank, 2, path_key(jax.random.key(0), path))
@@ -93,12 +90,6 @@ def _plain(leaf: Any, rest: Any, f: LoraFactors, path: Path) -> tuple[LoraFactor
     rounding = float(jnp.finfo(leaf.dtype).eps) / 2 * jnp.linalg.norm(left.ravel())
     missed = jnp.linalg.norm((change - f.scale * (a @ b)).ravel())
     allowed = rounding + _SLACK * jnp.linalg.norm(change.ravel())
-    batch, inputs, outputs = f.axes.sizes(shape)
-    dtype = accumulation_dtype(f.a.dtype)
-    a, b = a.reshape(*batch, *inputs, f.rank).astype(dtype), b.reshape(*batch, f.rank, *outputs).astype(dtype)
-    joined = dataclasses.replace(
-        f,
-        a=jnp.concatenate([f.a.astype(dtype), a], -1),
-        b=jnp.concatenate([f.b.astype(dtype), -b], len(batch)),
-    )
+    own_a, own_b = factor_matrices(f)
+    joined = with_matrices(f, jnp.concatenate([own_a, a], -1), jnp.concatenate([own_b, -b], -2), f.scale)
     return joined, missed / jnp.maximum(allowed, jnp.finfo(jnp.float32).tiny)

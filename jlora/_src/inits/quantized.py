@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._src.inits.matrices import balanced, from_matrices, to_factors, to_matrices, truncated_svd, update
+from jlora._src.algebra.matrices import balanced, from_matrices, to_factors, to_matrices, truncated_svd, update
 from jlora._src.types import Array, LoraFactors, Target
 
 Quantizer = Callable[[Array], Any]
@@ -68,7 +68,7 @@ def _fitted(matrix: Array, target: Target, dtype: str) -> LoraFactors:
 
 def _change(factors: LoraFactors, target: Target) -> Array:
     assert target.axes is not None
-    return from_matrices(update(factors, target.shape), target.axes, target.shape)
+    return from_matrices(update(factors), target.axes, target.shape)
 
 
 def _error(weight: Array, target: Target, rest: Any, factors: LoraFactors) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jlora._src.inits.matrices import balanced, to_factors, to_matrices, truncated_svd
+from jlora._src.algebra.matrices import balanced, to_factors, to_matrices, truncated_svd
 from jlora._src.types import Array, LoraFactors, Target
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -141,3 +141,29 @@ def check_finite(adapters: Adapters, what: str) -> None:
 
 def _all_finite(value: Any) -> Any:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(compat.to_device(x))) for x in jax.tree.leaves(value)]))
+
+
+def differences(column: Sequence[Any], *, dropout: bool = True) -> list[str]:
+    """The first difference in kind, axes, dropout rate (if that matters) or shape between the adapters of one path;
+    None stands for one that lacks it."""
+    views: dict[str, Callable[[Any], Any]] = {"kinds": _kind}
+    if all(isinstance(value, LoraFactors) for value in column if value is not None):
+        views |= {"axes": lambda f: tuple(f.axes)}
+        views |= {"dropout rates": lambda f: f.dropout} if dropout else {}
+    views["shapes of the weight"] = _weight_shape
+    for what, view in views.items():
+        seen = [None if value is None else view(value) for value in column]
+        if len({x for x in seen if x is not None}) > 1:
+            return [f"{what} {seen}"]
+    return []
+
+
+def _kind(value: Any) -> str:
+    return "whole leaf" if not isinstance(value, LoraFactors) else "LoRA" if value.magnitude is None else "DoRA"
+
+
+def _weight_shape(value: Any) -> tuple[int, ...]:
+    """The sizes of the weight, as batch, inputs, outputs."""
+    if not isinstance(value, LoraFactors):
+        return tuple(value.shape)
+    return (*value.a.shape[:-1], *value.b.shape[len(value.axes.batch) + 1 :])

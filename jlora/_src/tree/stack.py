@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jlora._src.engine.named_axes import accumulation_dtype
-from jlora._src.tree.checks import check_kinds
+from jlora._src.tree.checks import check_kinds, differences
 from jlora._src.types import Adapters, Array, LoraFactors, Path
 from jlora.messages import bullets
 
@@ -98,26 +98,7 @@ def _differences(column: Sequence[Any]) -> list[str]:
         return [f"adapters {lacking} lack it, and the others train it whole"]
     if lacking and values[0].magnitude is not None:
         return [f"adapters {lacking} lack it, and its DoRA magnitude comes from the base"]
-    views: dict[str, Callable[[Any], Any]] = {"kinds": _kind}
-    if all(isinstance(value, LoraFactors) for value in values):
-        views |= {"axes": lambda f: tuple(f.axes), "dropout rates": lambda f: f.dropout}
-    views["shapes of the weight"] = _weight_shape
-    for what, view in views.items():
-        seen = [None if value is None else view(value) for value in column]
-        if len({x for x in seen if x is not None}) > 1:
-            return [f"{what} {seen}"]
-    return []
-
-
-def _kind(value: Any) -> str:
-    return "whole leaf" if not isinstance(value, LoraFactors) else "LoRA" if value.magnitude is None else "DoRA"
-
-
-def _weight_shape(value: Any) -> tuple[int, ...]:
-    """The sizes of the weight, as batch, inputs, outputs."""
-    if not isinstance(value, LoraFactors):
-        return tuple(value.shape)
-    return (*value.a.shape[:-1], *value.b.shape[len(value.axes.batch) + 1 :])
+    return differences(column)
 
 
 def _stacked(column: Sequence[Any]) -> Any:

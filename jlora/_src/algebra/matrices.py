@@ -1,15 +1,19 @@
-"""A weight as a stack of matrices, and their low-rank approximations. All in float32."""
+"""A weight and its factors as stacks of matrices, and their low-rank approximations. All in float32 or wider."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jlora._src.engine import compat
+from jlora._src.engine.named_axes import accumulation_dtype
 from jlora._src.types import Array, Axes, LoraFactors, Target
 
 _OVERSAMPLED = 8
@@ -40,12 +44,50 @@ def to_factors(a: Array, b: Array, target: Target, dtype: str, scale: float | No
     return LoraFactors(a.astype(dtype), b.astype(dtype), None, scale=scale, axes=target.axes, dropout=target.dropout)
 
 
-def update(factors: LoraFactors, shape: tuple[int, ...]) -> Array:
-    """``scale · a·b`` of a weight of ``shape``, summed in float32, as `to_matrices` would give it."""
-    batch, inputs, outputs = factors.axes.sizes(shape)
-    a = factors.a.astype(jnp.float32).reshape(*batch, math.prod(inputs), factors.rank)
-    b = factors.b.astype(jnp.float32).reshape(*batch, factors.rank, math.prod(outputs))
-    return factors.scale * (a @ b)
+def factor_matrices(factors: LoraFactors) -> tuple[Array, Array]:
+    """``a`` as ``[*batch, inputs, rank]`` and ``b`` as ``[*batch, rank, outputs]``, float32 or wider; the scale stays
+    apart."""
+    a, b = (compat.to_device(x) for x in (factors.a, factors.b))
+    a, b = (x.astype(accumulation_dtype(x.dtype)) for x in (a, b))
+    n = len(factors.axes.batch)
+    batch, inputs, outputs = a.shape[:n], a.shape[n:-1], b.shape[n + 1 :]
+    return a.reshape(*batch, math.prod(inputs), factors.rank), b.reshape(*batch, factors.rank, math.prod(outputs))
+
+
+def with_matrices(factors: LoraFactors, a: Array, b: Array, scale: float = 1.0) -> LoraFactors:
+    """Other factors of the same weight, of any rank, from matrices as `factor_matrices` gives them."""
+    n = len(factors.axes.batch)
+    a = a.reshape(*factors.a.shape[:-1], a.shape[-1])
+    b = b.reshape(*factors.b.shape[:n], b.shape[-2], *factors.b.shape[n + 1 :])
+    return dataclasses.replace(factors, a=a, b=b, scale=scale)
+
+
+def update(factors: LoraFactors) -> Array:
+    """``scale · a·b``, summed in float32, as `to_matrices` would give it."""
+    a, b = factor_matrices(factors)
+    return (factors.scale * (a @ b)).astype(jnp.float32)
+
+
+def joined(pairs: Sequence[tuple[LoraFactors, Any]]) -> tuple[Array, Array]:
+    """Matrices ``a`` and ``b`` of the weighted sum of updates, float32 or wider: of the sum of the ranks, exact."""
+    matrices = [factor_matrices(f) for f, _ in pairs]
+    a = [a * jnp.asarray(f.scale * weight, a.dtype) for (a, _), (f, weight) in zip(matrices, pairs, strict=True)]
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.concatenate(a, -1), jnp.concatenate([b for _, b in matrices], -2)
+
+
+def product_svd(a: Array, b: Array) -> tuple[Array, Array, Array]:
+    """``(u, s, vh)`` of each ``a·b``, which is never formed: of both factors' triangular parts, times their bases.
+
+    Args:
+      a, b: ``[..., m, r]`` and ``[..., r, n]``.
+
+    Returns:
+      ``[..., m, k]``, ``[..., k]`` in descending order, ``[..., k, n]``, with ``k = min(m, r, n)``.
+    """
+    (left, a), (right, b) = jnp.linalg.qr(a), jnp.linalg.qr(b.mT)
+    u, s, vh = jnp.linalg.svd(a @ b.mT, full_matrices=False)
+    return left @ u, s, vh @ right.mT
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "niter"))

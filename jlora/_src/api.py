@@ -27,6 +27,8 @@ from jlora._src.tree.labels import combine, freeze, labels, partition, trainable
 # Merged weights, and several adapters.
 from jlora._src.tree.merge import Rounding, merge, rounding, unmerge
 from jlora._src.tree.stack import stack, unstack
+from jlora._src.tree.select import select
+from jlora._src.engine.rows import per_row
 
 # A base in few bits.
 from jlora._src.quantization.scheme import Scheme
@@ -48,7 +50,18 @@ from jlora._src.tree.sharding import ShardingRules, adapter_shardings, shardings
 
 # Paths and types.
 from jlora._src.paths import named_leaves, path_key
-from jlora._src.types import Adapters, Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
+from jlora._src.types import (
+    Adapters,
+    Axes,
+    FullWeight,
+    LoraFactors,
+    LoraWeight,
+    RowAdapters,
+    RowWeight,
+    Target,
+    Use,
+    WeightUse,
+)
 
 # Registers the types with jax.export and flax.serialization.
 from jlora._src.tree import serialize as _serialize  # noqa: F401
@@ -90,6 +103,8 @@ __all__ = [
     "unmerge",
     "stack",
     "unstack",
+    "select",
+    "per_row",
     # A base in few bits.
     "Scheme",
     "dequantize",
@@ -120,6 +135,8 @@ __all__ = [
     "FullWeight",
     "LoraFactors",
     "LoraWeight",
+    "RowAdapters",
+    "RowWeight",
     "Target",
     "Use",
     "WeightUse",

@@ -63,7 +63,13 @@ def unstack(stacked: Adapters) -> list[dict[Path, LoraFactors | Array]]:
       ValueError: listing every path whose arrays have no leading axis, or one of a different size.
       TypeError: if a value is neither factors nor an array.
     """
-    check_kinds(stacked, "unstack")
+    n = stacked_size(stacked, "unstack")
+    return [jax.tree.map(lambda x, i=i: x[i], dict(stacked)) for i in range(n)]
+
+
+def stacked_size(stacked: Adapters, what: str) -> int:
+    """The number of adapters in a stack; raises as `unstack` does."""
+    check_kinds(stacked, what)
     sizes = {path: _sizes(value) for path, value in stacked.items()}
     every = [size for found in sizes.values() for size in found if size is not None]
     n = max(every, key=every.count, default=None)
@@ -71,10 +77,10 @@ def unstack(stacked: Adapters) -> list[dict[Path, LoraFactors | Array]]:
     if n is None or odd:
         wrong = (f"{p!r}: got {found - {None} or 'no such axis'}, expected {n or 'one'}" for p, found in odd.items())
         raise ValueError(
-            f"unstack: these have no leading axis of one size:{bullets(wrong)}\nExpected the result of jlora.stack, or "
+            f"{what}: these have no leading axis of one size:{bullets(wrong)}\nExpected the result of jlora.stack, or "
             "of jax.vmap over one."
         )
-    return [jax.tree.map(lambda x, i=i: x[i], dict(stacked)) for i in range(n)]
+    return n
 
 
 def _hint(wrong: Sequence[str]) -> str:

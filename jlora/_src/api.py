@@ -29,6 +29,7 @@ from jlora._src.tree.merge import Rounding, merge, rounding, unmerge
 from jlora._src.tree.stack import stack, unstack
 from jlora._src.tree.select import select
 from jlora._src.engine.rows import per_row
+from jlora._src.tree.pool import AdapterPool
 
 # A base in few bits.
 from jlora._src.quantization.scheme import Scheme
@@ -105,6 +106,7 @@ __all__ = [
     "unstack",
     "select",
     "per_row",
+    "AdapterPool",
     # A base in few bits.
     "Scheme",
     "dequantize",

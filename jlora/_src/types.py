@@ -76,7 +76,8 @@ class RowAdapters:
     The rows are in groups of one size; those of a group have one adapter.
 
     Attributes:
-      value: `LoraFactors` or an array, with a leading axis of groups. Zero for a group without an adapter.
+      value: `LoraFactors` or an array, with one more axis: of groups, after any batch axes of the weight, so that a
+        loop over layers finds these first. Zero for a group without an adapter.
       adapted: bool [groups], False for a group of the base alone.
       rows: int32 [groups, size], the rows of each group; a place that is left over repeats one. None if group i is
         row i alone.
@@ -91,6 +92,11 @@ class RowAdapters:
     @property
     def row_count(self) -> int:
         return self.adapted.shape[0] if self.places is None else self.places.shape[0]
+
+    @property
+    def axis(self) -> int:
+        """The axis of groups in each array of ``value``."""
+        return len(self.value.axes.batch) if isinstance(self.value, LoraFactors) else 0
 
 
 _NOT_WRAPPED = (

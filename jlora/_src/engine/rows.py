@@ -74,8 +74,9 @@ def per_row(apply: F, in_axes: Any = 0, out_axes: Any = 0) -> F:
             return found[0].arrays
 
         adapters = [(leaves[i].adapters.value, leaves[i].adapters.adapted, leaves[i].dropout_key) for i in weights]
+        adapter_axes = [(leaves[i].adapters.axis, 0, 0) for i in weights]
         arrays = [_grouped(jnp.moveaxis(jnp.asarray(leaves[i]), axis, 0), groups) for i, axis in axes.items()]
-        by_row, shared = jax.vmap(one_group, out_axes=(0, None))(adapters, arrays)
+        by_row, shared = jax.vmap(one_group, (adapter_axes, 0), (0, None))(adapters, arrays)
         return found[0].joined([_ungrouped(x, groups) for x in by_row], shared)
 
     return wrapped  # pyright: ignore[reportReturnType]

@@ -117,7 +117,8 @@ def _of_one_group(value: Any) -> Any:
     """The shapes of one adapter of `RowAdapters`; any other value itself."""
     if not isinstance(value, RowAdapters):
         return value
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), value.value)
+    k = value.axis
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:k], *x.shape[k + 1 :]), x.dtype), value.value)
 
 
 def _strengths(strength: Any, paths: list[Path]) -> dict[Path, Array | None]:

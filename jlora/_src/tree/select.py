@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jlora._src.tree.stack import stacked_size
-from jlora._src.types import Adapters, Array, Path, RowAdapters
+from jlora._src.types import Adapters, Array, LoraFactors, Path, RowAdapters
 
 BASE = -1
 """The id of a row without an adapter."""
@@ -52,15 +53,17 @@ def select(stacked: Adapters, ids: ArrayLike, *, group_size: int = 1) -> dict[Pa
     groups = _Groups(ids) if group_size == 1 else _grouped(ids, n, group_size)
     adapted = groups.ids != BASE
 
-    def gather(x: Array) -> Array:
+    def gather(x: Array, axis: int) -> Array:
         index = jnp.where(adapted, groups.ids, 0)
         found = jnp.asarray(x).at[index].get(mode="fill", wrap_negative_indices=False)
-        return jnp.where(adapted.reshape(-1, *(1,) * (found.ndim - 1)), found, jnp.zeros_like(found))
+        found = jnp.where(adapted.reshape(-1, *(1,) * (found.ndim - 1)), found, jnp.zeros_like(found))
+        return jnp.moveaxis(found, 0, axis)
 
-    return {
-        path: RowAdapters(jax.tree.map(gather, value), adapted, groups.rows, groups.places)
-        for path, value in stacked.items()
-    }
+    def one(value: LoraFactors | Array) -> RowAdapters:
+        stack = RowAdapters(value, adapted, groups.rows, groups.places)
+        return dataclasses.replace(stack, value=jax.tree.map(lambda x: gather(x, stack.axis), value))
+
+    return {path: one(value) for path, value in stacked.items()}
 
 
 class _Groups(NamedTuple):

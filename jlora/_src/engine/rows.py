@@ -25,6 +25,12 @@ from jlora._src.quantized import QuantizedArray, is_one_leaf
 from jlora._src.types import Array, FullWeight, LoraFactors, LoraWeight, PyTree, RowAdapters, RowWeight
 from jlora.messages import bullets
 
+_NO_VMAP = (
+    "jlora maps the function over the rows by jax.vmap, which JAX does not define for one of its operations (such as "
+    "jax.lax.ragged_dot with a shared weight). Run the rows of each adapter by themselves: "
+    "`apply(jlora.attach(params, adapters), rows)`."
+)
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -53,6 +59,8 @@ def per_row(apply: F, in_axes: Any = 0, out_axes: Any = 0) -> F:
     Raises:
       ValueError: listing every argument that does not have as many rows as there are ids, every result without an axis
         of rows, and results that are attached weights.
+      NotImplementedError: if the function has an operation that `jax.vmap` does not take, such as
+        ``jax.lax.ragged_dot`` with a weight that all rows share.
     """
 
     @functools.wraps(apply)
@@ -76,7 +84,11 @@ def per_row(apply: F, in_axes: Any = 0, out_axes: Any = 0) -> F:
         adapters = [(leaves[i].adapters.value, leaves[i].adapters.adapted, leaves[i].dropout_key) for i in weights]
         adapter_axes = [(leaves[i].adapters.axis, 0, 0) for i in weights]
         arrays = [_grouped(jnp.moveaxis(jnp.asarray(leaves[i]), axis, 0), groups) for i, axis in axes.items()]
-        by_row, shared = jax.vmap(one_group, (adapter_axes, 0), (0, None))(adapters, arrays)
+        try:
+            by_row, shared = jax.vmap(one_group, (adapter_axes, 0), (0, None))(adapters, arrays)
+        except NotImplementedError as error:
+            error.add_note(_NO_VMAP)
+            raise
         return found[0].joined([_ungrouped(x, groups) for x in by_row], shared)
 
     return wrapped  # pyright: ignore[reportReturnType]

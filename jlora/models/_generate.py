@@ -132,7 +132,8 @@ def _generate(
     def call(params: PyTree, tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: Cache) -> Any:
         return apply(params, tokens, valid, positions, cache=cache, last_only=True)
 
-    rows: Any = Cache(keys=1, values=1, valid=0, length=None)
+    axes: Any = (1, 1, 0, None)
+    rows = Cache(*axes)
     mixed = per_row(call, in_axes=(None, 0, 0, 0, rows), out_axes=(0, rows))
 
     def forward(tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:

@@ -41,7 +41,8 @@ def test_one_function_and_one_policy_have_one_version() -> None:
     for get in (lambda: MLP.fn, lambda: model, lambda: model.apply):
         version = jlora.lora(get())
         assert version is jlora.lora(get()) is jlora.lora(get(), materialize="warn")
-        for option in ({"materialize": "error"}, {"inline_custom_rules": True}, {"frozen_gradients": True}):
+        options: Any = ({"materialize": "error"}, {"inline_custom_rules": True}, {"frozen_gradients": True})
+        for option in options:
             assert jlora.lora(get(), **option) is not version
     versions = [jlora.lora(f) for f in (model, model.apply, model.other, Model().apply, functools.partial(MLP.fn))]
     assert len(set(map(id, versions))) == len(versions)

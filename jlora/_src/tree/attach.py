@@ -92,11 +92,12 @@ def attach(
         return (axes,) if isinstance(axes, str) else None if axes is None else tuple(axes)
 
     def key_of(path: Path, groups: int | None = None) -> Array | None:
-        if dropout_key is None or getattr(one[path], "dropout", 0) == 0:
+        key = dropout_key
+        if key is None or getattr(one[path], "dropout", 0) == 0:
             return None
         if groups is None:
-            return path_key(dropout_key, path)
-        return jax.vmap(lambda i: path_key(jax.random.fold_in(dropout_key, i), path))(jnp.arange(groups))
+            return path_key(key, path)
+        return jax.vmap(lambda i: path_key(jax.random.fold_in(key, i), path))(jnp.arange(groups))
 
     def put(path: Path, leaf: Any) -> Any:
         match adapters.get(path):

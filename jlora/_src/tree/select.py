@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ BASE = -1
 """The id of a row without an adapter."""
 
 
-def select(stacked: Adapters, ids: ArrayLike, *, group_size: int = 1) -> dict[Path, RowAdapters]:
+def select(stacked: Adapters, ids: ArrayLike | Sequence[int], *, group_size: int = 1) -> dict[Path, RowAdapters]:
     """Row i of a batch gets adapter ``ids[i]`` of a stack, or with the id -1 none: a batch with mixed adapters.
 
     >>> stacked = jlora.stack([first, second, third])
@@ -95,7 +96,7 @@ def _grouped(ids: Array, n: int, size: int) -> _Groups:
     return _Groups((own + BASE).astype(jnp.int32), order[start[own][:, None] + within], places)
 
 
-def _checked_ids(ids: ArrayLike, n: int) -> Array:
+def _checked_ids(ids: ArrayLike | Sequence[int], n: int) -> Array:
     """``ids`` as int32; raises a ValueError for any that are not there."""
     given: Any = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     if given.ndim != 1 or not given.size or not jnp.issubdtype(given.dtype, jnp.integer):

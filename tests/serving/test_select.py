@@ -241,22 +241,18 @@ def test_the_work_is_that_of_the_rows() -> None:
     params = {"w0": normal(0, width, width), "w1": normal(1, width, width)}
     toy = Toy(lambda p, x: jnp.tanh(x @ p["w0"]) @ p["w1"], params, normal(2, rows, width))
     stacked = stack(several(toy, rank=4)[:2])
-    single: Any
     apply = jlora.lora(toy.fn)
 
     def compiled(size: int) -> Any:
         chosen = jlora.select(stacked, np.arange(rows) % 2, group_size=size)
         return chosen, jax.jit(apply).lower(jlora.attach(params, chosen), toy.x).compile()
 
-    single = jax.jit(apply).lower(jlora.attach(params, jlora.unstack(stacked)[0]), toy.x[:1]).compile()
+    single: Any = jax.jit(apply).lower(jlora.attach(params, jlora.unstack(stacked)[0]), toy.x[:1]).compile()
     per_row = 2 * 2 * (width * width + 2 * 4 * width)
     for size, most in ((1, 1.02), (2, 1.1)):
         chosen, program = compiled(size)
         flops = program.cost_analysis()["flops"]
         assert per_row * rows <= flops < most * max(per_row, single.cost_analysis()["flops"]) * rows
-        assert re.search(
-            rf"f32\[{rows if size == 1 else '(66|34,2|68)'}(,1)?(,1)?,{width}\]\S* (dot|custom-call)", program.as_text()
-        )
         assert chosen["w0"].value.a.shape[0] == (rows if size == 1 else 34)
 
 

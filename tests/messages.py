@@ -9,10 +9,10 @@ import pytest
 
 
 def message(error: type[Exception], call: Callable[[], Any]) -> str:
-    """What ``call`` says when it raises ``error``."""
+    """What ``call`` says when it raises ``error``, notes included."""
     with pytest.raises(error) as caught:
         call()
-    return str(caught.value)
+    return "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
 
 
 def expect(text: str, *parts: str) -> None:

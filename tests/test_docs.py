@@ -65,16 +65,33 @@ def test_keras_serves_the_merged_weights() -> None:
 
 
 def test_adapters_of_one_base_run_together() -> None:
-    """Stacked ones answer as alone; a row of its own for each; merging is undone; the base comes back untouched."""
+    """Stacked ones answer as alone; merging is undone; the base comes back untouched."""
     n, _ = program("docs/guides/many.md")
     jlora, apply, params, tokens = n["jlora"], n["apply"], n["params"], n["tokens"]
     jax.tree.map(np.testing.assert_array_equal, n["base"], params)
     for i, adapters in enumerate((n["adapters"], n["other"])):
         alone = apply(jlora.attach(params, adapters), tokens)
         np.testing.assert_allclose(n["answers"][i], alone, atol=1e-4)
-        np.testing.assert_allclose(n["per_row"][i, 0], alone[i], atol=1e-4)
     restored = jax.tree.map(lambda x, y: np.abs(x - y).max(), n["restored"], params)
     assert max(jax.tree.leaves(restored)) < 1e-5
+
+
+def test_each_row_of_a_batch_has_its_own_adapter() -> None:
+    """By ids, in groups, along another axis, and by names."""
+    n, _ = program("docs/serving.md")
+    jlora, apply, params, tokens = n["jlora"], n["apply"], n["params"], n["tokens"]
+    trees = [params, *(jlora.attach(params, one) for one in (n["adapters"], n["other"]))]
+    ids = [1, 2, 0, 2]
+
+    def alone(tokens: Any) -> Any:
+        every = np.stack([apply(tree, tokens) for tree in trees])
+        return every[ids, range(4)]
+
+    for name in ("mixed", "served"):
+        np.testing.assert_allclose(n[name], alone(tokens), atol=1e-4)
+    np.testing.assert_allclose(n["turned"], alone((tokens + np.arange(6)) % 100), atol=1e-4)
+    both = [apply(tree, tokens)[i] for i, tree in enumerate([*trees[1:], *trees[1:]])]
+    np.testing.assert_allclose(n["grouped"][:4], np.stack(both), atol=1e-4)
 
 
 def test_adapters_are_placed_as_their_weights_are() -> None:

@@ -22,12 +22,12 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
     "adapted_product staging | stored | split_inputs | factored",
     "_src.engine.rules": "rule | low_rank joins placement | products lookups arithmetic moves writes control_flow | "
     "table",
-    "_src.engine ": "interpreter trace | lora",
+    "_src.engine ": "interpreter trace rows | lora",
     "_src.algebra": "matrices",
     "_src.inits": "fresh",
     "files": "errors adapters | buckets | drafts | json_files checksums tensor_names | hub_files | safetensors | "
     "quantized_tensors",
-    "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init",
+    "_src.tree": "state | checks serialize | attach labels merge plan save sharding stack | init select | pool",
     "_src.quantization": "scheme | array | tree loss qwix",
     "_src.inits ": "moments | spectral quantized driven | decompose plain",
     "_src.algebra ": "parts ranks sparse | linear measures | weighted extract",

@@ -27,6 +27,9 @@ from jlora._src.tree.labels import combine, freeze, labels, partition, trainable
 # Merged weights, and several adapters.
 from jlora._src.tree.merge import Rounding, merge, rounding, unmerge
 from jlora._src.tree.stack import stack, unstack
+from jlora._src.tree.select import select
+from jlora._src.engine.rows import per_row
+from jlora._src.tree.pool import AdapterPool
 
 # Algebra: adapters combined, extracted, shortened, compared.
 from jlora._src.algebra.weighted import add_weighted
@@ -54,7 +57,18 @@ from jlora._src.tree.sharding import ShardingRules, adapter_shardings, shardings
 
 # Paths and types.
 from jlora._src.paths import named_leaves, path_key
-from jlora._src.types import Adapters, Axes, FullWeight, LoraFactors, LoraWeight, Target, Use, WeightUse
+from jlora._src.types import (
+    Adapters,
+    Axes,
+    FullWeight,
+    LoraFactors,
+    LoraWeight,
+    RowAdapters,
+    RowWeight,
+    Target,
+    Use,
+    WeightUse,
+)
 
 # Registers the types with jax.export and flax.serialization.
 from jlora._src.tree import serialize as _serialize  # noqa: F401
@@ -96,6 +110,9 @@ __all__ = [
     "unmerge",
     "stack",
     "unstack",
+    "select",
+    "per_row",
+    "AdapterPool",
     # Algebra: adapters combined, extracted, shortened, compared.
     "add_weighted",
     "EnergyKept",
@@ -136,6 +153,8 @@ __all__ = [
     "FullWeight",
     "LoraFactors",
     "LoraWeight",
+    "RowAdapters",
+    "RowWeight",
     "Target",
     "Use",
     "WeightUse",

@@ -67,6 +67,38 @@ class LoraFactors:
 Adapters: TypeAlias = Mapping[Path, LoraFactors | Array]
 """Everything that trains, in a flat dict by path: `LoraFactors`, or an array for a leaf trained whole."""
 
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowAdapters:
+    """The adapters of one weight for the rows of a batch, as `select` returns them for `attach`.
+
+    The rows are in groups of one size; those of a group have one adapter.
+
+    Attributes:
+      value: `LoraFactors` or an array, with one more axis: of groups, after any batch axes of the weight, so that a
+        loop over layers finds these first. Zero for a group without an adapter.
+      adapted: bool [groups], False for a group of the base alone.
+      rows: int32 [groups, size], the rows of each group; a place that is left over repeats one. None if group i is
+        row i alone.
+      places: None, or int32 [rows], the place of each row in the flattened ``rows``.
+    """
+
+    value: Any
+    adapted: Array
+    rows: Array | None = None
+    places: Array | None = None
+
+    @property
+    def row_count(self) -> int:
+        return self.adapted.shape[0] if self.places is None else self.places.shape[0]
+
+    @property
+    def axis(self) -> int:
+        """The axis of groups in each array of ``value``."""
+        return len(self.value.axes.batch) if isinstance(self.value, LoraFactors) else 0
+
+
 _NOT_WRAPPED = (
     "the weight at {path!r} carries LoRA factors, and was passed to a function that does not support them.  "
     "Wrap the function that takes the parameters: `apply = jlora.lora(model.apply)`, then call "
@@ -169,9 +201,30 @@ class FullWeight(_Attached):
     path: Path = dataclasses.field(default="", metadata={"static": True})
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowWeight(_Attached):
+    """A weight with adapters for the rows of a batch (`select`).
+
+    Attributes:
+      base: the frozen weight.
+      adapters: of the rows.
+      strength: as in `LoraWeight`.
+      dropout_key: None, or a PRNG key for each group of rows.
+      path, split_inputs: as in `LoraWeight`. Static.
+    """
+
+    base: Any
+    adapters: RowAdapters
+    strength: Array | None = None
+    dropout_key: Array | None = None
+    path: Path = dataclasses.field(default="", metadata={"static": True})
+    split_inputs: tuple[str, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+
+
 def is_attached(x: Any) -> bool:
     """Whether ``x`` is a leaf created by `attach`."""
-    return isinstance(x, LoraWeight | FullWeight)
+    return isinstance(x, LoraWeight | FullWeight | RowWeight)
 
 
 class Use(NamedTuple):

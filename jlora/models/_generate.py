@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jlora._src.engine.rows import per_row
 from jlora._src.types import Array, PyTree
 from jlora.files.errors import ModelError
 from jlora.models._causal import Cache
@@ -43,7 +44,8 @@ def generate(
 
     Args:
       model: a network for the task causal-lm, from `jlora.models.load`.
-      params: its parameters; or, together with ``apply``, a tree with attached adapters.
+      params: its parameters; or, together with ``apply``, a tree with attached adapters, also with an adapter for each
+        row (`jlora.select`).
       input_ids: int [batch, length], prompts padded on the left.
       attention_mask: [batch, length], 0 or False at padding; by default there is none.
       max_new_tokens: the maximum number of new tokens.
@@ -53,7 +55,7 @@ def generate(
       eos_token_id: the token or tokens that end a row; None for none. By default the model's: those of the
         generation_config.json that it was loaded with, or else of its config.json.
       pad_token_id: fills a row after its end; by default the first end token, or 0.
-      apply: ``model.apply``, or ``jlora.lora(model.apply)`` for attached trees. Create it once: a new one recompiles.
+      apply: ``model.apply``, or ``jlora.lora(model.apply)`` for attached trees.
 
     Returns:
       int32 [batch, max_new_tokens], without the prompts.
@@ -127,8 +129,15 @@ def _generate(
 ) -> jax.Array:
     batch, length = input_ids.shape
 
+    def call(params: PyTree, tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: Cache) -> Any:
+        return apply(params, tokens, valid, positions, cache=cache, last_only=True)
+
+    axes: Any = (1, 1, 0, None)
+    rows = Cache(*axes)
+    mixed = per_row(call, in_axes=(None, 0, 0, 0, rows), out_axes=(0, rows))
+
     def forward(tokens: jax.Array, valid: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        logits, cache = apply(params, tokens, valid, positions, cache=cache, last_only=True)
+        logits, cache = mixed(params, tokens, valid, positions, cache)
         return logits[:, 0], cache
 
     def append(state: _State, logits: jax.Array, cache: Cache) -> _State:

@@ -201,7 +201,8 @@ def test_tokens_are_drawn_from_the_tempered_and_cut_distribution(temperature: fl
 
 
 def test_an_adapted_model_generates_as_the_merged_one() -> None:
-    """With ``apply=jlora.lora(model.apply)``; other adapters compile nothing; without it the error says what to do."""
+    """With ``apply=jlora.lora(model.apply)``; other adapters compile nothing, nor does the same version of the model
+    again; without it the error says what to do."""
     model, params, ids, mask, greedy = case("llama2")
     uses = jlora.trace(model.apply, params, ids)
     fresh: Any = jlora.init(jax.random.key(0), params, jlora.LoraConfig(rank=2, alpha=4), uses)
@@ -211,12 +212,42 @@ def test_an_adapted_model_generates_as_the_merged_one() -> None:
     call = functools.partial(models.generate, model, input_ids=ids, attention_mask=mask, **options)
     np.testing.assert_array_equal(call(params=jlora.attach(params, fresh), apply=apply), greedy)
     before = compiled()
-    tokens = call(params=jlora.attach(params, drawn), apply=apply)
+    tokens = call(params=jlora.attach(params, drawn), apply=jlora.lora(model.apply, materialize="error"))
     assert compiled() == before
     np.testing.assert_array_equal(tokens, call(params=jlora.merge(params, drawn)))
     assert (np.asarray(tokens) != greedy).any()
     with pytest.raises(TypeError, match="jlora.lora"):
         call(params=jlora.attach(params, fresh))
+
+
+def test_each_row_has_its_own_adapters() -> None:
+    """Mixed adapters, the base among them, give the tokens of each prompt alone; other ids compile nothing."""
+    model, params, ids, mask, _ = case("llama2")
+    uses = jlora.trace(model.apply, params, ids)
+
+    def drawn(seed: int) -> Any:
+        config = jlora.LoraConfig(rank=seed + 1, alpha=4)
+        fresh: Any = jlora.init(jax.random.key(seed), params, config, uses)
+        key = jax.random.key(seed)
+        return {p: dataclasses.replace(f, b=jax.random.normal(key, f.b.shape) / 4) for p, f in fresh.items()}
+
+    stacked = jlora.stack([drawn(seed) for seed in range(2)])
+    every = [params, *(jlora.attach(params, one) for one in jlora.unstack(stacked))]
+    rows = np.array([0, 1, 1, 0, 1])
+    apply = jlora.lora(model.apply, materialize="error")
+    call = functools.partial(models.generate, model, apply=apply, max_new_tokens=3, eos_token_id=None)
+    alone = {
+        (i, row): np.asarray(call(every[i + 1], ids[row : row + 1], mask[row : row + 1]))[0]
+        for i in (-1, 0, 1)
+        for row in (0, 1)
+    }
+    assert not np.array_equal(alone[0, 0], alone[1, 0])
+    counts = set()
+    for choice in ([0, 1, -1, -1, 1], [1, 1, 0, 1, 0]):
+        found = call(jlora.attach(params, jlora.select(stacked, choice)), ids[rows], mask[rows])
+        np.testing.assert_array_equal(found, [alone[i, row] for i, row in zip(choice, rows, strict=True)])
+        counts.add(compiled())
+    assert len(counts) == 1
 
 
 def test_what_cannot_be_generated() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,9 +17,10 @@ from jlora._src.engine.dependence import constant_gathers, forwarded_inputs, liv
 from jlora._src.engine.factored import Factored, frozen, materialize, to_factored
 from jlora._src.engine.interpreter import Event, Policy, Session
 from jlora._src.engine.observation import Mode
+from jlora._src.engine.rows import per_row
 from jlora._src.engine.staging import Staged, check_callable, is_array, replace_leaves, stage
 from jlora._src.quantized import QuantizedArray, is_one_leaf
-from jlora._src.types import FullWeight, LoraFactors, LoraWeight, PyTree, is_attached
+from jlora._src.types import FullWeight, LoraFactors, LoraWeight, PyTree, RowWeight, is_attached
 from jlora.messages import bullets, table
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,7 +53,8 @@ def lora(
 
     Composes with ``jit``, ``grad``, ``jvp``, ``vmap``, ``jax.checkpoint``, ``scan``, ``cond``, ``while``, ``shard_map``
     and ``pmap``, outside or inside ``fn``. Put it under ``jax.jit``: like every transform, it traces ``fn``
-    again at each call.
+    again at each call. With the same options, the version of one function is one object as long as it is in use, so
+    that what was compiled for it is found again; methods of one object count as one function.
 
     ``fn`` gets copies of its arguments. If it mutates one (the statistics of a Flax NNX BatchNorm, a dropout counter,
     a dict, a list), it must return that object, or the new array:
@@ -91,7 +95,15 @@ def lora(
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return _call(Session(materialize, inline_custom_rules), fn, args, kwargs, frozen_gradients)
 
-    return wrapped  # pyright: ignore[reportReturnType]
+    # Every access to a method makes a new object.
+    parts = (fn.__self__, fn.__func__) if isinstance(fn, types.MethodType) else (fn,)
+    key = (*map(id, parts), materialize, inline_custom_rules, frozen_gradients)
+    return _versions.setdefault(key, wrapped)
+
+
+# By identity, because a function need not be hashable: an id is not given to another object while the version, which
+# keeps its function alive, is there. A version is kept by its users alone.
+_versions: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
 
 
 def observed_call(mode: Mode, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -101,8 +113,15 @@ def observed_call(mode: Mode, fn: Callable[..., Any], args: Any, kwargs: Any) ->
 
 
 def _call(session: Session, fn: Callable[..., Any], args: Any, kwargs: Any, frozen_gradients: bool = True) -> Any:
-    if not any(map(is_one_leaf, jax.tree.leaves((args, kwargs), is_leaf=is_one_leaf))):
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=is_one_leaf)
+    if not any(map(is_one_leaf, leaves)):
         return _plain_call(fn, args, kwargs)
+    if any(isinstance(leaf, RowWeight) for leaf in leaves):
+
+        def one_group(*args: Any, **kwargs: Any) -> Any:
+            return _call(session, fn, args, kwargs, frozen_gradients)
+
+        return per_row(one_group)(*args, **kwargs)
     staged = stage(fn, args, kwargs)
     if staged.lost and session.policy != "explain":
         raise ValueError(_MUTATES + bullets(staged.lost) + _RETURN_IT)

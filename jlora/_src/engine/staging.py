@@ -14,7 +14,7 @@ from jlora._src.engine import compat
 from jlora._src.engine.dependence import forwarded_inputs
 from jlora._src.engine.mutation import changes
 from jlora._src.quantized import QuantizedArray, is_one_leaf
-from jlora._src.types import FullWeight, LoraWeight, is_attached
+from jlora._src.types import FullWeight, LoraWeight, RowWeight, is_attached
 
 _CLOSED_OVER = (
     "jlora traces the function, and a traced function cannot mutate an NNX object that it closes over. "
@@ -151,7 +151,7 @@ def _array_of(leaf: Any) -> Any:
         case FullWeight(base=base, value=value):
             like = base.codes if isinstance(base, QuantizedArray) else base
             return compat.to_memory_of(value.astype(base.dtype), like)
-        case LoraWeight(base=base):
+        case LoraWeight(base=base) | RowWeight(base=base):
             return base
         case _:
             return leaf

@@ -5,17 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jlora._src.paths import named_leaves, one_key, path_key
 from jlora._src.tree.checks import PathError, check_adapters, check_arguments
-from jlora._src.types import Adapters, Array, FullWeight, LoraFactors, LoraWeight, Path, PyTree, is_attached
+from jlora._src.types import (
+    Adapters,
+    Array,
+    FullWeight,
+    LoraFactors,
+    LoraWeight,
+    Path,
+    PyTree,
+    RowAdapters,
+    RowWeight,
+    is_attached,
+)
 from jlora.messages import bullets, nearest
 
 
 def attach(
     params: PyTree,
-    adapters: Adapters,
+    adapters: Adapters | Mapping[Path, RowAdapters],
     *,
     strength: Array | float | Mapping[Path, Array | float] | None = None,
     dropout_key: Array | None = None,
@@ -35,7 +47,8 @@ def attach(
 
     Args:
       params: any pytree of arrays.
-      adapters: ``{path: LoraFactors | array}``, as from `init`; an array replaces its leaf.
+      adapters: ``{path: LoraFactors | array}``, as from `init`; an array replaces its leaf. Or an adapter for each row
+        of the batch, as from `select`.
       strength: scales the updates at run time, without recompiling: a scalar for all, or a mapping with a scalar
         for every path of a `LoraFactors`. Leaves trained whole ignore it. Each weight gets a copy, so that the tree
         can be donated.
@@ -44,14 +57,15 @@ def attach(
         around it and, inside ``shard_map``, the device where inputs differ by device (with ``check_vma``, the default).
         The same call with the same key drops the same entries, and so does rematerialization by `jax.checkpoint`.
         The mask depends on nothing outside the `lora` function: under `jax.vmap`, in a loop over calls, and under
-        `jax.pmap`, fold the index into the key.
+        `jax.pmap`, fold the index into the key. With adapters for the rows of a batch (`select`), row or group i has
+        the key ``jax.random.fold_in(dropout_key, i)``.
       split_inputs: for DoRA attached inside ``shard_map`` or ``pmap``, whose norm sums over all inputs: the mesh axes
         over which a weight's inputs are split, by path; a path that is not listed is not split. By default they are
         read from the types of the shards, and `lora` raises a ValueError where the types do not tell (``pmap``,
         ``check_vma=False``).
 
     Returns:
-      A tree like ``params`` with `LoraWeight` and `FullWeight` leaves.
+      A tree like ``params`` with `LoraWeight` and `FullWeight` leaves (or, from `select`, `RowWeight`).
 
     Raises:
       KeyError: if a path is not in ``params``, the paths of ``strength`` differ from the factors', or those of
@@ -62,8 +76,9 @@ def attach(
     """
     check_arguments(params, adapters, "attach")
     leaves, treedef = named_leaves(params)
-    check_adapters(leaves, adapters, "attach")
-    strengths = _strengths(strength, [path for path, v in adapters.items() if isinstance(v, LoraFactors)])
+    one = {path: _of_one_group(value) for path, value in adapters.items()}
+    check_adapters(leaves, one, "attach")
+    strengths = _strengths(strength, [path for path, v in one.items() if isinstance(v, LoraFactors)])
     if dropout_key is not None:
         dropout_key = one_key(dropout_key, "attach", "dropout_key")
     if unknown := [path for path in split_inputs or () if path not in strengths]:
@@ -76,17 +91,35 @@ def attach(
         axes = None if split_inputs is None else split_inputs.get(path, ())
         return (axes,) if isinstance(axes, str) else None if axes is None else tuple(axes)
 
+    def key_of(path: Path, groups: int | None = None) -> Array | None:
+        key = dropout_key
+        if key is None or getattr(one[path], "dropout", 0) == 0:
+            return None
+        if groups is None:
+            return path_key(key, path)
+        return jax.vmap(lambda i: path_key(jax.random.fold_in(key, i), path))(jnp.arange(groups))
+
     def put(path: Path, leaf: Any) -> Any:
         match adapters.get(path):
             case None:
                 return leaf
             case LoraFactors() as f:
-                key = None if dropout_key is None or f.dropout == 0 else path_key(dropout_key, path)
-                return LoraWeight(leaf, f, strengths[path], key, path, split(path))
+                return LoraWeight(leaf, f, strengths[path], key_of(path), path, split(path))
+            case RowAdapters(adapted=adapted) as rows:
+                key = key_of(path, adapted.shape[0])
+                return RowWeight(leaf, rows, strengths.get(path), key, path, split(path))
             case value:
                 return FullWeight(leaf, value, path)
 
     return treedef.unflatten([put(path, leaf) for path, leaf in leaves.items()])
+
+
+def _of_one_group(value: Any) -> Any:
+    """The shapes of one adapter of `RowAdapters`; any other value itself."""
+    if not isinstance(value, RowAdapters):
+        return value
+    k = value.axis
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:k], *x.shape[k + 1 :]), x.dtype), value.value)
 
 
 def _strengths(strength: Any, paths: list[Path]) -> dict[Path, Array | None]:
@@ -112,10 +145,11 @@ def detach(tree: PyTree) -> tuple[PyTree, dict[Path, LoraFactors | Array]]:
       ValueError: if nothing is attached.
     """
     leaves, treedef = named_leaves(tree)
-    adapters: dict[Path, LoraFactors | Array] = {}
+    adapters: dict[Path, Any] = {}
     for leaf in leaves.values():
-        if isinstance(leaf, LoraWeight | FullWeight):
-            adapters[leaf.path] = leaf.factors if isinstance(leaf, LoraWeight) else leaf.value
+        match leaf:
+            case LoraWeight(factors=value) | FullWeight(value=value) | RowWeight(adapters=value):
+                adapters[leaf.path] = value
     if not adapters:
         raise ValueError(
             f"detach: none of the {len(leaves)} leaves carries an adapter. Expected the result of jlora.attach."

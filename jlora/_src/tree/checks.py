@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 from jlora._src.engine import compat
 from jlora._src.engine.factored import check_fit
 from jlora._src.tree.state import is_variable
-from jlora._src.types import Adapters, LoraFactors, Path, Target, WeightUse, is_attached
+from jlora._src.types import Adapters, LoraFactors, Path, RowAdapters, Target, WeightUse, is_attached
 from jlora.messages import bullets, nearest
 
 
@@ -64,6 +64,8 @@ def check_kinds(adapters: Mapping[Path, Any], what: str) -> None:
             hint = " Make them from a plan: jlora.init(key, params, plan)."
         if any(map(is_attached, odd.values())):
             hint = " jlora.detach takes them out of an attached tree."
+        if any(isinstance(part, RowAdapters) for part in odd.values()):
+            hint = " Adapters for the rows of a batch are for jlora.attach alone; jlora.unstack has each by itself."
         if any(map(is_variable, odd.values())):
             hint = " Read the arrays of NNX variables with flax.nnx.as_pure(adapters)."
         if any(isinstance(part, Sharding) for part in odd.values()):
@@ -97,7 +99,7 @@ def restored_hint(tree: Mapping[Any, Any]) -> str:
     )
 
 
-def check_adapters(leaves: Mapping[Path, Any], adapters: Adapters, what: str) -> None:
+def check_adapters(leaves: Mapping[Path, Any], adapters: Mapping[Path, Any], what: str) -> None:
     """Raises a ValueError for adapters that do not fit their leaf.
 
     Raises:

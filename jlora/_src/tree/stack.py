@@ -46,7 +46,7 @@ def stack(adapters: Sequence[Adapters]) -> dict[Path, LoraFactors | Array]:
         check_kinds(tree, f"stack, adapters {i}")
     paths = dict.fromkeys(path for tree in trees for path in tree)
     columns = {path: [tree.get(path) for tree in trees] for path in paths}
-    if wrong := [f"{path!r}: {problem}" for path, column in columns.items() for problem in _differences(column)]:
+    if wrong := [f"{path!r}: {problem}" for path, column in columns.items() for problem in differences(column)]:
         raise ValueError(
             f"stack: {len(wrong)} differences between the {len(trees)} adapters:{bullets(wrong)}\nExpected adapters of "
             f"one base that differ only in rank, scale and values.{_hint(wrong)}"
@@ -63,7 +63,13 @@ def unstack(stacked: Adapters) -> list[dict[Path, LoraFactors | Array]]:
       ValueError: listing every path whose arrays have no leading axis, or one of a different size.
       TypeError: if a value is neither factors nor an array.
     """
-    check_kinds(stacked, "unstack")
+    n = stacked_size(stacked, "unstack")
+    return [jax.tree.map(lambda x, i=i: x[i], dict(stacked)) for i in range(n)]
+
+
+def stacked_size(stacked: Adapters, what: str) -> int:
+    """The number of adapters in a stack; raises as `unstack` does."""
+    check_kinds(stacked, what)
     sizes = {path: _sizes(value) for path, value in stacked.items()}
     every = [size for found in sizes.values() for size in found if size is not None]
     n = max(every, key=every.count, default=None)
@@ -71,10 +77,10 @@ def unstack(stacked: Adapters) -> list[dict[Path, LoraFactors | Array]]:
     if n is None or odd:
         wrong = (f"{p!r}: got {found - {None} or 'no such axis'}, expected {n or 'one'}" for p, found in odd.items())
         raise ValueError(
-            f"unstack: these have no leading axis of one size:{bullets(wrong)}\nExpected the result of jlora.stack, or "
+            f"{what}: these have no leading axis of one size:{bullets(wrong)}\nExpected the result of jlora.stack, or "
             "of jax.vmap over one."
         )
-    return [jax.tree.map(lambda x, i=i: x[i], dict(stacked)) for i in range(n)]
+    return n
 
 
 def _hint(wrong: Sequence[str]) -> str:
@@ -90,7 +96,7 @@ def _hint(wrong: Sequence[str]) -> str:
     return text
 
 
-def _differences(column: Sequence[Any]) -> list[str]:
+def differences(column: Sequence[Any]) -> list[str]:
     """Why the adapters of one path (None where one lacks it) cannot be stacked."""
     lacking = [i for i, value in enumerate(column) if value is None]
     values = [value for value in column if value is not None]

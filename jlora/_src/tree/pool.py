@@ -13,9 +13,8 @@ import numpy as np
 from jax import lax
 
 from jlora._src.engine.named_axes import accumulation_dtype, promoted_dtype
-from jlora._src.tree.checks import PathError, check_kinds
+from jlora._src.tree.checks import PathError, check_kinds, differences
 from jlora._src.tree.select import BASE, select
-from jlora._src.tree.stack import differences
 from jlora._src.types import Adapters, LoraFactors, Path, RowAdapters
 from jlora.messages import bullets, nearest
 

@@ -46,7 +46,7 @@ def stack(adapters: Sequence[Adapters]) -> dict[Path, LoraFactors | Array]:
         check_kinds(tree, f"stack, adapters {i}")
     paths = dict.fromkeys(path for tree in trees for path in tree)
     columns = {path: [tree.get(path) for tree in trees] for path in paths}
-    if wrong := [f"{path!r}: {problem}" for path, column in columns.items() for problem in differences(column)]:
+    if wrong := [f"{path!r}: {problem}" for path, column in columns.items() for problem in _differences(column)]:
         raise ValueError(
             f"stack: {len(wrong)} differences between the {len(trees)} adapters:{bullets(wrong)}\nExpected adapters of "
             f"one base that differ only in rank, scale and values.{_hint(wrong)}"
@@ -96,7 +96,7 @@ def _hint(wrong: Sequence[str]) -> str:
     return text
 
 
-def differences(column: Sequence[Any]) -> list[str]:
+def _differences(column: Sequence[Any]) -> list[str]:
     """Why the adapters of one path (None where one lacks it) cannot be stacked."""
     lacking = [i for i, value in enumerate(column) if value is None]
     values = [value for value in column if value is not None]

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 JLORA = {  # a room imports from those above it; of its own files, from those that stand before
     " ": "messages | fields",
     "_src": "types | quantized | paths config",
-    "_src.engine": "compat | named_axes mutation gradient location traced_weights observation | product dependence | "
-    "adapted_product staging | stored | split_inputs | factored",
+    "_src.engine": "compat | mutation gradient location traced_weights observation | dependence | staging",
+    "_src.engine.factors": "named_axes | product | adapted_product | stored | split_inputs | factored",
     "_src.engine.rules": "rule | low_rank joins placement | products lookups arithmetic moves writes control_flow | "
     "table",
     "_src.engine ": "interpreter trace rows | lora",

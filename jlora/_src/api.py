@@ -48,8 +48,8 @@ from jlora._src.quantized import QuantizedArray
 # Running a model with its adapters.
 from jlora._src.engine.lora import Explanation, explain
 from jlora._src.engine.interpreter import MaterializeError, MaterializeWarning
-from jlora._src.engine.adapted_product import checkpoint_policy
-from jlora._src.engine.product import low_rank_product
+from jlora._src.engine.factors.adapted_product import checkpoint_policy
+from jlora._src.engine.factors.product import low_rank_product
 
 # On disk, and on a mesh.
 from jlora._src.tree.save import load, save

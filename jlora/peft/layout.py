@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._src.engine.named_axes import promoted_dtype
+from jlora._src.engine.factors.named_axes import promoted_dtype
 from jlora._src.types import Array, Axes, LoraFactors
 from jlora.files.tensor_names import ModuleKind, from_torch, to_torch
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._src.config import LoraConfig, Override
-from jlora._src.engine.named_axes import promoted_dtype
+from jlora._src.engine.factors.named_axes import promoted_dtype
 from jlora._src.inits.spectral import olora, pissa
 from jlora._src.paths import named_leaves
 from jlora._src.tree.checks import check_paths

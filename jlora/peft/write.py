@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._src.config import LoraConfig
-from jlora._src.engine.factored import column_norm, to_factored
+from jlora._src.engine.factors.factored import column_norm, to_factored
 from jlora._src.paths import named_leaves
 from jlora._src.tree.checks import check_adapters, check_arguments, check_finite, check_paths
 from jlora._src.tree.merge import merge

@@ -17,8 +17,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jlora
-from jlora._src.engine import adapted_product as forms
-from jlora._src.engine.named_axes import RANK as RANK_AXIS
+from jlora._src.engine.factors import adapted_product as forms
+from jlora._src.engine.factors.named_axes import RANK as RANK_AXIS
 from tests.toys import MLP, RANK, TOYS, adapters_for, mlp, normal
 
 LAYOUTS: dict[str, tuple[Any, Any, Any]] = {

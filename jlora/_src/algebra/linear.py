@@ -13,7 +13,7 @@ from jlora._src.algebra.matrices import balanced, factor_matrices, product_svd, 
 from jlora._src.algebra.parts import check_no_dora, check_ranks, parts
 from jlora._src.algebra.ranks import check_options, rank_for
 from jlora._src.engine import compat
-from jlora._src.engine.named_axes import accumulation_dtype
+from jlora._src.engine.factors.named_axes import accumulation_dtype
 from jlora._src.paths import named_leaves
 from jlora._src.quantized import as_array
 from jlora._src.tree.checks import check_finite, check_kinds

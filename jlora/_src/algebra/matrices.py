@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._src.engine import compat
-from jlora._src.engine.named_axes import accumulation_dtype
+from jlora._src.engine.factors.named_axes import accumulation_dtype
 from jlora._src.types import Array, Axes, LoraFactors, Target
 
 _OVERSAMPLED = 8

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jlora._src.engine import compat
-from jlora._src.engine.named_axes import accumulation_dtype, promoted_dtype
+from jlora._src.engine.factors.named_axes import accumulation_dtype, promoted_dtype
 from jlora._src.paths import named_leaves
 from jlora._src.quantized import as_array
 from jlora._src.tree.checks import check_adapters, check_arguments, check_kinds, differences

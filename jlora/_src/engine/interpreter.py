@@ -17,13 +17,13 @@ from jax import lax
 from jax.extend import core
 
 from jlora._src.engine import compat
-from jlora._src.engine.factored import Factored, materialize
+from jlora._src.engine.factors.factored import Factored, materialize
+from jlora._src.engine.factors.named_axes import NamedArray
+from jlora._src.engine.factors.stored import Stored, dequantized
 from jlora._src.engine.location import Location
-from jlora._src.engine.named_axes import NamedArray
 from jlora._src.engine.observation import Mode
 from jlora._src.engine.rules.rule import Decline
 from jlora._src.engine.rules.table import KEEPS_STORED, PRIMITIVES, REARRANGING, SQUARED, SQUARES
-from jlora._src.engine.stored import Stored, dequantized
 from jlora._src.types import Path
 from jlora.messages import bullets
 

@@ -14,7 +14,7 @@ import jax
 from jax import lax
 
 from jlora._src.engine.dependence import constant_gathers, forwarded_inputs, live_inputs, trained_operands
-from jlora._src.engine.factored import Factored, frozen, materialize, to_factored
+from jlora._src.engine.factors.factored import Factored, frozen, materialize, to_factored
 from jlora._src.engine.interpreter import Event, Policy, Session
 from jlora._src.engine.observation import Mode
 from jlora._src.engine.rows import per_row

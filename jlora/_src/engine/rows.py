@@ -17,9 +17,9 @@ import numpy as np
 from jax import lax
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from jlora._src.engine.factored import column_norm, to_factored
-from jlora._src.engine.named_axes import promote_arrays
-from jlora._src.engine.split_inputs import split_inputs
+from jlora._src.engine.factors.factored import column_norm, to_factored
+from jlora._src.engine.factors.named_axes import promote_arrays
+from jlora._src.engine.factors.split_inputs import split_inputs
 from jlora._src.engine.staging import is_array, replace_leaves
 from jlora._src.quantized import QuantizedArray, is_one_leaf
 from jlora._src.types import Array, FullWeight, LoraFactors, LoraWeight, PyTree, RowAdapters, RowWeight

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.sharding import Sharding
 
 from jlora._src.engine import compat
-from jlora._src.engine.factored import check_fit
+from jlora._src.engine.factors.factored import check_fit
 from jlora._src.tree.state import is_variable
 from jlora._src.types import Adapters, LoraFactors, Path, RowAdapters, Target, WeightUse, is_attached
 from jlora.messages import bullets, nearest

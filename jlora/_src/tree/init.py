@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from jlora._src.config import LoraConfig
 from jlora._src.engine import compat
-from jlora._src.engine.factored import column_norm, to_factored
-from jlora._src.engine.split_inputs import split_inputs
-from jlora._src.engine.stored import array_like
+from jlora._src.engine.factors.factored import column_norm, to_factored
+from jlora._src.engine.factors.split_inputs import split_inputs
+from jlora._src.engine.factors.stored import array_like
 from jlora._src.inits.fresh import fresh_factors
 from jlora._src.paths import named_leaves, one_key, path_key
 from jlora._src.quantized import as_array

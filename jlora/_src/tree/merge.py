@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora._src.engine import compat
-from jlora._src.engine.factored import Factored, materialize, to_factored
-from jlora._src.engine.named_axes import accumulation_dtype
-from jlora._src.engine.stored import array_like
+from jlora._src.engine.factors.factored import Factored, materialize, to_factored
+from jlora._src.engine.factors.named_axes import accumulation_dtype
+from jlora._src.engine.factors.stored import array_like
 from jlora._src.paths import named_leaves
 from jlora._src.quantized import QuantizedArray
 from jlora._src.tree.checks import check_adapters, check_arguments, check_finite, check_kinds

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora._src.engine.named_axes import accumulation_dtype, promoted_dtype
+from jlora._src.engine.factors.named_axes import accumulation_dtype, promoted_dtype
 from jlora._src.tree.checks import PathError, check_kinds, differences
 from jlora._src.tree.select import BASE, select
 from jlora._src.types import Adapters, LoraFactors, Path, RowAdapters

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora._src.engine.named_axes import accumulation_dtype
+from jlora._src.engine.factors.named_axes import accumulation_dtype
 from jlora._src.tree.checks import check_kinds, differences
 from jlora._src.types import Adapters, Array, LoraFactors, Path
 from jlora.messages import bullets

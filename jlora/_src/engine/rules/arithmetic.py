@@ -10,8 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._src.engine.factored import Factored, square_sum
-from jlora._src.engine.named_axes import RANK, NamedArray, accumulation_dtype, promote_arrays
+from jlora._src.engine.factors.factored import Factored, square_sum
+from jlora._src.engine.factors.named_axes import RANK, NamedArray, accumulation_dtype, promote_arrays
 from jlora._src.engine.rules.joins import add_weights, label_sum
 from jlora._src.engine.rules.rule import Decline, bind_base
 from jlora._src.engine.traced_weights import (

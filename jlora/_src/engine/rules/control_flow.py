@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._src.engine import compat
-from jlora._src.engine.adapted_product import as_equations, checkpoint_policy
-from jlora._src.engine.factored import Factored, fold_in
-from jlora._src.engine.named_axes import RANK, NamedArray
+from jlora._src.engine.factors.adapted_product import as_equations, checkpoint_policy
+from jlora._src.engine.factors.factored import Factored, fold_in
+from jlora._src.engine.factors.named_axes import RANK, NamedArray
+from jlora._src.engine.factors.stored import divisible, sliceable, specs_of
 from jlora._src.engine.rules.placement import map_with_specs, sharding_like
 from jlora._src.engine.rules.rule import Decline
-from jlora._src.engine.stored import divisible, sliceable, specs_of
 from jlora._src.engine.traced_weights import (
     Value,
     combined_kind,

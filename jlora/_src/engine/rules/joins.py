@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora._src.engine.factored import Factored
-from jlora._src.engine.named_axes import RANK, NamedArray, concatenate, promote_arrays
+from jlora._src.engine.factors.factored import Factored
+from jlora._src.engine.factors.named_axes import RANK, NamedArray, concatenate, promote_arrays
 from jlora._src.engine.rules.rule import Decline, bind_base
 from jlora._src.engine.traced_weights import NO_AXES, Value, is_data, mark_materialized, move_dims, union, weights_in
 

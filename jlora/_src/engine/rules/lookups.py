@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._src.engine import compat
-from jlora._src.engine.factored import Factored
-from jlora._src.engine.named_axes import RANK, NamedArray, low_rank_dtype
-from jlora._src.engine.product import Product, chain
+from jlora._src.engine.factors.factored import Factored
+from jlora._src.engine.factors.named_axes import RANK, NamedArray, low_rank_dtype
+from jlora._src.engine.factors.product import Product, chain
+from jlora._src.engine.factors.stored import Stored
 from jlora._src.engine.rules.low_rank import total
 from jlora._src.engine.rules.rule import Decline
-from jlora._src.engine.stored import Stored
 from jlora._src.engine.traced_weights import CONSTANT, NO_AXES, TracedWeight, Value, axes_of, weights_in
 from jlora._src.types import Array, Axes, Use
 

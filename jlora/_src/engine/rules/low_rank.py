@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._src.engine import compat
-from jlora._src.engine.adapted_product import AdaptedProduct, Dot, adapted_product
-from jlora._src.engine.factored import Factored, fold_in
-from jlora._src.engine.named_axes import NamedArray, accumulation_dtype, low_rank_dtype
+from jlora._src.engine.factors.adapted_product import AdaptedProduct, Dot, adapted_product
+from jlora._src.engine.factors.factored import Factored, fold_in
+from jlora._src.engine.factors.named_axes import NamedArray, accumulation_dtype, low_rank_dtype
+from jlora._src.engine.factors.product import Product, chain
+from jlora._src.engine.factors.stored import with_base
 from jlora._src.engine.observation import observe, observed_input
-from jlora._src.engine.product import Product, chain
-from jlora._src.engine.stored import with_base
 from jlora._src.types import Array
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jlora._src.engine.factored import Factored
-from jlora._src.engine.named_axes import RANK, NamedArray
+from jlora._src.engine.factors.factored import Factored
+from jlora._src.engine.factors.named_axes import RANK, NamedArray
 from jlora._src.engine.rules.rule import Decline, bind_base
 from jlora._src.engine.traced_weights import NO_AXES, Value, broadcast, move_dims, require, weights_in
 

@@ -13,10 +13,10 @@ from jax.experimental.layout import Format
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora._src.engine import compat
-from jlora._src.engine.factored import Factored
-from jlora._src.engine.named_axes import RANK, NamedArray
+from jlora._src.engine.factors.factored import Factored
+from jlora._src.engine.factors.named_axes import RANK, NamedArray
+from jlora._src.engine.factors.stored import specs_of
 from jlora._src.engine.rules.rule import Decline, bind_base
-from jlora._src.engine.stored import specs_of
 from jlora._src.engine.traced_weights import Value
 
 

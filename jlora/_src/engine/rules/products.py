@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._src.engine import compat
-from jlora._src.engine.adapted_product import Dot
-from jlora._src.engine.factored import Factored
-from jlora._src.engine.named_axes import RANK, NamedArray, low_rank_dtype, promote_arrays
+from jlora._src.engine.factors.adapted_product import Dot
+from jlora._src.engine.factors.factored import Factored
+from jlora._src.engine.factors.named_axes import RANK, NamedArray, low_rank_dtype, promote_arrays
+from jlora._src.engine.factors.product import Product, chain
+from jlora._src.engine.factors.stored import with_base
 from jlora._src.engine.observation import observe
-from jlora._src.engine.product import Product, chain
 from jlora._src.engine.rules.low_rank import adapted, adapter_input, total
 from jlora._src.engine.rules.rule import Decline
-from jlora._src.engine.stored import with_base
 from jlora._src.engine.traced_weights import (
     DATA,
     MatrixUse,

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from jlora._src.engine import compat
-from jlora._src.engine.factored import Factored
-from jlora._src.engine.stored import Stored, bind_stored
+from jlora._src.engine.factors.factored import Factored
+from jlora._src.engine.factors.stored import Stored, bind_stored
 from jlora._src.engine.traced_weights import Value
 
 Rule: TypeAlias = Callable[[Any, Any, list[Any]], list[Any]]

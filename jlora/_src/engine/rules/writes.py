@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._src.engine import compat
-from jlora._src.engine.factored import Factored
-from jlora._src.engine.named_axes import NamedArray
+from jlora._src.engine.factors.factored import Factored
+from jlora._src.engine.factors.named_axes import NamedArray
 from jlora._src.engine.rules.joins import JOINED, label_sum
 from jlora._src.engine.rules.rule import Decline, bind_base
 from jlora._src.engine.traced_weights import Value, is_data, require, weights_in

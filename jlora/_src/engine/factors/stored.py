@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jlora._src.engine import compat
-from jlora._src.engine.adapted_product import checkpoint_policy
+from jlora._src.engine.factors.adapted_product import checkpoint_policy
 from jlora._src.quantized import QuantizedArray, spec_of_blocks
 from jlora._src.types import Array
 

@@ -19,8 +19,8 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from jlora._src.engine import compat
-from jlora._src.engine.named_axes import RANK, NamedArray, accumulation_dtype, contract
-from jlora._src.engine.product import HIDDEN, AxisNames, Product, bind_product, chain, mapped_name
+from jlora._src.engine.factors.named_axes import RANK, NamedArray, accumulation_dtype, contract
+from jlora._src.engine.factors.product import HIDDEN, AxisNames, Product, bind_product, chain, mapped_name
 from jlora._src.types import Array
 
 

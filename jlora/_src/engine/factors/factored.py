@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jlora._src.engine import compat
-from jlora._src.engine.named_axes import (
+from jlora._src.engine.factors.named_axes import (
     RANK,
     NamedArray,
     accumulation_dtype,
@@ -21,8 +21,8 @@ from jlora._src.engine.named_axes import (
     low_rank_dtype,
     promote_arrays,
 )
-from jlora._src.engine.split_inputs import split_inputs
-from jlora._src.engine.stored import Stored, array_like, dequantized
+from jlora._src.engine.factors.split_inputs import split_inputs
+from jlora._src.engine.factors.stored import Stored, array_like, dequantized
 from jlora._src.quantized import QuantizedArray
 from jlora._src.types import Array, Axes, LoraFactors, LoraWeight, Path
 

@@ -13,7 +13,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from jlora._src.engine import compat
-from jlora._src.engine.named_axes import NamedArray, contract, low_rank_dtype
+from jlora._src.engine.factors.named_axes import NamedArray, contract, low_rank_dtype
 from jlora._src.types import Array
 
 HIDDEN = "lora_hidden"

@@ -6,7 +6,7 @@ import jax
 from jax import lax
 
 from jlora._src.engine import compat
-from jlora._src.engine.stored import array_like
+from jlora._src.engine.factors.stored import array_like
 from jlora._src.types import LoraWeight
 
 

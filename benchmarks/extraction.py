@@ -1,6 +1,6 @@
 """How much of a full fine-tune's gain do extracted adapters keep?
 
-    python -m benchmarks.extraction CHECKPOINT DATA [--steps 200] [--ranks 32 8] [--json FILE]
+    python -m benchmarks.extraction CHECKPOINT DATA [--steps 60] [--ranks 32] [--limit 400] [--json FILE]
 
 CHECKPOINT is a folder with MiniLM-L6-H384 in BERT's layout; DATA has train.jsonl and validation.jsonl of SST-2. All
 weights are trained for some steps; then `models.extract` reads both checkpoints. The share of the gain is that of
@@ -34,14 +34,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[32, 8])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[32])
+    parser.add_argument("--limit", type=int, default=400, help="validation sentences")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     options: Any = {"task": "sequence-classification", "labels": 2, "key": jax.random.key(0)}
     model, base = models.load(args.checkpoint, **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.checkpoint)
-    train, validation = (rows(args.data / f"{name}.jsonl", tokenizer) for name in ("train", "validation"))
+    train = rows(args.data / "train.jsonl", tokenizer, BATCH * args.steps)
+    validation = rows(args.data / "validation.jsonl", tokenizer, args.limit)
     tuned = fine_tuned(model, base, train, args.steps)
     accuracy = {"base": score(model, base, validation), "tuned": score(model, tuned, validation)}
     with tempfile.TemporaryDirectory(prefix="extraction_") as folder:
@@ -61,10 +63,10 @@ def main() -> None:
         args.json.write_text(json.dumps({"accuracy": accuracy, "shares": shares}, indent=2))
 
 
-def rows(file: Path, tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rows(file: Path, tokenizer: Any, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens and mask ``[n, LENGTH]``, and labels."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    chosen = np.random.default_rng(0).permutation(len(lines))[:4_000]
+    chosen = np.random.default_rng(0).permutation(len(lines))[:limit]
     texts = [lines[i]["sentence"] for i in chosen]
     found = tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np")
     return found["input_ids"], found["attention_mask"], np.array([lines[i]["label"] for i in chosen])

@@ -143,11 +143,19 @@ def repaired(setting: Setting, key: jax.Array, *, method: Any, scheme: str) -> S
     return Start(*jlora.decompose(setting.params, plan, method=method, quantizer=quantizer))
 
 
-class Method(NamedTuple):
-    """How a method starts, and the fields of `train.config.FitConfig` that it changes."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """A method.
+
+    Attributes:
+      start: as above.
+      fit: the fields of `train.config.FitConfig` that it changes.
+      fixed: whether its factors do not depend on the key, nor on leaves that train whole.
+    """
 
     start: Callable[[Setting, jax.Array], Start]
-    fit: Mapping[str, Any] = {}
+    fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fixed: bool = False
 
 
 part = functools.partial
@@ -157,11 +165,11 @@ METHODS: dict[str, Method] = {
     "DoRA": Method(part(fresh, use_dora=True)),
     "gaussian": Method(part(fresh, init="gaussian")),
     "orthogonal": Method(part(fresh, init="orthogonal")),
-    "PiSSA": Method(part(decomposed, method="pissa")),
-    "OLoRA": Method(part(decomposed, method="olora")),
-    "EVA": Method(part(from_inputs, method="eva")),
+    "PiSSA": Method(part(decomposed, method="pissa"), fixed=True),
+    "OLoRA": Method(part(decomposed, method="olora"), fixed=True),
+    "EVA": Method(part(from_inputs, method="eva"), fixed=True),
     "LoRA-GA": Method(lora_ga),
-    "CorDA": Method(part(from_inputs, method="corda")),
+    "CorDA": Method(part(from_inputs, method="corda"), fixed=True),
     "LoRA+": Method(fresh, {"lora_plus": 16.0}),
     "LoRA-FA": Method(fresh, {"optimizer": "lora-fa"}),
     "Riemannian": Method(fresh, {"optimizer": "riemannian"}),
@@ -169,8 +177,8 @@ METHODS: dict[str, Method] = {
     "Tied-LoRA": Method(tied_lora),
     "int8 base": Method(part(quantized, scheme="int8")),
     "NF4 base": Method(part(quantized, scheme="nf4")),
-    "LoftQ, NF4": Method(part(repaired, method="loftq", scheme="nf4")),
-    "LQ, NF4": Method(part(repaired, method="lq", scheme="nf4")),
+    "LoftQ, NF4": Method(part(repaired, method="loftq", scheme="nf4"), fixed=True),
+    "LQ, NF4": Method(part(repaired, method="lq", scheme="nf4"), fixed=True),
     "every weight": Method(part(whole, config=EVERYTHING)),
     "head alone": Method(part(whole, config=NEW_HEAD)),
 }

@@ -11,8 +11,8 @@ grid of learning rates. A part of the training data is held out from every run, 
 best accuracy on it for seed 0. Three seeds at that rate are scored on the test set: the order of batches, the adapters
 and a new head differ. A batch of sentences has one of few lengths, so that few programs are compiled.
 
-Costs are of one step: interleaved rounds of each compiled program, on one batch of the largest shape, and the
-compiler's account of memory. Use an idle machine for these.
+Costs are of one step, on a batch of the largest shape: CPU seconds of this process, which other users of the machine
+affect little, in interleaved rounds of each compiled program; and the compiler's account of memory.
 
 Results are written after each run, so that a stopped benchmark continues. ``--tables`` writes them into docs/methods.md
 and docs/quantized.md.
@@ -27,6 +27,7 @@ import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -313,7 +314,7 @@ def costs(problem: Problem, rounds: int) -> dict[str, dict[str, Any]]:
             found[name] = {"program": name, "bytes": memory, "compile_seconds": round(program.compile_time, 1)}
         else:
             found[name] = dict(found[programs[key]])
-    times = _measure.interleave(steps, rounds)
+    times = _measure.interleave(steps, rounds, clock=time.process_time)
     for one in found.values():
         one["ratio"] = _measure.ratio(times, one["program"], PLAIN)
         one["median_seconds"] = statistics.median(times[one["program"]])

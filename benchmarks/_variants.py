@@ -43,7 +43,7 @@ class Setting:
       task: has the loss; see `train.tasks`.
       config: of plain LoRA.
       uses: from `jlora.trace`.
-      moments: of the inputs of the weights that ``config`` adapts.
+      moments: returns those of the inputs of the weights that ``config`` adapts.
       batch: for gradients.
     """
 
@@ -52,7 +52,7 @@ class Setting:
     task: Any
     config: jlora.LoraConfig
     uses: Any
-    moments: Mapping[str, jlora.InputMoments]
+    moments: Callable[[], Mapping[str, jlora.InputMoments]]
     batch: Batch
 
     def plan(self, **changes: Any) -> jlora.Plan:
@@ -92,7 +92,7 @@ def decomposed(setting: Setting, key: jax.Array, *, method: Any, **config: Any) 
 
 def from_inputs(setting: Setting, key: jax.Array, *, method: Any) -> Start:
     """Adapters that start from the inputs: EVA and CorDA."""
-    return Start(*jlora.decompose(setting.params, setting.plan(), method=method, moments=setting.moments))
+    return Start(*jlora.decompose(setting.params, setting.plan(), method=method, moments=setting.moments()))
 
 
 def lora_ga(setting: Setting, key: jax.Array) -> Start:

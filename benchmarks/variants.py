@@ -1,6 +1,6 @@
 """What does each method gain, beside plain LoRA: accuracy, time and memory?
 
-    python -m benchmarks.variants [--part digits sst2] [--only runs|costs] [--json FILE]
+    python -m benchmarks.variants [--part digits sst2] [--methods METHOD ...] [--only runs|costs] [--json FILE]
     python -m benchmarks.variants --tables
 
 - ``digits``: `configs/digits.py`; a base trained once on upright digits, adapted to rotated and inverted ones.
@@ -115,7 +115,9 @@ class Problem:
     def setting(self, seed: int) -> Setting:
         """For the methods."""
         batch = batch_of(self.examples, self.train[:CALIBRATION], BUCKETS)
-        return Setting(self.forward, self.load(seed), self.task, self.config.lora, self.uses, self.moments, batch)
+        return Setting(
+            self.forward, self.load(seed), self.task, self.config.lora, self.uses, lambda: self.moments, batch
+        )
 
     def batches(self, seed: int) -> list[Batch]:
         """Of a run; each has rows of one bucket. Every seed has the same shapes, in another order."""
@@ -243,13 +245,13 @@ Run = dict[str, Any]
 """Method, seed, rate, and scores: ``held_out`` always, ``test`` at the best rate."""
 
 
-def run_all(problem: Problem, part: str, runs: list[Run], keep: Callable[[], None]) -> None:
-    """Every run that is missing: the grid for the first seed, then the best rate for the others."""
-    for seed in SEEDS:
-        setting, batches = problem.setting(seed), problem.batches(seed)
-        for name in METHODS:
+def run_all(problem: Problem, part: str, methods: Sequence[str], runs: list[Run], keep: Callable[[], None]) -> None:
+    """Every run that is missing, by method: the grid for the first seed, then the best rate for the others."""
+    settings, batches = ({seed: make(seed) for seed in SEEDS} for make in (problem.setting, problem.batches))
+    for name in methods:
+        for seed in SEEDS:
             rates = RATES[part] if seed == SEEDS[0] else (best_rate(runs, name),)
-            best = run_rates(problem, name, seed, rates, setting, batches, runs, keep)
+            best = run_rates(problem, name, seed, rates, settings[seed], batches[seed], runs, keep)
             print(f"{part}: {best}", file=sys.stderr, flush=True)
 
 
@@ -294,14 +296,15 @@ def best_rate(runs: list[Run], method: str) -> float:
     return max((run for run in runs if (run["method"], run["seed"]) == (method, SEEDS[0])), key=quality)["rate"]
 
 
-def costs(problem: Problem, rounds: int) -> dict[str, dict[str, Any]]:
+def costs(problem: Problem, methods: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
     """Time of a step relative to plain LoRA's, and bytes, by method. Methods with one program are timed once."""
     setting = problem.setting(SEEDS[0])
     batch = max(problem.batches(SEEDS[0]), key=lambda one: sum(column.size for column in one.values()))
     programs: dict[Any, str] = {}
     steps: dict[str, Callable[[], Any]] = {}
     found: dict[str, dict[str, Any]] = {}
-    for name, method in METHODS.items():
+    for name in dict.fromkeys((PLAIN, *methods)):
+        method = METHODS[name]
         start = problem.start(method, setting, SEEDS[0])
         state = first_state(problem, method, start)
         args = (state, jnp.float32(1e-3), start._replace(trained={}), batch)
@@ -335,24 +338,32 @@ def _is_quantized(x: Any) -> bool:
 
 
 def scores(found: dict[str, Any], method: str) -> list[float]:
-    """The test accuracy of every seed at the best rate, in percent."""
-    rate = best_rate(found["runs"], method)
-    runs = {run["seed"]: run for run in found["runs"] if (run["method"], run["rate"]) == (method, rate)}
-    return [100 * runs[seed]["test"]["accuracy"] for seed in SEEDS]
+    """The test accuracy of every seed at the best rate, in percent; of no seed if runs are missing."""
+    tested = [run for run in found["runs"] if run["method"] == method and "test" in run]
+    rate = best_rate(found["runs"], method) if tested else None
+    by_seed = {run["seed"]: 100 * run["test"]["accuracy"] for run in tested if run["rate"] == rate}
+    return [by_seed[seed] for seed in SEEDS] if len(by_seed) == len(SEEDS) else []
 
 
 def methods_table(kept: dict[str, Any]) -> str:
-    """For docs/methods.md."""
+    """For docs/methods.md. A star marks a rate at an edge of the grid."""
     rows = []
     for name in METHODS:
         row = [name]
         for part in PARTS:
-            values, rate = scores(kept[part], name), best_rate(kept[part]["runs"], name)
+            if not (values := scores(kept[part], name)):
+                row += ["not run", ""]
+                continue
+            rate = best_rate(kept[part]["runs"], name)
             edge = "*" if rate in (RATES[part][0], RATES[part][-1]) else ""
             row += [f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}", f"{rate:g}{edge}"]
-        cost, plain = (kept["sst2"]["costs"][one] for one in (name, PLAIN))
-        memory = sum(cost["bytes"].values()) / sum(plain["bytes"].values())
-        rows.append([*row, f"{cost['ratio']:.2f}", f"{memory:.2f}"])
+        cost, plain = (kept["sst2"]["costs"].get(one) for one in (name, PLAIN))
+        if cost:
+            memory = sum(cost["bytes"].values()) / sum(plain["bytes"].values())
+            row += [f"{cost['ratio']:.2f}", f"{memory:.2f}"]
+        else:
+            row += ["", ""]
+        rows.append(row)
     return _tpu.markdown(["method", "digits, %", "rate", "SST-2, %", "rate", "time", "memory"], rows)
 
 
@@ -360,7 +371,8 @@ def quantized_table(kept: dict[str, Any]) -> str:
     """For docs/quantized.md."""
     plain, rows = scores(kept["sst2"], PLAIN), []
     for name, least in (("int8 base", "-0.5"), ("NF4 base", "-1.5"), ("LoftQ, NF4", "-1.5"), ("LQ, NF4", "-1.5")):
-        own = scores(kept["sst2"], name)
+        if not (own := scores(kept["sst2"], name)):
+            continue
         each = [b - a for a, b in zip(plain, own, strict=True)]
         rows.append([name, f"{statistics.mean(own):.2f}", ", ".join(f"{x:+.2f}" for x in each),
                      f"{statistics.mean(each):+.2f}", least])  # fmt: skip
@@ -373,6 +385,7 @@ TABLES = {"methods.md": methods_table, "quantized.md": quantized_table}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="those to run, in order")
     parser.add_argument("--only", choices=("runs", "costs"))
     parser.add_argument("--checkpoint", type=Path, default=ROOT.parent / "shared" / "models" / "minilm-l6")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "sst2")
@@ -396,9 +409,9 @@ def main() -> None:
             raise SystemExit(f"{args.json} has {part} with {found['settings']}, not {settings}; pass another --json")
         problem = MAKE[part](args)
         if args.only != "costs":
-            run_all(problem, part, found["runs"], keep)
+            run_all(problem, part, args.methods, found["runs"], keep)
         if args.only != "runs":
-            found["costs"] = costs(problem, args.rounds)
+            found["costs"] |= costs(problem, args.methods, args.rounds)
         keep()
     if args.tables:
         for page, table in TABLES.items():

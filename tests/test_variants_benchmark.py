@@ -43,16 +43,17 @@ def test_every_method_starts_at_the_base(problem: variants.Problem) -> None:
 
 @pytest.mark.slow
 def test_a_stopped_benchmark_continues_with_equal_runs(problem: variants.Problem, monkeypatch) -> None:
-    monkeypatch.setattr(variants, "METHODS", {name: METHODS[name] for name in ("LoRA", "VeRA", "NF4 base")})
+    methods = ("LoRA", "VeRA", "NF4 base")
+    monkeypatch.setattr(variants, "METHODS", {name: METHODS[name] for name in methods})
     monkeypatch.setitem(variants.RATES, "digits", (1e-3, 1e-2))
     runs: list = []
     written: list = []
-    variants.run_all(problem, "digits", runs, lambda: written.append(len(runs)))
+    variants.run_all(problem, "digits", methods, runs, lambda: written.append(len(runs)))
     assert written == list(range(1, 13))  # 2 rates for the first of 3 seeds
     again = [run for run in runs if run["method"] != "VeRA" or run["seed"] != 1]
-    variants.run_all(problem, "digits", again, lambda: None)
+    variants.run_all(problem, "digits", methods, again, lambda: None)
     assert sorted(map(_figures, again)) == sorted(map(_figures, runs))
-    found = variants.costs(problem, rounds=1)
+    found = variants.costs(problem, methods, rounds=1)
     assert found["NF4 base"]["bytes"]["frozen"] < found["LoRA"]["bytes"]["frozen"]
     assert found["VeRA"]["bytes"]["trained"] < found["LoRA"]["bytes"]["trained"]
 

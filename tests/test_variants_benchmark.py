@@ -49,7 +49,8 @@ def test_a_stopped_benchmark_continues_with_equal_runs(problem: variants.Problem
     runs: list = []
     written: list = []
     variants.run_all(problem, "digits", methods, runs, lambda: written.append(len(runs)))
-    assert written == list(range(1, 13))  # 2 rates for the first of 3 seeds
+    assert len(runs) == 3 * (2 + 1 + 1) and sum("test" in run for run in runs) == 3 * 3
+    assert len(written) == len(runs) + 3 * 3  # kept after each run, and after each score on the test set
     again = [run for run in runs if run["method"] != "VeRA" or run["seed"] != 1]
     variants.run_all(problem, "digits", methods, again, lambda: None)
     assert sorted(map(_figures, again)) == sorted(map(_figures, runs))

@@ -346,13 +346,13 @@ def scores(found: dict[str, Any], method: str) -> list[float]:
 
 
 def methods_table(kept: dict[str, Any]) -> str:
-    """For docs/methods.md. A star marks a rate at an edge of the grid."""
+    """For docs/methods.md. A star marks a rate at an edge of the grid; what was not run is blank."""
     rows = []
     for name in METHODS:
         row = [name]
         for part in PARTS:
             if not (values := scores(kept[part], name)):
-                row += ["not run", ""]
+                row += ["", ""]
                 continue
             rate = best_rate(kept[part]["runs"], name)
             edge = "*" if rate in (RATES[part][0], RATES[part][-1]) else ""
@@ -364,7 +364,9 @@ def methods_table(kept: dict[str, Any]) -> str:
         else:
             row += ["", ""]
         rows.append(row)
-    return _tpu.markdown(["method", "digits, %", "rate", "SST-2, %", "rate", "time", "memory"], rows)
+    header = ["method", "digits, %", "rate", "SST-2, %", "rate", "time", "memory"]
+    measured = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return _tpu.markdown([header[i] for i in measured], [[row[i] for i in measured] for row in rows])
 
 
 def quantized_table(kept: dict[str, Any]) -> str:

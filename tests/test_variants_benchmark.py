@@ -1,6 +1,7 @@
 """The benchmark of methods at toy size: each starts at the base, and a stopped benchmark continues."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,13 @@ def test_a_stopped_benchmark_continues_with_equal_runs(problem: variants.Problem
     found = variants.costs(problem, methods, rounds=1)
     assert found["NF4 base"]["bytes"]["frozen"] < found["LoRA"]["bytes"]["frozen"]
     assert found["VeRA"]["bytes"]["trained"] < found["LoRA"]["bytes"]["trained"]
+
+
+@pytest.mark.parametrize("page", variants.TABLES)
+def test_pages_have_the_tables_that_are_kept(page: str) -> None:
+    """Those that ``--tables`` writes."""
+    table = variants.TABLES[page](json.loads(variants.FILE.read_text()))
+    assert table in (ROOT / "docs" / page).read_text(), f"write the tables of docs/{page} with --tables"
 
 
 def _figures(run: dict) -> str:

@@ -247,7 +247,8 @@ Run = dict[str, Any]
 
 def run_all(problem: Problem, part: str, methods: Sequence[str], runs: list[Run], keep: Callable[[], None]) -> None:
     """Every run that is missing, by method: the grid for the first seed, then the best rate for the others."""
-    settings, batches = ({seed: make(seed) for seed in SEEDS} for make in (problem.setting, problem.batches))
+    settings = {seed: problem.setting(seed) for seed in SEEDS}
+    batches = {seed: problem.batches(seed) for seed in SEEDS}
     for name in methods:
         for seed in SEEDS:
             rates = RATES[part] if seed == SEEDS[0] else (best_rate(runs, name),)

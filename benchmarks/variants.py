@@ -213,7 +213,14 @@ def digits(args: argparse.Namespace) -> Problem:
 
     first = network.init(random_key(0, "base"))
     pretraining = Problem(
-        dataclasses.replace(config, fit=config.scratch), forward, task, lambda _: first, upright, np.sort(rows), rows, test
+        dataclasses.replace(config, fit=config.scratch),
+        forward,
+        task,
+        lambda _: first,
+        upright,
+        np.sort(rows),
+        rows,
+        test,
     )
     start = Start(first, jlora.init(jax.random.key(0), first, EVERYTHING, pretraining.uses))
     base = trained(pretraining, Method(fresh), start, config.learning_rate.base, pretraining.batches(0))

@@ -194,6 +194,15 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_is_not(cloud, whol
     assert_same_run(located(f"gs://{NAME}/{name}"), whole)
 
 
+def test_every_last_byte_arrives(cloud, tmp_path):
+    """Also one that could be taken for a part of a line's end."""
+    for byte in range(256):
+        (tmp_path / "file").write_bytes(content := bytes([byte, 7, byte]))
+        buckets.upload(tmp_path / "file", located(f"gs://{NAME}/bytes/file"))
+        with buckets.open_to_read(located(f"gs://{NAME}/bytes/file")) as file:
+            assert file.read() == content
+
+
 @pytest.mark.slow
 def test_a_base_trained_from_scratch_is_complete_or_not_there(cloud, tmp_path):
     """The run keeps it; a part of it is not taken for one."""

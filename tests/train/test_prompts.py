@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import pytest
 
+import jlora
 from tests import tiny
 from tests.made import made_run
 from tests.runs import program
@@ -58,14 +59,14 @@ def classifier(work, monkeypatch) -> None:
 @pytest.fixture
 def chat(work, monkeypatch) -> Any:
     run = made_run(work / "decoder", work / "cache", CausalLM(messages="messages"))
-    monkeypatch.setattr("train.commands.generate.open_run", lambda _: run)
+    monkeypatch.setattr("train.commands.one_base.open_run", lambda *_: run)
     return run
 
 
 @pytest.fixture
 def continuer(work, monkeypatch) -> Any:
     run = made_run(work / "gpt2", work / "cache", CausalLM(prompt="question", completion="answer", max_length=64))
-    monkeypatch.setattr("train.commands.generate.open_run", lambda _: run)
+    monkeypatch.setattr("train.commands.one_base.open_run", lambda *_: run)
     return run
 
 
@@ -208,6 +209,40 @@ def test_generate_says_of_a_file_what_it_says_of_flags(continuer, tmp_path):
     assert ok("generate", "run", "--file", written(tmp_path / "prompts.txt", WORDS, ""), *more) == expected
 
 
+def test_several_runs_answer_in_one_batch_as_alone(continuer, tmp_path, monkeypatch):
+    """Each prompt by the run that its row names, by the name or the path of its directory, or by the base."""
+    other = dataclasses.replace(continuer, adapters=jlora.rescale(continuer.adapters, -2.0))
+    bare = dataclasses.replace(continuer, adapters=jlora.rescale(continuer.adapters, 0.0))
+    runs = {"one": continuer, "far/two": other, "bare": bare}
+    monkeypatch.setattr("train.commands.one_base.open_run", lambda folder, *_: runs[str(folder)])
+    names = ["one", "two", "base", "far/two", "one"]
+    rows = [{"question": text, "adapter": name, "who": name} for text, name in zip(WORDS, names, strict=True)]
+    rows.insert(2, {"question": " ", "adapter": "", "who": ""})
+    tiny.write_jsonl(tmp_path / "prompts.jsonl", rows)
+    tiny.write_jsonl(tmp_path / "none.jsonl", [{"question": text} for text in WORDS])
+
+    def answers(*given: str, file: str = "prompts.jsonl") -> list[str]:
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        ok("generate", *given, "--file", tmp_path / file, "--max-new-tokens", "4", "--out", out)
+        return [one["completion"] for one in results(out)]
+
+    found = answers("one", "far/two")
+    alone = {name: answers(folder) for name, folder in (("one", "one"), ("two", "far/two"), ("base", "bare"))}
+    assert len({tuple(one) for one in alone.values()}) == 3
+    assert found == [
+        "" if not row["adapter"] else alone[row["adapter"].split("/")[-1]][i] for i, row in enumerate(rows)
+    ]
+    assert answers("one", "far/two", "--adapter", "who") == found
+    more = ("generate", "one", "far/two", "--file")
+    text = refused(*more, tmp_path / "none.jsonl")
+    assert "without a column 'adapter'" in text and "--adapter" in text
+    tiny.write_jsonl(
+        tmp_path / "wrong.jsonl", [{"question": "a film", "adapter": name} for name in ("one", "three", 4)]
+    )
+    text = refused(*more, tmp_path / "wrong.jsonl")
+    assert "wrong.jsonl, row 2: 'three'" in text and "row 3: '4'" in text and "one, far/two, base, two" in text
+
+
 def test_a_conversation_is_answered_where_the_assistant_s_last_turn_was(chat, tmp_path):
     """All but the last turn of the assistant, in the template, as the examples have it."""
     more = ("--max-new-tokens", "3", "--out")
@@ -222,7 +257,9 @@ def test_a_conversation_is_answered_where_the_assistant_s_last_turn_was(chat, tm
     assert [one["prompt"] for one in asked] == ["1 + 1 ="] * 3
     assert {one["completion"] for one in asked} == {found[2]["completion"]}
     whole = chat.task.tokenizer("<user> : 1 + 1 = <end> <assistant> : 2 <end> <user> : the film <end> <assistant> : ")
-    expected = completions(chat, chat.task, [whole["input_ids"][1:]], jax.random.key(0), max_new_tokens=3)
+    expected = completions(
+        chat, chat.task, [whole["input_ids"][1:]], jax.random.key(0), lambda _: chat.tree, max_new_tokens=3
+    )
     assert [found[0]["completion"]] == expected
     assert "> assistant: 2\n> user: the film\n" in ok("generate", "run", "--file", tmp_path / "talks.jsonl", *more[:2])
 
@@ -232,10 +269,10 @@ def test_tools_are_shown_to_the_template_as_in_training(work, tmp_path, monkeypa
     template = tiny.CHAT.replace("{% for", "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}{% for", 1)
     config = CausalLM(messages="messages", tools="tools", template=template)
     run = made_run(work / "decoder", work / "cache", config)
-    monkeypatch.setattr("train.commands.generate.open_run", lambda _: run)
+    monkeypatch.setattr("train.commands.one_base.open_run", lambda *_: run)
     asked: list[list[str]] = []
 
-    def answered(run: Any, task: Any, tokens: Any, key: Any, **_: Any) -> list[str]:
+    def answered(run: Any, task: Any, tokens: Any, key: Any, tree: Any, **_: Any) -> list[str]:
         asked.append([task.tokenizer.decode(one) for one in tokens])
         return [""] * len(tokens)
 

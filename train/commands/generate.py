@@ -1,8 +1,8 @@
-"""The command that continues prompts."""
+"""The command that continues prompts, with one run or several."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,14 +12,15 @@ import tyro
 
 import jlora
 from jlora import models
-from train.commands.inputs import Inputs, RunPath, check_no_errors, read_inputs, text_of
+from train.commands.inputs import Inputs, RunPaths, check_no_errors, read_inputs, text_of
+from train.commands.one_base import open_runs
 from train.commands.results import check_new, write_results
 from train.compute.compilation_cache import compilation_cache
 from train.config import ConfigError
 from train.data.batches import batch_of, ordered_rows
 from train.data.ragged import Ragged
 from train.networks.network import check_tokens
-from train.rundir.finished import FinishedRun, open_run
+from train.rundir.finished import FinishedRun
 from train.tasks.chat import Message
 from train.tasks.conversations import messages_of, tools_of
 from train.tasks.language import LanguageModel
@@ -27,15 +28,18 @@ from train.tasks.language import LanguageModel
 LENGTH_STEP = 32
 """Prompts are padded to multiples of this, so that few shapes are compiled."""
 BATCH_SIZE = 16
+BASE = "base"
+"""The name of the model without adapters, beside the names of runs."""
 
 Prompt: TypeAlias = str | list[Message]
 
 
 def generate(
-    run: RunPath,
+    runs: RunPaths,
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     file: Path | None = None,
     column: str | None = None,
+    adapter: str = "adapter",
     out: Path | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -44,13 +48,17 @@ def generate(
 ) -> None:
     """Print each prompt with its completion by the adapted language model.
 
+    With several runs on one base, the base is in memory once, and a batch mixes their adapters.
+
     Args:
-      run: Run directory.
+      runs: Run directory; or several, with a table of prompts that names one for each.
       prompt: Prompt to continue.
       file: File of prompts: .txt with a prompt on each line, a table (jsonl, json, csv, tsv, parquet), or - for the
         lines of standard input. Blank lines keep their place in the output.
       column: Column of a table. Default: the run's column of messages, prompts or texts. A final message of the
         assistant is dropped. Tools are read from the run's column of tools, if the table has it.
+      adapter: Column of a table that names the run of each prompt, by the name or path of its directory, or as base for
+        the model without adapters. Only with several runs.
       out: Write to this new .jsonl file instead: prompt, completion and row (from 1), in the order of the input.
       max_new_tokens: Maximum number of tokens to generate.
       temperature: Sampling temperature; 0 is greedy decoding.
@@ -58,7 +66,9 @@ def generate(
       seed: Sampling seed.
     """
     check_new(out)
-    opened = open_run(run)
+    if not runs:
+        raise ConfigError("generate: got no run; pass one as `python -m train generate RUN`")
+    opened, *others = open_runs(runs, "generate")
     task, model = opened.task, opened.network.model
     if not isinstance(task, LanguageModel) or model is None:
         raise ConfigError(f"{opened.folder} was not trained as a language model; see `predict`")
@@ -71,21 +81,33 @@ def generate(
         opened.config,
         flag="--prompt",
         by_column=column is not None,
-        extra=task.config.tools,
+        more=(task.config.tools, adapter),
     )
+    ids = _adapter_ids(runs, inputs, adapter) if others else None
     prompts = _prompts(inputs, task, messages=column in (None, task.config.messages))
     tokens = _tokens(model, task, inputs, prompts, max_new_tokens)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    stacked = jlora.stack([run.adapters for run in (opened, *others)]) if others else {}
+
+    def tree(rows: np.ndarray) -> Any:
+        """The base with the adapters of these prompts, of those that are not blank."""
+        return opened.tree if ids is None else jlora.attach(opened.params, jlora.select(stacked, ids[rows]))
+
     with compilation_cache(opened.config):
-        found = completions(opened, task, tokens, jax.random.key(seed), **sampling)
+        found = completions(opened, task, tokens, jax.random.key(seed), tree, **sampling)
     by_row = dict(zip(inputs.not_blank, found, strict=True))
     _write(out, prompts, [by_row.get(i, "") for i in range(len(prompts))])
 
 
 def completions(
-    run: FinishedRun, task: LanguageModel, tokens: Sequence[list[int]], key: Any, **sampling: Any
+    run: FinishedRun,
+    task: LanguageModel,
+    tokens: Sequence[list[int]],
+    key: Any,
+    tree: Callable[[np.ndarray], Any],
+    **sampling: Any,
 ) -> list[str]:
-    """The completion of each prompt, as text."""
+    """The completion of each prompt, as text, by the model with the parameters ``tree(rows)`` for a batch of rows."""
     model: Any = run.network.model
     examples = {
         "input_ids": Ragged.of(tokens, task.pad, left=True),
@@ -99,7 +121,7 @@ def completions(
         batch = batch_of(examples, rows, range(LENGTH_STEP, max(map(len, tokens)) + LENGTH_STEP, LENGTH_STEP))
         new = models.generate(
             model,
-            run.tree,
+            tree(rows),
             batch["input_ids"],
             batch["attention_mask"],
             key=jax.random.fold_in(key, i),
@@ -133,6 +155,22 @@ def end_of_answers(model: Any, task: LanguageModel) -> tuple[set[int], str]:
     return ends, closing.strip() if shown else ""
 
 
+def _adapter_ids(runs: Sequence[Path], inputs: Inputs, column: str) -> np.ndarray:
+    """For each input that is not blank, the index of its run; -1 for the base."""
+    if column not in inputs.more:
+        raise ConfigError(
+            f"got {len(runs)} runs, and {inputs.source or 'prompts from flags'} without a column {column!r} that names "
+            "one for each prompt; pass one run, or a table with that column, or --adapter with another"
+        )
+    names = [run.resolve().name for run in runs]
+    known = {str(run): i for i, run in enumerate(runs)} | {BASE: -1}
+    known |= {name: i for i, name in enumerate(names) if names.count(name) == 1 and name != BASE}
+    given = {i: str(inputs.more[column][i]) for i in inputs.not_blank}
+    wrong = {i: f"{name!r:.80} in column {column!r}" for i, name in given.items() if name not in known}
+    check_no_errors(wrong, inputs, f"Expected the name of a run: {', '.join(known)}")
+    return np.asarray([known[name] for name in given.values()], np.int32)
+
+
 def _prompts(inputs: Inputs, task: LanguageModel, *, messages: bool) -> list[Prompt | None]:
     """The prompts; None for blank inputs. ``messages``: whether the column of a table holds conversations."""
     conversations = messages and task.config.messages is not None and inputs.unit == "row"
@@ -163,12 +201,13 @@ def _tokens(
 ) -> list[list[int]]:
     """The tokens of the prompts that are not blank; raises if one exceeds the network's positions."""
     found, errors = [], {}
+    tools = inputs.more.get(task.config.tools or "", [None] * len(prompts))
     most = model.config.max_length
     for i, prompt in enumerate(prompts):
         if prompt is None:
             continue
         try:
-            found.append(task.prompt_tokens(prompt, tools_of(inputs.extra[i])))
+            found.append(task.prompt_tokens(prompt, tools_of(tools[i])))
         except ConfigError as error:
             raise ConfigError(f"{inputs.where(i)}: {error}") from error
         if not found[-1]:

@@ -16,6 +16,7 @@ from train.data.lines import decode, split_lines
 from train.messages import bulleted
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+RunPaths = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN...]")]
 
 TEXT_FILES = ("", ".txt")
 """Suffixes of files with one text per line; other files are tables."""
@@ -30,13 +31,13 @@ class Inputs(NamedTuple):
       rows: the values of the columns for each input: texts, or other values of a table. None for a blank input.
       source: the file, or None for texts from flags.
       unit: the word for an input: text, line or row; inputs are counted from 1.
-      extra: the value of the extra column for each input, or None.
+      more: the other columns that were asked for and that the table has, by name: a value for each input.
     """
 
     rows: list[tuple[Any, ...] | None]
     source: str | None
     unit: str
-    extra: Sequence[Any]
+    more: Mapping[str, Sequence[Any]]
 
     def where(self, i: int) -> str:
         """The place of an input, for errors."""
@@ -56,7 +57,7 @@ def read_inputs(
     *,
     flag: str,
     by_column: bool,
-    extra: str | None = None,
+    more: Sequence[str | None] = (),
 ) -> Inputs:
     """The inputs of a command.
 
@@ -67,7 +68,7 @@ def read_inputs(
       config: of the run; determines how tables are read.
       flag: the name of the flag for texts.
       by_column: whether ``--column`` set the first column.
-      extra: another column to read, if the table has it.
+      more: other columns to read, if the table has them.
 
     Raises:
       ConfigError: if there is no input, or more than one source; if a file cannot be read, or a value in it is not a
@@ -78,7 +79,7 @@ def read_inputs(
     if not texts and file is None:
         raise ConfigError(f'no text; pass {flag} "..." (repeatable), or --file FILE, or --file - to pipe')
     if file is not None and file.suffix not in TEXT_FILES:
-        found = _read_table(file, columns, config, by_column=by_column, extra=extra)
+        found = _read_table(file, columns, config, by_column=by_column, more=more)
     elif by_column:
         raise ConfigError(f"got --column with {file or flag}, which has no columns; omit it")
     else:
@@ -111,9 +112,7 @@ def _read_lines(texts: Sequence[str], file: Path | None, columns: Sequence[str])
     if file is not None:
         texts = split_lines(decode(sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes(), name))
     rows = [tuple(text.split("\t")) if len(columns) > 1 else (text,) for text in texts]
-    found = Inputs(
-        _without_blanks(rows), None if file is None else name, "text" if file is None else "line", [None] * len(rows)
-    )
+    found = Inputs(_without_blanks(rows), None if file is None else name, "text" if file is None else "line", {})
     if wrong := [found.where(i) for i, row in enumerate(found.rows) if row is not None and len(row) != len(columns)]:
         named = ", ".join(wrong[:MAX_NAMED]) + (f" and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else "")
         raise ConfigError(f"expected {' and '.join(columns)} with exactly one tab between them; got others in {named}")
@@ -121,7 +120,7 @@ def _read_lines(texts: Sequence[str], file: Path | None, columns: Sequence[str])
 
 
 def _read_table(
-    file: Path, columns: Sequence[str], config: TrainConfig, *, by_column: bool, extra: str | None
+    file: Path, columns: Sequence[str], config: TrainConfig, *, by_column: bool, more: Sequence[str | None]
 ) -> Inputs:
     if not file.exists() and ":" not in file.name:
         others = sorted(str(one) for one in file.parent.glob("*") if one.is_file())
@@ -137,8 +136,8 @@ def _read_table(
         values = [tables.column(table, name, field) for name, field in zip(columns, fields, strict=True)]
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-    more = tables.Column(table, extra) if extra in table.column_names else [None] * len(table)
-    return Inputs(_without_blanks(list(zip(*values, strict=True))), str(file), "row", more)
+    others = {name: tables.Column(table, name) for name in more if name in table.column_names}
+    return Inputs(_without_blanks(list(zip(*values, strict=True))), str(file), "row", others)
 
 
 def _without_blanks(rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...] | None]:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
-import numpy as np
-import tyro
 
 import jlora
 from jlora.files.buckets import is_in_bucket, located
 from jlora.files.checksums import SUMS
-from jlora.messages import bullets
+from train.commands.inputs import RunPaths
+from train.commands.one_base import open_runs
 from train.config import ConfigError
 from train.rundir.bases import copy_base
 from train.rundir.directory import DRAFT, RunDirectory
-from train.rundir.finished import FinishedRun, open_run
+from train.rundir.finished import FinishedRun
 
-Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN [RUN...]")]
 Method = Literal[
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
     "magnitude_prune", "magnitude_prune_svd",
@@ -29,7 +25,7 @@ Method = Literal[
 
 
 def merge(
-    runs: Runs,
+    runs: RunPaths,
     weights: str | None = None,
     method: Method = "cat",
     out: Path = Path("runs/merged"),
@@ -58,8 +54,7 @@ def merge(
         raise ConfigError(f"got --out {out}; expected a local folder, which can then be copied")
     if target.exists():
         raise ConfigError(f"{target} already exists; pass --out with a new folder")
-    opened = [open_run(run) for run in runs]
-    _check_one_base(opened)
+    opened = open_runs(runs, "merge")
     key = jax.random.key(seed) if method.startswith("dare") else None
     first = opened[0]
     try:
@@ -93,40 +88,6 @@ def _numbers(weights: str | None, count: int) -> list[float]:
     if len(numbers) != count:
         raise ConfigError(f"got {len(numbers)} weights for {count} runs; expected one for each, such as 0.5,0.5")
     return numbers
-
-
-def _check_one_base(runs: Sequence[FinishedRun]) -> None:
-    """Raises a ConfigError listing what differs between the tasks and bases of the runs."""
-    first, wrong = runs[0], []
-    leaves = jlora.named_leaves(first.params)[0]
-    for run in runs[1:]:
-        for name in ("task", "model"):
-            if (one := getattr(run.config, name)) != (other := getattr(first.config, name)):
-                wrong += [f"{run.folder}: {name}.{field}" for field in _differing(one, other)]
-        other = jlora.named_leaves(run.params)[0]
-        different = [path for path in {**leaves, **other} if not _same(leaves.get(path), other.get(path))]
-        wrong += [f"{run.folder}: the base's {path}" for path in different[:8]]
-        wrong += [f"{run.folder}: {len(different) - 8} more leaves of the base"] if len(different) > 8 else []
-    if wrong:
-        raise ConfigError(
-            f"merge: {len(wrong)} differences from {first.folder}:{bullets(wrong)}\nExpected runs of one task on one "
-            "base. A new head starts from the seed: train the runs with one --seed, on different data or settings."
-        )
-
-
-def _differing(one: Any, other: Any) -> list[str]:
-    if type(one) is not type(other):
-        return [f"kind ({type(one).__name__}, {type(other).__name__})"]
-    names = [field.name for field in dataclasses.fields(one)]
-    values = [(name, getattr(one, name), getattr(other, name)) for name in names]
-    return [f"{name} = {a!r}, {b!r} there" for name, a, b in values if a != b]
-
-
-def _same(one: Any, other: Any) -> bool:
-    if one is None or other is None:
-        return False
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=False)
-    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs)
 
 
 def _write(folder: Path, first: FinishedRun, adapters: Any, merged: dict[str, Any]) -> None:

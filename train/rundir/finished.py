@@ -12,7 +12,7 @@ import jlora
 from jlora.files.buckets import errors_of
 from jlora.files.errors import TensorError
 from train.compute.keys import random_key
-from train.config import ConfigError, TrainConfig
+from train.config import CausalLM, ConfigError, Pretrained, TrainConfig
 from train.networks.network import Network
 from train.networks.registry import make_network
 from train.rundir.bases import load_base
@@ -46,8 +46,11 @@ class FinishedRun:
         return jlora.attach(self.params, self.adapters)
 
 
-def open_run(folder: Path) -> FinishedRun:
+def open_run(folder: Path, other: FinishedRun | None = None) -> FinishedRun:
     """The finished run in ``folder``.
+
+    Args:
+      other: a run whose parameters are taken if both are of one checkpoint, without a new head.
 
     Raises:
       ConfigError: if there is none, the run is unfinished, or one of its files is damaged, changed or missing.
@@ -67,9 +70,15 @@ def open_run(folder: Path) -> FinishedRun:
         adapters = jlora.load(directory.adapters)
     except TensorError as error:
         raise ConfigError(str(error)) from error
-    return FinishedRun(
-        folder, config, network, make_task(config, network), _params(directory, config, network), adapters
-    )
+    shared = other is not None and _is_one_checkpoint(config, other.config)
+    params = other.params if shared else _params(directory, config, network)
+    return FinishedRun(folder, config, network, make_task(config, network), params, adapters)
+
+
+def _is_one_checkpoint(one: TrainConfig, other: TrainConfig) -> bool:
+    if not all(isinstance(config.task, CausalLM) for config in (one, other)):
+        return False
+    return isinstance(one.model, Pretrained) and (one.model, one.base) == (other.model, other.base)
 
 
 def _params(directory: RunDirectory, config: TrainConfig, network: Network) -> Any:

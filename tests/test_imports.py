@@ -57,8 +57,8 @@ TRAIN = {
     " ": "job",
     "loop ": "run_files | loop",
     "  ": "ahead pretrain | summary | experiment",
-    "commands": "options inputs results contact_sheet advice one_base | export | fit show plan predict generate eval extract "
-    "merge report inspect",
+    "commands": "options inputs results contact_sheet advice one_base | export | fit show plan predict generate eval "
+    "extract merge report inspect",
     "   ": "__main__",
 }
 

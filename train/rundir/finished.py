@@ -70,8 +70,10 @@ def open_run(folder: Path, other: FinishedRun | None = None) -> FinishedRun:
         adapters = jlora.load(directory.adapters)
     except TensorError as error:
         raise ConfigError(str(error)) from error
-    shared = other is not None and _is_one_checkpoint(config, other.config)
-    params = other.params if shared else _params(directory, config, network)
+    if other is not None and _is_one_checkpoint(config, other.config):
+        params = other.params
+    else:
+        params = _params(directory, config, network)
     return FinishedRun(folder, config, network, make_task(config, network), params, adapters)
 
 

@@ -93,9 +93,10 @@ def names_below(folder: Path) -> list[str]:
 
 
 def upload(file: Path, target: Path) -> None:
-    """Upload a local file: ``target`` is replaced as a whole, or not at all."""
+    """Upload a local file: ``target`` is replaced as a whole, or not at all. Raises an OSError if the bucket reports
+    another content than was sent."""
     with errors_of(target):
-        _filesystem().put_file(str(file), text(target))
+        _filesystem().put_file(str(file), text(target), consistency="md5")
 
 
 def upload_folder(folder: Path, target: Path, last: str = "") -> None:

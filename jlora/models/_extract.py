@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jlora._src.algebra.extract import EnergyKept, differ, energy_kept, extracted
+from jlora._src.algebra.extract import EnergyKept, differ, energy_kept, extracted, refuse_changed
 from jlora._src.algebra.ranks import check_options
 from jlora._src.config import LoraConfig
 from jlora._src.engine.trace import trace
@@ -104,11 +104,7 @@ def extract(
         value, norm = extracted(old, after[path], chosen[path], chosen.config, rank, energy, niter, own)
         if norm is None or float(norm[1]) > 0:  # factors of weights that did not change are left out
             adapters[path], norms[path] = value, norm
-    if changed:
-        raise ValueError(
-            f"extract: {len(changed)} leaves changed and are not in the plan:{bullets(map(repr, changed))}\nName them "
-            "in train_also of the config, to take them whole, or in targets; or pass no config, for all leaves."
-        )
+    refuse_changed(changed, "Or pass no config, for all leaves.")
     return Extraction(model, treedef.unflatten(params.values()), adapters, energy_kept(adapters, norms), chosen.config)
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from email.parser import BytesParser
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,14 @@ def test_every_last_byte_arrives(cloud, tmp_path):
         buckets.upload(tmp_path / "file", located(f"gs://{NAME}/bytes/file"))
         with buckets.open_to_read(located(f"gs://{NAME}/bytes/file")) as file:
             assert file.read() == content
+
+
+def test_an_upload_that_arrives_changed_is_an_error(cloud, tmp_path, monkeypatch):
+    """The emulator's own parser drops the last byte here."""
+    monkeypatch.setattr("gcp_storage_emulator.server.BytesParser", BytesParser)
+    (tmp_path / "file").write_bytes(b"content\r")
+    with pytest.raises(OSError, match=f"gs://{NAME}/changed"):
+        buckets.upload(tmp_path / "file", located(f"gs://{NAME}/changed"))
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def export(
         if not dequantize:
             raise ConfigError(
                 f"the base of {opened.folder} is quantized ({scheme}), and an update is lost in few bits; pass "
-                f"--dequantize to merge into its dequantized weights, or --to peft for the adapters alone"
+                "--dequantize to merge into its dequantized weights, or --to peft for the adapters alone"
             )
         opened = dataclasses.replace(opened, params=jlora.dequantize(opened.params))
     target = located(out) if out else opened.folder / to

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -222,11 +222,16 @@ def _check_same_paths(before: Mapping[Path, Any], after: Mapping[Path, Any]) -> 
 
 def check_unchanged(before: Mapping[Path, Any], after: Mapping[Path, Any], plan: Plan) -> None:
     """Raises a ValueError listing every leaf outside of the plan that changed. Does nothing while tracing."""
-    if changed := [path for path in before if path not in plan and differ(before[path], after[path])]:
+    changed = [path for path in before if path not in plan and differ(before[path], after[path])]
+    refuse_changed(changed, "To leave their changes out, give both trees the same values there.")
+
+
+def refuse_changed(changed: Sequence[Path], way_out: str) -> None:
+    """Raises a ValueError listing the leaves that changed and are not in the plan, if there are any."""
+    if changed:
         raise ValueError(
             f"extract: {len(changed)} leaves changed and are not in the plan:{bullets(map(repr, changed))}\nName them "
-            "in train_also of the config, to take them whole, or in targets, to give them factors. To leave their "
-            "changes out, give both trees the same values there."
+            f"in train_also of the config, to take them whole, or in targets, to give them factors. {way_out}"
         )
 
 

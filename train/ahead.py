@@ -22,7 +22,7 @@ from train.compute.optimizer import make_optimizer
 from train.compute.step import init_state, make_step
 from train.compute.topology import CHIPS
 from train.config import TrainConfig
-from train.job import counted, plan_of, start_adapters
+from train.job import counted, plan_of, start_adapters, uses_of
 from train.tasks.stand_in import StandIn, stand_in
 
 
@@ -110,7 +110,7 @@ def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
         accumulate=config.compute.accumulate,
         freeze_a=config.fit.optimizer == "lora-fa",
     )
-    plan = plan_of(config, made.network, base, made.task.inputs(_one_row(made.batch)))
+    plan = plan_of(config, base, uses_of(made.network, base, made.task.inputs(_one_row(made.batch))))
 
     def make(base: Any) -> Any:
         return init_state(tx, start_adapters(config, made.network, base, plan))

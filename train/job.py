@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import numpy as np
 import optax
 
 import jlora
+from jlora.messages import bullets
 from train.compute import flops
 from train.compute.keys import random_key
 from train.compute.layouts import Layout, Mesh, make_layout
 from train.compute.processes import check_same, say
 from train.compute.step import init_state, make_step
-from train.config import ConfigError, FitConfig, Pretrained, TrainConfig
+from train.config import ConfigError, FitConfig, Pretrained, TrainConfig, flag
 from train.data.batches import batch_of, default_buckets, longest, size, truncation_of
 from train.data.ragged import Examples
 from train.data.sources import Provenance
@@ -136,17 +137,24 @@ class Job(TrainingData):
         )
 
 
-def training_data(config: TrainConfig, check: Callable[[], None] = lambda: None) -> TrainingData:
+def training_data(
+    config: TrainConfig, check: Callable[[], None] = lambda: None, other: TrainingData | None = None
+) -> TrainingData:
     """Read and encode the examples of a valid configuration; ``check`` is called between the steps.
 
+    Args:
+      other: data of the same network and task, which are taken from there.
+
     Raises:
-      ConfigError: if the data or the checkpoint do not fit the configuration.
+      ConfigError: if the data or the checkpoint do not fit the configuration, or the task is not that of ``other``.
     """
     tables = load(config.data, config.cache_dir)
     check()
     config = resolved(config, tables)
-    network = make_network(config)
-    task = make_task(config, network)
+    if other is not None and config.task != other.config.task:
+        raise ConfigError(_other_task(config, other.config))
+    network = make_network(config) if other is None else other.network
+    task = make_task(config, network) if other is None else other.task
     train, test = encoded_tables(task, tables, config.cache_dir)
     check()
     check_tokens(network, train, test)
@@ -160,22 +168,54 @@ def make_job(config: TrainConfig, check: Callable[[], None]) -> Job:
     Raises:
       ConfigError: if data, checkpoint, targets or devices do not fit it, or differ between processes.
     """
-    found = training_data(config, check)
-    config, network = found.config, found.network
-    config.check_examples(size(found.examples))
-    layout = make_layout(config, network.rules)
-    buckets = bucket_lengths(config, found.train, found.test)
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
-    plan = plan_of(config, network, shapes, found.task.inputs(batch_of(found.examples, np.arange(1), buckets)))
-    parts = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    job = Job(**parts, layout=layout, shapes=shapes, buckets=buckets, plan=plan)
-    for name, cut in job.cuts.items():
-        say(cut.describe(name))
+    return make_jobs([config], check)[0]
+
+
+def make_jobs(configs: Sequence[TrainConfig], check: Callable[[], None]) -> list[Job]:
+    """`make_job` of configurations with one network: they share it, its trace, the layout, and data that are the same.
+
+    Raises:
+      ConfigError: as `make_job`; and if the data make their networks or tasks different.
+    """
+    data: list[TrainingData] = []
+    for i, config in enumerate(configs):
+        same = next((one for one, other in zip(data, configs, strict=False) if _is_one_data(config, other)), None)
+        found = training_data(config, check, data[0] if data else None) if same is None else same
+        data.append(dataclasses.replace(found, config=dataclasses.replace(config, task=found.config.task)))
+        data[i].config.check_examples(size(found.examples))
+    first = data[0]
+    layout = make_layout(first.config, first.network.rules)
+    shapes = jax.eval_shape(first.network.init, jax.random.key(0))
+    buckets = [bucket_lengths(one.config, one.train, one.test) for one in data]
+    uses = uses_of(first.network, shapes, first.task.inputs(batch_of(first.examples, np.arange(1), buckets[0])))
     if isinstance(layout, Mesh):
         layout.shardings(shapes)  # raises if the weights cannot be split like this
-    _check_processes(job)
+    jobs, told = [], list[Any]()
+    for one, lengths in zip(data, buckets, strict=True):
+        parts = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
+        job = Job(**parts, layout=layout, shapes=shapes, buckets=lengths, plan=plan_of(one.config, shapes, uses))
+        for name, cut in job.cuts.items() if one.train not in told else ():
+            say(cut.describe(name))
+        told.append(one.train)
+        _check_processes(job)
+        jobs.append(job)
     check()
-    return job
+    return jobs
+
+
+def _is_one_data(config: TrainConfig, other: TrainConfig) -> bool:
+    return (config.data, config.task) == (other.data, other.task)
+
+
+def _other_task(config: TrainConfig, other: TrainConfig) -> str:
+    """The error for data that complete a task in another way, as by other labels."""
+    fields = [field.name for field in dataclasses.fields(config.task)]
+    pairs = {name: (getattr(config.task, name), getattr(other.task, name, None)) for name in fields}
+    wrong = [f"task.{name}: {one!r:.200}, {two!r:.200} there" for name, (one, two) in pairs.items() if one != two]
+    return (
+        f"data.train: {config.data.train} needs another task than {other.data.train}:{bullets(wrong)}\nExpected data of "
+        f"one task, which train in one program; state it for all, such as {flag('task.' + wrong[0].split(':')[0][5:])}"
+    )
 
 
 def _check_processes(job: Job) -> None:
@@ -213,13 +253,17 @@ def bucket_lengths(config: TrainConfig, *sets: Mapping[str, Examples]) -> tuple[
     return tuple(bucket for i, bucket in enumerate(wanted) if i == 0 or wanted[i - 1] < most)
 
 
-def plan_of(config: TrainConfig, network: Network, shapes: Any, inputs: Mapping[str, Any]) -> jlora.Plan:
+def uses_of(network: Network, shapes: Any, inputs: Mapping[str, Any]) -> jlora.Uses:
+    """How the network consumes its weights, for `plan_of`."""
+    return jlora.trace(network.forward, shapes, inputs)
+
+
+def plan_of(config: TrainConfig, shapes: Any, uses: jlora.Uses) -> jlora.Plan:
     """The plan: the adapted weights and their adapters.
 
     Raises:
       ConfigError: if the configured targets do not fit the network.
     """
-    uses = jlora.trace(network.forward, shapes, inputs)
     try:
         plan = jlora.plan(shapes, config.adapted, uses)
     except ValueError as error:

@@ -18,7 +18,7 @@ import pytest
 
 from tests import tiny
 from tests.runs import ROOT, program, records, stopping
-from train.loop import loop
+from train.loop import steps
 from train.loop.state import Averages, Intervals, LoopState, StepCounts, TimeEstimate
 from train.loop.stop import EXIT_CODE, INTERRUPTED
 from train.report.console import Progress, ending
@@ -244,7 +244,7 @@ def test_ctrl_c_saves_a_run_that_trains_and_it_resumes(work, tmp_path):
 @pytest.mark.slow
 def test_what_may_be_lost_is_saved_before_something_is_compiled(work, tmp_path, monkeypatch):
     """The first measurement compiles, after four steps: they are saved, with the measurement that is due."""
-    monkeypatch.setattr(loop, "UNSAVED_SECONDS", -1)
+    monkeypatch.setattr(steps, "UNSAVED_SECONDS", -1)
     argv = flags(work, tmp_path / "run", "--fit.epochs 1 --eval-every-steps 4 --save.every-steps 1000 --log-every 1")
     with stopping(after=4):  # at the question of the measurement
         assert program(*argv)[0] == EXIT_CODE

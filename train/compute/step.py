@@ -7,7 +7,7 @@ into accumulated parts: each part gives its mean and its count, which weights th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +55,7 @@ def make_step(
     accumulate: int = 1,
     axis: str | None = None,
     freeze_a: bool = False,
+    strength: Mapping[str, jax.Array] | None = None,
 ) -> Step:
     """A step that trains the adapters of any model.
 
@@ -68,6 +69,7 @@ def make_step(
       axis: the mapped axis (`jax.pmap`, `jax.shard_map`) of devices with different rows; None if the batch is one
         array, sharded or not.
       freeze_a: whether A has no gradient, as under LoRA-FA: the inputs of adapted weights are then not kept.
+      strength: of the adapters, by path, see `jlora.attach`.
 
     Returns:
       ``step(state, base, batch, key) -> (state, metrics)``, to be compiled. The key is for dropout, and the same in
@@ -78,7 +80,7 @@ def make_step(
     def loss_fn(adapters: Any, base: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         adapters_key, network_key = jax.random.split(key)
         adapters = optim.frozen_a(adapters) if freeze_a else adapters
-        tree = jlora.attach(base, adapters, dropout_key=adapters_key, split_inputs={})
+        tree = jlora.attach(base, adapters, strength=strength, dropout_key=adapters_key, split_inputs={})
         outputs = apply(tree, task.inputs(batch, smoothing), network_key)
         total, count = task.loss(outputs, batch, smoothing)
         return _mean(total, count), count

@@ -12,7 +12,7 @@ between fields are in the method `conflicts` of their dataclass.
 from pathlib import Path
 
 from jlora import LoraConfig
-from train.config.fields import ConfigError, refuse
+from train.config.fields import ConfigError, flag, refuse
 from train.config.networks import Mlp, NetworkConfig, PatchTransformer, Pretrained
 from train.config.tasks import CausalLM, Domain, ImageClassification, SequenceClassification, TaskConfig
 from train.config.training import (
@@ -57,5 +57,6 @@ __all__ = [
     "SequenceClassification",
     "TaskConfig",
     "TrainConfig",
+    "flag",
     "refuse",
 ]

@@ -5,35 +5,24 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from train.compute.keys import random_key
 from train.compute.optimizer import make_optimizer, make_schedule
-from train.compute.processes import first_decides
 from train.compute.step import init_state, make_step
 from train.config import ConfigError, FitConfig
 from train.data.ragged import Examples
 from train.job import Job
-from train.loop.feed import Feed
+from train.loop.feed import Batches, Feed
 from train.loop.run_files import RunFiles
-from train.loop.state import Averages, Intervals, LoopState, PrimaryMetric, StepCounts, TimeEstimate
-from train.loop.stop import Stop, Stopped, on_ctrl_c
-from train.report import console
+from train.loop.state import Averages, Intervals, LoopState, PrimaryMetric
+from train.loop.steps import InFlight, Steps
+from train.loop.stop import Stop
 from train.rundir.records import Record
-
-AHEAD_SECONDS = 1.0
-"""The work dispatched to the devices ahead of time, in seconds."""
-
-UNSAVED_SECONDS = 30
-"""The training that a Ctrl-C during compilation may lose, in seconds."""
-
-START_OVER = "there is no checkpoint, and the same command starts over"
 
 
 @dataclass(frozen=True)
@@ -104,29 +93,18 @@ def fit(training: Training, base: Any, *, files: RunFiles | None = None, stop: S
       CheckpointError: if a checkpoint cannot be written or read.
       Stopped: if ``stop`` was requested, after a checkpoint was saved.
     """
-    loop = _Loop(training, base, files, stop)
-    with console.Progress(training.phase, loop.intervals, loop.state.step) as loop.progress:
-        return loop.run()
+    return _Loop(training, base, files, stop).run()
 
 
-class _InFlight(NamedTuple):
-    """A dispatched step, whose metrics may not be ready yet."""
+class _Loop(Steps):
+    """The training of one set of adapters."""
 
-    step: int
-    metrics: Mapping[str, Any]
-    counts: StepCounts
-    is_timed: bool
-
-
-class _Loop:
-    """A training in this process: its state, one step, and the work due after a step."""
-
-    progress: console.Progress
+    state: LoopState
 
     def __init__(self, training: Training, base: Any, files: RunFiles | None, stop: Stop | None):
-        self.t, self.base, self.files, self.stop = training, base, files, stop
+        super().__init__(training.job.layout, training.intervals, base, files, stop)
+        self.t, self.files, self.phase = training, files, training.phase
         job, config = training.job, training.config
-        self.layout, self.intervals = job.layout, training.intervals
         tx = make_optimizer(config)
         schedule = make_schedule(config, getattr(job.config.learning_rate, training.rate_name), self.intervals.steps)
         self.train_state = self.layout.make_state(lambda base: init_state(tx, training.start(base)), base)
@@ -145,44 +123,12 @@ class _Loop:
             freeze_a=config.optimizer == "lora-fa",
         )
         self.step = self.layout.compile_step(step, self.train_state)
-        self.feed = Feed(
-            training.examples,
-            self.layout,
-            config.batch_size,
-            job.buckets,
-            job.config.seed,
-            training.ideal_seconds,
+        self.batches = Batches(
+            training.examples, self.layout, config.batch_size, job.buckets, job.config.seed, training.ideal_seconds
         )
-        self.compiled: set[tuple[int, ...]] = set()
-        self.in_flight: deque[_InFlight] = deque()
-        self.estimate = TimeEstimate()
-        self.saved_step = self.state.step
-        self.clock = self.saved_at = time.perf_counter()
-        self.waited = 0.0  # for input, since the last lap
+        self.feed = Feed(self.batches, on_host=self.layout.on_host)
 
-    def run(self) -> FitResult:
-        """Train to the end, or until a stop is requested."""
-        try:
-            # With files, Ctrl-C waits until a checkpoint is saved.
-            with on_ctrl_c(f"{self.t.phase}: stopped; {START_OVER}" if self.files is None else None):
-                self.train()
-                return self.result()
-        except Stopped as stopped:
-            raise Stopped(self.save_and_stop(), stopped.code) from None
-        finally:
-            self.feed.close()
-
-    def train(self) -> None:
-        if self.state.eval_pending:
-            self.after_step()
-        while self.state.step < self.intervals.steps and not self.is_out_of_patience():
-            self.advance()
-            self.after_step()
-            if self.stop is not None and self.stop.requested():
-                raise Stopped(code=self.stop.code)
-        self.save()
-
-    def is_out_of_patience(self) -> bool:
+    def is_over(self) -> bool:
         patience = self.t.config.patience
         return patience is not None and self.state.evals_since_best >= patience
 
@@ -205,66 +151,19 @@ class _Loop:
                 adapters = best.adapters
         return FitResult(adapters, state, ended, kept, metric)
 
-    # One step
+    def take(self, done: InFlight, metrics: dict[str, np.ndarray], seconds: float, waited: float) -> None:
+        """Records are logged as soon as their metrics arrive; `evaluate` logs those with its own metrics."""
+        values = {name: value.item() for name, value in metrics.items()}
+        if not all(math.isfinite(values[name]) for name in ("loss", "grad_norm")):
+            raise ConfigError(self.diverged(done.step, values))
+        for averages in (self.state.since_log, self.state.since_epoch):
+            averages.add(values, done.counts, seconds if done.is_timed else None, waited)
+        if not self.intervals.is_eval_due(done.step):
+            self.log(done.step, {})
 
-    def advance(self) -> None:
-        """Dispatch one step. Its metrics stay on the devices for now, so the host need not wait for them."""
-        asked = time.perf_counter()
-        one = self.feed.input(self.state.step, self.intervals.steps)
-        self.waited += time.perf_counter() - asked
-        is_compiled = one.shape in self.compiled
-        if not is_compiled:  # keeps compilation out of the timing: no step is in flight during it
-            self.collect(0)
-        with contextlib.nullcontext() if is_compiled else self.compiling():
-            self.train_state, metrics = self.step(self.train_state, self.base, one.batch, self.key)
-        self.compiled.add(one.shape)
-        self.state.step += 1
-        self.in_flight.append(_InFlight(self.state.step, metrics, one.counts, is_compiled))
-        self.collect(self.ahead() if is_compiled else 0)
-        self.progress.advance()
-
-    def ahead(self) -> int:
-        """The maximum number of steps in flight: few enough that a stop need not wait long."""
-        seconds = self.estimate.step_seconds
-        return 1 if seconds is None else min(self.layout.ahead, max(1, int(AHEAD_SECONDS / max(seconds, 1e-6))))
-
-    def collect(self, leave: int) -> None:
-        """Wait for all steps in flight except the newest ``leave``, and collect their metrics in order.
-
-        Records are logged as soon as their metrics arrive; `evaluate` logs those with its own metrics.
-        """
-        while len(self.in_flight) > leave or self.in_flight and self.is_done(self.in_flight[0]):
-            done = self.in_flight.popleft()
-            metrics = {name: np.asarray(value).item() for name, value in done.metrics.items()}
-            if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
-                raise ConfigError(self.diverged(done.step, metrics))
-            seconds, waited = self.lap()
-            if done.is_timed:
-                self.estimate.add(seconds)
-            for averages in (self.state.since_log, self.state.since_epoch):
-                averages.add(metrics, done.counts, seconds if done.is_timed else None, waited)
-            if not self.intervals.is_eval_due(done.step):
-                self.log(done.step, {})
-
-    def is_done(self, one: _InFlight) -> bool:
-        """Whether a step's metrics can be had without waiting. Several processes collect them at the same steps."""
-        return jax.process_count() == 1 and all(value.is_ready() for value in one.metrics.values())
-
-    def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, counted as training time; and those of them that were spent waiting for input."""
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
-        waited, self.waited = min(self.waited, seconds), 0.0
-        self.state.seconds += seconds
-        return seconds, waited
-
-    # What is due after a step
-
-    def after_step(self) -> None:
+    def evaluate_if_due(self) -> bool:
         is_best = self.intervals.is_eval_due(self.state.step) and self.evaluate()
-        if self.files is not None and (is_best and self.files.keep_best or self.is_save_due(self.files)):
-            self.save()
-            self.clock = time.perf_counter()
+        return is_best and self.files is not None and self.files.keep_best
 
     def evaluate(self) -> bool:
         """Evaluate the adapters, log the metrics, and return whether these are the best so far."""
@@ -294,52 +193,9 @@ class _Loop:
             self.t.log({"phase": self.t.phase} | record)
             self.progress.show(record, [name for name in metrics if name in record], left)
 
-    def is_save_due(self, files: RunFiles) -> bool:
-        """By steps, or by the first process's clock, which several processes query together, but not at every step."""
-        config = files.config.save
-        if config.every_steps is not None:
-            return self.state.step % config.every_steps == 0
-        if jax.process_count() > 1 and self.state.step % min(self.intervals.log, 50):
-            return False
-        due = time.perf_counter() - self.saved_at > 60 * config.every_minutes
-        return first_decides(lambda: due)
-
-    def save(self) -> None:
-        """Save a checkpoint of this step, unless there is one."""
-        if self.files is None or self.saved_step == self.state.step:
-            return
-        self.collect(0)
-        self.files.save(self.layout, self.train_state, self.key)
-        self.saved_step, self.saved_at = self.state.step, time.perf_counter()
-
-    # Stops
-
-    @contextlib.contextmanager
-    def compiling(self) -> Iterator[None]:
-        """For a call that compiles a program. That may take minutes without a check for signals, so Ctrl-C ends the
-        process at once, after saving what would be lost. Several processes stop together, after compilation."""
-        if self.files is None or jax.process_count() > 1:
-            yield
-            return
-        if time.perf_counter() - self.saved_at > UNSAVED_SECONDS:
-            self.save()
-            self.files.checkpoints.wait()
-        then = f"{self.files.command} resumes from step {self.saved_step}" if self.saved_step else START_OVER
-        with on_ctrl_c(f"{self.t.phase}: stopped during compilation, after step {self.state.step}; {then}"):
-            yield
-
-    def save_and_stop(self) -> str:
-        """Save a checkpoint, and return a message with the step to resume from."""
-        done = f"{self.t.phase}: stopped after step {self.state.step} of {self.intervals.steps}"
-        if self.files is None:
-            return f"{done}; {START_OVER}"
-        self.save()
-        self.files.checkpoints.wait()
-        return f"{done}; {self.files.command} resumes from there"
-
     def diverged(self, step: int, metrics: Mapping[str, Any]) -> str:
         """The error for a step, counted from 1, whose metrics are not finite."""
-        rows = self.feed.rows(step - 1)
+        rows = self.batches.rows(step - 1)
         shown = ", ".join(map(str, rows[:16])) + (f" and {len(rows) - 16} more" if len(rows) > 16 else "")
         saved = [] if self.files is None else self.files.checkpoints.steps()
         good = f"; the newest checkpoint, of step {saved[-1]}, is from before" if saved else ""

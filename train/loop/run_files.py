@@ -7,7 +7,7 @@ import jax
 from train.compute.layouts import Layout
 from train.compute.processes import is_first
 from train.compute.step import TrainState
-from train.config import ConfigError, TrainConfig
+from train.config import ConfigError, SaveConfig, TrainConfig
 from train.loop.checkpoints import Checkpoints
 from train.loop.extend import extend
 from train.loop.state import Intervals, LoopState
@@ -62,6 +62,10 @@ class RunFiles:
         elif config.resume != 0 and directory.metrics.is_file() and directory.metrics.read_bytes():
             notes.append(f"{self.path} was stopped before its first checkpoint: training starts over")
         self.note = "\n".join(note for note in notes if note)
+
+    @property
+    def saving(self) -> SaveConfig:
+        return self.config.save
 
     def __enter__(self) -> RunFiles:
         return self

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import optax
 from train.compute import flops
 from train.compute.compiled import Compiled, ComputedArray
 from train.compute.layouts import planned_layout
+from train.compute.memory import compile_or_measure, device_memory, host_memory
 from train.compute.optimizer import make_optimizer
 from train.compute.step import init_state, make_step
 from train.compute.topology import CHIPS
@@ -123,8 +122,9 @@ def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
         "batch_bytes": sum(math.prod(x.shape) * x.dtype.itemsize for x in made.batch.values()) // layout.parts,
     }
     began = time.perf_counter()
-    compiled, peak = _compiled(lowered, sum(given.values()))
-    compile_seconds, memory = time.perf_counter() - began, _memory(devices)
+    program, peak = compile_or_measure(lowered, sum(given.values()))
+    compile_seconds, memory = time.perf_counter() - began, device_memory(devices)
+    compiled = None if program is None else Compiled(program)
     return StepCosts(
         layout=str(layout),
         devices=layout.devices,
@@ -165,22 +165,6 @@ def _bits(dtype: Any) -> int:
     return 4 if dtype.name.startswith(("int4", "uint4", "float4")) else 8 * dtype.itemsize
 
 
-def _compiled(lowered: Any, given: int) -> tuple[Compiled | None, int]:
-    """The compiled step and its peak; where that is more than the device has, None and what the compiler says.
-
-    Args:
-      given: bytes of the arguments.
-    """
-    try:
-        compiled = Compiled(lowered.compile())
-    except jax.errors.JaxRuntimeError as error:
-        for pattern, more in ((r"Used ([\d.]+)([KMGT]) of", 0), (r"temporaries \(([\d.]+)([KMGT])\)", given)):
-            if (found := re.search(pattern, str(error))) and "RESOURCE_EXHAUSTED" in str(error):
-                return None, more + round(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
-        raise
-    return compiled, compiled.peak_bytes
-
-
 def _kernel_cycles(compiled: Compiled, device: Any) -> int:
     chip, peak = CHIPS.get(device.device_kind), flops.peak(device)
     return round(2 * sum(compiled.kernels.values()) * chip.clock / peak) if chip and peak else 0
@@ -191,29 +175,9 @@ def _unknown_loops(compiled: Compiled | None) -> Iterator[str]:
         yield f"counted once, as it is not known how often they run: {compiled.unknown_loops} loops"
 
 
-def _memory(devices: Sequence[Any]) -> int | None:
-    """Of each device, in bytes; None if it is unknown."""
-    device = devices[0]
-    if (chip := CHIPS.get(device.device_kind)) is not None:
-        return chip.memory
-    if device.platform == "cpu":
-        return None if (host := _host_memory()) is None else host // len(devices)
-    try:
-        return (device.memory_stats() or {}).get("bytes_limit")
-    except jax.errors.JaxRuntimeError:  # a device of a topology
-        return None
-
-
-def _host_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return None
-
-
 def _memory_notes(devices: Sequence[Any]) -> Iterator[str]:
     platform = devices[0].platform
-    if platform == "cpu" and (host := _host_memory()) is not None:
+    if platform == "cpu" and (host := host_memory()) is not None:
         share = f", divided among {len(devices)} devices" if len(devices) > 1 else ""
         yield f"memory: this machine's {host / 2**30:.1f} GiB{share}, whatever else runs here"
     elif platform == "gpu":

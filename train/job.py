@@ -283,13 +283,28 @@ def _where_paths_are(config: TrainConfig) -> str:
     return f"\nTo see the paths: python -m train inspect {config.model.path}"
 
 
-def start_adapters(config: TrainConfig, network: Network, params: Any, plan: jlora.Plan) -> dict[str, Any]:
-    """Fresh adapters; with mode ``head``, a newly initialized head."""
-    adapters: dict[str, Any] = jlora.init(random_key(config.seed, "adapters"), params, plan)
-    if config.mode != "head":
+def start_adapters(
+    config: TrainConfig,
+    network: Network,
+    params: Any,
+    plan: jlora.Plan,
+    *,
+    keys: tuple[jax.Array, jax.Array] | None = None,
+    new: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Fresh adapters; with mode ``head``, a newly initialized head.
+
+    Args:
+      keys: of adapters and head; by default those of the seed.
+      new: leaves trained whole that are drawn from the head's key, instead of copied from the params.
+    """
+    own, head = keys or (random_key(config.seed, "adapters"), random_key(config.seed, "head"))
+    adapters: dict[str, Any] = jlora.init(own, params, plan)
+    new = [*adapters] if config.mode == "head" else new
+    if not new:
         return adapters
-    drawn, _ = jlora.named_leaves(network.init(random_key(config.seed, "head")))
-    return {path: drawn[path].astype(value.dtype) for path, value in adapters.items()}
+    drawn, _ = jlora.named_leaves(network.init(head))
+    return adapters | {path: drawn[path].astype(adapters[path].dtype) for path in new}
 
 
 def counted(config: TrainConfig) -> TrainConfig:

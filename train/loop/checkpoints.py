@@ -19,7 +19,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -42,6 +42,18 @@ COMMITTED = "commit_success.txt"
 ITEMS = ("adapters", "opt_state", "rng", "loop", "factors", "config")
 
 
+class SavedState(Protocol):
+    """A loop's state: `LoopState`, or that of several trainings."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def best_step(self) -> int | None: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
 class CheckpointError(Exception):
     """A checkpoint cannot be written or read; the message gives the reason and lists the usable ones."""
 
@@ -52,8 +64,15 @@ class Checkpoints:
     Opened for reading; `begin` opens them for writing. All processes call each method.
     """
 
-    def __init__(self, folder: Path, config: SaveConfig, *, keep_best: bool):
-        self.folder = folder
+    def __init__(
+        self, folder: Path, config: SaveConfig, *, keep_best: bool, read_state: Callable[[Any], Any] = LoopState.from_json
+    ):
+        """Open a folder.
+
+        Args:
+          read_state: the loop's state from its JSON.
+        """
+        self.folder, self._read_state = folder, read_state
         self._policy = _Policy(config.max_to_keep, keep_best)
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs errors before raising them
         # By now, the first process may have created the folder in `begin`.
@@ -92,15 +111,15 @@ class Checkpoints:
         """The steps of the finished checkpoints, in order."""
         return sorted(self._manager.all_steps()) if self._manager is not None else []
 
-    def loop_state(self, step: int) -> LoopState:
+    def loop_state(self, step: int) -> Any:
         """The loop's state in a checkpoint.
 
         Raises:
           CheckpointError: if it cannot be read.
         """
 
-        def read() -> LoopState:
-            return LoopState.from_json(self._restore(step, loop=ocp.args.JsonRestore())["loop"])
+        def read() -> Any:
+            return self._read_state(self._restore(step, loop=ocp.args.JsonRestore())["loop"])
 
         return self._guarded(step, read)
 
@@ -135,7 +154,7 @@ class Checkpoints:
         state = TrainState(count, found["adapters"], found["opt_state"])
         return layout.from_disk(state), jax.random.wrap_key_data(found["rng"]["key"])
 
-    def save(self, layout: Layout, state: TrainState, loop: LoopState, key: jax.Array, config: Any) -> None:
+    def save(self, layout: Layout, state: TrainState, loop: SavedState, key: jax.Array, config: Any) -> None:
         """Write a checkpoint in the background; the state may be donated when this returns.
 
         Raises:

@@ -1,0 +1,226 @@
+"""One compiled step of several members, and its placement on devices.
+
+The step is that of a single run under `jax.vmap`: the base is not mapped, and a batch that several members share is not
+either, so what depends on no adapter is computed once for them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from train.compute.keys import random_key
+from train.compute.layouts import Mesh
+from train.compute.memory import compile_or_measure, device_memory
+from train.compute.optimizer import make_optimizer
+from train.compute.step import Metrics, TrainState, init_state, make_step
+from train.data.batches import Batch, batch_of, bucket_of, size, training_rows
+from train.job import Job
+from train.loop.feed import StepInput, counts_of
+from train.loop.state import StepCounts
+from train.sweep.stacked import Settings, own_adapters, start_stacked, with_scales
+
+
+class Program:
+    """A step that trains several members at once.
+
+    On a mesh the members lie along ``data`` if it divides their number, and the rows of a batch along ``fsdp``; if not,
+    the rows are divided as in a single run.
+
+    Attributes:
+      jobs: of the members; those with the same data and seed are neighbours.
+      base: parameters on their devices.
+    """
+
+    def __init__(self, jobs: Sequence[Job], base: Any, constants: Mapping[str, Any], new: Sequence[str]):
+        """A program of ``jobs``.
+
+        Args:
+          constants: the settings of these members, as from `train.sweep.stacked.constant_settings`.
+          new: as for `train.sweep.stacked.start_stacked`.
+        """
+        self.jobs, self.base, self._constants, self._new = jobs, base, constants, new
+        first = jobs[0]
+        assert isinstance(first.layout, Mesh)
+        self._layout, self._fit = first.layout, first.config.fit
+        self._keys = jnp.stack([random_key(job.config.seed, "fit dropout") for job in jobs])
+        self._tx = make_optimizer(self._fit, decay=constants["decay"], ratio=constants["ratio"])
+        data = self._layout.mesh.shape["data"]
+        self._axis = "data" if data > 1 and len(jobs) % data == 0 else None
+        self._sources = self._batch_sources()
+        self._compiled: dict[tuple[int, ...], Any] = {}
+
+    def _batch_sources(self) -> list[int]:
+        """A member for each different batch of a step. All are followed by equally many members with the same batch."""
+        first = [i for i, job in enumerate(self.jobs) if i == 0 or not _is_one_feed(job, self.jobs[i - 1])]
+        uneven = len({*np.diff([*first, len(self.jobs)]).tolist()}) > 1
+        return [*range(len(self.jobs))] if uneven or self._axis and len(first) > 1 else first
+
+    # The state
+
+    def make_state(self) -> TrainState:
+        """The state before the first step, on its devices."""
+        return jax.block_until_ready(jax.jit(self._make, out_shardings=self._places)(self.base))
+
+    def state_like(self) -> TrainState:
+        """The shapes of the state, with shardings."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._shapes, self._places
+        )
+
+    def part_of(self, state: TrainState, kept: Sequence[int]) -> TrainState:
+        """The state of this program, of the members ``kept`` of another one's."""
+        index = np.asarray(kept)
+        return jax.jit(lambda state: jax.tree.map(lambda x: x[index], state), out_shardings=self._places)(state)
+
+    def _make(self, base: Any) -> TrainState:
+        return jax.vmap(lambda adapters: init_state(self._tx, adapters))(start_stacked(self.jobs, base, self._new))
+
+    @functools.cached_property
+    def _shapes(self) -> Any:
+        return jax.eval_shape(self._make, self.base)
+
+    @functools.cached_property
+    def _own_places(self) -> TrainState:
+        """The shardings of one member's state."""
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self._shapes)
+        return self._layout.state_shardings(one, jax.tree.map(lambda x: x.sharding, self.base))
+
+    @functools.cached_property
+    def _places(self) -> Any:
+        return jax.tree.map(lambda s: NamedSharding(s.mesh, P(self._axis, *s.spec)), self._own_places)
+
+    # A step
+
+    def input(self, step: int) -> StepInput:
+        """The batches of a step, counted from 0. Members that are done get their last step's."""
+        jobs = [self.jobs[i] for i in self._sources]
+        rows = [_rows(job, step) for job in jobs]
+        pairs = [(job.examples, row) for job, row in zip(jobs, rows, strict=True)]
+        bucket = max(bucket_of(*pair, job.buckets) for pair, job in zip(pairs, jobs, strict=True))
+        parts = [batch_of(*pair, bucket) for pair in pairs]
+        counts = [counts_of(*pair, bucket) for pair in pairs]
+        times = len(self.jobs) // len(jobs)
+        total = StepCounts(*(sum(column) * times for column in zip(*counts, strict=True)))
+        return StepInput(self._placed(parts), (len(rows[0]), *bucket), total)
+
+    def settings(self, rates: np.ndarray, active: np.ndarray) -> Settings:
+        """The settings of a step; both of shape [n]."""
+        return Settings(np.asarray(rates, np.float32), np.asarray(active, bool), **self._constants)
+
+    def step(
+        self, state: TrainState, batch: Any, shape: tuple[int, ...], settings: Settings
+    ) -> tuple[TrainState, Metrics]:
+        """One step; ``shape`` is the batch's, see `StepInput`. Metrics are float32 [n]. The state is donated."""
+        if shape not in self._compiled:
+            self._compiled[shape] = self._lowered(state, batch, settings).compile()
+        return self._compiled[shape](state, self.base, batch, self._keys, settings)
+
+    def fits(self) -> bool | None:
+        """Whether a device has the memory for the step with the longest batch, by the compiler's account; None if its
+        memory is unknown. What is compiled for it is kept."""
+        memory = device_memory(self._layout.mesh.devices.flatten())
+        if memory is None:
+            return None
+        rows = np.zeros(self._fit.batch_size, np.int64)
+        bucket = max(job.buckets[-1:] for job in self.jobs)
+        batch = self._placed([batch_of(self.jobs[0].examples, rows, bucket)] * len(self._sources))
+        none = np.zeros(len(self.jobs))
+        compiled, peak = compile_or_measure(self._lowered(self.state_like(), batch, self.settings(none, none)))
+        if compiled is not None:
+            self._compiled[(len(rows), *bucket)] = compiled
+        return compiled is not None and peak <= memory
+
+    def _lowered(self, state: Any, batch: Any, settings: Settings) -> Any:
+        whole = NamedSharding(self._layout.mesh, P())
+        step = jax.jit(self._steps(), donate_argnums=0, out_shardings=(self._places, whole))
+        return step.lower(state, self.base, batch, self._keys, settings)
+
+    def _steps(self) -> Any:
+        """``step(state, base, batch, keys, settings)`` of all members."""
+        job, fit = self.jobs[0], self._fit
+
+        def one(state: TrainState, base: Any, batch: Batch, key: jax.Array, settings: Settings) -> Any:
+            step = make_step(
+                job.network.forward,
+                job.task,
+                make_optimizer(fit, decay=settings.decay, ratio=settings.ratio),
+                lambda _: settings.rate,
+                smoothing=fit.label_smoothing,
+                accumulate=job.config.compute.accumulate,
+                freeze_a=fit.optimizer == "lora-fa",
+                strength=settings.strength,
+            )
+            new, metrics = step(state, base, batch, key)
+            return jax.tree.map(lambda new, old: jnp.where(settings.active, new, old), new, state), metrics
+
+        of_one_batch = jax.vmap(one, (0, None, None, 0, 0))
+        of_each_batch = jax.vmap(of_one_batch, (0, None, 0, 0, 0))
+
+        def steps(state: Any, base: Any, batch: Any, keys: jax.Array, settings: Settings) -> Any:
+            groups = len(next(iter(batch.values())))
+            grouped = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (state, keys, settings))
+            found = of_each_batch(grouped[0], base, batch, *grouped[1:])
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+        if self._axis is None:
+            return steps
+        members = P(self._axis)
+        batches = members if len(self._sources) > 1 else P()
+        specs = {"in_specs": (members, P(), batches, members, members), "out_specs": (members, members)}
+        # Not checked: in a step of one device, whose loops start from constants, nothing varies over devices.
+        return jax.shard_map(steps, mesh=self._layout.mesh, **specs, axis_names={self._axis}, check_vma=False)
+
+    def _placed(self, parts: Sequence[Batch]) -> Any:
+        batch = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        if self._layout.devices == 1 and self._layout.on_host:
+            return batch
+        members = self._axis if len(parts) > 1 else None
+        rows = "fsdp" if self._axis else ("data", "fsdp")
+        return jax.device_put(batch, NamedSharding(self._layout.mesh, P(members, rows)))
+
+    # The members
+
+    def adapters(self, state: TrainState, i: int) -> dict[str, Any]:
+        """A member's adapters on the devices, with the program's rank and its own scale, to evaluate."""
+        return self._slice(state.adapters, i)
+
+    def own_adapters(self, state: TrainState, i: int) -> dict[str, Any]:
+        """A member's adapters on the host, as from its single run."""
+        padded = self._layout.to_host(self._plain_slice(state.adapters, i))
+        return own_adapters(self.jobs[i], padded)
+
+    @functools.cached_property
+    def _slice(self) -> Any:
+        strength = self._constants["strength"]
+        return jax.jit(lambda stacked, i: _at(with_scales(stacked, strength), i), out_shardings=self._own_places.adapters)
+
+    @functools.cached_property
+    def _plain_slice(self) -> Any:
+        return jax.jit(_at, out_shardings=self._own_places.adapters)
+
+
+def part_of_constants(constants: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The constant settings of these members."""
+    return jax.tree.map(lambda x: x[np.asarray(kept)], dict(constants))
+
+
+def _at(tree: Any, i: Any) -> Any:
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def _rows(job: Job, step: int) -> np.ndarray:
+    fit, last = job.config.fit, job.intervals(job.config.fit, job.examples).steps - 1
+    return training_rows(size(job.examples), fit.batch_size, job.config.seed, min(step, last))
+
+
+def _is_one_feed(job: Job, other: Job) -> bool:
+    """Whether two members have the same batches."""
+    return job.examples is other.examples and job.config.seed == other.config.seed

@@ -57,6 +57,7 @@ TRAIN = {
     " ": "job",
     "loop ": "run_files | loop",
     "  ": "ahead pretrain | summary | experiment",
+    "sweep": "members | results | picture",
     "commands": "options inputs results contact_sheet advice one_base | export | fit show plan predict generate eval "
     "extract merge report inspect",
     "   ": "__main__",

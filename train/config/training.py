@@ -341,7 +341,7 @@ class TrainConfig(Part):
         if isinstance(self.resume, int):
             yield f"resume: got step {self.resume} with a sweep, expected auto or never; pass --resume auto"
         if "wandb" in self.log:
-            yield "log: got wandb with a sweep, expected tensorboard: a process has one run of wandb; pass --log tensorboard"
+            yield "log: got wandb with a sweep, but wandb has one run in a process; pass --log tensorboard"
         if self.compute.layout == "pmap":
             yield "compute.layout: got 'pmap' with a sweep, expected jit or mesh; pass --compute.layout mesh"
         if self.processes.count is not None and self.processes.count > 1:

@@ -43,7 +43,7 @@ JLORA = {  # a room imports from those above it; of its own files, from those th
 }
 TRAIN = {
     "": "messages",
-    "config": "fields | tasks networks | training | __init__",
+    "config": "fields | tasks networks sweep | training | __init__",
     "data": "truncation lines cache_folder | ragged delimited json_rows | batches formats | arrow_cache | sources | "
     "tables",
     "networks": "network tokenizers | scratch pretrained | registry",
@@ -57,6 +57,7 @@ TRAIN = {
     " ": "job",
     "loop ": "run_files | loop",
     "  ": "ahead pretrain | summary | experiment",
+    "sweep": "members | results | picture",
     "commands": "options inputs results contact_sheet advice one_base | export | fit show plan predict generate eval "
     "extract merge report inspect",
     "   ": "__main__",

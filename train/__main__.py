@@ -19,7 +19,7 @@ import runpy
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from jlora.files.errors import ModelError, PeftError, TensorError
 from train import config as schema
 from train.commands.options import PlanOptions, ShowOptions
 from train.config import ConfigError, TrainConfig
+from train.config.sweep import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CONFIG = ROOT / "configs" / "digits.py"
@@ -60,7 +61,9 @@ CONFIG.py is a file that defines `config = TrainConfig(...)`. Default: configs/d
 switches are turned off with `no-`:
   python -m train configs/digits.py --lora.rank 2 --fit.epochs 5
   python -m train configs/instruct_llama.py --task.no-pack
-`--learning-rate 1e-4` sets the learning rate of the mode. Each command below has its own --help.
+`--learning-rate 1e-4` sets the learning rate of the mode. Several values train several adapters in one program:
+  python -m train CONFIG.py --sweep.rank 4,8,16 --sweep.lr 1e-4,3e-4,1e-3 --sweep.seed 0,1
+Each command below has its own --help.
 
 Before training:
   python -m train show CONFIG.py               show the training data (takes the same flags)
@@ -105,6 +108,11 @@ def _run_command(name: str, argv: list[str]) -> None:
         prog = f"{PROG} {name} [CONFIG.py]"
         options, rest = tyro.cli(OPTIONS[name], prog=prog, args=argv, return_unknown_args=True)
         config = parse(rest)
+        if config.sweep:
+            raise ConfigError(
+                f"sweep: got {config.sweep.flags}, expected none: {name} takes a single run; leave them out (what the "
+                "file has is undone by the flag without a value)"
+            )
         _command(name)(config, options)
     else:
         tyro.cli(_command(name), prog=f"{PROG} {name}", args=argv, config=(tyro.conf.AvoidSubcommands,))
@@ -130,7 +138,7 @@ def parse(argv: list[str]) -> TrainConfig:
     if argv and not argv[0].startswith("-"):
         path, argv = Path(argv[0]), argv[1:]
     default = load_config(path)
-    argv, rate = _split_rate(argv)
+    argv, rate = _split_rate(list(_split_swept(argv)))
     config = _overridden(default, argv)
     if rate is not None:
         own = f"{RATE}.{config.mode}"
@@ -138,6 +146,7 @@ def parse(argv: list[str]) -> TrainConfig:
             raise ConfigError(f"got {RATE} and {own}, which are the same with --mode {config.mode}; pass one of them")
         config = _overridden(default, [*argv, own, rate])
     config = dataclasses.replace(config, cache_dir=_expanded(config.cache_dir), run_dir=_expanded(config.run_dir))
+    config = _with_data_sets(config)
     config.check()
     return config
 
@@ -158,6 +167,41 @@ def _overridden(default: TrainConfig, argv: list[str]) -> TrainConfig:
 
 def _expanded(path: Any) -> Any:
     return Path(path).expanduser() if isinstance(path, str | Path) else path
+
+
+def _split_swept(argv: list[str]) -> Iterator[str]:
+    """The command line with a word for each value of a ``--sweep.`` flag: ``--sweep.rank=4,8`` becomes three words."""
+    swept, seen = "", set()
+    for word in argv:
+        name, given, value = word.partition("=")
+        begins = name.startswith("--")
+        if begins:
+            swept = name.replace("_", "-") if name.startswith("--sweep.") else ""
+            if swept in seen:
+                raise ConfigError(f"got {swept} twice, expected all its values at once; pass {swept} VALUE,VALUE")
+            seen |= {swept} - {""}
+        if begins or not swept:
+            yield name if swept else word
+        if swept and (given or not begins):
+            text = value if begins else word
+            yield from sources(text) if swept == "--sweep.data" else [one for one in text.split(",") if one] or [text]
+
+
+def _with_data_sets(config: TrainConfig) -> TrainConfig:
+    """The configuration with several sources in ``data.train`` as ``sweep.data``, and with its first one there."""
+    found = sources(config.data.train) if isinstance(config.data.train, str) else ()
+    if len(found) > 1 and config.sweep.data:
+        raise ConfigError(
+            f"sweep.data: got it beside {len(found)} sources in data.train, which mean the same; pass one of them"
+        )
+    data = found if len(found) > 1 else config.sweep.data
+    if not data or isinstance(data, str):  # a text is an error of the check
+        return config
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, train=data[0]),
+        sweep=dataclasses.replace(config.sweep, data=data),
+    )
 
 
 def _split_rate(argv: list[str]) -> tuple[list[str], str | None]:

@@ -3,6 +3,7 @@
 ``fields``    types with constraints, and the check of every field
 ``tasks``     classification, regression, language modelling
 ``networks``  checkpoints, and networks trained from scratch
+``sweep``     several trainings in one program
 ``training``  data, training, devices, checkpoints; `TrainConfig` holds them all
 
 Each field is declared once: its type with its constraint, its default, and below it the text of ``--help``. Constraints
@@ -14,6 +15,7 @@ from pathlib import Path
 from jlora import LoraConfig
 from train.config.fields import ConfigError, flag, refuse
 from train.config.networks import Mlp, NetworkConfig, PatchTransformer, Pretrained
+from train.config.sweep import SweepConfig
 from train.config.tasks import CausalLM, Domain, ImageClassification, SequenceClassification, TaskConfig
 from train.config.training import (
     EVERYTHING,
@@ -55,6 +57,7 @@ __all__ = [
     "SaveConfig",
     "Schedule",
     "SequenceClassification",
+    "SweepConfig",
     "TaskConfig",
     "TrainConfig",
     "flag",

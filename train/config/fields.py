@@ -41,6 +41,8 @@ Count = Annotated[int, at_least(1)]
 Positive = Annotated[float, Constraint("a number > 0", lambda x: x > 0)]
 NotNegative = Annotated[float, Constraint("a number >= 0", lambda x: x >= 0)]
 Fraction = Annotated[float, Constraint("a fraction, 0 <= x < 1", lambda x: 0 <= x < 1, "0.1")]
+Seed = Annotated[int, at_least(0)]
+Source = Annotated[str, Constraint("a file, a folder or the name of a dataset", bool, "train.jsonl")]
 Column = Annotated[str, Constraint("the name of a column", bool, "text")]
 
 

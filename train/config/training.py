@@ -18,6 +18,8 @@ from train.config.fields import (
     NotNegative,
     Part,
     Positive,
+    Seed,
+    Source,
     at_least,
     flag,
     misplaced_parts,
@@ -25,6 +27,7 @@ from train.config.fields import (
     refuse,
 )
 from train.config.networks import Mlp, NetworkConfig, PatchTransformer
+from train.config.sweep import LORA_ONLY, SweepConfig
 from train.config.tasks import CausalLM, SequenceClassification, TaskConfig
 
 Mode = Literal["lora", "full", "head"]
@@ -33,8 +36,6 @@ LayoutName = Literal["jit", "pmap", "mesh"]
 Remat = Literal["none", "dots", "full"]
 Writer = Literal["tensorboard", "wandb"]
 Limit = Annotated[int, at_least(1, 1000)]
-Source = Annotated[str, Constraint("a file, a folder or the name of a dataset", bool, "train.jsonl")]
-
 Lengths = Annotated[tuple[Count, ...], Constraint("one or more lengths >= 1", bool, "32 64 128")]
 
 NEW_HEAD = LoraConfig(targets=(), train_also=HEADS)
@@ -264,12 +265,13 @@ class TrainConfig(Part):
     #: What to train: adapters (lora), all weights (full), or a new head alone (head).
     mode: Mode = "lora"
     #: Seed of initialization, data order and dropout.
-    seed: Annotated[int, at_least(0)] = 0
+    seed: Seed = 0
     #: The frozen base: of a checkpoint (FrozenBase), or how to train it from scratch (FitConfig).
     base: FitConfig | FrozenBase = FrozenBase()
     #: Training of the adapters, or of the weights that --mode selects.
     fit: FitConfig = FitConfig()
     learning_rate: LearningRates = LearningRates()
+    sweep: SweepConfig = SweepConfig()
     #: Epochs between evaluations on the validation examples.
     eval_every: Count = 1
     #: Steps between evaluations, instead of epochs. The last step is always evaluated.
@@ -329,6 +331,24 @@ class TrainConfig(Part):
                 yield f"{phase}.label_smoothing: got {fit.label_smoothing}, expected 0: a regression has no classes"
             if phase == "base" and fit.patience is not None:
                 yield f"base.patience: got {fit.patience}, expected None: a base is trained for all its epochs"
+        if self.sweep:
+            yield from self._sweep_conflicts()
+
+    def _sweep_conflicts(self) -> Iterator[str]:
+        for name in LORA_ONLY if self.mode != "lora" else ():
+            if values := self.sweep.given.get(name):
+                yield f"sweep.{name}: got {values} with mode {self.mode!r}, which has no adapters; pass --mode lora"
+        if isinstance(self.resume, int):
+            yield f"resume: got step {self.resume} with a sweep, expected auto or never; pass --resume auto"
+        if "wandb" in self.log:
+            yield "log: got wandb with a sweep, but wandb has one run in a process; pass --log tensorboard"
+        if self.compute.layout == "pmap":
+            yield "compute.layout: got 'pmap' with a sweep, expected jit or mesh; pass --compute.layout mesh"
+        if self.processes.count is not None and self.processes.count > 1:
+            yield (
+                f"processes.count: got {self.processes.count} with a sweep, expected one process: omit the flags of "
+                f"processes, or {self.sweep.flags}"
+            )
 
     def check(self) -> None:
         """Check everything that needs neither devices nor data.

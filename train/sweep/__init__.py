@@ -1,12 +1,14 @@
-"""Several trainings on one base in one program.
+"""Several trainings on one base in one program (`train.config.SweepConfig`).
 
-``members``   a configuration to those of its members
-``stacked``   members' adapters as one tree, and what differs between them as arrays
-``program``   one compiled step of several members, and its placement on devices
-``state``     the state of a round in a checkpoint
-``loop``      the training of a round: records, evaluations, and members that leave it
-``rounds``    members divided into programs, by what is compiled and by memory
-``results``   what became of each member: table and summary
-``picture``   the metric over the values that were swept
-``run``       a sweep, from its configuration to its summary
+``members``  a configuration to those of its members
+``stacked``  the members' adapters as one tree, and what differs between members as arrays
+``program``  one compiled step of several members, and its placement on devices
+``halving``  which members go on: rungs of successive halving
+``state``    the state of a round in a checkpoint
+``files``    the files of a sweep, of its rounds and of their members
+``loop``     the training of a round: records, evaluations, and members that leave it
+``rounds``   members divided into programs: by what is compiled, and by memory
+``results``  how each member ended: ranking, table, summary
+``picture``  the metric over the swept values
+``run``      a sweep, from its configuration to its summary
 """

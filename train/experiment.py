@@ -6,8 +6,11 @@ adapted one, and detaching the adapters restores the base.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jlora
@@ -25,6 +28,7 @@ from train.loop.stop import BEFORE, Stop, on_ctrl_c
 from train.pretrain import Base, pretrain
 from train.report import console, writers
 from train.rundir.claim import ClaimedDirectory, claim
+from train.rundir.records import Record
 from train.summary import make_summary, print_start, print_summary
 
 
@@ -44,12 +48,19 @@ def run(config: TrainConfig) -> dict[str, Any]:
       CheckpointError: if a checkpoint cannot be written or read.
       Stopped: if the run was stopped.
     """
+    with session(config) as stop:
+        return _run(config, stop)
+
+
+@contextlib.contextmanager
+def session(config: TrainConfig) -> Iterator[Stop]:
+    """What surrounds a run in this process: signals, other processes, compiled programs."""
     with Stop() as stop, on_ctrl_c(BEFORE):
         writers.check(config.log)
         processes.join(config.processes)
         stop.joined()
         with compilation_cache(config):
-            return _run(config, stop)
+            yield stop
 
 
 def _run(config: TrainConfig, stop: Stop) -> dict[str, Any]:
@@ -75,7 +86,7 @@ def _train(job: Job, directory: ClaimedDirectory, stop: Stop, began: float) -> d
         if not files.state.step:
             files.begin()
         measure = make_measure(job.layout, job.network.forward, job.task, job.config.eval_batch_size, job.buckets, stop)
-        base = frozen_base(job, directory, measure, files, stop)
+        base = frozen_base(job, directory.base, measure, files.log_base, stop)
         fitted = fit_adapters(job, base.params, measure, files, stop)
         with on_ctrl_c("stopped before the end of the final evaluation; the same command repeats it"):
             jlora.save(directory.adapters, job.layout.to_host(fitted.adapters))
@@ -95,11 +106,12 @@ def _train(job: Job, directory: ClaimedDirectory, stop: Stop, began: float) -> d
     return summary
 
 
-def frozen_base(job: Job, directory: ClaimedDirectory, measure: Measure, files: RunFiles, stop: Stop) -> Base:
-    """The frozen base: a checkpoint's parameters, or a network trained from scratch."""
+def frozen_base(job: Job, kept: Path, measure: Measure, log: Callable[[Record], None], stop: Stop) -> Base:
+    """The frozen base: a checkpoint's parameters, or a network trained from scratch; ``kept``, ``log`` and ``stop`` are
+    as for `train.pretrain.pretrain`."""
     load = job.network.load
     if load is None:
-        base = pretrain(job, directory.base, measure, files.log_base, stop)
+        base = pretrain(job, kept, measure, log, stop)
         say(f"base: {'trained and cached at' if base.trained else 'loaded from'} {base.source}")
         return base
     # Initializes a head that the checkpoint lacks, if it is trained.

@@ -11,12 +11,13 @@ from train.config import ConfigError, TrainConfig
 from train.experiment import run
 from train.loop.checkpoints import CheckpointError
 from train.loop.stop import Stopped
+from train.sweep.run import run_sweep
 
 
 def fit(config: TrainConfig) -> int:
     """Train, and return the exit code; see `train.__main__.main`."""
     try:
-        run(config)
+        run_sweep(config) if config.sweep else run(config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code

@@ -65,7 +65,12 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, config: SaveConfig, *, keep_best: bool, read_state: Callable[[Any], Any] = LoopState.from_json
+        self,
+        folder: Path,
+        config: SaveConfig,
+        *,
+        keep_best: bool,
+        read_state: Callable[[Any], Any] = LoopState.from_json,
     ):
         """Open a folder.
 

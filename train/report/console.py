@@ -44,7 +44,7 @@ class Progress:
     def __enter__(self) -> Progress:
         intervals, left = self._intervals, self._intervals.steps - self._done
         if left > 0:
-            self._say(
+            self.say(
                 f"{left} of {intervals.steps} steps, {intervals.epoch} in an epoch; "
                 f"logged every {intervals.log}, evaluated every {intervals.eval}"
             )
@@ -72,7 +72,7 @@ class Progress:
         if not self._bar.disable:
             self._bar.set_postfix_str("  ".join([*parts, self._metrics]).rstrip())
         width = len(str(self._intervals.steps))
-        self._say("  ".join([f"step {record['step']:>{width}} of {self._intervals.steps}", *parts, *measured]))
+        self.say("  ".join([f"step {record['step']:>{width}} of {self._intervals.steps}", *parts, *measured]))
 
     def _parts(self, record: Mapping[str, Any], left: float | None) -> list[str]:
         """The parts of a record on a line and the bar, besides its step and the evaluated metrics."""
@@ -93,7 +93,15 @@ class Progress:
             parts.append(f"input {record['input']:.0%}")
         return parts if left is None else [*parts, f"{_clock(left)} left"]
 
-    def _say(self, line: str) -> None:
+    def show_line(self, step: int, parts: Sequence[str], left: float | None = None) -> None:
+        """Show a line of these parts after a step; ``left`` as for `show`."""
+        parts = [*parts, f"{_clock(left)} left"] if left is not None else parts
+        if not self._bar.disable:
+            self._bar.set_postfix_str("  ".join(parts))
+        self.say("  ".join([f"step {step:>{len(str(self._intervals.steps))}} of {self._intervals.steps}", *parts]))
+
+    def say(self, line: str) -> None:
+        """Print a line, unless the bar is on the same terminal."""
         if self._plain:
             tqdm.write(f"{self._phase}  {line}", file=sys.stdout)  # clears a bar on the same terminal first
             sys.stdout.flush()

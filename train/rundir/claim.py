@@ -127,7 +127,7 @@ def _check_same_run(directory: RunDirectory, config: TrainConfig, data: Mapping[
 
 
 def _below_runs(config: TrainConfig) -> Path:
-    return Path("runs") / f"{config.name}-{config.mode}-seed{config.seed}"
+    return Path("runs") / f"{config.name}-{config.mode}-{'sweep' if config.sweep else f'seed{config.seed}'}"
 
 
 def _new_below_runs(config: TrainConfig) -> Path:

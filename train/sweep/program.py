@@ -22,6 +22,7 @@ from train.compute.memory import compile_or_measure, device_memory
 from train.compute.optimizer import make_optimizer
 from train.compute.step import Metrics, TrainState, init_state, make_step
 from train.data.batches import Batch, batch_of, bucket_of, size, training_rows
+from train.data.ragged import Examples
 from train.job import Job
 from train.loop.feed import StepInput, counts_of
 from train.loop.state import StepCounts
@@ -55,7 +56,7 @@ class Program:
         data = self._layout.mesh.shape["data"]
         self._axis = "data" if data > 1 and len(jobs) % data == 0 else None
         self._sources = self._batch_sources()
-        self._compiled: dict[tuple[int, ...], Any] = {}
+        self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def _batch_sources(self) -> list[int]:
         """A member for each different batch of a step. All are followed by equally many members with the same batch."""
@@ -71,9 +72,7 @@ class Program:
 
     def state_like(self) -> TrainState:
         """The shapes of the state, with shardings."""
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._shapes, self._places
-        )
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._shapes, self._places)
 
     def part_of(self, state: TrainState, kept: Sequence[int]) -> TrainState:
         """The state of this program, of the members ``kept`` of another one's."""
@@ -101,24 +100,30 @@ class Program:
 
     def input(self, step: int) -> StepInput:
         """The batches of a step, counted from 0. Members that are done get their last step's."""
+        pairs, bucket = self._rows(step)
+        placed = self._placed([batch_of(*pair, bucket) for pair in pairs])
+        total = StepCounts(*(sum(column) for column in zip(*self.counts(step), strict=True)))
+        return StepInput(placed, (self._fit.batch_size, *bucket), total)
+
+    def counts(self, step: int) -> list[StepCounts]:
+        """The size of each member's part of a step, counted from 0."""
+        pairs, bucket = self._rows(step)
+        each = [counts_of(*pair, bucket) for pair in pairs]
+        return [each[i * len(each) // len(self.jobs)] for i in range(len(self.jobs))]
+
+    def _rows(self, step: int) -> tuple[list[tuple[Examples, np.ndarray]], tuple[int, ...]]:
+        """For each different batch of a step, its examples and their rows; and the length to which all are padded."""
         jobs = [self.jobs[i] for i in self._sources]
-        rows = [_rows(job, step) for job in jobs]
-        pairs = [(job.examples, row) for job, row in zip(jobs, rows, strict=True)]
-        bucket = max(bucket_of(*pair, job.buckets) for pair, job in zip(pairs, jobs, strict=True))
-        parts = [batch_of(*pair, bucket) for pair in pairs]
-        counts = [counts_of(*pair, bucket) for pair in pairs]
-        times = len(self.jobs) // len(jobs)
-        total = StepCounts(*(sum(column) * times for column in zip(*counts, strict=True)))
-        return StepInput(self._placed(parts), (len(rows[0]), *bucket), total)
+        pairs = [(job.examples, _rows_of(job, step)) for job in jobs]
+        return pairs, max(bucket_of(*pair, job.buckets) for pair, job in zip(pairs, jobs, strict=True))
 
     def settings(self, rates: np.ndarray, active: np.ndarray) -> Settings:
         """The settings of a step; both of shape [n]."""
         return Settings(np.asarray(rates, np.float32), np.asarray(active, bool), **self._constants)
 
-    def step(
-        self, state: TrainState, batch: Any, shape: tuple[int, ...], settings: Settings
-    ) -> tuple[TrainState, Metrics]:
-        """One step; ``shape`` is the batch's, see `StepInput`. Metrics are float32 [n]. The state is donated."""
+    def step(self, state: TrainState, batch: Any, settings: Settings) -> tuple[TrainState, Metrics]:
+        """One step. Metrics are float32 [n]. The state is donated."""
+        shape = _shape(batch)
         if shape not in self._compiled:
             self._compiled[shape] = self._lowered(state, batch, settings).compile()
         return self._compiled[shape](state, self.base, batch, self._keys, settings)
@@ -135,7 +140,7 @@ class Program:
         none = np.zeros(len(self.jobs))
         compiled, peak = compile_or_measure(self._lowered(self.state_like(), batch, self.settings(none, none)))
         if compiled is not None:
-            self._compiled[(len(rows), *bucket)] = compiled
+            self._compiled[_shape(batch)] = compiled
         return compiled is not None and peak <= memory
 
     def _lowered(self, state: Any, batch: Any, settings: Settings) -> Any:
@@ -200,7 +205,9 @@ class Program:
     @functools.cached_property
     def _slice(self) -> Any:
         strength = self._constants["strength"]
-        return jax.jit(lambda stacked, i: _at(with_scales(stacked, strength), i), out_shardings=self._own_places.adapters)
+        return jax.jit(
+            lambda stacked, i: _at(with_scales(stacked, strength), i), out_shardings=self._own_places.adapters
+        )
 
     @functools.cached_property
     def _plain_slice(self) -> Any:
@@ -212,11 +219,15 @@ def part_of_constants(constants: Mapping[str, Any], kept: Sequence[int]) -> dict
     return jax.tree.map(lambda x: x[np.asarray(kept)], dict(constants))
 
 
+def _shape(batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(sorted((name, x.shape) for name, x in batch.items()))
+
+
 def _at(tree: Any, i: Any) -> Any:
     return jax.tree.map(lambda x: x[i], tree)
 
 
-def _rows(job: Job, step: int) -> np.ndarray:
+def _rows_of(job: Job, step: int) -> np.ndarray:
     fit, last = job.config.fit, job.intervals(job.config.fit, job.examples).steps - 1
     return training_rows(size(job.examples), fit.batch_size, job.config.seed, min(step, last))
 

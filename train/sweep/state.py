@@ -26,6 +26,15 @@ class MemberState:
     ended: str | None = None
     diverged: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """The state as JSON; `from_json` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> MemberState:
+        """The state from `to_json`; raises as `LoopState.from_json`."""
+        return MemberState(**{**value, "loop": LoopState.from_json(value["loop"])})
+
 
 @dataclass
 class RoundState:
@@ -66,5 +75,4 @@ class RoundState:
         Raises:
           KeyError, TypeError: for anything else.
         """
-        members = [MemberState(**{**one, "loop": LoopState.from_json(one["loop"])}) for one in value["members"]]
-        return RoundState(**{**value, "members": members})
+        return RoundState(**{**value, "members": [MemberState.from_json(one) for one in value["members"]]})

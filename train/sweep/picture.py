@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from jlora.files.drafts import drafts
-from train.report.curves import COLOURS, INK, STYLE
+from train.report.curves import COLOURS, STYLE
 from train.sweep.members import shown
 from train.sweep.results import FINISHED, Result, data_sets, winners
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LABELS = {
-    "data": "data set",
-    "lr": "learning rate",
-    "lora_plus": "LoRA+ ratio",
-    "weight_decay": "weight decay",
-}
+LABELS = {"data": "data set", "lr": "learning rate", "lora_plus": "LoRA+ ratio", "weight_decay": "weight decay"}
 LOGARITHMIC = ("rank", "alpha", "lr", "lora_plus", "weight_decay")
 """Fields on a logarithmic axis, if all values are positive."""
 
 COLUMNS = 3
-MOST_TICKS = 8
-EARLY = "ended early"
 
 
 def draw_sweep(path: Path, results: Sequence[Result], primary: str, higher_is_better: bool) -> None:
     """Draw the main metric of the members over each swept field that has several values, as a PNG.
 
-    A dot is a member, hollow if it ended early; a line joins the means over a value's members; a ring marks the best
-    member, or the best of each data set. Crosses at the bottom are members without a metric.
+    A dot is a member, hollow if it ended early; those of one value stand side by side, and a line joins the values'
+    means. A ring marks the best member, or the best of each data set. Crosses at the bottom are members without a
+    metric.
 
     Args:
       results: at least one, all with the same swept fields.
@@ -44,29 +41,29 @@ def draw_sweep(path: Path, results: Sequence[Result], primary: str, higher_is_be
 
     fields = list(results[0].values)
     fields = [name for name in fields if len({one.values[name] for one in results}) > 1] or fields[:1]
-    columns = min(COLUMNS, len(fields))
-    rows = math.ceil(len(fields) / columns)
-    best = winners(results, higher_is_better)
+    names, best = data_sets(results), winners(results, higher_is_better)
+    rows = math.ceil(len(fields) / COLUMNS)
+    columns = math.ceil(len(fields) / rows)
+    widths = [3.4] * columns
+    if fields[0] == "data":
+        widths[0] = min(max(3.4, 0.2 * len(names)), 14)
+    size = (max(5.5, sum(widths)), 0.6 + 2.9 * rows)
     with rc_context({**STYLE, "font.size": 10}):
-        figure = Figure(figsize=(max(5.5, 3.4 * columns), 0.5 + 2.9 * rows), layout="constrained", facecolor="white")
-        grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-        handles: dict[str, Any] = {}
-        for place, axes in enumerate(grid.flat):
-            if place >= len(fields):
+        figure = Figure(figsize=size, layout="constrained", facecolor="white")
+        grid = figure.subplots(rows, columns, sharey=True, squeeze=False, width_ratios=widths)
+        legend: dict[str, Any] = {}
+        for axes, field in itertools.zip_longest(grid.flat, fields):
+            if field is None:
                 axes.set_axis_off()
-                continue
-            handles |= _draw_panel(axes, fields[place], results, best)
-            if place % columns == 0:
-                axes.set_ylabel(primary.replace("_", " "))
-        values = [one.metric for one in results if one.metric is not None]
-        if values and not higher_is_better and 0 < 10 * min(values) < max(values):
-            grid[0, 0].set_yscale("log")
+            else:
+                legend |= _draw_panel(axes, field, results, best if field == "data" or len(best) == 1 else ())
+        for axes in grid[:, 0]:
+            axes.set_ylabel(primary.replace("_", " "))
+        _set_range(grid[0, 0], [one.metric for one in results], falling=not higher_is_better)
         if len(best) == 1:
-            figure.suptitle(f"best: {best[0].name}, {primary.replace('_', ' ')} {best[0].metric:.4f}", color=INK)
-        if len(handles) > 3 or len(best) > 1:
-            figure.legend(
-                handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False
-            )
+            figure.suptitle(f"best: {best[0].name}, {primary.replace('_', ' ')} {best[0].metric:.4f}")
+        if len(legend) > 3 or len(best) > 1:
+            figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), frameon=False)
         with drafts(path) as (draft,):
             figure.savefig(draft, dpi=150, format="png")
 
@@ -74,50 +71,78 @@ def draw_sweep(path: Path, results: Sequence[Result], primary: str, higher_is_be
 def _draw_panel(axes: Axes, field: str, results: Sequence[Result], best: Sequence[Result]) -> dict[str, Any]:
     """Draw the members over one field; returns what it drew, by its text in a legend."""
     values = list(dict.fromkeys(one.values[field] for one in results))
-    if field != "data":
-        values.sort()
+    values = values if field == "data" else sorted(values)
     logarithmic = field in LOGARITHMIC and min(values) > 0
-    place = {value: float(value) if logarithmic else float(i) for i, value in enumerate(values)}
+    places = {value: math.log10(value) if logarithmic else float(i) for i, value in enumerate(values)}
+    spread = _spread(field, results, places)
     measured = [one for one in results if one.metric is not None]
     drawn: dict[str, Any] = {}
-    means = {value: [one.metric for one in measured if one.values[field] == value] for value in values}
-    line = [(place[value], sum(found) / len(found)) for value, found in means.items() if found]
-    if line and field != "data":
-        drawn["mean"] = axes.plot(*zip(*line, strict=True), color=COLOURS[0], linewidth=1.6, alpha=0.55, zorder=1)[0]
-    for label, face in ((FINISHED, COLOURS[0]), (EARLY, "white")):
-        dots = [
-            (place[one.values[field]], one.metric)
-            for one in measured
-            if (one.status == FINISHED) == (label == FINISHED)
-        ]
-        if dots:
-            style: dict[str, Any] = {"s": 30, "facecolor": face, "edgecolor": COLOURS[0], "linewidth": 0.9}
-            drawn[label] = axes.scatter(*zip(*dots, strict=True), alpha=0.75, zorder=2, **style)
-    if best:
-        dots = [(place[one.values[field]], one.metric) for one in best]
-        style = {"s": 110, "facecolor": "none", "edgecolor": COLOURS[1], "linewidth": 1.8}
-        drawn["best"] = axes.scatter(*zip(*dots, strict=True), zorder=3, **style)
-    if lost := [place[one.values[field]] for one in results if one.metric is None]:
-        style = {"transform": axes.get_xaxis_transform(), "color": COLOURS[1], "s": 26, "linewidth": 1.2}
-        drawn["no metric"] = axes.scatter(lost, [0.03] * len(lost), marker="x", clip_on=False, zorder=3, **style)
-    names = data_sets(results) if field == "data" else {value: shown(value) for value in values}
-    _set_ticks(axes, [place[value] for value in values], [names[value] for value in values], logarithmic, field)
+
+    def dots(label: str, chosen: Sequence[Result], **style: Any) -> None:
+        if chosen:
+            x, y = [spread[one.name] for one in chosen], [one.metric or 0.0 for one in chosen]
+            drawn[label] = axes.scatter(x, y, **style)
+
+    if field != "data":
+        of_value = {value: [one.metric or 0.0 for one in measured if one.values[field] == value] for value in values}
+        line = [(places[value], np.mean(found)) for value, found in of_value.items() if found]
+        if line:
+            drawn["mean"] = axes.plot(*zip(*line, strict=True), color=COLOURS[0], linewidth=1.6, alpha=0.5, zorder=1)[0]
+    blue: dict[str, Any] = {"s": 28, "edgecolor": COLOURS[0], "linewidth": 0.9, "alpha": 0.8, "zorder": 2}
+    dots("finished", [one for one in measured if one.status == FINISHED], facecolor=COLOURS[0], **blue)
+    dots("ended early", [one for one in measured if one.status != FINISHED], facecolor="white", **blue)
+    dots("best", best, s=110, facecolor="none", edgecolor=COLOURS[1], linewidth=1.8, zorder=3)
+    if lost := [spread[one.name] for one in results if one.metric is None]:
+        bottom: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "marker": "x", "s": 24, "linewidth": 1.2}
+        drawn["no metric"] = axes.scatter(lost, [0.04] * len(lost), color=COLOURS[1], **bottom)
+    names = data_sets(results) if field == "data" else {value: _short(value) for value in values}
+    _set_ticks(axes, field, {names[value]: place for value, place in places.items()})
     return drawn
 
 
-def _set_ticks(axes: Axes, places: Sequence[float], names: Sequence[str], logarithmic: bool, field: str) -> None:
-    """Ticks at the values, of many at some."""
-    from matplotlib.ticker import NullLocator
+def _spread(field: str, results: Sequence[Result], places: Mapping[Any, float]) -> dict[str, float]:
+    """The place of each member on the axis: those of one value side by side, in less room than to the next value."""
+    *_, last = at = list(places.values())
+    gap = min((after - before for before, after in itertools.pairwise(at)), default=1.0)
+    gap = min(gap, 0.4 * (last - at[0] or 1.0))
+    found: dict[str, float] = {}
+    for value, place in places.items():
+        names = [one.name for one in results if one.values[field] == value]
+        offsets = np.linspace(-0.1, 0.1, len(names)) if len(names) > 1 else [0.0]
+        found |= {name: place + gap * float(offset) for name, offset in zip(names, offsets, strict=True)}
+    return found
 
-    if logarithmic:
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_locator(NullLocator())
-        margin = (places[-1] / places[0]) ** 0.12 if len(places) > 1 else 2
-        axes.set_xlim(places[0] / margin, places[-1] * margin)
-    else:
-        axes.set_xlim(-0.5, len(places) - 0.5)
-    every = 1 if field == "data" else math.ceil(len(places) / MOST_TICKS)
-    turned = {"rotation": 90, "fontsize": 7 if len(names) > 20 else 9} if field == "data" and len(names) > 4 else {}
-    axes.set_xticks(places[::every], names[::every], **turned)
+
+def _set_ticks(axes: Axes, field: str, places: Mapping[str, float]) -> None:
+    """A tick for each value; a label too, where there is room."""
+    at = list(places.values())
+    wide = at[-1] - at[0]
+    margin = 0.7 if field == "data" else 0.15 * wide or 0.5
+    last, labels = -math.inf, []
+    for name, place in places.items():
+        fits = field == "data" or place - last >= 0.16 * wide
+        last = place if fits else last
+        labels.append(name if fits else "")
+    turned: dict[str, Any] = {"rotation": 90, "fontsize": 7 if len(at) > 16 else 9}
+    turned = turned if field == "data" and len(at) > 4 else {}
+    axes.set_xticks(at, labels, minor=False, **turned)
+    axes.set_xlim(at[0] - margin, at[-1] + margin)
     axes.set_xlabel(LABELS.get(field, field))
     axes.grid(True)
+
+
+def _set_range(axes: Axes, metrics: Sequence[float | None], *, falling: bool) -> None:
+    """Room for crosses below the dots, and a logarithmic axis for losses of several magnitudes."""
+    known = [one for one in metrics if one is not None]
+    if falling and known and 0 < 10 * min(known) < max(known):
+        axes.set_yscale("log")
+    elif known and len(known) < len(metrics):
+        low, high = axes.get_ylim()
+        axes.set_ylim(low - 0.09 * (high - low), high)
+    elif not known:
+        axes.set_yticks([])
+
+
+def _short(value: float) -> str:
+    """The shorter one of 0.0001 and 1e-4."""
+    return min(shown(value), np.format_float_scientific(value, trim="-", exp_digits=1), key=len)

@@ -117,8 +117,8 @@ def sweep_summary(
 ) -> dict[str, Any]:
     """The content of a sweep's summary.json.
 
-    ``members`` has all results, in the members' order. ``best`` and ``best_run_dir`` are None without a metric, and with
-    several data sets, where ``best_of_data`` has the best member's name for each source.
+    ``members`` has all results, in the members' order. ``best`` and ``best_run_dir`` are None without a metric, and
+    with several data sets, where ``best_of_data`` has the best member's name for each source.
 
     Args:
       primary: the name of the main metric.

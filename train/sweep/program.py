@@ -1,7 +1,7 @@
 """One compiled step of several members, and its placement on devices.
 
 The step is that of a single run under `jax.vmap`: the base is not mapped, and a batch that several members share is not
-either, so what depends on no adapter is computed once for them.
+either, so what depends on no adapter is computed once for them. On a CPU it is a loop over the members.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from train.sweep.stacked import Settings, own_adapters, start_stacked, with_scal
 class Program:
     """A step that trains several members at once.
 
+    On accelerators the members are one batch more. On a CPU they take turns within the step, where the activations of one
+    fit in the caches and those of all do not; except with a new head alone, below which all share what they compute.
+
     On a mesh the members lie along ``data`` if it divides their number, and the rows of a batch along ``fsdp``; if not,
     the rows are divided as in a single run.
 
@@ -55,6 +58,7 @@ class Program:
         self._tx = make_optimizer(self._fit, decay=constants["decay"], ratio=constants["ratio"])
         data = self._layout.mesh.shape["data"]
         self._axis = "data" if data > 1 and len(jobs) % data == 0 else None
+        self._in_turn = self._layout.on_host and first.config.mode != "head"
         self._sources = self._batch_sources()
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -166,8 +170,18 @@ class Program:
             new, metrics = step(state, base, batch, key)
             return jax.tree.map(lambda new, old: jnp.where(settings.active, new, old), new, state), metrics
 
-        of_one_batch = jax.vmap(one, (0, None, None, 0, 0))
-        of_each_batch = jax.vmap(of_one_batch, (0, None, 0, 0, 0))
+        if self._in_turn:
+
+            def of_one_batch(state: Any, base: Any, batch: Batch, keys: Any, settings: Any) -> Any:
+                return jax.lax.map(lambda each: one(each[0], base, batch, *each[1:]), (state, keys, settings))
+
+            def of_each_batch(state: Any, base: Any, batches: Any, keys: Any, settings: Any) -> Any:
+                each = state, batches, keys, settings
+                return jax.lax.map(lambda each: of_one_batch(each[0], base, *each[1:]), each)
+
+        else:
+            of_one_batch = jax.vmap(one, (0, None, None, 0, 0))
+            of_each_batch = jax.vmap(of_one_batch, (0, None, 0, 0, 0))
 
         def steps(state: Any, base: Any, batch: Any, keys: jax.Array, settings: Settings) -> Any:
             groups = len(next(iter(batch.values())))

@@ -12,14 +12,14 @@ from train.compute.processes import say
 from train.config import FitConfig, LearningRates
 from train.job import Job
 from train.sweep.program import Program
-from train.sweep.stacked import constant_settings
+from train.sweep.stacked import Stacking
 
 
 def groups_of(jobs: Sequence[Job]) -> list[list[int]]:
     """The indices of members that one program can train: their bases are one, and they differ only in what is an array.
 
-    Dropout rates are compiled in, and so are the scales of LoRA-FA. A base trained from scratch depends on the seed, and
-    so does a new head under an adapter. Within a group, members with the same data and seed are neighbours.
+    Dropout rates are compiled in, and so are the scales of LoRA-FA. A base trained from scratch depends on the seed,
+    and so does a new head under an adapter. Within a group, members with the same data and seed are neighbours.
     """
     found: list[tuple[Any, list[int]]] = []
     for i, job in enumerate(jobs):
@@ -38,7 +38,7 @@ def members_at_once(jobs: Sequence[Job], base: Any, new: Sequence[str], most: in
     if most is not None:
         return min(most, len(jobs))
     count = len(jobs)
-    while count > 1 and Program(jobs[:count], base, constant_settings(jobs[:count]), new).fits() is False:
+    while count > 1 and Program(jobs[:count], base, Stacking.of(jobs[:count], new)).fits() is False:
         smaller = -(-count // 2)
         say(f"{count} members at once do not fit in memory: trying {smaller}")
         count = smaller

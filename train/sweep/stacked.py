@@ -115,6 +115,16 @@ def drawn_heads(job: Job, base: Any) -> list[str]:
     return [path for path, same in zip(heads, job.layout.call(compare, base), strict=True) if bool(same)]
 
 
+def own_heads(job: Job, base: Any, new: Sequence[str]) -> dict[str, Any] | None:
+    """The leaves ``new`` of the base of a member's single run, to attach; None if there are none."""
+
+    def draw(base: Any) -> dict[str, Any]:
+        drawn, found = (named_leaves(x)[0] for x in (job.network.init(random_key(job.config.seed, "head")), base))
+        return {path: drawn[path].astype(found[path].dtype) for path in new}
+
+    return job.layout.call(draw, base) if new else None
+
+
 def with_scales(stacked: Mapping[str, Any], strength: Mapping[str, Any] | None) -> dict[str, Any]:
     """The stack with strengths folded into B, in float32: the same updates, to evaluate and not to train."""
     if strength is None:

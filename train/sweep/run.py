@@ -159,7 +159,9 @@ class _Sweep:
 
         def finish(place: int, fitted: FitResult, measured: Metrics) -> None:
             i = part[place]
-            self._finish_member(i, base, fitted, {"base": self.base_metrics[of_base(self.jobs[i])], "adapted": measured})
+            self._finish_member(
+                i, base, fitted, {"base": self.base_metrics[of_base(self.jobs[i])], "adapted": measured}
+            )
 
         one = Round(
             [self.found[i].name for i in part],

@@ -156,7 +156,8 @@ class _RoundLoop(Steps):
     def evaluate_if_due(self) -> bool:
         """Evaluate the members for which it is time, and let those go that are done, out of patience or left behind."""
         step = self.state.step
-        due = [i for i in self.state.live if step <= self.each[i].steps and self.each[i].is_eval_due(step)]
+        # Of all in the program: it is not known yet which diverged, and what happens at a step must not depend on that.
+        due = [i for i in self.state.slots if step <= self.each[i].steps and self.each[i].is_eval_due(step)]
         if not due:
             return False
         self.collect(0)

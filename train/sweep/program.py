@@ -44,7 +44,8 @@ class Program:
       base: parameters on their devices.
     """
 
-    def __init__(self, jobs: Sequence[Job], base: Any, stacking: Stacking):
+    def __init__(self, jobs: Sequence[Job], base: Any, stacking: Stacking, *, in_turn: bool | None = None):
+        """A program of ``jobs``; ``in_turn`` is whether they take turns, by default where that is faster."""
         self.jobs, self.base, self._stacking = jobs, base, stacking
         first = jobs[0]
         assert isinstance(first.layout, Mesh)
@@ -53,7 +54,7 @@ class Program:
         self._tx = make_optimizer(self._fit, decay=stacking.decay, ratio=stacking.ratio)
         data = self._layout.mesh.shape["data"]
         self._axis = "data" if data > 1 and len(jobs) % data == 0 else None
-        self._in_turn = self._layout.on_host and first.config.mode != "head"
+        self._in_turn = self._layout.on_host and first.config.mode != "head" if in_turn is None else in_turn
         self._sources = self._batch_sources()
         self._compiled: dict[tuple[Any, ...], Any] = {}
 

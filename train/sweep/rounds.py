@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jlora import HEADS
+from jlora import HEADS, named_leaves
 from train.compute.processes import say
-from train.config import FitConfig, LearningRates
+from train.config import FitConfig, LearningRates, Pretrained
 from train.job import Job
 from train.sweep.program import Program
 from train.sweep.stacked import Stacking
@@ -19,7 +19,8 @@ def groups_of(jobs: Sequence[Job]) -> list[list[int]]:
     """The indices of members that one program can train: their bases are one, and they differ only in what is an array.
 
     Dropout rates are compiled in, and so are the scales of LoRA-FA. A base trained from scratch depends on the seed,
-    and so does a new head under an adapter. Within a group, members with the same data and seed are neighbours.
+    and so does a new head that is not trained whole. With dropout, members with other batches are padded to other
+    lengths, on which the masks depend. Within a group, members with the same data and seed are neighbours.
     """
     found: list[tuple[Any, list[int]]] = []
     for i, job in enumerate(jobs):
@@ -61,15 +62,24 @@ def _compiled_in(job: Job) -> Any:
     seed = config.seed if _base_has_seed(job) else 0
     scales = config.fit.optimizer == "lora-fa"
     targets = [dataclasses.replace(t, rank=0, trainable=0, scale=t.scale if scales else 1.0) for t in plan.values()]
-    return dataclasses.replace(config, **same, fit=fit, lora=lora, seed=seed), targets
+    return dataclasses.replace(config, **same, fit=fit, lora=lora, seed=seed), targets, _padding(job)
 
 
 def _base_has_seed(job: Job) -> bool:
     """Whether the frozen base depends on the seed."""
     if job.network.load is None:
         return True
-    heads = [path for path in job.plan if any(re.search(one, path) for one in HEADS)]
-    return any(job.plan[path].axes is not None for path in heads)
+    heads = [path for path in named_leaves(job.shapes)[0] if any(re.search(one, path) for one in HEADS)]
+    whole = [path in job.plan and job.plan[path].axes is None for path in heads]
+    return any(path in job.plan for path in heads) and not all(whole)
+
+
+def _padding(job: Job) -> Any:
+    """What the lengths of batches depend on, if dropout masks depend on these."""
+    config = job.config
+    if not config.lora.dropout and not (isinstance(config.model, Pretrained) and config.model.dropout):
+        return None
+    return job.buckets, (config.seed, id(job.examples)) if len(job.buckets) > 1 else None
 
 
 def _place(jobs: Sequence[Job], i: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jlora.files.buckets import download, is_in_bucket
 from jlora.messages import table
 from train.compute.processes import say
 from train.config import ConfigError, TrainConfig
@@ -21,6 +21,7 @@ from train.loop.loop import FitResult
 from train.loop.stop import Stop
 from train.pretrain import Base
 from train.report import console
+from train.rundir.bases import copy_base, has_base
 from train.rundir.changes import LATER, config_changes
 from train.rundir.claim import ClaimedDirectory, claim
 from train.rundir.codec import to_json
@@ -33,7 +34,7 @@ from train.sweep.members import Member, members
 from train.sweep.picture import draw_sweep
 from train.sweep.results import FINISHED, Result, sweep_summary, sweep_table
 from train.sweep.rounds import groups_of, members_at_once, parts_of
-from train.sweep.stacked import drawn_heads
+from train.sweep.stacked import drawn_heads, own_heads
 from train.sweep.state import MemberState
 
 Metrics = Mapping[str, Mapping[str, float]]
@@ -111,7 +112,7 @@ class _Sweep:
         self.measure: Measure = make_measure(
             first.layout, first.network.forward, first.task, config.eval_batch_size, buckets, stop
         )
-        self.base_metrics: dict[int, Metrics] = {}
+        self.base_metrics: dict[Any, Metrics] = {}
 
     def run(self) -> dict[str, Any]:
         """Train all rounds, and finish the sweep."""
@@ -129,6 +130,7 @@ class _Sweep:
         """Train the members of a group, which have one base; in rounds, if not all of them fit in memory."""
         stored, jobs = self.sweep.stored, [self.jobs[i] for i in group]
         base, records = self._base(group)
+        self.base_metrics = {}
         new = drawn_heads(jobs[0], base.params)
         if place not in stored["at_once"]:
             stored["at_once"][place] = members_at_once(jobs, base.params, new, self.config.sweep.at_once)
@@ -148,14 +150,26 @@ class _Sweep:
     def _train_part(
         self, part: Sequence[int], number: int, base: Base, new: Sequence[str], records: Sequence[Record]
     ) -> list[MemberState]:
-        def evaluate(job: Job, adapters: dict[str, Any]) -> dict[str, dict[str, float]]:
+        def metrics(job: Job, adapters: dict[str, Any] | None) -> dict[str, dict[str, float]]:
             return {
                 name: job.task.metrics(self.measure(base.params, adapters, examples))
                 for name, examples in job.test.items()
             }
 
+        def of_base(job: Job) -> Any:
+            """What the metrics of a member's base depend on."""
+            return tuple(map(id, job.test.values())), job.config.seed if new else None
+
+        def evaluate(job: Job, adapters: dict[str, Any]) -> dict[str, dict[str, float]]:
+            if of_base(job) not in self.base_metrics:  # here, because a stop may interrupt it
+                self.base_metrics[of_base(job)] = metrics(job, own_heads(job, base.params, new))
+            return metrics(job, adapters)
+
         def finish(place: int, fitted: FitResult, measured: Metrics) -> None:
-            self._finish_member(part[place], base, fitted, measured)
+            i = part[place]
+            self._finish_member(
+                i, base, fitted, {"base": self.base_metrics[of_base(self.jobs[i])], "adapted": measured}
+            )
 
         one = Round(
             [self.found[i].name for i in part],
@@ -181,26 +195,21 @@ class _Sweep:
         kept.parent.mkdir(parents=True, exist_ok=True)
         records: list[Record] = []
         base = frozen_base(job, kept, self.measure, records.append, self.stop)
-        if kept.is_dir():
-            for i in group[1:]:
-                own = self.files[i].directory.base
-                if not own.is_dir():
-                    shutil.copytree(kept, own)
+        for i in group[1:] if job.network.load is None else ():
+            own = self.files[i].directory.base
+            if not has_base(own):
+                own.parent.mkdir(parents=True, exist_ok=True)
+                copy_base(download(kept) if is_in_bucket(kept) else kept, own)
         return base, records
 
-    def _finish_member(self, i: int, base: Base, fitted: FitResult, measured: Metrics) -> None:
+    def _finish_member(self, i: int, base: Base, fitted: FitResult, metrics: Mapping[str, Metrics]) -> None:
         """Write a member's summary, which makes its directory that of a finished run."""
         job, files = self.jobs[i], self.files[i]
         directory = files.directory
-        same = next(j for j, other in enumerate(self.jobs) if other.test is job.test)
-        if same not in self.base_metrics:
-            self.base_metrics[same] = {
-                name: job.task.metrics(self.measure(base.params, None, examples)) for name, examples in job.test.items()
-            }
         records = files.records.read()
         summary = {
             **make_summary(job, base, fitted, records, keep_best=self.keep_best),
-            "metrics": {"base": self.base_metrics[same], "adapted": measured},
+            "metrics": metrics,
             "differing_predictions": {},
             "run_dir": str(directory),
             "seconds": round(time.perf_counter() - self.began, 2),

@@ -132,7 +132,8 @@ def start_stacked(jobs: Sequence[Job], base: Any, stacking: Stacking) -> dict[st
 def drawn_heads(job: Job, base: Any) -> list[str]:
     """The leaves of a new head, trained whole, which every member draws from its own seed.
 
-    The checkpoint lacks them if those of the placed ``base`` are what the job's seed gives.
+    The checkpoint lacks them if those of the placed ``base`` are what the job's seed gives, up to the rounding of
+    another program.
     """
     heads = [p for p, t in job.plan.items() if t.axes is None and any(re.search(one, p) for one in HEADS)]
     if job.network.load is None or not heads:
@@ -140,9 +141,19 @@ def drawn_heads(job: Job, base: Any) -> list[str]:
 
     def compare(base: Any) -> list[jax.Array]:
         drawn, found = (named_leaves(x)[0] for x in (job.network.init(random_key(job.config.seed, "head")), base))
-        return [jnp.array_equal(drawn[path].astype(found[path].dtype), found[path]) for path in heads]
+        return [jnp.allclose(drawn[path], found[path], rtol=1e-2, atol=1e-6) for path in heads]
 
     return [path for path, same in zip(heads, job.layout.call(compare, base), strict=True) if bool(same)]
+
+
+def own_heads(job: Job, base: Any, new: Sequence[str]) -> dict[str, Any] | None:
+    """The leaves ``new`` of the base of a member's single run, to attach; None if there are none."""
+
+    def draw(base: Any) -> dict[str, Any]:
+        drawn, found = (named_leaves(x)[0] for x in (job.network.init(random_key(job.config.seed, "head")), base))
+        return {path: drawn[path].astype(found[path].dtype) for path in new}
+
+    return job.layout.call(draw, base) if new else None
 
 
 def with_scales(stacked: Mapping[str, Any], strength: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -6,11 +6,12 @@
   commands one after the other, against one sweep. Both start from a cache with the base, and without compiled programs.
 
 - ``steps``: 8 adapters of one small network on this CPU, without start-up: a call of the compiled step for each,
-  against one program for all. In it, `jax.vmap` of the step runs them at once, and `jax.lax.map` in turn. Runs are
-  interleaved; a gain is the median over rounds of the ratios of times. With ``--cpu-seconds`` the times are those of
-  this process, which other users of the machine affect less.
+  against one program for all. In it, `jax.vmap` of the step runs them at once, and `jax.lax.map` in turn,
+  or two at a time. Runs are interleaved; a gain is the median over rounds of the ratios of times.
 - ``tpu``: 16 adapters of a Llama with 4 layers of the 1B shape, each with one row, on one v5e chip, by the TPU's
   compiler (see `benchmarks.tpu_step`): 16 times the cycles of a step with one row, over those of the program for all.
+
+With ``--cpu-seconds``, times are CPU seconds, which other users of the machine affect less.
 
 Results are kept in ``results/many_adapters.json``, and computed again only if their code changed. The tables are
 written into docs/speed.md.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import resource
 import shutil
 import statistics
 import subprocess
@@ -78,7 +80,7 @@ TPU_NETWORK = "Llama 3.2 1B, 4 layers"
 # Whole runs
 
 
-def run_times(rounds: int) -> dict[str, Any]:
+def run_times(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     """Seconds of the commands, in every round."""
     with tempfile.TemporaryDirectory(prefix="many_adapters_") as scratch:
         folder, number = Path(scratch), iter(range(10**6))
@@ -97,10 +99,16 @@ def run_times(rounds: int) -> dict[str, Any]:
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
-                start = time.perf_counter()
+                start = clock()
                 run()
-                times[name].append(time.perf_counter() - start)
-    return {"seconds": times, "gain": ratio(times, "one by one", "one sweep")}
+                times[name].append(clock() - start)
+    return {"seconds": times, "gain": ratio(times, "one by one", "one sweep"), "clock": clock.__name__}
+
+
+def cpu_seconds_of_commands() -> float:
+    """Of all commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _train(cache: Path, run_dir: Path, flags: Sequence[str]) -> None:
@@ -109,11 +117,12 @@ def _train(cache: Path, run_dir: Path, flags: Sequence[str]) -> None:
 
 
 def runs_table(results: _tpu.Results, args: argparse.Namespace) -> str:
-    found = results.get("runs", functools.partial(run_times, args.run_rounds), *tpu_step.OURS, "train")
+    clock = cpu_seconds_of_commands if args.cpu_seconds else time.perf_counter
+    found = results.get("runs", functools.partial(run_times, args.run_rounds, clock), *tpu_step.OURS, "train")
     rows = []
     if found is not None:
         seconds = [f"{statistics.median(times):.0f}" for times in found["seconds"].values()]
-        rows.append([f"digits, 4 images, {len(RATES)} rates", *seconds, f"{found['gain']:.1f}"])
+        rows.append([f"digits, batch 4, {len(RATES)} rates", *seconds, f"{found['gain']:.1f}"])
     return _tpu.markdown(("start-up included", "one by one, s", "one sweep, s", "gain"), rows)
 
 
@@ -130,8 +139,8 @@ class Case:
     ranks: str = "8"
 
     def __str__(self) -> str:
-        rows = f"{self.rows} images" if not self.length else f"{self.rows}×{self.length} tokens"
-        return f"{self.network}, {rows}, rank {self.ranks}"
+        size = f"batch {self.rows}" if not self.length else f"{self.rows}×{self.length} tokens"
+        return f"{self.network}, {size}, rank {self.ranks}"
 
 
 CASES = (
@@ -228,16 +237,17 @@ def one_by_one(members: Members, repeats: int) -> Run:
     return run
 
 
-def in_one_program(members: Members, repeats: int, *, at_once: bool, own_batch: bool = True) -> Run:
-    """One call for all members. Without a batch of their own they share the first."""
+def in_one_program(members: Members, repeats: int, at_once: int, *, own_batch: bool = True) -> Run:
+    """One call for all members, so many of them at a time. Without a batch of their own they share the first."""
     batch: Any = members.batches[0]
     if own_batch:
         batch = jax.tree.map(lambda *rows: jnp.stack(rows), *members.batches)
 
     def all_steps(states: TrainState, base: Any, batch: Batch, keys: jax.Array) -> Any:
-        if at_once:
+        if at_once == MEMBERS:
             return jax.vmap(members.step, (0, None, 0 if own_batch else None, 0))(states, base, batch, keys)
-        return jax.lax.map(lambda member: members.step(member[0], base, *member[1:]), (states, batch, keys))
+        one, size = lambda member: members.step(member[0], base, *member[1:]), None if at_once == 1 else at_once
+        return jax.lax.map(one, (states, batch, keys), batch_size=size)
 
     step, states = jax.jit(all_steps, donate_argnums=0), [_copy(members.together)]
 
@@ -259,9 +269,10 @@ def step_times(case: Case, rounds: int, repeats: int, clock: Callable[[], float]
     members = members_of(case)
     runs = {
         "one by one": one_by_one(members, repeats),
-        "at once": in_one_program(members, repeats, at_once=True),
-        "at once, one batch": in_one_program(members, repeats, at_once=True, own_batch=False),
-        "in turn": in_one_program(members, repeats, at_once=False),
+        "at once": in_one_program(members, repeats, MEMBERS),
+        "at once, one batch": in_one_program(members, repeats, MEMBERS, own_batch=False),
+        "two at a time": in_one_program(members, repeats, 2),
+        "in turn": in_one_program(members, repeats, 1),
     }
     times = interleave(runs, rounds, clock=clock)
     gains = {name: ratio(times, "one by one", name) for name in runs}
@@ -270,7 +281,7 @@ def step_times(case: Case, rounds: int, repeats: int, clock: Callable[[], float]
 
 def steps_table(results: _tpu.Results, args: argparse.Namespace) -> str:
     clock = time.process_time if args.cpu_seconds else time.perf_counter
-    forms, rows = ("at once", "at once, one batch", "in turn"), []
+    forms, rows = ("at once", "at once, one batch", "two at a time", "in turn"), []
     for case in CASES:
         make = functools.partial(step_times, case, args.rounds, args.repeats, clock)
         found = results.get(f"steps: {case}", make, *OURS)

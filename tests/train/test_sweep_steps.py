@@ -38,7 +38,8 @@ LAWS = {
     "smoothed": "--sweep.rank 2,3 --sweep.seed 0,1 --fit.label-smoothing 0.1 --fit.clip 0.5 --fit.warmup 0.5",
     "a new head": "--mode head --sweep.lr 0.01,0.003 --sweep.seed 0,1",
     "all weights": "--mode full --sweep.weight-decay 0,0.1 --sweep.seed 0,1",
-    "a new head under an adapter": "--sweep.seed 0,1 --lora.exclude embeddings --lora.targets classifier --lora.train-also classifier.bias",
+    "a new head under an adapter": "--sweep.seed 0,1 --lora.exclude embeddings --lora.targets classifier "
+    "--lora.train-also classifier.bias",
     "a part of a new head": "--sweep.seed 0,1 --lora.train-also classifier.bias",
     "data sets": "--sweep.data {0}/train.jsonl,{0}/other.jsonl --sweep.rank 2,3",
 }
@@ -98,13 +99,13 @@ def trained_alone(job: Job) -> Trained:
     return Trained(job.layout.to_host(state.adapters), np.array(losses))
 
 
-def trained_together(jobs: list[Job], in_turn: bool | None = None) -> list[Trained]:
+def trained_together(jobs: list[Job], at_a_time: int | None = None) -> list[Trained]:
     """The members of a sweep, each group in a program."""
     found: dict[int, Trained] = {}
     for group in groups_of(jobs):
         these = [jobs[i] for i in group]
         base, rates = base_of(these[0]), learning_rates(these)
-        program = Program(these, base, Stacking.of(these, drawn_heads(these[0], base)), in_turn=in_turn)
+        program = Program(these, base, Stacking.of(these, drawn_heads(these[0], base)), at_a_time=at_a_time)
         state, losses = program.make_state(), []
         for k in range(STEPS):
             settings = program.settings(rates[k], np.ones(len(these)))
@@ -115,13 +116,13 @@ def trained_together(jobs: list[Job], in_turn: bool | None = None) -> list[Train
     return [found[i] for i in range(len(jobs))]
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize(("law", "in_turn"), [*itertools.product(LAWS, (False, True))])
-def test_each_member_ends_as_its_single_run_does(work, law, in_turn):
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize(("law", "at_a_time"), [*itertools.product(LAWS, (1, 2, 8))])
+def test_each_member_ends_as_its_single_run_does(work, law, at_a_time):
     """To 1e-5, with batches of several lengths; ranks, scales, structure and dtypes are those of the single run."""
     jobs = jobs_of(work, LAWS[law])
     assert len({batch_length(jobs[0], k) for k in range(STEPS)}) > 1
-    together = trained_together(jobs, in_turn)
+    together = trained_together(jobs, at_a_time)
     for i in {0, len(jobs) - 1}:
         found, expected = together[i], trained_alone(jobs[i])
         chex.assert_trees_all_equal_shapes_and_dtypes(found.adapters, expected.adapters)

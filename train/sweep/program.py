@@ -1,7 +1,7 @@
 """One compiled step of several members, and its placement on devices.
 
 The step is that of a single run under `jax.vmap`: the base is not mapped, and a batch that several members share is not
-either, so what depends on no adapter is computed once for them. On a CPU it is a loop over the members.
+either, so what depends on no adapter is computed once for them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from train.job import Job
 from train.loop.feed import StepInput, counts_of
 from train.loop.state import StepCounts
 from train.sweep.stacked import Settings, Stacking, own_adapters, start_stacked, with_scales
+from train.sweep.turns import at_a_time as members_at_a_time
+from train.sweep.turns import in_turns
 
 
 class Program:
     """A step that trains several members at once.
 
-    On accelerators the members are one more axis of every batch. On a CPU they take turns within the step: the
-    activations of one fit in the caches, those of all do not. With a new head alone they share what is below it, and
-    are an axis there too.
+    The members are one more axis of every batch. Where all of them are too many at a time (`train.sweep.turns`), parts
+    of them take turns within the step.
 
     On a mesh the members lie along ``data`` if it divides their number, and the rows of a batch along ``fsdp``; if not,
     the rows are divided as in a single run.
@@ -44,8 +45,8 @@ class Program:
       base: parameters on their devices.
     """
 
-    def __init__(self, jobs: Sequence[Job], base: Any, stacking: Stacking, *, in_turn: bool | None = None):
-        """A program of ``jobs``; ``in_turn`` is whether they take turns, by default where that is faster."""
+    def __init__(self, jobs: Sequence[Job], base: Any, stacking: Stacking, *, at_a_time: int | None = None):
+        """A program of ``jobs``; ``at_a_time`` of them compute together, by default as in `train.sweep.turns`."""
         self.jobs, self.base, self._stacking = jobs, base, stacking
         first = jobs[0]
         assert isinstance(first.layout, Mesh)
@@ -54,7 +55,8 @@ class Program:
         self._tx = make_optimizer(self._fit, decay=stacking.decay, ratio=stacking.ratio)
         data = self._layout.mesh.shape["data"]
         self._axis = "data" if data > 1 and len(jobs) % data == 0 else None
-        self._in_turn = self._layout.on_host and first.config.mode != "head" if in_turn is None else in_turn
+        local = len(jobs) // data if self._axis else len(jobs)
+        self._at_a_time = at_a_time or members_at_a_time(first, local, self._layout.mesh.devices.flat[0].platform)
         self._sources = self._batch_sources()
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -169,12 +171,12 @@ class Program:
 
         def steps(state: Any, base: Any, batches: Any, keys: jax.Array, settings: Settings) -> Any:
             def of_one_batch(members: Any, batch: Batch) -> Any:
-                return each(lambda member: one(member[0], base, batch, *member[1:]), members)
+                return in_turns(lambda member: one(member[0], base, batch, *member[1:]), members, self._at_a_time)
 
-            each = jax.lax.map if self._in_turn else lambda fn, x: jax.vmap(fn)(x)
             groups = len(next(iter(batches.values())))
             members = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (state, keys, settings))
-            found = each(lambda group: of_one_batch(*group), (members, batches))
+            turns = max(1, self._at_a_time // jax.tree.leaves(members)[0].shape[1])
+            found = in_turns(lambda group: of_one_batch(*group), (members, batches), turns)
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
         if self._axis is None:

@@ -91,7 +91,8 @@ class _RoundLoop(Steps):
         """The program of the members in the slots."""
         slots = np.asarray(self.state.slots)
         constants = jax.tree.map(lambda x: x[slots], self.constants)
-        return Program([self.round.jobs[i] for i in slots], self.base, constants, self.round.new)
+        jobs = [self.round.jobs[i] for i in slots]
+        return Program(jobs, self.base, constants, self.round.new, among=self.round.jobs)
 
     def make_feed(self) -> Feed:
         """The batches of the members in the slots."""

@@ -40,13 +40,21 @@ class Program:
       base: parameters on their devices.
     """
 
-    def __init__(self, jobs: Sequence[Job], base: Any, constants: Mapping[str, Any], new: Sequence[str]):
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        base: Any,
+        constants: Mapping[str, Any],
+        new: Sequence[str],
+        among: Sequence[Job] | None = None,
+    ):
         """A program of ``jobs``.
 
         Args:
           constants: the settings of these members, as from `train.sweep.stacked.constant_settings`.
-          new: as for `train.sweep.stacked.start_stacked`.
+          new, among: as for `train.sweep.stacked.start_stacked`.
         """
+        self._among = jobs if among is None else among
         self.jobs, self.base, self._constants, self._new = jobs, base, constants, new
         first = jobs[0]
         assert isinstance(first.layout, Mesh)
@@ -80,7 +88,7 @@ class Program:
         return jax.jit(lambda state: jax.tree.map(lambda x: x[index], state), out_shardings=self._places)(state)
 
     def _make(self, base: Any) -> TrainState:
-        return jax.vmap(lambda adapters: init_state(self._tx, adapters))(start_stacked(self.jobs, base, self._new))
+        return jax.vmap(lambda adapters: init_state(self._tx, adapters))(start_stacked(self.jobs, base, self._new, self._among))
 
     @functools.cached_property
     def _shapes(self) -> Any:

@@ -18,9 +18,9 @@ from train.sweep.stacked import constant_settings
 def groups_of(jobs: Sequence[Job]) -> list[list[int]]:
     """The indices of members that one program can train: their bases are one, and they differ only in what is an array.
 
-    Dropout rates are compiled in, and so are the scales of LoRA-FA. A base trained from scratch depends on the seed, and
-    so does a new head that is not trained whole. With dropout, members with other batches are padded to other lengths,
-    on which the masks depend. Within a group, members with the same data and seed are neighbours.
+    Dropout rates are compiled in, and so are the scales of LoRA-FA. A base trained from scratch depends on the seed,
+    and so does a new head that is not trained whole. With dropout, members with other batches are padded to other
+    lengths, on which the masks depend. Within a group, members with the same data and seed are neighbours.
     """
     found: list[tuple[Any, list[int]]] = []
     for i, job in enumerate(jobs):

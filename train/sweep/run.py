@@ -96,7 +96,7 @@ class _Sweep:
         self.config, self.found, self.jobs, self.stop, self.began = config, found, jobs, stop, began
         self.sweep = SweepDirectory(directory)
         self.files = [
-            MemberFiles(self.sweep.members / member.name, job) for member, job in zip(found, jobs, strict=True)
+            MemberFiles(directory.members / member.name, job) for member, job in zip(found, jobs, strict=True)
         ]
         self.keep_best = config.keep == "best" or config.keep is None and config.fit.patience is not None
         buckets = tuple(sorted({length for job in jobs for length in job.buckets}))
@@ -182,7 +182,7 @@ class _Sweep:
             return train_round(one, files, records, self.stop)
 
     def _base(self, group: Sequence[int]) -> tuple[Base, list[Record]]:
-        """The base of a group, and the records of its training. Each member keeps a copy of one trained from scratch."""
+        """The base of a group, and the records of its training. Each member keeps a copy of one from scratch."""
         job, kept = self.jobs[group[0]], self.files[group[0]].directory.base
         kept.parent.mkdir(parents=True, exist_ok=True)
         records: list[Record] = []

@@ -68,7 +68,7 @@ def constant_settings(jobs: Sequence[Job]) -> dict[str, Any]:
     }
 
 
-def start_stacked(jobs: Sequence[Job], base: Any, new: Sequence[str]) -> dict[str, Any]:
+def start_stacked(jobs: Sequence[Job], base: Any, new: Sequence[str], among: Sequence[Job]) -> dict[str, Any]:
     """The adapters from which the members' single runs start, stacked.
 
     Members with one plan are drawn by one `jax.vmap` over their keys.
@@ -76,13 +76,14 @@ def start_stacked(jobs: Sequence[Job], base: Any, new: Sequence[str]) -> dict[st
     Args:
       base: parameters, or shapes under `jax.eval_shape`.
       new: the leaves trained whole that are drawn from a member's seed, see `drawn_heads`.
+      among: all members of the round, which decide on the padded ranks and whether scales are strengths.
     """
-    strengths = constant_settings(jobs)["strength"] is not None
+    strengths = constant_settings(among)["strength"] is not None
     groups: list[list[int]] = []
     for i, job in enumerate(jobs):
         same = next((group for group in groups if _is_one_plan(jobs[group[0]].plan, job.plan)), None)
         groups.append([i]) if same is None else same.append(i)
-    rank = {path: max(job.plan[path].rank for job in jobs) for path in jobs[0].plan}
+    rank = {path: max(job.plan[path].rank for job in among) for path in jobs[0].plan}
     parts = []
     for group in groups:
         one = jobs[group[0]]

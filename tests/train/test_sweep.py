@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import chex
-import numpy as np
 import pytest
 
 import jlora
@@ -69,7 +68,7 @@ def assert_single_run(found: Path, single: Path) -> None:
     one, other = jlora.load(found / "adapters"), jlora.load(single / "adapters")
     chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
     chex.assert_trees_all_close(one, other, rtol=0, atol=1e-5)
-    assert_same_curve(records(found), records(single))
+    assert_same_curve(*map(without_padding, (found, single)))
     configs = [json.loads((folder / "config.json").read_text()) for folder in (found, single)]
     assert {**configs[0], "run_dir": None} == {**configs[1], "run_dir": None}
     assert [(found / name).read_bytes() for name in ("data.json", "plan.txt")] == [
@@ -79,6 +78,11 @@ def assert_single_run(found: Path, single: Path) -> None:
     assert close(*summaries), summaries
     files = [{file.name for file in folder.iterdir()} for folder in (found, single)]
     assert files[0] == files[1] - {"checkpoints", "run.lock"}
+
+
+def without_padding(folder: Path) -> list[dict[str, Any]]:
+    """Records; texts are padded to the longest of all members."""
+    return [{name: value for name, value in one.items() if name != "padding"} for one in records(folder)]
 
 
 def close(one: Any, other: Any) -> bool:
@@ -208,9 +212,129 @@ def test_halving_and_patience_drop_members_alone(work, tmp_path):
     left = [one for one in found.values() if one["status"] == "finished"]
     assert len(left) == 1
     dropped = [one["status"] for one in found.values() if one is not left[0]]
-    assert sorted(dropped) == ["dropped: 1 of 2 were better (sweep.halving)"] + [
-        "dropped: 2 of 4 were better (sweep.halving)"
-    ] * 2
+    assert (
+        sorted(dropped)
+        == ["dropped: 1 of 2 were better (sweep.halving)"] + ["dropped: 2 of 4 were better (sweep.halving)"] * 2
+    )
     values = left[0]["values"]
     run(work, tmp_path / "one", f"--lora.rank {values['rank']} --learning-rate {values['lr']}")
     assert_single_run(member(tmp_path / "run", left[0]["name"]), tmp_path / "one")
+
+
+# Several data sets
+
+
+def test_each_data_set_has_the_adapters_of_its_single_run(work, tmp_path):
+    """A folder of data sets, or their names: a run directory for each, of as many steps as it has rows for."""
+    folder = tmp_path / "customers"
+    for name, rows in (("acme", 40), ("umbrella", 24)):
+        tiny.write_jsonl(folder / f"{name}.jsonl", tiny.sentences(rows, start=rows))
+    shutil.copy(work / "validation.jsonl", folder)
+    files = f"{folder}/acme.jsonl,{folder}/umbrella.jsonl"
+    run(work, tmp_path / "run", f"--data.train {files}")
+    found = results(tmp_path / "run")
+    assert {name: one["steps"] for name, one in found.items()} == {"acme": 15, "umbrella": 9}
+    summary = summary_of(tmp_path / "run")
+    assert (summary["best"], summary["best_of_data"]) == (
+        None,
+        {f"{folder}/{name}.jsonl": name for name in ("acme", "umbrella")},
+    )
+    run(work, tmp_path / "one", f"--data.train {folder}/umbrella.jsonl")
+    assert_single_run(member(tmp_path / "run", "umbrella"), tmp_path / "one")
+    code, printed = program("eval", str(tmp_path / "run"))
+    assert code == 2 and all(str(member(tmp_path / "run", name)) in printed for name in found), printed
+    assert "is finished" in run(work, tmp_path / "run", f"--data.train {files}")
+    assert "sweep.data" in refused(work, tmp_path / "run", f"--sweep.data {folder}")
+
+
+def test_data_sets_of_other_labels_are_refused_until_all_are_stated(work, tmp_path):
+    """The error names the field to pass, which works."""
+    rows = [{"sentence": f"a {word} film", "label": name} for word, name in (("great", "up"), ("dull", "down"))] * 8
+    files = [tiny.write_jsonl(tmp_path / f"{i}/train.jsonl", rows[i:]) for i in range(2)]
+    files.append(tiny.write_jsonl(tmp_path / "2/train.jsonl", [*rows, {"sentence": "a film", "label": "so"}] * 2))
+    swept = f"--task.labels None --data.validation None --data.holdout 0.25 --sweep.data {','.join(map(str, files))}"
+    printed = refused(work, tmp_path / "run", swept)
+    assert "needs another task than" in printed and "state it for all, such as --task.labels" in printed
+    assert not (tmp_path / "run").exists()
+    run(work, tmp_path / "run", swept.replace("--task.labels None", "--task.labels down so up"), "--fit.epochs 1")
+    assert len(results(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--sweep.rank 2,2", "sweep.rank: got (2, 2), expected whole numbers >= 1, each once"),
+        ("--sweep.rank 2,0", "sweep.rank: got (2, 0), expected whole numbers >= 1, each once"),
+        ("--sweep.lr 0.01 --sweep.halving 2", "halving: got 2 with one training"),
+        ("--sweep.data {0}/train.jsonl,{0}/other.jsonl --sweep.halving 2", "metrics on different data do not compare"),
+        ("--sweep.at-once 2", "at_once: got 2, but nothing is swept"),
+        ("--sweep.rank 2,3 --mode head", "sweep.rank: got (2, 3) with mode 'head', which has no adapters"),
+        ("--sweep.rank 2,3 --compute.layout pmap", "compute.layout: got 'pmap' with a sweep"),
+        ("--sweep.rank 2,3 --resume 3", "resume: got step 3 with a sweep"),
+        ("--sweep.data {0}/train.jsonl,{0}/none.jsonl", "none.jsonl"),
+        ("--sweep.lr 0.01,0.02 --sweep.halving 2 --eval-every-steps 99", "pass a smaller --eval-every-steps"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(work, tmp_path, flags, message):
+    assert message in refused(work, tmp_path / "run", flags)
+    assert not (tmp_path / "run/members").exists()
+
+
+# Rounds
+
+
+def test_members_that_do_not_fit_in_memory_are_trained_in_rounds(work, tmp_path, monkeypatch):
+    """By the compiler's account of the step; a resumed sweep keeps the rounds, wherever it is resumed."""
+    swept = "--sweep.lr 0.01,0.02,0.03"
+    run(work, tmp_path / "whole", swept)
+    monkeypatch.setattr("train.sweep.program.device_memory", lambda _: 1)
+    with stopping(after=4):
+        code, printed = program(*tiny.sentiment_flags(work, tmp_path / "run", RUN, swept))
+    assert code == EXIT_CODE, printed
+    assert "3 members at once do not fit in memory: trying 2" in printed
+    assert "2 members at once do not fit in memory: trying 1" in printed
+    assert json.loads((tmp_path / "run/sweep.json").read_text())["at_once"] == {"0": 1}
+    monkeypatch.undo()
+    printed = run(work, tmp_path / "run", swept)
+    assert "do not fit" not in printed and "round 3: lr0.03" in printed
+    for name in results(tmp_path / "whole"):
+        assert_single_run(member(tmp_path / "run", name), member(tmp_path / "whole", name))
+
+
+# Halving
+
+
+def every(steps: int) -> Intervals:
+    return Intervals(epoch=10, steps=100, log=1, eval=steps)
+
+
+@pytest.mark.parametrize(
+    ("count", "factor", "expected"),
+    [
+        (8, 2, {15: 4, 25: 2, 50: 1}),
+        (9, 3, {15: 3, 35: 1}),
+        (12, 4, {25: 3}),
+        (2, 2, {50: 1}),
+        (3, 4, {25: 1}),
+        (27, 3, {5: 9, 15: 3, 35: 1}),
+    ],
+)
+def test_rungs(count, factor, expected):
+    """Each rung is at the first evaluation from its share of the steps on, and leaves count // factor**k."""
+    assert rungs(every(5), count, factor) == expected
+
+
+def test_rungs_of_few_evaluations_are_one_and_without_any_there_is_no_halving():
+    assert rungs(every(60), 8, 2) == {60: 1}
+    with pytest.raises(ConfigError, match="pass a smaller --eval-every-steps"):
+        rungs(every(100), 8, 2)
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_best_go_on(higher):
+    """Nothing and NaN are the worst, and the first goes on where two are equal."""
+    sign = 1 if higher else -1
+    metric = PrimaryMetric("x", higher)
+    values = [None, sign * 1.0, float("nan"), sign * 3.0, sign * 3.0, sign * 2.0]
+    for keep, left in ((6, []), (4, [0, 2]), (2, [0, 1, 2, 5]), (1, [0, 1, 2, 4, 5])):
+        assert left_behind(values, keep, metric) == left

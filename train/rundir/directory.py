@@ -94,21 +94,29 @@ class RunDirectory:
             )
         return config
 
+    def read_single_json(self) -> dict[str, Any]:
+        """`read_config_json` of a single run.
+
+        Raises:
+          ConfigError: as there; and for a sweep, naming its best runs.
+        """
+        written = self.read_config_json()
+        if self.members.is_dir():
+            raise ConfigError(f"{self} holds a sweep, expected a single run; {self._best_runs()}")
+        return written
+
     def read_config(self) -> TrainConfig:
         """The run's configuration.
 
         Raises:
-          ConfigError: as `read_config_json`; listing each field that this version does not accept; and for a sweep,
-            naming the directories of its best runs.
+          ConfigError: as `read_single_json`; and listing each field that this version does not accept.
         """
-        written = self.read_config_json()
+        written = self.read_single_json()
         try:
             config = from_json(TrainConfig, written)
             config.check()
         except ValueError as error:
             raise ConfigError(f"{self.config} is not a configuration of this version: {error}") from error
-        if config.sweep:
-            raise ConfigError(f"{self} holds a sweep, expected a single run; {self._best_runs()}")
         return config
 
     def _best_runs(self) -> str:

@@ -26,6 +26,7 @@ from train.rundir.directory import RunDirectory
 from train.rundir.records import Record, read_records
 from train.summary import make_summary, print_start
 from train.sweep.files import MemberFiles, RoundFiles, SweepDirectory
+from train.sweep.halving import rungs
 from train.sweep.loop import Round, train_round
 from train.sweep.members import Member, members
 from train.sweep.picture import draw_sweep
@@ -53,6 +54,8 @@ def run_sweep(config: TrainConfig) -> dict[str, Any]:
         found = members(config)
         jobs = make_jobs([member.config for member in found], stop.check)
         config = dataclasses.replace(config, task=jobs[0].config.task)
+        if config.sweep.halving is not None:  # raises now, and not after the base is loaded
+            rungs(jobs[0].intervals(config.fit, jobs[0].examples), len(jobs), config.sweep.halving)
         provenance = {
             name if len(config.sweep.data) < 2 else f"{member.values['data']} {name}": one
             for member, job in zip(found, jobs, strict=True)

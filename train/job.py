@@ -213,8 +213,8 @@ def _other_task(config: TrainConfig, other: TrainConfig) -> str:
     pairs = {name: (getattr(config.task, name), getattr(other.task, name, None)) for name in fields}
     wrong = [f"task.{name}: {one!r:.200}, {two!r:.200} there" for name, (one, two) in pairs.items() if one != two]
     return (
-        f"data.train: {config.data.train} needs another task than {other.data.train}:{bullets(wrong)}\nExpected data of "
-        f"one task, which train in one program; state it for all, such as {flag('task.' + wrong[0].split(':')[0][5:])}"
+        f"data.train: {config.data.train} needs another task than {other.data.train}:{bullets(wrong)}\nExpected data "
+        f"of one task, which train in one program; state it for all: {flag(wrong[0].split(':')[0])}"
     )
 
 
@@ -253,12 +253,12 @@ def bucket_lengths(config: TrainConfig, *sets: Mapping[str, Examples]) -> tuple[
     return tuple(bucket for i, bucket in enumerate(wanted) if i == 0 or wanted[i - 1] < most)
 
 
-def uses_of(network: Network, shapes: Any, inputs: Mapping[str, Any]) -> jlora.Uses:
+def uses_of(network: Network, shapes: Any, inputs: Mapping[str, Any]) -> Mapping[str, jlora.WeightUse]:
     """How the network consumes its weights, for `plan_of`."""
     return jlora.trace(network.forward, shapes, inputs)
 
 
-def plan_of(config: TrainConfig, shapes: Any, uses: jlora.Uses) -> jlora.Plan:
+def plan_of(config: TrainConfig, shapes: Any, uses: Mapping[str, jlora.WeightUse]) -> jlora.Plan:
     """The plan: the adapted weights and their adapters.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from train.loop.stop import Stop
 from train.sweep.members import members
 from train.sweep.program import Program
 from train.sweep.rounds import groups_of
-from train.sweep.stacked import constant_settings, drawn_heads, learning_rates
+from train.sweep.stacked import Stacking, drawn_heads, learning_rates
 
 STEPS = 5
 LAWS = {
@@ -97,13 +98,13 @@ def trained_alone(job: Job) -> Trained:
     return Trained(job.layout.to_host(state.adapters), np.array(losses))
 
 
-def trained_together(jobs: list[Job]) -> list[Trained]:
+def trained_together(jobs: list[Job], in_turn: bool | None = None) -> list[Trained]:
     """The members of a sweep, each group in a program."""
     found: dict[int, Trained] = {}
     for group in groups_of(jobs):
         these = [jobs[i] for i in group]
         base, rates = base_of(these[0]), learning_rates(these)
-        program = Program(these, base, constant_settings(these), drawn_heads(these[0], base))
+        program = Program(these, base, Stacking.of(these, drawn_heads(these[0], base)), in_turn=in_turn)
         state, losses = program.make_state(), []
         for k in range(STEPS):
             settings = program.settings(rates[k], np.ones(len(these)))
@@ -114,13 +115,13 @@ def trained_together(jobs: list[Job]) -> list[Trained]:
     return [found[i] for i in range(len(jobs))]
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("law", LAWS)
-def test_each_member_ends_as_its_single_run_does(work, law):
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(("law", "in_turn"), [*itertools.product(LAWS, (False, True))])
+def test_each_member_ends_as_its_single_run_does(work, law, in_turn):
     """To 1e-5, with batches of several lengths; ranks, scales, structure and dtypes are those of the single run."""
     jobs = jobs_of(work, LAWS[law])
     assert len({batch_length(jobs[0], k) for k in range(STEPS)}) > 1
-    together = trained_together(jobs)
+    together = trained_together(jobs, in_turn)
     for i in {0, len(jobs) - 1}:
         found, expected = together[i], trained_alone(jobs[i])
         chex.assert_trees_all_equal_shapes_and_dtypes(found.adapters, expected.adapters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -87,9 +88,14 @@ def flag(path: str) -> str:
 
 def _fields(part: Any) -> Iterator[tuple[str, Any, Any, Any]]:
     """Name, value, default and declared type of every field."""
-    hints = get_type_hints(type(part), include_extras=True)
+    hints = _hints(type(part))
     for field in dataclasses.fields(part):
         yield field.name, getattr(part, field.name), field.default, hints[field.name]
+
+
+@functools.cache  # a sweep checks thousands of configurations
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def _problem(path: str, value: Any, default: Any, hint: Any) -> str:

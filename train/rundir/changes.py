@@ -11,7 +11,7 @@ from train.config import TrainConfig
 from train.rundir.codec import flat, to_json
 from train.rundir.directory import RunDirectory
 
-HOW = ("cache_dir", "compute", "log", "model.attention", "processes", "resume", "run_dir", "save")
+HOW = ("cache_dir", "compute", "log", "model.attention", "processes", "resume", "run_dir", "save", "sweep.at_once")
 """Fields for the computation, logging and saving of a run. They do not affect the result, except for rounding and
 dropout masks."""
 

@@ -1,4 +1,4 @@
-"""Successive halving (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943): the best part goes on."""
+"""Successive halving (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943): the best members go on."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from train.rundir.records import Record
 from train.sweep.files import RoundFiles
 from train.sweep.halving import left_behind, rungs
 from train.sweep.program import Program
-from train.sweep.stacked import constant_settings, learning_rates
+from train.sweep.stacked import Stacking, learning_rates
 from train.sweep.state import MemberState, RoundState
 
 DIVERGED = "diverged"
@@ -77,7 +77,7 @@ class _RoundLoop(Steps):
         self.round, self.files, self.state = one, files, files.state
         self.rungs = {} if one.halving is None else rungs(longest, len(one.jobs), one.halving)
         self.rates = learning_rates(one.jobs)
-        self.constants = constant_settings(one.jobs)
+        self.stacking = Stacking.of(one.jobs, one.new)
         self.key = random_key(0, "sweep")  # checkpoints have one; those of the members follow from their seeds
         self.program = self.make_program()
         if self.state.step:
@@ -89,10 +89,8 @@ class _RoundLoop(Steps):
 
     def make_program(self) -> Program:
         """The program of the members in the slots."""
-        slots = np.asarray(self.state.slots)
-        constants = jax.tree.map(lambda x: x[slots], self.constants)
-        jobs = [self.round.jobs[i] for i in slots]
-        return Program(jobs, self.base, constants, self.round.new, among=self.round.jobs)
+        slots = self.state.slots
+        return Program([self.round.jobs[i] for i in slots], self.base, self.stacking.part(slots))
 
     def make_feed(self) -> Feed:
         """The batches of the members in the slots."""

@@ -63,13 +63,13 @@ def draw_sweep(path: Path, results: Sequence[Result], primary: str, higher_is_be
         if len(best) == 1:
             figure.suptitle(f"best: {best[0].name}, {primary.replace('_', ' ')} {best[0].metric:.4f}")
         if len(legend) > 3 or len(best) > 1:
-            figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), frameon=False)
+            figure.legend(handles=list(legend.values()), loc="outside lower center", ncols=len(legend), frameon=False)
         with drafts(path) as (draft,):
             figure.savefig(draft, dpi=150, format="png")
 
 
 def _draw_panel(axes: Axes, field: str, results: Sequence[Result], best: Sequence[Result]) -> dict[str, Any]:
-    """Draw the members over one field; returns what it drew, by its text in a legend."""
+    """Draw the members over one field; returns what it drew, by kind, for a legend."""
     values = list(dict.fromkeys(one.values[field] for one in results))
     values = values if field == "data" else sorted(values)
     logarithmic = field in LOGARITHMIC and min(values) > 0
@@ -81,20 +81,21 @@ def _draw_panel(axes: Axes, field: str, results: Sequence[Result], best: Sequenc
     def dots(label: str, chosen: Sequence[Result], **style: Any) -> None:
         if chosen:
             x, y = [spread[one.name] for one in chosen], [one.metric or 0.0 for one in chosen]
-            drawn[label] = axes.scatter(x, y, **style)
+            drawn[label] = axes.scatter(x, y, label=label, **style)
 
     if field != "data":
         of_value = {value: [one.metric or 0.0 for one in measured if one.values[field] == value] for value in values}
         line = [(places[value], np.mean(found)) for value, found in of_value.items() if found]
         if line:
-            drawn["mean"] = axes.plot(*zip(*line, strict=True), color=COLOURS[0], linewidth=1.6, alpha=0.5, zorder=1)[0]
+            style: dict[str, Any] = {"color": COLOURS[0], "linewidth": 1.6, "alpha": 0.5, "zorder": 1}
+            drawn["mean"] = axes.plot(*zip(*line, strict=True), label="mean", **style)[0]
     blue: dict[str, Any] = {"s": 28, "edgecolor": COLOURS[0], "linewidth": 0.9, "alpha": 0.8, "zorder": 2}
     dots("finished", [one for one in measured if one.status == FINISHED], facecolor=COLOURS[0], **blue)
     dots("ended early", [one for one in measured if one.status != FINISHED], facecolor="white", **blue)
     dots("best", best, s=110, facecolor="none", edgecolor=COLOURS[1], linewidth=1.8, zorder=3)
     if lost := [spread[one.name] for one in results if one.metric is None]:
         bottom: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "marker": "x", "s": 24, "linewidth": 1.2}
-        drawn["no metric"] = axes.scatter(lost, [0.04] * len(lost), color=COLOURS[1], **bottom)
+        drawn["lost"] = axes.scatter(lost, [0.04] * len(lost), color=COLOURS[1], label="no metric", **bottom)
     names = data_sets(results) if field == "data" else {value: _short(value) for value in values}
     _set_ticks(axes, field, {names[value]: place for value, place in places.items()})
     return drawn
@@ -102,9 +103,9 @@ def _draw_panel(axes: Axes, field: str, results: Sequence[Result], best: Sequenc
 
 def _spread(field: str, results: Sequence[Result], places: Mapping[Any, float]) -> dict[str, float]:
     """The place of each member on the axis: those of one value side by side, in less room than to the next value."""
-    *_, last = at = list(places.values())
+    at = list(places.values())
     gap = min((after - before for before, after in itertools.pairwise(at)), default=1.0)
-    gap = min(gap, 0.4 * (last - at[0] or 1.0))
+    gap = min(gap, 0.4 * (at[-1] - at[0]) or gap)
     found: dict[str, float] = {}
     for value, place in places.items():
         names = [one.name for one in results if one.values[field] == value]

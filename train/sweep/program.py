@@ -1,7 +1,7 @@
 """One compiled step of several members, and its placement on devices.
 
 The step is that of a single run under `jax.vmap`: the base is not mapped, and a batch that several members share is not
-either, so what depends on no adapter is computed once for them.
+either, so what depends on no adapter is computed once for them. On a CPU it is a loop over the members.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ from train.data.ragged import Examples
 from train.job import Job
 from train.loop.feed import StepInput, counts_of
 from train.loop.state import StepCounts
-from train.sweep.stacked import Settings, own_adapters, start_stacked, with_scales
+from train.sweep.stacked import Settings, Stacking, own_adapters, start_stacked, with_scales
 
 
 class Program:
     """A step that trains several members at once.
+
+    On accelerators the members are one more axis of every batch. On a CPU they take turns within the step: the
+    activations of one fit in the caches, those of all do not. With a new head alone they share what is below it, and
+    are an axis there too.
 
     On a mesh the members lie along ``data`` if it divides their number, and the rows of a batch along ``fsdp``; if not,
     the rows are divided as in a single run.
@@ -40,29 +44,17 @@ class Program:
       base: parameters on their devices.
     """
 
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        base: Any,
-        constants: Mapping[str, Any],
-        new: Sequence[str],
-        among: Sequence[Job] | None = None,
-    ):
-        """A program of ``jobs``.
-
-        Args:
-          constants: the settings of these members, as from `train.sweep.stacked.constant_settings`.
-          new, among: as for `train.sweep.stacked.start_stacked`.
-        """
-        self._among = jobs if among is None else among
-        self.jobs, self.base, self._constants, self._new = jobs, base, constants, new
+    def __init__(self, jobs: Sequence[Job], base: Any, stacking: Stacking, *, in_turn: bool | None = None):
+        """A program of ``jobs``; ``in_turn`` is whether they take turns, by default where that is faster."""
+        self.jobs, self.base, self._stacking = jobs, base, stacking
         first = jobs[0]
         assert isinstance(first.layout, Mesh)
         self._layout, self._fit = first.layout, first.config.fit
         self._keys = jnp.stack([random_key(job.config.seed, "fit dropout") for job in jobs])
-        self._tx = make_optimizer(self._fit, decay=constants["decay"], ratio=constants["ratio"])
+        self._tx = make_optimizer(self._fit, decay=stacking.decay, ratio=stacking.ratio)
         data = self._layout.mesh.shape["data"]
         self._axis = "data" if data > 1 and len(jobs) % data == 0 else None
+        self._in_turn = self._layout.on_host and first.config.mode != "head" if in_turn is None else in_turn
         self._sources = self._batch_sources()
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -88,7 +80,7 @@ class Program:
         return jax.jit(lambda state: jax.tree.map(lambda x: x[index], state), out_shardings=self._places)(state)
 
     def _make(self, base: Any) -> TrainState:
-        return jax.vmap(lambda adapters: init_state(self._tx, adapters))(start_stacked(self.jobs, base, self._new, self._among))
+        return jax.vmap(lambda adapters: init_state(self._tx, adapters))(start_stacked(self.jobs, base, self._stacking))
 
     @functools.cached_property
     def _shapes(self) -> Any:
@@ -127,7 +119,8 @@ class Program:
 
     def settings(self, rates: np.ndarray, active: np.ndarray) -> Settings:
         """The settings of a step; both of shape [n]."""
-        return Settings(np.asarray(rates, np.float32), np.asarray(active, bool), **self._constants)
+        how = self._stacking
+        return Settings(np.asarray(rates, np.float32), np.asarray(active, bool), how.decay, how.ratio, how.strength)
 
     def step(self, state: TrainState, batch: Any, settings: Settings) -> tuple[TrainState, Metrics]:
         """One step. Metrics are float32 [n]. The state is donated."""
@@ -139,7 +132,7 @@ class Program:
     def fits(self) -> bool | None:
         """Whether a device has the memory for the step with the longest batch, by the compiler's account; None if its
         memory is unknown. What is compiled for it is kept."""
-        memory = device_memory(self._layout.mesh.devices.flatten())
+        memory = device_memory(self._layout.mesh.devices.flatten().tolist())
         if memory is None:
             return None
         rows = np.zeros(self._fit.batch_size, np.int64)
@@ -174,13 +167,14 @@ class Program:
             new, metrics = step(state, base, batch, key)
             return jax.tree.map(lambda new, old: jnp.where(settings.active, new, old), new, state), metrics
 
-        of_one_batch = jax.vmap(one, (0, None, None, 0, 0))
-        of_each_batch = jax.vmap(of_one_batch, (0, None, 0, 0, 0))
+        def steps(state: Any, base: Any, batches: Any, keys: jax.Array, settings: Settings) -> Any:
+            def of_one_batch(members: Any, batch: Batch) -> Any:
+                return each(lambda member: one(member[0], base, batch, *member[1:]), members)
 
-        def steps(state: Any, base: Any, batch: Any, keys: jax.Array, settings: Settings) -> Any:
-            groups = len(next(iter(batch.values())))
-            grouped = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (state, keys, settings))
-            found = of_each_batch(grouped[0], base, batch, *grouped[1:])
+            each = jax.lax.map if self._in_turn else lambda fn, x: jax.vmap(fn)(x)
+            groups = len(next(iter(batches.values())))
+            members = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (state, keys, settings))
+            found = each(lambda group: of_one_batch(*group), (members, batches))
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
         if self._axis is None:
@@ -212,7 +206,7 @@ class Program:
 
     @functools.cached_property
     def _slice(self) -> Any:
-        strength = self._constants["strength"]
+        strength = self._stacking.strength
         return jax.jit(
             lambda stacked, i: _at(with_scales(stacked, strength), i), out_shardings=self._own_places.adapters
         )
@@ -220,11 +214,6 @@ class Program:
     @functools.cached_property
     def _plain_slice(self) -> Any:
         return jax.jit(_at, out_shardings=self._own_places.adapters)
-
-
-def part_of_constants(constants: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """The constant settings of these members."""
-    return jax.tree.map(lambda x: x[np.asarray(kept)], dict(constants))
 
 
 def _shape(batch: Mapping[str, Any]) -> tuple[Any, ...]:

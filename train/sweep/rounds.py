@@ -12,7 +12,7 @@ from train.compute.processes import say
 from train.config import FitConfig, LearningRates, Pretrained
 from train.job import Job
 from train.sweep.program import Program
-from train.sweep.stacked import constant_settings
+from train.sweep.stacked import Stacking
 
 
 def groups_of(jobs: Sequence[Job]) -> list[list[int]]:
@@ -39,7 +39,7 @@ def members_at_once(jobs: Sequence[Job], base: Any, new: Sequence[str], most: in
     if most is not None:
         return min(most, len(jobs))
     count = len(jobs)
-    while count > 1 and Program(jobs[:count], base, constant_settings(jobs[:count]), new).fits() is False:
+    while count > 1 and Program(jobs[:count], base, Stacking.of(jobs[:count], new)).fits() is False:
         smaller = -(-count // 2)
         say(f"{count} members at once do not fit in memory: trying {smaller}")
         count = smaller

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from jlora.files.buckets import download, is_in_bucket
 from jlora.messages import table
@@ -51,6 +54,11 @@ def run_sweep(config: TrainConfig) -> dict[str, Any]:
     """
     with session(config) as stop:
         began = time.perf_counter()
+        if jax.process_count() > 1:
+            raise ConfigError(
+                f"sweep: got {jax.process_count()} processes, expected one: a sweep uses the devices of one process; "
+                "start it on one host, or train the members one by one"
+            )
         found = members(config)
         jobs = make_jobs([member.config for member in found], stop.check)
         config = dataclasses.replace(config, task=jobs[0].config.task)
@@ -96,11 +104,11 @@ class _Sweep:
         stop: Stop,
         began: float,
     ):
-        self.config, self.found, self.jobs, self.stop, self.began = config, found, jobs, stop, began
+        self.config, self.found, self.stop, self.began = config, found, stop, began
         self.sweep = SweepDirectory(directory)
-        self.files = [
-            MemberFiles(directory.members / member.name, job) for member, job in zip(found, jobs, strict=True)
-        ]
+        paths = [directory.members / member.name for member in found]
+        self.jobs = [_at(path, job) for path, job in zip(paths, jobs, strict=True)]
+        self.files = [MemberFiles(path, job) for path, job in zip(paths, self.jobs, strict=True)]
         self.keep_best = config.keep == "best" or config.keep is None and config.fit.patience is not None
         buckets = tuple(sorted({length for job in jobs for length in job.buckets}))
         first = jobs[0]
@@ -185,7 +193,7 @@ class _Sweep:
             return train_round(one, files, records, self.stop)
 
     def _base(self, group: Sequence[int]) -> tuple[Base, list[Record]]:
-        """The base of a group, and the records of its training. Each member keeps a copy of one from scratch."""
+        """The base of a group, and the records of its training; each member keeps a copy of one from scratch."""
         job, kept = self.jobs[group[0]], self.files[group[0]].directory.base
         kept.parent.mkdir(parents=True, exist_ok=True)
         records: list[Record] = []
@@ -245,6 +253,11 @@ class _Sweep:
         given = self.config.sweep.given
         rows = [(name, ", ".join(map(str, values))) for name, values in given.items()]
         return f"{len(self.found)} members\n{table(('swept', 'values'), rows)}"
+
+
+def _at(path: Path, job: Job) -> Job:
+    """A member's job, with its run directory in the configuration."""
+    return dataclasses.replace(job, config=dataclasses.replace(job.config, run_dir=path, resume=None))
 
 
 def _last_loss(directory: RunDirectory) -> float | None:

@@ -39,7 +39,7 @@ LAWS = {
     "a new head": "--mode head --sweep.lr 0.01,0.003 --sweep.seed 0,1",
     "all weights": "--mode full --sweep.weight-decay 0,0.1 --sweep.seed 0,1",
     "a new head under an adapter": "--sweep.seed 0,1 --lora.exclude embeddings --lora.targets classifier "
-    "--lora.train-also classifier.bias",
+    "--lora.train-also",
     "a part of a new head": "--sweep.seed 0,1 --lora.train-also classifier.bias",
     "data sets": "--sweep.data {0}/train.jsonl,{0}/other.jsonl --sweep.rank 2,3",
 }

@@ -57,8 +57,8 @@ class SweepConfig(Part):
     weight_decay: Decays = ()
     #: Seeds, instead of the configured one.
     seed: Seeds = ()
-    #: Successive halving (Jamieson and Talwalkar 2016): at each rung only the best 1/halving of the trainings go on.
-    #: Default: all train to the end.
+    #: Successive halving (Jamieson and Talwalkar 2016): at each rung only the best 1/halving of the trainings in a
+    #: program go on. Default: all train to the end.
     halving: Annotated[int, at_least(2)] | None = None
     #: Most trainings in one program at a time. Default: as many as fit in memory.
     at_once: Count | None = None

@@ -153,7 +153,7 @@ class Checkpoints:
             )
 
         found = self._guarded(step, read)
-        count: Any = np.asarray(step, target.step.dtype)
+        count: Any = np.full(target.step.shape, step, target.step.dtype)  # of one training, or of each of several
         if isinstance(target.step, jax.ShapeDtypeStruct):
             count = jax.device_put(count, target.step.sharding)
         state = TrainState(count, found["adapters"], found["opt_state"])

@@ -119,7 +119,7 @@ def _read(folder: Path, name: str, problems: list[str]) -> ReportedRun:
             problems.append(str(error))
             return {}
 
-    config, summary = flat(read(directory.read_config_json)), read(read_summary)
+    config, summary = flat(read(directory.read_single_json)), read(read_summary)
     records, faulty = read_records(directory.metrics)
     problems += [
         f"{directory.metrics}, line {number}: got {line[:40].decode(errors='replace')!r}, expected a JSON object with "

@@ -40,6 +40,7 @@ class RunDirectory:
     Attributes:
       path: the directory, local or in a bucket; see `jlora.files.buckets`.
       config, data, plan, metrics, checkpoints, base, adapters, curves, summary, sums, lock_file: its files.
+      members: of a sweep, the run directories of its trainings.
     """
 
     def __init__(self, path: Path):
@@ -55,6 +56,7 @@ class RunDirectory:
         self.summary = path / "summary.json"
         self.sums = path / SUMS
         self.lock_file = path / "run.lock"
+        self.members = path / "members"
 
     def __str__(self) -> str:
         return str(self.path)
@@ -92,19 +94,39 @@ class RunDirectory:
             )
         return config
 
+    def read_single_json(self) -> dict[str, Any]:
+        """`read_config_json` of a single run.
+
+        Raises:
+          ConfigError: as there; and for a sweep, naming its best runs.
+        """
+        written = self.read_config_json()
+        if self.members.is_dir():
+            raise ConfigError(f"{self} holds a sweep, expected a single run; {self._best_runs()}")
+        return written
+
     def read_config(self) -> TrainConfig:
         """The run's configuration.
 
         Raises:
-          ConfigError: as `read_config_json`; and listing each field that this version does not accept.
+          ConfigError: as `read_single_json`; and listing each field that this version does not accept.
         """
-        written = self.read_config_json()
+        written = self.read_single_json()
         try:
             config = from_json(TrainConfig, written)
             config.check()
         except ValueError as error:
             raise ConfigError(f"{self.config} is not a configuration of this version: {error}") from error
         return config
+
+    def _best_runs(self) -> str:
+        """Where the best runs of a sweep are."""
+        if not self.is_finished:
+            return f"those that are finished are below {self.members}. The same command resumes the sweep"
+        summary = self.read_summary()
+        names = summary.get("best_of_data", {"": summary["best"]}).values()
+        found = ", ".join(str(self.members / name) for name in names if name is not None)
+        return f"its best is {found}" if found else "none of its runs has a result"
 
     def read_data(self) -> dict[str, Any]:
         """The provenance of each set by name; empty in runs of earlier versions, which lack the file."""

@@ -1,7 +1,7 @@
 """One compiled step of several members, and its placement on devices.
 
 The step is that of a single run under `jax.vmap`: the base is not mapped, and a batch that several members share is not
-either, so what depends on no adapter is computed once for them.
+either, so what depends on no adapter is computed once for them. On a CPU it is a loop over the members.
 """
 
 from __future__ import annotations

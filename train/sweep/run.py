@@ -29,6 +29,7 @@ from train.rundir.directory import RunDirectory
 from train.rundir.records import Record, read_records
 from train.summary import make_summary, print_start
 from train.sweep.files import MemberFiles, RoundFiles, SweepDirectory
+from train.sweep.halving import rungs
 from train.sweep.loop import Round, train_round
 from train.sweep.members import Member, members
 from train.sweep.picture import draw_sweep
@@ -61,6 +62,8 @@ def run_sweep(config: TrainConfig) -> dict[str, Any]:
         found = members(config)
         jobs = make_jobs([member.config for member in found], stop.check)
         config = dataclasses.replace(config, task=jobs[0].config.task)
+        if config.sweep.halving is not None:  # raises now, and not after the base is loaded
+            rungs(jobs[0].intervals(config.fit, jobs[0].examples), len(jobs), config.sweep.halving)
         provenance = {
             name if len(config.sweep.data) < 2 else f"{member.values['data']} {name}": one
             for member, job in zip(found, jobs, strict=True)
@@ -103,7 +106,7 @@ class _Sweep:
     ):
         self.config, self.found, self.stop, self.began = config, found, stop, began
         self.sweep = SweepDirectory(directory)
-        paths = [self.sweep.members / member.name for member in found]
+        paths = [directory.members / member.name for member in found]
         self.jobs = [_at(path, job) for path, job in zip(paths, jobs, strict=True)]
         self.files = [MemberFiles(path, job) for path, job in zip(paths, self.jobs, strict=True)]
         self.keep_best = config.keep == "best" or config.keep is None and config.fit.patience is not None

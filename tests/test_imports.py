@@ -47,7 +47,7 @@ TRAIN = {
     "data": "truncation lines cache_folder | ragged delimited json_rows | batches formats | arrow_cache | sources | "
     "tables",
     "networks": "network tokenizers | scratch pretrained | registry",
-    "compute": "keys flops throughput optimizer processes hlo topology | compiled compilation_cache",
+    "compute": "keys flops throughput optimizer processes hlo topology | compiled compilation_cache | memory",
     "tasks": "encoding | metrics spans base conversations labels pictures | chat | classify language | images",
     "tasks ": "registry | stand_in",
     "compute ": "step | layouts",
@@ -55,9 +55,9 @@ TRAIN = {
     "loop": "state stop | evaluate checkpoints extend feed",
     "report": "console examples writers reading | tables | curves | page",
     " ": "job",
-    "loop ": "run_files | loop",
+    "loop ": "run_files steps | loop",
     "  ": "ahead pretrain | summary | experiment",
-    "sweep": "members | results | picture",
+    "sweep": "members halving state stacked turns | results program files | picture rounds loop | run",
     "commands": "options inputs results contact_sheet advice one_base | export | fit show plan predict generate eval "
     "extract merge report inspect",
     "   ": "__main__",

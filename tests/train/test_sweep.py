@@ -254,7 +254,7 @@ def test_data_sets_of_other_labels_are_refused_until_all_are_stated(work, tmp_pa
     files.append(tiny.write_jsonl(tmp_path / "2/train.jsonl", [*rows, {"sentence": "a film", "label": "so"}] * 2))
     swept = f"--task.labels None --data.validation None --data.holdout 0.25 --sweep.data {','.join(map(str, files))}"
     printed = refused(work, tmp_path / "run", swept)
-    assert "needs another task than" in printed and "state it for all, such as --task.labels" in printed
+    assert "needs another task than" in printed and "--task.labels" in printed
     assert not (tmp_path / "run").exists()
     run(work, tmp_path / "run", swept.replace("--task.labels None", "--task.labels down so up"), "--fit.epochs 1")
     assert len(results(tmp_path / "run")) == 3

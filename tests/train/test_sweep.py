@@ -159,6 +159,7 @@ def test_a_member_that_diverges_ends_alone(work, diverging, tmp_path):
     assert [found[name]["status"] for name in ("lr0.01", "lr0.02")] == ["finished"] * 2
 
 
+@pytest.mark.slow
 def test_a_sweep_of_which_all_members_diverge_ends_without_a_best_one(work, tmp_path):
     printed = run(work, tmp_path / "run", "--sweep.lr 1e30,1e31")
     assert "best:" not in printed
@@ -189,7 +190,7 @@ def stop_again_and_again(work: Path, folder: Path, swept: str, times: int, rng: 
     return times
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SWEEPS)
 def test_a_sweep_that_is_stopped_again_and_again_is_the_sweep_that_is_not(work, tmp_path, kind):
     swept = SWEEPS[kind].format(work)
@@ -205,6 +206,7 @@ def test_a_sweep_that_is_stopped_again_and_again_is_the_sweep_that_is_not(work, 
         assert records(found) == records(whole)
 
 
+@pytest.mark.slow
 def test_halving_and_patience_drop_members_alone(work, tmp_path):
     """What is dropped, and what trained on in a smaller program, is the part of a single run or all of it."""
     run(work, tmp_path / "run", SWEEPS["halving"])
@@ -224,6 +226,7 @@ def test_halving_and_patience_drop_members_alone(work, tmp_path):
 # Several data sets
 
 
+@pytest.mark.slow
 def test_each_data_set_has_the_adapters_of_its_single_run(work, tmp_path):
     """A folder of data sets, or their names: a run directory for each, of as many steps as it has rows for."""
     folder = tmp_path / "customers"
@@ -247,6 +250,7 @@ def test_each_data_set_has_the_adapters_of_its_single_run(work, tmp_path):
     assert "sweep.data" in refused(work, tmp_path / "run", f"--sweep.data {folder}")
 
 
+@pytest.mark.slow
 def test_data_sets_of_other_labels_are_refused_until_all_are_stated(work, tmp_path):
     """The error names the field to pass, which works."""
     rows = [{"sentence": f"a {word} film", "label": name} for word, name in (("great", "up"), ("dull", "down"))] * 8
@@ -254,7 +258,7 @@ def test_data_sets_of_other_labels_are_refused_until_all_are_stated(work, tmp_pa
     files.append(tiny.write_jsonl(tmp_path / "2/train.jsonl", [*rows, {"sentence": "a film", "label": "so"}] * 2))
     swept = f"--task.labels None --data.validation None --data.holdout 0.25 --sweep.data {','.join(map(str, files))}"
     printed = refused(work, tmp_path / "run", swept)
-    assert "needs another task than" in printed and "state it for all, such as --task.labels" in printed
+    assert "needs another task than" in printed and "state it for all: --task.labels" in printed
     assert not (tmp_path / "run").exists()
     run(work, tmp_path / "run", swept.replace("--task.labels None", "--task.labels down so up"), "--fit.epochs 1")
     assert len(results(tmp_path / "run")) == 3
@@ -283,6 +287,7 @@ def test_what_cannot_be_swept_is_refused(work, tmp_path, flags, message):
 # Rounds
 
 
+@pytest.mark.slow
 def test_members_that_do_not_fit_in_memory_are_trained_in_rounds(work, tmp_path, monkeypatch):
     """By the compiler's account of the step; a resumed sweep keeps the rounds, wherever it is resumed."""
     swept = "--sweep.lr 0.01,0.02,0.03"

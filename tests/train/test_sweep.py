@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 import jlora
 from tests import tiny
-from tests.runs import assert_same_curve, assert_same_run, content, program, records, stopping
+from tests.runs import assert_same_curve, assert_same_run, content, program, records, start, stopping
 from train.config import ConfigError
 from train.loop.state import Intervals, PrimaryMetric
 from train.loop.stop import EXIT_CODE
@@ -204,6 +205,38 @@ def test_a_sweep_that_is_stopped_again_and_again_is_the_sweep_that_is_not(work, 
             assert_same_run(found, whole)
             assert summary_of(found) == summary_of(whole)
         assert records(found) == records(whole)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_again_and_again_is_the_sweep_that_is_not(work, tmp_path):
+    """At 10 random moments: while it compiles, steps, measures, saves, and begins the next round."""
+    swept = "--sweep.lr 0.01,0.02,0.03 --sweep.at-once 2 --keep best --fit.epochs 20".split()
+    argv = [tiny.sentiment_flags(work, tmp_path / name, RUN, *swept) for name in ("whole", "run")]
+    one = start(*argv[0])
+    assert one.wait(120) == 0, one.communicate()
+    rng, stages = random.Random(0), set()
+    for _ in range(10):
+        one, seen = start(*argv[1]), lines(tmp_path / "run")
+        wait_for = rng.randint(1, 60)
+        until = time.monotonic() + 60
+        while lines(tmp_path / "run") in range(seen - 60, seen + wait_for) and one.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        one.kill()
+        one.communicate()
+        stages.add(json.dumps(json.loads((tmp_path / "run/sweep.json").read_text())["rounds"], sort_keys=True))
+    assert not (tmp_path / "run/summary.json").exists() and len(stages) == 2
+    one = start(*argv[1])
+    assert one.wait(120) == 0, one.communicate()
+    for name in results(tmp_path / "whole"):
+        found, whole = (member(tmp_path / folder, name) for folder in ("run", "whole"))
+        assert_same_run(found, whole)
+        assert summary_of(found) == summary_of(whole)
+
+
+def lines(folder: Path) -> int:
+    """How many records all members have."""
+    return sum(file.read_bytes().count(b"\n") for file in folder.glob("members/*/metrics.jsonl"))
 
 
 @pytest.mark.slow

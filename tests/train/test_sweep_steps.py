@@ -38,7 +38,8 @@ LAWS = {
     "smoothed": "--sweep.rank 2,3 --sweep.seed 0,1 --fit.label-smoothing 0.1 --fit.clip 0.5 --fit.warmup 0.5",
     "a new head": "--mode head --sweep.lr 0.01,0.003 --sweep.seed 0,1",
     "all weights": "--mode full --sweep.weight-decay 0,0.1 --sweep.seed 0,1",
-    "a new head under an adapter": "--sweep.seed 0,1 --lora.exclude embed --lora.targets classifier --lora.train-also",
+    "a new head under an adapter": "--sweep.seed 0,1 --lora.exclude embeddings --lora.targets classifier "
+    "--lora.train-also",
     "a part of a new head": "--sweep.seed 0,1 --lora.train-also classifier.bias",
     "data sets": "--sweep.data {0}/train.jsonl,{0}/other.jsonl --sweep.rank 2,3",
 }

@@ -18,6 +18,7 @@ from tests.runs import assert_same_curve, assert_same_run, content, program, rec
 from train.config import ConfigError
 from train.loop.state import Intervals, PrimaryMetric
 from train.loop.stop import EXIT_CODE
+from train.sweep.files import MemberFiles
 from train.sweep.halving import left_behind, rungs
 
 RUN = "--fit.epochs 3 --eval-every-steps 4 --save.every-steps 3 --log-every 1"
@@ -212,8 +213,7 @@ def test_a_sweep_that_is_killed_again_and_again_is_the_sweep_that_is_not(work, t
     """At 10 random moments: while it compiles, steps, measures, saves, and begins the next round."""
     swept = "--sweep.lr 0.01,0.02,0.03 --sweep.at-once 2 --keep best --fit.epochs 20".split()
     argv = [tiny.sentiment_flags(work, tmp_path / name, RUN, *swept) for name in ("whole", "run")]
-    one = start(*argv[0])
-    assert one.wait(120) == 0, one.communicate()
+    finish(argv[0])
     rng, stages = random.Random(0), set()
     for _ in range(10):
         one, seen = start(*argv[1]), lines(tmp_path / "run")
@@ -226,12 +226,17 @@ def test_a_sweep_that_is_killed_again_and_again_is_the_sweep_that_is_not(work, t
         one.communicate()
         stages.add(json.dumps(json.loads((tmp_path / "run/sweep.json").read_text())["rounds"], sort_keys=True))
     assert not (tmp_path / "run/summary.json").exists() and len(stages) == 2
-    one = start(*argv[1])
-    assert one.wait(120) == 0, one.communicate()
+    finish(argv[1])
     for name in results(tmp_path / "whole"):
         found, whole = (member(tmp_path / folder, name) for folder in ("run", "whole"))
         assert_same_run(found, whole)
         assert summary_of(found) == summary_of(whole)
+
+
+def finish(argv: list[str]) -> None:
+    one = start(*argv)
+    printed = one.communicate(timeout=120)[0]
+    assert one.returncode == 0, printed
 
 
 def lines(folder: Path) -> int:
@@ -254,6 +259,48 @@ def test_halving_and_patience_drop_members_alone(work, tmp_path):
     values = left[0]["values"]
     run(work, tmp_path / "one", f"--lora.rank {values['rank']} --learning-rate {values['lr']}")
     assert_single_run(member(tmp_path / "run", left[0]["name"]), tmp_path / "one")
+
+
+def test_a_file_that_cannot_be_written_ends_a_sweep_which_then_resumes(work, diverging, tmp_path, monkeypatch):
+    """As on a full disk: an error with the file, and no member is lost or counted twice."""
+    write, count = MemberFiles.save, 0
+
+    def save(self: MemberFiles, adapters: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise OSError(28, "No space left on device", str(self.directory.adapters))
+        write(self, adapters)
+
+    monkeypatch.setattr(MemberFiles, "save", save)
+    printed = refused(work, tmp_path / "run", "--sweep.lr 0.01,1e30,0.02")
+    assert "error: [Errno 28] No space left on device" in printed and "lr0.02/adapters" in printed
+    monkeypatch.undo()
+    run(work, tmp_path / "run", "--sweep.lr 0.01,1e30,0.02")
+    for name in ("lr0.01", "lr0.02"):
+        assert_same_run(member(tmp_path / "run", name), member(diverging, name))
+
+
+@pytest.mark.slow
+def test_generate_takes_a_member_of_a_language_models_sweep(tmp_path):
+    tiny.write_checkpoint(tmp_path / "decoder", tiny.DECODER, task="causal-lm")
+    rows = [{"question": f"{i} + {j} =", "answer": str(i + j)} for i in range(5) for j in range(4)]
+    tiny.write_jsonl(tmp_path / "train.jsonl", rows)
+    code, printed = program(
+        "configs/instruct_llama.py", "--model.path", str(tmp_path / "decoder"), "--data.train",
+        str(tmp_path / "train.jsonl"), "--cache-dir", str(tmp_path / "cache"), "--run-dir", str(tmp_path / "run"),
+        *(
+            "--data.validation None --data.holdout 0.2 --model.dtype float32 --model.param-dtype float32 "
+            "--task.max-length 32 --task.no-pack --task.messages None --task.prompt question --task.completion answer "
+            "--fit.epochs 1 --fit.batch-size 4 --compute.layout jit --sweep.rank 1,2 --lora.dropout 0.1"
+        ).split(),
+    )  # fmt: skip
+    assert code == 0, printed
+    best = member(tmp_path / "run", summary_of(tmp_path / "run")["best"])
+    code, printed = program("generate", str(best), "--prompt", "1 + 1 =", "--max-new-tokens", "3")
+    assert code == 0, printed
+    code, printed = program("generate", str(tmp_path / "run"), "--prompt", "1 + 1 =")
+    assert (code, f"its best is {best}" in printed) == (2, True), printed
 
 
 # Several data sets

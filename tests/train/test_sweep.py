@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 
 import jlora
 from tests import tiny
-from tests.runs import assert_same_curve, assert_same_run, content, program, records, stopping
+from tests.runs import assert_same_curve, assert_same_run, content, program, records, start, stopping
 from train.config import ConfigError
 from train.loop.state import Intervals, PrimaryMetric
 from train.loop.stop import EXIT_CODE
+from train.sweep.files import MemberFiles
 from train.sweep.halving import left_behind, rungs
 
 RUN = "--fit.epochs 3 --eval-every-steps 4 --save.every-steps 3 --log-every 1"
@@ -159,6 +161,7 @@ def test_a_member_that_diverges_ends_alone(work, diverging, tmp_path):
     assert [found[name]["status"] for name in ("lr0.01", "lr0.02")] == ["finished"] * 2
 
 
+@pytest.mark.slow
 def test_a_sweep_of_which_all_members_diverge_ends_without_a_best_one(work, tmp_path):
     printed = run(work, tmp_path / "run", "--sweep.lr 1e30,1e31")
     assert "best:" not in printed
@@ -189,7 +192,7 @@ def stop_again_and_again(work: Path, folder: Path, swept: str, times: int, rng: 
     return times
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SWEEPS)
 def test_a_sweep_that_is_stopped_again_and_again_is_the_sweep_that_is_not(work, tmp_path, kind):
     swept = SWEEPS[kind].format(work)
@@ -205,6 +208,43 @@ def test_a_sweep_that_is_stopped_again_and_again_is_the_sweep_that_is_not(work, 
         assert records(found) == records(whole)
 
 
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_again_and_again_is_the_sweep_that_is_not(work, tmp_path):
+    """At 10 random moments: while it compiles, steps, measures, saves, and begins the next round."""
+    swept = "--sweep.lr 0.01,0.02,0.03 --sweep.at-once 2 --keep best --fit.epochs 20".split()
+    argv = [tiny.sentiment_flags(work, tmp_path / name, RUN, *swept) for name in ("whole", "run")]
+    finish(argv[0])
+    rng, stages = random.Random(0), set()
+    for _ in range(10):
+        one, seen = start(*argv[1]), lines(tmp_path / "run")
+        wait_for = rng.randint(1, 60)
+        until = time.monotonic() + 60
+        while lines(tmp_path / "run") in range(seen - 60, seen + wait_for) and one.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        one.kill()
+        one.communicate()
+        stages.add(json.dumps(json.loads((tmp_path / "run/sweep.json").read_text())["rounds"], sort_keys=True))
+    assert not (tmp_path / "run/summary.json").exists() and len(stages) == 2
+    finish(argv[1])
+    for name in results(tmp_path / "whole"):
+        found, whole = (member(tmp_path / folder, name) for folder in ("run", "whole"))
+        assert_same_run(found, whole)
+        assert summary_of(found) == summary_of(whole)
+
+
+def finish(argv: list[str]) -> None:
+    one = start(*argv)
+    printed = one.communicate(timeout=120)[0]
+    assert one.returncode == 0, printed
+
+
+def lines(folder: Path) -> int:
+    """How many records all members have."""
+    return sum(file.read_bytes().count(b"\n") for file in folder.glob("members/*/metrics.jsonl"))
+
+
+@pytest.mark.slow
 def test_halving_and_patience_drop_members_alone(work, tmp_path):
     """What is dropped, and what trained on in a smaller program, is the part of a single run or all of it."""
     run(work, tmp_path / "run", SWEEPS["halving"])
@@ -221,9 +261,52 @@ def test_halving_and_patience_drop_members_alone(work, tmp_path):
     assert_single_run(member(tmp_path / "run", left[0]["name"]), tmp_path / "one")
 
 
+def test_a_file_that_cannot_be_written_ends_a_sweep_which_then_resumes(work, diverging, tmp_path, monkeypatch):
+    """As on a full disk: an error with the file, and no member is lost or counted twice."""
+    write, count = MemberFiles.save, 0
+
+    def save(self: MemberFiles, adapters: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise OSError(28, "No space left on device", str(self.directory.adapters))
+        write(self, adapters)
+
+    monkeypatch.setattr(MemberFiles, "save", save)
+    printed = refused(work, tmp_path / "run", "--sweep.lr 0.01,1e30,0.02")
+    assert "error: [Errno 28] No space left on device" in printed and "lr0.02/adapters" in printed
+    monkeypatch.undo()
+    run(work, tmp_path / "run", "--sweep.lr 0.01,1e30,0.02")
+    for name in ("lr0.01", "lr0.02"):
+        assert_same_run(member(tmp_path / "run", name), member(diverging, name))
+
+
+@pytest.mark.slow
+def test_generate_takes_a_member_of_a_language_models_sweep(tmp_path):
+    tiny.write_checkpoint(tmp_path / "decoder", tiny.DECODER, task="causal-lm")
+    rows = [{"question": f"{i} + {j} =", "answer": str(i + j)} for i in range(5) for j in range(4)]
+    tiny.write_jsonl(tmp_path / "train.jsonl", rows)
+    code, printed = program(
+        "configs/instruct_llama.py", "--model.path", str(tmp_path / "decoder"), "--data.train",
+        str(tmp_path / "train.jsonl"), "--cache-dir", str(tmp_path / "cache"), "--run-dir", str(tmp_path / "run"),
+        *(
+            "--data.validation None --data.holdout 0.2 --model.dtype float32 --model.param-dtype float32 "
+            "--task.max-length 32 --task.no-pack --task.messages None --task.prompt question --task.completion answer "
+            "--fit.epochs 1 --fit.batch-size 4 --compute.layout jit --sweep.rank 1,2 --lora.dropout 0.1"
+        ).split(),
+    )  # fmt: skip
+    assert code == 0, printed
+    best = member(tmp_path / "run", summary_of(tmp_path / "run")["best"])
+    code, printed = program("generate", str(best), "--prompt", "1 + 1 =", "--max-new-tokens", "3")
+    assert code == 0, printed
+    code, printed = program("generate", str(tmp_path / "run"), "--prompt", "1 + 1 =")
+    assert (code, f"its best is {best}" in printed) == (2, True), printed
+
+
 # Several data sets
 
 
+@pytest.mark.slow
 def test_each_data_set_has_the_adapters_of_its_single_run(work, tmp_path):
     """A folder of data sets, or their names: a run directory for each, of as many steps as it has rows for."""
     folder = tmp_path / "customers"
@@ -247,6 +330,7 @@ def test_each_data_set_has_the_adapters_of_its_single_run(work, tmp_path):
     assert "sweep.data" in refused(work, tmp_path / "run", f"--sweep.data {folder}")
 
 
+@pytest.mark.slow
 def test_data_sets_of_other_labels_are_refused_until_all_are_stated(work, tmp_path):
     """The error names the field to pass, which works."""
     rows = [{"sentence": f"a {word} film", "label": name} for word, name in (("great", "up"), ("dull", "down"))] * 8
@@ -283,6 +367,7 @@ def test_what_cannot_be_swept_is_refused(work, tmp_path, flags, message):
 # Rounds
 
 
+@pytest.mark.slow
 def test_members_that_do_not_fit_in_memory_are_trained_in_rounds(work, tmp_path, monkeypatch):
     """By the compiler's account of the step; a resumed sweep keeps the rounds, wherever it is resumed."""
     swept = "--sweep.lr 0.01,0.02,0.03"

@@ -44,6 +44,7 @@ class SweepDirectory:
 
     def __init__(self, directory: ClaimedDirectory):
         self.run = directory
+        self.members = directory.members
         self.picture = directory.path / "sweep.png"
         self._file = directory.path / "sweep.json"
         self.stored: dict[str, Any] = read_json(self._file) if self._file.is_file() else {"at_once": {}, "rounds": {}}

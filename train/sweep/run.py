@@ -106,7 +106,7 @@ class _Sweep:
     ):
         self.config, self.found, self.stop, self.began = config, found, stop, began
         self.sweep = SweepDirectory(directory)
-        paths = [directory.members / member.name for member in found]
+        paths = [self.sweep.members / member.name for member in found]
         self.jobs = [_at(path, job) for path, job in zip(paths, jobs, strict=True)]
         self.files = [MemberFiles(path, job) for path, job in zip(paths, self.jobs, strict=True)]
         self.keep_best = config.keep == "best" or config.keep is None and config.fit.patience is not None

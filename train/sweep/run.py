@@ -65,7 +65,7 @@ def run_sweep(config: TrainConfig) -> dict[str, Any]:
         if config.sweep.halving is not None:  # raises now, and not after the base is loaded
             rungs(jobs[0].intervals(config.fit, jobs[0].examples), len(jobs), config.sweep.halving)
         provenance = {
-            name if len(config.sweep.data) < 2 else f"{member.values['data']} {name}": one
+            f"{member.values['data']} {name}" if "data" in member.values else name: one
             for member, job in zip(found, jobs, strict=True)
             for name, one in job.provenance.items()
         }
@@ -131,16 +131,15 @@ class _Sweep:
 
     def _train_group(self, place: str, group: Sequence[int], numbers: Any) -> dict[int, MemberState]:
         """Train the members of a group, which have one base; in rounds, if not all of them fit in memory."""
-        stored, jobs = self.sweep.stored, [self.jobs[i] for i in group]
+        at_once, jobs = self.sweep.stored["at_once"], [self.jobs[i] for i in group]
         base, records = self._base(group)
         self.base_metrics = {}
         new = drawn_heads(jobs[0], base.params)
-        if place not in stored["at_once"]:
-            stored["at_once"][place] = members_at_once(jobs, base.params, new, self.config.sweep.at_once)
+        if place not in at_once:
+            at_once[place] = members_at_once(jobs, base.params, new, self.config.sweep.at_once)
             self.sweep.store()
-        parts = parts_of(group, stored["at_once"][place])
         found: dict[int, MemberState] = {}
-        for part in parts:
+        for part in parts_of(group, at_once[place]):
             number = next(numbers)
             if (done := self.sweep.done(number)) is None:
                 if len(part) < len(self.jobs):
@@ -175,14 +174,14 @@ class _Sweep:
             )
 
         one = Round(
-            [self.found[i].name for i in part],
-            [self.jobs[i] for i in part],
-            base.params,
-            new,
-            evaluate,
-            finish,
-            self.keep_best,
-            self.config.sweep.halving,
+            names=[self.found[i].name for i in part],
+            jobs=[self.jobs[i] for i in part],
+            base=base.params,
+            new=new,
+            evaluate=evaluate,
+            finish=finish,
+            keep_best=self.keep_best,
+            halving=self.config.sweep.halving,
         )
         files = RoundFiles(
             self.sweep.checkpoints(number), self.config.save, [self.files[i] for i in part], to_json(self.config)

@@ -261,6 +261,7 @@ def test_halving_and_patience_drop_members_alone(work, tmp_path):
     assert_single_run(member(tmp_path / "run", left[0]["name"]), tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_ends_a_sweep_which_then_resumes(work, diverging, tmp_path, monkeypatch):
     """As on a full disk: an error with the file, and no member is lost or counted twice."""
     write, count = MemberFiles.save, 0

@@ -182,7 +182,7 @@ def make_jobs(configs: Sequence[TrainConfig], check: Callable[[], None]) -> list
         same = next((one for one, other in zip(data, configs, strict=False) if _is_one_data(config, other)), None)
         found = training_data(config, check, data[0] if data else None) if same is None else same
         data.append(dataclasses.replace(found, config=dataclasses.replace(config, task=found.config.task)))
-        data[i].config.check_examples(size(found.examples))
+        _check_examples(data[i])
     first = data[0]
     layout = make_layout(first.config, first.network.rules)
     shapes = jax.eval_shape(first.network.init, jax.random.key(0))
@@ -201,6 +201,14 @@ def make_jobs(configs: Sequence[TrainConfig], check: Callable[[], None]) -> list
         jobs.append(job)
     check()
     return jobs
+
+
+def _check_examples(data: TrainingData) -> None:
+    """Raises a ConfigError if there are too few training examples, with their source."""
+    try:
+        data.config.check_examples(size(data.examples))
+    except ConfigError as error:
+        raise ConfigError(f"{data.config.data.train}: {error}") from None
 
 
 def _is_one_data(config: TrainConfig, other: TrainConfig) -> bool:

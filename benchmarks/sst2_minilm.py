@@ -42,7 +42,7 @@ from train.compute.step import init_state, make_step
 from train.data import tables as data
 from train.data.batches import batch_of
 from train.experiment import run
-from train.job import encoded_tables, plan_of, start_adapters
+from train.job import encoded_tables, plan_of, start_adapters, uses_of
 from train.networks.registry import make_network
 from train.rundir.finished import open_run
 from train.tasks.registry import make_task, resolved
@@ -172,7 +172,7 @@ def _jlora(config: Any, fixed: bool, rounds: int) -> tuple[list[Any], Callable[[
     batches = [batch_of(train[""], order[i * 32 : i * 32 + 32], buckets)
                for i in range(rounds + 1)]  # fmt: skip
     shapes = jax.eval_shape(network.init, jax.random.key(0))
-    plan = plan_of(config, network, shapes, task.inputs(batches[0]))
+    plan = plan_of(config, shapes, uses_of(network, shapes, task.inputs(batches[0])))
     assert network.load is not None
     base = network.load(random_key(0, "head"), None)
     tx, schedule = make_optimizer(config.fit), make_schedule(config.fit, config.learning_rate.lora, STEPS)

@@ -42,6 +42,7 @@ class Round:
       finish: called with a member's index, its result and the metrics of its kept adapters, as soon as it ends.
       keep_best: whether members keep their best adapters instead of the last ones.
       halving: see `train.config.SweepConfig`.
+      program: one that is compiled already, perhaps of other members.
     """
 
     names: Sequence[str]
@@ -52,6 +53,7 @@ class Round:
     finish: Callable[[int, FitResult, Mapping[str, Mapping[str, float]]], None]
     keep_best: bool
     halving: int | None
+    program: Program | None = None
 
 
 def train_round(one: Round, files: RoundFiles, base_records: Sequence[Record], stop: Stop) -> list[MemberState]:
@@ -89,8 +91,11 @@ class _RoundLoop(Steps):
 
     def make_program(self) -> Program:
         """The program of the members in the slots."""
-        slots = self.state.slots
-        return Program([self.round.jobs[i] for i in slots], self.base, self.stacking.part(slots))
+        slots, given = self.state.slots, self.round.program
+        jobs = [self.round.jobs[i] for i in slots]
+        if given is not None and [*map(id, given.jobs)] == [*map(id, jobs)]:
+            return given
+        return Program(jobs, self.base, self.stacking.part(slots))
 
     def make_feed(self) -> Feed:
         """The batches of the members in the slots."""

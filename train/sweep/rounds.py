@@ -30,20 +30,20 @@ def groups_of(jobs: Sequence[Job]) -> list[list[int]]:
     return [sorted(group, key=lambda i: (_place(jobs, i), jobs[i].config.seed)) for _, group in found]
 
 
-def members_at_once(jobs: Sequence[Job], base: Any, new: Sequence[str], most: int | None) -> int:
-    """How many of a group's members one program trains: as many as fit in a device's memory, by the compiler's account.
+def largest_program(jobs: Sequence[Job], base: Any, new: Sequence[str], most: int | None) -> Program:
+    """The program of a group's first members: of as many as fit in a device's memory, by the compiler's account.
 
     Args:
       most: a given number instead.
     """
-    if most is not None:
-        return min(most, len(jobs))
-    count = len(jobs)
-    while count > 1 and Program(jobs[:count], base, Stacking.of(jobs[:count], new)).fits() is False:
+    count = len(jobs) if most is None else min(most, len(jobs))
+    while True:
+        program = Program(jobs[:count], base, Stacking.of(jobs[:count], new))
+        if count == 1 or most is not None or program.fits() is not False:
+            return program
         smaller = -(-count // 2)
         say(f"{count} members at once do not fit in memory: trying {smaller}")
         count = smaller
-    return count
 
 
 def parts_of(group: Sequence[int], count: int) -> list[list[int]]:

@@ -33,8 +33,9 @@ from train.sweep.halving import rungs
 from train.sweep.loop import Round, train_round
 from train.sweep.members import Member, members
 from train.sweep.picture import draw_sweep
+from train.sweep.program import Program
 from train.sweep.results import FINISHED, Result, sweep_summary, sweep_table
-from train.sweep.rounds import groups_of, members_at_once, parts_of
+from train.sweep.rounds import groups_of, largest_program, parts_of
 from train.sweep.stacked import drawn_heads, own_heads
 from train.sweep.state import MemberState
 
@@ -135,8 +136,10 @@ class _Sweep:
         base, records = self._base(group)
         self.base_metrics = {}
         new = drawn_heads(jobs[0], base.params)
+        program = None
         if place not in at_once:
-            at_once[place] = members_at_once(jobs, base.params, new, self.config.sweep.at_once)
+            program = largest_program(jobs, base.params, new, self.config.sweep.at_once)
+            at_once[place] = len(program.jobs)
             self.sweep.store()
         found: dict[int, MemberState] = {}
         for part in parts_of(group, at_once[place]):
@@ -144,13 +147,19 @@ class _Sweep:
             if (done := self.sweep.done(number)) is None:
                 if len(part) < len(self.jobs):
                     say(f"round {number + 1}: {', '.join(self.found[i].name for i in part)}")
-                done = self._train_part(part, number, base, new, records)
+                done = self._train_part(part, number, base, new, records, program)
                 self.sweep.store_done(number, done)
             found |= dict(zip(part, done, strict=True))
         return found
 
     def _train_part(
-        self, part: Sequence[int], number: int, base: Base, new: Sequence[str], records: Sequence[Record]
+        self,
+        part: Sequence[int],
+        number: int,
+        base: Base,
+        new: Sequence[str],
+        records: Sequence[Record],
+        program: Program | None,
     ) -> list[MemberState]:
         def metrics(job: Job, adapters: dict[str, Any] | None) -> dict[str, dict[str, float]]:
             return {
@@ -182,6 +191,7 @@ class _Sweep:
             finish=finish,
             keep_best=self.keep_best,
             halving=self.config.sweep.halving,
+            program=program,
         )
         files = RoundFiles(
             self.sweep.checkpoints(number), self.config.save, [self.files[i] for i in part], to_json(self.config)

@@ -248,7 +248,7 @@ def advice(work: Path, monkeypatch: pytest.MonkeyPatch, memory: float, *flags: s
     """What ``plan --json`` prints if a device has ``memory`` times what the step needs, and the configuration."""
     options = language_model(work, *flags)
     needed = step_costs(parse(options), jax.devices()).peak_bytes
-    monkeypatch.setattr(ahead, "_memory", lambda devices: int(memory * needed))
+    monkeypatch.setattr(ahead, "device_memory", lambda devices: int(memory * needed))
     code, printed = program("plan", "--json", *options)
     assert code == 0, printed
     return json.loads(printed), options

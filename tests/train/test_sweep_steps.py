@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +116,7 @@ def trained_together(jobs: list[Job], at_a_time: int | None = None) -> list[Trai
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize(("law", "at_a_time"), [*itertools.product(LAWS, (1, 2, 8))])
+@pytest.mark.parametrize(("law", "at_a_time"), [(law, (8, 1, 2)[i % 3]) for i, law in enumerate(LAWS)])
 def test_each_member_ends_as_its_single_run_does(work, law, at_a_time):
     """To 1e-5, with batches of several lengths; ranks, scales, structure and dtypes are those of the single run."""
     jobs = jobs_of(work, LAWS[law])

@@ -34,7 +34,7 @@ from train.sweep.loop import Round, train_round
 from train.sweep.members import Member, members
 from train.sweep.picture import draw_sweep
 from train.sweep.program import Program
-from train.sweep.results import FINISHED, Result, sweep_summary, sweep_table
+from train.sweep.results import FINISHED, Result, sweep_summary, sweep_table, winners
 from train.sweep.rounds import groups_of, largest_program, parts_of
 from train.sweep.stacked import drawn_heads, own_heads
 from train.sweep.state import MemberState
@@ -226,7 +226,6 @@ class _Sweep:
             "run_dir": str(directory),
             "seconds": round(time.perf_counter() - self.began, 2),
         }
-        console.draw_curves(directory.curves, records, [metric.name for metric in job.primary_metrics])
         directory.finish(summary)
 
     def _result(self, i: int, state: MemberState) -> Result:
@@ -250,12 +249,18 @@ class _Sweep:
             results, metric.name, metric.higher_is_better, seconds, run_dir=str(self.sweep.run), name=self.config.name
         )
         draw_sweep(self.sweep.picture, results, metric.name, metric.higher_is_better)
+        for best in winners(results, metric.higher_is_better):  # drawing all would take as long as training small ones
+            self._draw_curves(self.files[results.index(best)])
         self.sweep.finish(summary)
         say(f"\n{sweep_table(results, metric.name, metric.higher_is_better)}\n")
         if summary["best_run_dir"] is not None:
             say(f"best: {summary['best_run_dir']}")
         say(f"written to {self.sweep.run} in {seconds:.1f} s")
         return summary
+
+    def _draw_curves(self, files: MemberFiles) -> None:
+        shown = [metric.name for metric in files.job.primary_metrics]
+        console.draw_curves(files.directory.curves, read_records(files.directory.metrics)[0], shown)
 
     def _describe(self) -> str:
         """The members, by their swept values."""

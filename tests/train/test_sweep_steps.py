@@ -22,7 +22,7 @@ from train.loop.stop import Stop
 from train.sweep.members import members
 from train.sweep.program import Program
 from train.sweep.rounds import groups_of
-from train.sweep.stacked import Stacking, drawn_heads, learning_rates
+from train.sweep.stacked import Stacking, drawn_heads, rates_of
 
 STEPS = 5
 LAWS = {
@@ -103,7 +103,7 @@ def trained_together(jobs: list[Job], at_a_time: int | None = None) -> list[Trai
     found: dict[int, Trained] = {}
     for group in groups_of(jobs):
         these = [jobs[i] for i in group]
-        base, rates = base_of(these[0]), learning_rates(these)
+        base, rates = base_of(these[0]), rates_of(these)
         program = Program(these, base, Stacking.of(these, drawn_heads(these[0], base)), at_a_time=at_a_time)
         state, losses = program.make_state(), []
         for k in range(STEPS):

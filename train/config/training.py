@@ -380,6 +380,11 @@ class TrainConfig(Part):
         return {"lora": self.lora, "full": EVERYTHING, "head": NEW_HEAD}[self.mode]
 
     @property
+    def keeps_best(self) -> bool:
+        """Whether the best adapters are kept, and not the last ones."""
+        return self.keep == "best" or (self.keep is None and self.fit.patience is not None)
+
+    @property
     def scratch(self) -> FitConfig | None:
         """How the base is trained from scratch; None for a checkpoint."""
         return self.base if isinstance(self.base, FitConfig) else None

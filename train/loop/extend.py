@@ -48,8 +48,8 @@ def extend(fit: FitConfig, peak: float, intervals: Intervals, state: LoopState, 
 
 def _comparison(fit: FitConfig, peak: float, intervals: Intervals, step: int, trained: list[list[int]]) -> str:
     text = f"fit.epochs is {fit.epochs} and was {trained[-1][1]}: step {step + 1} of {intervals.steps} is next. "
-    actual = _learning_rates(fit, peak, intervals, trained, step)
-    planned = _learning_rates(fit, peak, intervals, [[0, fit.epochs]], step + 1)
+    actual = learning_rates(fit, peak, intervals, trained, step)
+    planned = learning_rates(fit, peak, intervals, [[0, fit.epochs]], step + 1)
     worst = int(np.abs(actual - planned[:-1]).argmax())
     if actual[worst] == planned[worst]:
         text += f"All learning rates, and so the result, are those of a run of {fit.epochs} epochs from the start"
@@ -64,7 +64,7 @@ def _comparison(fit: FitConfig, peak: float, intervals: Intervals, step: int, tr
     return text
 
 
-def _learning_rates(
+def learning_rates(
     fit: FitConfig, peak: float, intervals: Intervals, planned: list[list[int]], steps: int
 ) -> np.ndarray:
     """The learning rates of the first ``steps``, float32, with ``[step, epochs]`` planned."""

@@ -19,7 +19,7 @@ from train.data.ragged import Examples
 from train.job import Job
 from train.loop.feed import Batches, Feed
 from train.loop.run_files import RunFiles
-from train.loop.state import Averages, Intervals, LoopState, PrimaryMetric
+from train.loop.state import Intervals, LoopState, PrimaryMetric
 from train.loop.steps import InFlight, Steps
 from train.loop.stop import Stop
 from train.rundir.records import Record
@@ -134,13 +134,7 @@ class _Loop(Steps):
 
     def result(self) -> FitResult:
         state, files = self.state, self.files
-        epochs = self.t.config.epochs
-        ended = "the only epoch is done" if epochs == 1 else f"all {epochs} epochs are done"
-        if state.step < self.intervals.steps:
-            ended = (
-                f"{state.evals_since_best} evaluations in a row had no better {self.t.metric.name} "
-                f"({self.t.phase}.patience)"
-            )
+        ended = state.why_ended(self.intervals.steps, self.t.config.epochs, self.t.metric, self.t.phase)
         adapters, kept, metric = self.train_state.adapters, state.step, state.metric
         if files is not None:
             files.checkpoints.wait()
@@ -179,17 +173,8 @@ class _Loop(Steps):
 
     def log(self, done: int, metrics: dict[str, float]) -> None:
         """Log the records due after a step. The last one includes the ``metrics`` of an evaluation."""
-        state, records = self.state, list[Record]()
-        is_end = self.intervals.is_epoch_end(done)
-        if self.intervals.is_log_due(done):
-            records.append({"step": done} | state.since_log.compute() | ({} if is_end else metrics))
-            state.since_log = Averages()
-        if is_end:
-            epoch = {"epoch": done // self.intervals.epoch, "step": done}
-            records.append(epoch | state.since_epoch.compute() | metrics | {"seconds": round(state.seconds, 3)})
-            state.since_epoch = Averages()
         left = self.estimate.left(done, self.intervals)
-        for record in records:
+        for record in self.state.take_records(done, self.intervals, metrics):
             self.t.log({"phase": self.t.phase} | record)
             self.progress.show(record, [name for name in metrics if name in record], left)
 

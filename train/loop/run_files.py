@@ -45,7 +45,7 @@ class RunFiles:
           CheckpointError: if the checkpoint cannot be read.
         """
         self.path, self.config, self._directory, self._plan = directory.path, config, directory, plan
-        self.keep_best = config.keep == "best" or config.keep is None and config.fit.patience is not None
+        self.keep_best = config.keeps_best
         again = "" if config.resume in (None, "auto") else " with --resume auto"
         self.command = f"the same command{again}"
         self.records = open_records(directory.metrics)

@@ -235,6 +235,25 @@ class LoopState:
             self.evals_since_best += 1
         return is_best
 
+    def take_records(self, done: int, intervals: Intervals, metrics: Mapping[str, float]) -> list[dict[str, Any]]:
+        """The records due after step ``done``, and new averages; the last record includes the ``metrics`` of an
+        evaluation."""
+        records, is_end = list[dict[str, Any]](), intervals.is_epoch_end(done)
+        if intervals.is_log_due(done):
+            records.append({"step": done} | self.since_log.compute() | ({} if is_end else dict(metrics)))
+            self.since_log = Averages()
+        if is_end:
+            epoch = {"epoch": done // intervals.epoch, "step": done}
+            records.append(epoch | self.since_epoch.compute() | dict(metrics) | {"seconds": round(self.seconds, 3)})
+            self.since_epoch = Averages()
+        return records
+
+    def why_ended(self, steps: int, epochs: int, metric: PrimaryMetric, phase: str) -> str:
+        """Why a training of ``steps`` ended, for a person: it is done, or out of patience."""
+        if self.step < steps:
+            return f"{self.evals_since_best} evaluations in a row had no better {metric.name} ({phase}.patience)"
+        return "the only epoch is done" if epochs == 1 else f"all {epochs} epochs are done"
+
     def to_json(self) -> dict[str, Any]:
         """The state as JSON; `from_json` is the inverse."""
         return dataclasses.asdict(self)

@@ -17,14 +17,13 @@ from train.data.batches import Batch
 from train.job import Job
 from train.loop.feed import Feed
 from train.loop.loop import FitResult
-from train.loop.state import Averages
 from train.loop.steps import InFlight, Steps
 from train.loop.stop import Stop
 from train.rundir.records import Record
 from train.sweep.files import RoundFiles
 from train.sweep.halving import left_behind, rungs
 from train.sweep.program import Program
-from train.sweep.stacked import Stacking, learning_rates
+from train.sweep.stacked import Stacking, rates_of
 from train.sweep.state import MemberState, RoundState
 
 DIVERGED = "diverged"
@@ -78,7 +77,7 @@ class _RoundLoop(Steps):
         super().__init__(one.jobs[0].layout, longest, one.base, files, stop)
         self.round, self.files, self.state = one, files, files.state
         self.rungs = {} if one.halving is None else rungs(longest, len(one.jobs), one.halving)
-        self.rates = learning_rates(one.jobs)
+        self.rates = rates_of(one.jobs)
         self.stacking = Stacking.of(one.jobs, one.new)
         self.key = random_key(0, "sweep")  # checkpoints have one; those of the members follow from their seeds
         self.program = self.make_program()
@@ -144,16 +143,8 @@ class _RoundLoop(Steps):
 
     def log(self, i: int, metrics: dict[str, float]) -> None:
         """Log the records of a member that are due. The last one includes the ``metrics`` of an evaluation."""
-        loop, intervals, records = self.state.members[i].loop, self.each[i], list[Record]()
-        is_end = intervals.is_epoch_end(loop.step)
-        if intervals.is_log_due(loop.step):
-            records.append({"step": loop.step} | loop.since_log.compute() | ({} if is_end else metrics))
-            loop.since_log = Averages()
-        if is_end:
-            epoch = {"epoch": loop.step // intervals.epoch, "step": loop.step}
-            records.append(epoch | loop.since_epoch.compute() | metrics | {"seconds": round(loop.seconds, 3)})
-            loop.since_epoch = Averages()
-        for record in records:
+        loop = self.state.members[i].loop
+        for record in loop.take_records(loop.step, self.each[i], metrics):
             self.files.members[i].log({"phase": self.phase} | record)
 
     # Evaluations
@@ -191,7 +182,7 @@ class _RoundLoop(Steps):
     def add_measured(self, i: int, sets: dict[str, dict[str, float]]) -> None:
         """Add a member's evaluation: its records, its best adapters, and whether it goes on."""
         member, job = self.state.members[i], self.round.jobs[i]
-        loop, metric, patience = member.loop, job.primary_metrics[-1], job.config.fit.patience
+        loop, metric = member.loop, job.primary_metrics[-1]
         found = {f"{name}_{key}": value for name, metrics in sets.items() for key, value in metrics.items()}
         self.log(i, found)
         is_best = loop.add_eval(metric, found[metric.name])
@@ -199,11 +190,9 @@ class _RoundLoop(Steps):
             member.measured = sets
         if is_best and self.round.keep_best:
             self.keep(i)
-        if loop.step == self.each[i].steps:
-            epochs = job.config.fit.epochs
-            member.ended = "the only epoch is done" if epochs == 1 else f"all {epochs} epochs are done"
-        elif patience is not None and loop.evals_since_best >= patience:
-            member.ended = f"{loop.evals_since_best} evaluations in a row had no better {metric.name} (fit.patience)"
+        steps, config = self.each[i].steps, job.config.fit
+        if loop.step == steps or config.patience is not None and loop.evals_since_best >= config.patience:
+            member.ended = loop.why_ended(steps, config.epochs, metric, self.phase)
 
     def leave_behind(self, due: Sequence[int], keep: int) -> None:
         """End all but the best members, by their newest metric."""

@@ -110,7 +110,7 @@ class _Sweep:
         paths = [self.sweep.members / member.name for member in found]
         self.jobs = [_at(path, job) for path, job in zip(paths, jobs, strict=True)]
         self.files = [MemberFiles(path, job) for path, job in zip(paths, self.jobs, strict=True)]
-        self.keep_best = config.keep == "best" or config.keep is None and config.fit.patience is not None
+        self.keep_best = config.keeps_best
         buckets = tuple(sorted({length for job in jobs for length in job.buckets}))
         first = jobs[0]
         self.measure: Measure = make_measure(

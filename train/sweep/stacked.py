@@ -20,8 +20,8 @@ import numpy as np
 import jlora
 from jlora import HEADS, LoraFactors, named_leaves
 from train.compute.keys import random_key
-from train.compute.optimizer import make_schedule
 from train.job import Job, start_adapters
+from train.loop.extend import learning_rates
 
 
 class Settings(NamedTuple):
@@ -42,13 +42,13 @@ class Settings(NamedTuple):
     strength: Mapping[str, Any] | None = None
 
 
-def learning_rates(jobs: Sequence[Job]) -> np.ndarray:
+def rates_of(jobs: Sequence[Job]) -> np.ndarray:
     """The learning rate of each member in each step, float32 [steps, n]; 0 after a member's last step."""
     rates = []
     for job in jobs:
-        config, steps = job.config, job.intervals(job.config.fit, job.examples).steps
-        schedule = make_schedule(config.fit, getattr(config.learning_rate, config.mode), steps)
-        rates.append(np.asarray(schedule(np.arange(steps)) * jnp.ones(steps), np.float32))
+        config, intervals = job.config, job.intervals(job.config.fit, job.examples)
+        peak, planned = getattr(config.learning_rate, config.mode), [[0, config.fit.epochs]]
+        rates.append(learning_rates(config.fit, peak, intervals, planned, intervals.steps))
     most = max(map(len, rates))
     return np.stack([np.pad(rate, (0, most - len(rate))) for rate in rates], axis=1)
 

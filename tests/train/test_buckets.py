@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ import pytest
 
 import jlora
 from jlora import models
+from jlora._src.tree import save
 from jlora.files import buckets
 from jlora.files.buckets import located
 from jlora.models import ModelError, TensorError
@@ -266,6 +268,25 @@ def test_two_processes_share_a_run(cloud, work, whole, tmp_path):
     pair("--resume", "auto")
     found, expected = records(located(url)), records(tmp_path / "one")
     assert {one["step"] for one in found} == {one["step"] for one in expected}
+
+
+@pytest.mark.parametrize("place", ["bucket", "disk"])
+def test_no_process_changes_a_folder_before_all_have_looked_at_it(cloud, tmp_path, monkeypatch, place):
+    """A process that comes late would find half of the old adapters, and end."""
+    folder = f"gs://{NAME}/late" if place == "bucket" else tmp_path / "late"
+    adapters = jlora.init(jax.random.key(0), {"w": jnp.ones((4, 4))}, jlora.LoraConfig(rank=1, targets=("w",)))
+    jlora.save(folder, adapters)
+    events: list[str] = []
+
+    def noted(name: str, done: Any, *args: Any, **more: Any) -> Any:
+        events.append(name)
+        return done(*args, **more)
+
+    for name in ("_check_savable", "_from_first_process", "remove_folder", "_replace"):
+        monkeypatch.setattr(save, name, functools.partial(noted, name, getattr(save, name)))
+    jlora.save(folder, adapters)
+    changed = "remove_folder" if place == "bucket" else "_replace"
+    assert events.index("_check_savable") < events.index("_from_first_process") < events.index(changed)
 
 
 # The lock

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from train.compute.layouts import Layout
-from train.compute.processes import is_first
+from train.compute.processes import is_first, wait_for_all
 from train.compute.step import TrainState
 from train.config import ConfigError, SaveConfig, TrainConfig
 from train.loop.checkpoints import Checkpoints
@@ -105,6 +105,7 @@ class RunFiles:
 
     def _open_to_write(self) -> None:
         step = self.state.step
+        wait_for_all("read")  # what an earlier run left, before the first process changes it
         if is_first():
             self._writers = writers.open_writers(self.config.log, self.path, self._identity, step + 1)
             if self._directory.extends:

@@ -113,6 +113,7 @@ def load(
 def _draft(folder: Path) -> Iterator[Path]:
     """The folder to write to, which replaces ``folder`` at the end; in a bucket, ``folder`` itself, emptied."""
     is_first = jax.process_index() == 0
+    token = _from_first_process(uuid.uuid4().hex)  # from here on, no process looks at the old content
     if is_in_bucket(folder):
         if is_first:
             remove_folder(folder, first=SUMS)
@@ -120,7 +121,7 @@ def _draft(folder: Path) -> Iterator[Path]:
         yield folder
         _from_first_process("done")
         return
-    draft = folder.with_name(f".{folder.name}-{_from_first_process(uuid.uuid4().hex)}")
+    draft = folder.with_name(f".{folder.name}-{token}")
     draft.mkdir(parents=True, exist_ok=True)
     try:
         yield draft

@@ -57,7 +57,7 @@ TRAIN = {
     " ": "job",
     "loop ": "run_files steps | loop",
     "  ": "ahead pretrain | summary | experiment",
-    "sweep": "members halving state stacked turns | results program files | picture rounds loop | run",
+    "sweep": "members halving state stacked turns | results program files | picture rounds loop | ahead run",
     "commands": "options inputs results contact_sheet advice one_base | export | fit show plan predict generate eval "
     "extract merge report inspect",
     "   ": "__main__",

@@ -108,7 +108,7 @@ def _run_command(name: str, argv: list[str]) -> None:
         prog = f"{PROG} {name} [CONFIG.py]"
         options, rest = tyro.cli(OPTIONS[name], prog=prog, args=argv, return_unknown_args=True)
         config = parse(rest)
-        if config.sweep:
+        if config.sweep and name != "plan":
             raise ConfigError(
                 f"sweep: got {config.sweep.flags}, expected none: {name} takes a single run; leave them out (what the "
                 "file has is undone by the flag without a value)"

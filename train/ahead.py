@@ -15,8 +15,8 @@ import optax
 
 from train.compute import flops
 from train.compute.compiled import Compiled, ComputedArray
-from train.compute.layouts import planned_layout
-from train.compute.memory import compile_or_measure, device_memory, host_memory
+from train.compute.layouts import Mesh, placed, planned_layout
+from train.compute.memory import bytes_on_device, compile_or_measure, device_memory, host_memory
 from train.compute.optimizer import make_optimizer
 from train.compute.step import init_state, make_step
 from train.compute.topology import CHIPS
@@ -116,14 +116,46 @@ def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
 
     state, lowered = layout.lower_step(step, make, base, made.batch)
     given = {
-        "base_bytes": _bytes(base, layout.shardings(base)),
-        "adapters_bytes": _bytes(state.adapters),
-        "optimizer_bytes": _bytes(state.opt_state),
+        "base_bytes": bytes_on_device(placed(base, layout.shardings(base))),
+        "adapters_bytes": bytes_on_device(state.adapters),
+        "optimizer_bytes": bytes_on_device(state.opt_state),
         "batch_bytes": sum(math.prod(x.shape) * x.dtype.itemsize for x in made.batch.values()) // layout.parts,
     }
     began = time.perf_counter()
     program, peak = compile_or_measure(lowered, sum(given.values()))
-    compile_seconds, memory = time.perf_counter() - began, device_memory(devices)
+    return costs_of(
+        layout,
+        devices,
+        program,
+        peak,
+        given,
+        rows=config.fit.batch_size,
+        tokens=math.prod(made.batch["input_ids"].shape) if "input_ids" in made.batch else 0,
+        flops=work_of(made, plan),
+        compile_seconds=time.perf_counter() - began,
+        notes=made.notes,
+    )
+
+
+def costs_of(
+    layout: Mesh,
+    devices: Sequence[Any],
+    program: Any,
+    peak: int,
+    given: Mapping[str, int],
+    *,
+    notes: Sequence[str],
+    **counts: Any,
+) -> StepCosts:
+    """The costs of a step, from what the compiler says of it.
+
+    Args:
+      program, peak: as from `train.compute.memory.compile_or_measure`.
+      given: the bytes of its arguments, by their fields in `StepCosts`.
+      notes: what was assumed; more are added.
+      counts: other fields.
+    """
+    memory = device_memory(devices)
     compiled = None if program is None else Compiled(program)
     return StepCosts(
         layout=str(layout),
@@ -134,35 +166,17 @@ def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
         working_bytes=peak - sum(given.values()),
         peak_bytes=peak,
         fits=False if compiled is None else None if memory is None else peak <= memory,
-        rows=config.fit.batch_size,
-        tokens=math.prod(made.batch["input_ids"].shape) if "input_ids" in made.batch else 0,
-        flops=_flops(made, plan),
         cycles=0 if compiled is None else compiled.cycles,
         kernel_cycles=0 if compiled is None else _kernel_cycles(compiled, devices[0]),
         collectives={} if compiled is None else compiled.collectives,
         largest=() if compiled is None else compiled.largest(5),
-        compile_seconds=compile_seconds,
-        notes=[*made.notes, *_memory_notes(devices), *_unknown_loops(compiled)],
+        notes=[*notes, *_memory_notes(devices), *_unknown_loops(compiled)],
+        **counts,
     )
 
 
 def _one_row(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
-
-
-def _bytes(tree: Any, shardings: Any = None) -> int:
-    """Of one device."""
-    leaves = jax.tree.leaves(tree)
-    places = [leaf.sharding for leaf in leaves] if shardings is None else jax.tree.leaves(shardings)
-    return sum(
-        -(-math.prod(place.shard_shape(leaf.shape)) * _bits(leaf.dtype) // 8)
-        for leaf, place in zip(leaves, places, strict=True)
-    )
-
-
-def _bits(dtype: Any) -> int:
-    """Two 4-bit codes share a byte."""
-    return 4 if dtype.name.startswith(("int4", "uint4", "float4")) else 8 * dtype.itemsize
 
 
 def _kernel_cycles(compiled: Compiled, device: Any) -> int:
@@ -184,8 +198,8 @@ def _memory_notes(devices: Sequence[Any]) -> Iterator[str]:
         yield "memory: what JAX may allocate; the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION sets its share"
 
 
-def _flops(made: StandIn, plan: Any) -> float:
-    """Of a step without recomputation and accumulation, which do not change what has to be computed."""
+def work_of(made: StandIn, plan: Any) -> float:
+    """The FLOPs of a step without recomputation and accumulation, which do not change what has to be computed."""
     config = counted(made.config)
     plain = stand_in(config)
     tx = optax.identity()

@@ -28,7 +28,7 @@ class PlanOptions:
     device, collectives, FLOPs, an estimate of its time.
 
     Takes the same flags as `python -m train CONFIG.py`; see its --help. Reads config.json, and no weights or data. If
-    the step does not fit, others are compiled until one does.
+    the step does not fit, others are compiled until one does. Of a sweep, as many members are compiled at once as fit.
     """
 
     #: TPU slice to compile for, such as v5e:1x1, v5p:2x2x1 or v6e:4x4 (needs libtpu). Default: the devices here.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from train.commands.advice import advise
 from train.commands.options import PlanOptions
 from train.compute.topology import topology_devices
 from train.config import ConfigError, TrainConfig
+from train.sweep.ahead import ProgramCosts, sweep_costs
 
 
 def plan(config: TrainConfig, options: PlanOptions) -> None:
@@ -23,8 +26,11 @@ def plan(config: TrainConfig, options: PlanOptions) -> None:
       ConfigError: if checkpoint, targets or devices do not fit the configuration, or there is no compiler.
     """
     devices = jax.devices() if options.topology is None else topology_devices(options.topology)
-    costs = step_costs(config, devices)
     say = (lambda text: None) if options.json else functools.partial(print, flush=True)
+    if config.sweep:
+        _plan_sweep(config, devices, say, options.json)
+        return
+    costs = step_costs(config, devices)
     say(f"{config.name}: {costs.layout}\n\n{describe(costs)}")
     tried: list[dict[str, Any]] = []
 
@@ -46,6 +52,30 @@ def plan(config: TrainConfig, options: PlanOptions) -> None:
         say("  nothing fits; pass more devices, or shorter examples")
     if options.json:
         print(json.dumps(costs.to_json() | {"alternatives": tried}, indent=2))
+
+
+def _plan_sweep(config: TrainConfig, devices: Sequence[Any], say: Callable[[str], None], as_json: bool) -> None:
+    """Print what each program of a sweep costs."""
+    found = sweep_costs(config, devices, say)
+    say(f"{config.name}: {found[0].step.layout}\n")
+    for one in found:
+        say(f"{describe_members(one)}\n\n{describe(one.step)}")
+    if any(one.step.fits is False for one in found):
+        say("one member does not fit: plan it as a single run, without --sweep, for settings that do")
+    if as_json:
+        print(json.dumps([dataclasses.asdict(one) | {"step": one.step.to_json()} for one in found], indent=2))
+
+
+def describe_members(costs: ProgramCosts) -> str:
+    """How the members of a program train."""
+    count = len(costs.members)
+    named = ", ".join(costs.members[:4]) + (f" and {count - 4:,} more" if count > 4 else "")
+    lines = [f"{count:,} members: {named}", "in one program"]
+    if costs.rounds > 1:
+        lines[1] = f"in {costs.rounds:,} rounds, {costs.at_once:,} at once in one program"
+    if costs.at_a_time < costs.at_once:
+        lines[1] += f", where {costs.at_a_time:,} compute{'s' * (costs.at_a_time == 1)} at a time"
+    return "\n".join(lines)
 
 
 def describe(costs: StepCosts) -> str:

@@ -278,10 +278,6 @@ class Mesh:
         Raises:
           ConfigError: if the rules do not fit the base.
         """
-
-        def placed(tree: Any, shardings: Any) -> Any:
-            return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
         places = self.shardings(base)
         base = placed(base, places)
         state: Any = jax.eval_shape(make, base)
@@ -326,6 +322,11 @@ def _device_mesh(sizes: tuple[int, ...], devices: Sequence[Any]) -> jax.sharding
 def one_device(devices: Sequence[Any] | None = None) -> Mesh:
     """The first device alone: a mesh of one, printed as jit."""
     return Mesh(ComputeConfig(layout="jit", data=1), REPLICATED, devices)
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """The shapes of ``tree``, each with its sharding."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def planned_layout(config: TrainConfig, rules: jlora.ShardingRules, devices: Sequence[Any]) -> Mesh:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -32,6 +33,17 @@ def host_memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         return None
+
+
+def bytes_on_device(tree: Any) -> int:
+    """What each device holds of arrays, or of shapes with shardings, in bytes."""
+    leaves = jax.tree.leaves(tree)
+    return sum(-(-math.prod(x.sharding.shard_shape(x.shape)) * _bits(x.dtype) // 8) for x in leaves)
+
+
+def _bits(dtype: Any) -> int:
+    """Two 4-bit codes share a byte."""
+    return 4 if dtype.name.startswith(("int4", "uint4", "float4")) else 8 * dtype.itemsize
 
 
 def compile_or_measure(lowered: Any, given: int = 0) -> tuple[Any, int]:

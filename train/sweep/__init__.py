@@ -8,7 +8,9 @@
 ``files``    the files of a sweep, of its rounds and of their members
 ``loop``     the training of a round: records, evaluations, and members that leave it
 ``rounds``   members divided into programs: by what is compiled, and by memory
+``turns``    how many members of a program compute at a time
 ``results``  how each member ended: ranking, table, summary
 ``picture``  the metric over the swept values
+``ahead``    the programs of a sweep, compiled for devices that may not be here
 ``run``      a sweep, from its configuration to its summary
 """

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.compute.keys import random_key
-from train.compute.layouts import Mesh
+from train.compute.layouts import Mesh, placed
 from train.compute.memory import compile_or_measure, device_memory
 from train.compute.optimizer import make_optimizer
 from train.compute.step import Metrics, TrainState, init_state, make_step
@@ -42,7 +42,8 @@ class Program:
 
     Attributes:
       jobs: of the members; those with the same data and seed are neighbours.
-      base: parameters on their devices.
+      base: parameters on their devices, or their shapes with shardings.
+      at_a_time: the number of members that compute together.
     """
 
     def __init__(self, jobs: Sequence[Job], base: Any, stacking: Stacking, *, at_a_time: int | None = None):
@@ -56,7 +57,7 @@ class Program:
         data = self._layout.mesh.shape["data"]
         self._axis = "data" if data > 1 and len(jobs) % data == 0 else None
         local = len(jobs) // data if self._axis else len(jobs)
-        self._at_a_time = at_a_time or members_at_a_time(first, local, self._layout.mesh.devices.flat[0].platform)
+        self.at_a_time = at_a_time or members_at_a_time(first, local, self._layout.mesh.devices.flat[0].platform)
         self._sources = self._batch_sources()
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -74,7 +75,7 @@ class Program:
 
     def state_like(self) -> TrainState:
         """The shapes of the state, with shardings."""
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self._shapes, self._places)
+        return placed(self._shapes, self._places)
 
     def part_of(self, state: TrainState, kept: Sequence[int]) -> TrainState:
         """The state of this program, of the members ``kept`` of another one's."""
@@ -133,18 +134,28 @@ class Program:
 
     def fits(self) -> bool | None:
         """Whether a device has the memory for the step with the longest batch, by the compiler's account; None if its
-        memory is unknown. What is compiled for it is kept."""
+        memory is unknown."""
         memory = device_memory(self._layout.mesh.devices.flatten().tolist())
         if memory is None:
             return None
-        rows = np.zeros(self._fit.batch_size, np.int64)
-        bucket = max(job.buckets[-1:] for job in self.jobs)
-        batch = self._placed([batch_of(self.jobs[0].examples, rows, bucket)] * len(self._sources))
-        none = np.zeros(len(self.jobs))
+        compiled, peak = self.longest_step
+        return compiled is not None and peak <= memory
+
+    @functools.cached_property
+    def longest_step(self) -> tuple[Any, int]:
+        """The step with the longest batch as from `train.compute.memory.compile_or_measure`; compiled once."""
+        batch, none = self.longest_batch(), np.zeros(len(self.jobs))
         compiled, peak = compile_or_measure(self._lowered(self.state_like(), batch, self.settings(none, none)))
         if compiled is not None:
             self._compiled[_shape(batch)] = compiled
-        return compiled is not None and peak <= memory
+        return compiled, peak
+
+    def longest_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of the longest batch of all members, with shardings."""
+        bucket, parts = max(job.buckets[-1:] for job in self.jobs), len(self._sources)
+        one = batch_of(self.jobs[0].examples, np.zeros(self._fit.batch_size, np.int64), bucket)
+        place = self._batch_place(parts)
+        return {name: jax.ShapeDtypeStruct((parts, *x.shape), x.dtype, sharding=place) for name, x in one.items()}
 
     def _lowered(self, state: Any, batch: Any, settings: Settings) -> Any:
         whole = NamedSharding(self._layout.mesh, P())
@@ -171,11 +182,11 @@ class Program:
 
         def steps(state: Any, base: Any, batches: Any, keys: jax.Array, settings: Settings) -> Any:
             def of_one_batch(members: Any, batch: Batch) -> Any:
-                return in_turns(lambda member: one(member[0], base, batch, *member[1:]), members, self._at_a_time)
+                return in_turns(lambda member: one(member[0], base, batch, *member[1:]), members, self.at_a_time)
 
             groups = len(next(iter(batches.values())))
             members = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (state, keys, settings))
-            turns = max(1, self._at_a_time // jax.tree.leaves(members)[0].shape[1])
+            turns = max(1, self.at_a_time // jax.tree.leaves(members)[0].shape[1])
             found = in_turns(lambda group: of_one_batch(*group), (members, batches), turns)
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
@@ -191,9 +202,12 @@ class Program:
         batch = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
         if self._layout.devices == 1 and self._layout.on_host:
             return batch
-        members = self._axis if len(parts) > 1 else None
-        rows = "fsdp" if self._axis else ("data", "fsdp")
-        return jax.device_put(batch, NamedSharding(self._layout.mesh, P(members, rows)))
+        return jax.device_put(batch, self._batch_place(len(parts)))
+
+    def _batch_place(self, parts: int) -> NamedSharding:
+        """The sharding of ``parts`` batches."""
+        members = self._axis if parts > 1 else None
+        return NamedSharding(self._layout.mesh, P(members, "fsdp" if self._axis else ("data", "fsdp")))
 
     # The members
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jlora import HEADS, named_leaves
@@ -30,11 +30,15 @@ def groups_of(jobs: Sequence[Job]) -> list[list[int]]:
     return [sorted(group, key=lambda i: (_place(jobs, i), jobs[i].config.seed)) for _, group in found]
 
 
-def largest_program(jobs: Sequence[Job], base: Any, new: Sequence[str], most: int | None) -> Program:
+def largest_program(
+    jobs: Sequence[Job], base: Any, new: Sequence[str], most: int | None, report: Callable[[str], None] = say
+) -> Program:
     """The program of a group's first members: of as many as fit in a device's memory, by the compiler's account.
 
     Args:
+      base: parameters, or shapes with shardings.
       most: a given number instead.
+      report: called with a line for each program that does not fit.
     """
     count = len(jobs) if most is None else min(most, len(jobs))
     while True:
@@ -42,7 +46,7 @@ def largest_program(jobs: Sequence[Job], base: Any, new: Sequence[str], most: in
         if count == 1 or most is not None or program.fits() is not False:
             return program
         smaller = -(-count // 2)
-        say(f"{count} members at once do not fit in memory: trying {smaller}")
+        report(f"{count} members at once do not fit in memory: trying {smaller}")
         count = smaller
 
 

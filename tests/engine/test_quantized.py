@@ -92,6 +92,7 @@ USES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", USES)
 def test_a_quantized_weight_computes_as_the_dequantized_one(name, scheme):

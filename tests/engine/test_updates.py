@@ -41,6 +41,7 @@ def felt(trained: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: value + normal(i, *value.shape) for i, (name, value) in enumerate(sorted(trained.items()))}
 
 
+@pytest.mark.sampled(3)
 @every_rule
 @pytest.mark.parametrize("use_dora", [False, True])
 @hypothesis.settings(max_examples=8)

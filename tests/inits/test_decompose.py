@@ -167,6 +167,7 @@ PROGRAMS: dict[str, Any] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("toy", ["mlp", "stacked", "experts"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_moments_pass_through_transformations(program: str, toy: str) -> None:

@@ -87,6 +87,7 @@ def assert_equal_to_plain(form: Any, seed: int, dtype: Any, length: int) -> None
         )
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("seed", range(10))
 def test_chunks_equal_the_plain_form(seed: int, dtype: Any) -> None:
@@ -187,6 +188,7 @@ def assert_same(got: Any, expected: Any, weight: Any) -> None:
         np.testing.assert_allclose(one / largest, two / largest, atol=1e-5)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_decoder_computes_the_same_without_all_scores(name: str) -> None:
     """Each family: what transformers computed, with padding on either side; and the gradients of adapters of every
@@ -220,6 +222,7 @@ def test_a_prompt_fills_the_cache_without_all_scores(name: str) -> None:
     np.testing.assert_array_equal(flash, plain)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name != "minilm"])
 def test_an_encoder_computes_the_same_without_all_scores(name: str) -> None:
     """Each family, with padding where it takes a mask: outputs and the gradients of adapters of all linear layers."""

@@ -138,6 +138,7 @@ def operands(rng: random.Random, rows: int, length: int, tied: bool, dtype: Any)
     return x, weight, jax.random.randint(keys[2], (rows, length), 0, vocabulary)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("seed", range(12))
 def test_any_chunk_gives_the_losses_and_the_derivatives_of_the_logits(seed: int) -> None:
     """Whatever the length, the chunk (dividing it or not), the dtype, cap and smoothing; also in forward mode and under

@@ -35,6 +35,7 @@ def started(toy: str, **fields: Any) -> tuple[Any, Any, Any, Any]:
     return fn, params, x, jax.tree.map(lambda a: a + normal(7, *a.shape), adapters)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("toy", ["mlp", "stacked", "experts"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_adapters_and_attached_trees_move_alike(name: str, toy: str) -> None:

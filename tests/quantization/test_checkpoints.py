@@ -171,6 +171,7 @@ def test_what_bitsandbytes_wrote_is_read_without_a_change(case: str, tmp_path: P
     assert found["w.weight"].read_parts().groups is not None
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", ["one device", "mesh"])
 @pytest.mark.parametrize("scheme", ["nf4", "int8", "int4-32"])
 def test_load_quantizes_as_quantize_does(scheme: str, layout: str, tmp_path: Path) -> None:

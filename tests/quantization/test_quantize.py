@@ -100,6 +100,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_blocks_follow_the_inputs_and_groups_the_blocks(layout: Blocks) -> None:
     """Batch and output axes have scales of their own; and each batch entry a group and an offset of its own."""

@@ -274,6 +274,7 @@ def test_its_advice_fits(name: str, work: Path, monkeypatch: pytest.MonkeyPatch)
     assert again.fits and again.peak_bytes == last["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_advice_names_what_the_devices_do_not_divide(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """12 rows are no multiple of 8 devices: fsdp alone is skipped, and a mesh with tensor is compiled."""
     found, _ = advice(work, monkeypatch, 0.9, "--fit.batch-size", "12")

@@ -90,6 +90,7 @@ def test_a_stopped_run_resumes_to_the_same_adapters(work: Path) -> None:
     assert_same_run(work / "resumed", work / "nf4")
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_and_exported(work: Path, tmp_path: Path) -> None:
     run = open_run(work / "nf4")
     code, printed = program("eval", str(work / "nf4"))
@@ -109,6 +110,7 @@ def test_a_run_is_evaluated_and_exported(work: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(written[path], leaf, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_quantized_checkpoint_is_trained_as_it_is_stored(work: Path) -> None:
     """Of bitsandbytes, int8; adapters see its dequantized weights."""
     folder = work / "int8"
@@ -130,6 +132,7 @@ def test_a_quantized_checkpoint_is_trained_as_it_is_stored(work: Path) -> None:
     expect(printed, str(folder), "got 'nf4'", "int8", "--base.quantize None")
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_bits(work: Path) -> None:
     def base(more: str) -> int:
         code, printed = program("plan", *flags(work, "none", more), "--json")

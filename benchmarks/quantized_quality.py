@@ -1,8 +1,8 @@
 """How much does a language model lose that is fine-tuned on a quantized base?
 
-    python -m benchmarks.quantized_quality CHECKPOINT TRAIN.jsonl [--rows 400] [--held-out 100] [--json FILE]
+    python -m benchmarks.quantized_quality CHECKPOINT TRAIN.jsonl [--rows 400] [--held-out 100] [--epochs 1]
 
-Trains adapters of rank 16 on every linear layer for one epoch on the first ROWS rows (questions and answers of at most
+Trains adapters of rank 16 on every linear layer on the first ROWS rows (questions and answers of at most
 480 characters together) with the trainer's own step, and prints the loss of the held-out answers (the last rows of the
 file), before and after training, against that of the same run on the checkpoint's own bfloat16 weights. All runs see
 the same batches and draw the same factors, but for LoftQ's and LQ-LoRA's, which start from the quantization error.
@@ -35,7 +35,7 @@ from train.loop.evaluate import make_measure
 SETTINGS = (
     "--task.messages None --task.prompt question --task.completion answer --task.no-pack --task.max-length 256 "
     "--data.buckets 128 160 192 --model.dtype float32 --lora.rank 16 --lora.alpha 32 --lora.dropout 0 "
-    "--fit.epochs 1 --fit.batch-size 8 --learning-rate.lora 5e-4"
+    "--fit.batch-size 8 --learning-rate.lora 5e-4"
 )
 LONGEST = 480
 """The most characters of a question and its answer."""
@@ -103,6 +103,8 @@ def main() -> None:
     parser.add_argument("rows_file", metavar="TRAIN.jsonl", type=Path)
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--held-out", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--starts", nargs="*", choices=STARTS, default=[*STARTS], help="with bfloat16 and nf4")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
@@ -120,14 +122,15 @@ def main() -> None:
                 [
                     "configs/instruct_llama.py", *SETTINGS.split(), "--model.path", args.checkpoint,
                     "--data.train", f"{folder}/train.jsonl", "--data.validation", f"{folder}/validation.jsonl",
+                    "--fit.epochs", str(args.epochs),
                 ]
             ),
             lambda: None,
         )  # fmt: skip
-        for name, start in STARTS.items():
+        for name in ("bfloat16", "nf4", *args.starts):
             if name not in found:
                 print(name, flush=True)
-                found[name] = losses(job, start)
+                found[name] = losses(job, STARTS[name])
                 if args.json:
                     args.json.write_text(json.dumps(found, indent=2) + "\n")
     best, nf4 = found["bfloat16"]["after"], found["nf4"]["after"]
@@ -141,7 +144,7 @@ def main() -> None:
     print(table(("base", "before", "after", "of bfloat16's", "GB"), rows))
     bars = [
         Bar("nf4 / bfloat16", nf4 / best, MOST),
-        *(Bar(f"{name} / nf4", found[name]["after"] / nf4, 1.0) for name in ("nf4, loftq", "nf4, lq")),
+        *(Bar(f"{name} / nf4", found[name]["after"] / nf4, 1.0) for name in ("nf4, loftq", "nf4, lq") if name in found),
     ]
     print(table(("held-out loss", "measured", "at most", ""), [bar.row() for bar in bars]))
 

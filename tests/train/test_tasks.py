@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,9 @@ def test_truncation_is_reported_by_eval_and_predict(text_run, tmp_path):
     assert code == 0 and "cut" not in printed
 
 
-def test_exports_are_the_adapted_model(text_run, work):
+def test_exports_are_the_adapted_model(text_run, tmp_path):
     """Adapters for peft, a merged checkpoint and merged parameters: each gives the adapted model's logits."""
-    folder, _ = text_run
+    folder = shutil.copytree(text_run[0], tmp_path / "run")
     run = open_run(folder)
     inputs = {"input_ids": np.array([[2, 5, 13, 3], [2, 8, 3, 0]]), "attention_mask": np.array([[1] * 4, [1, 1, 1, 0]])}
     expected = jlora.lora(run.network.forward)(run.tree, inputs)

@@ -88,6 +88,8 @@ def test_what_does_not_fit_goes_in_rounds(work: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(f"{module}.device_memory", lambda _: 1)
     code, printed = program("plan", *argv)
     assert code == 0 and "does not fit" in printed and "without --sweep" in printed, printed
+    code, printed = program("plan", *argv, "--sweep.at-once", "2")
+    assert code == 0 and "2 at once do not fit" in printed and "--sweep.at-once" in printed, printed
 
 
 def test_programs_that_differ_in_seeds_alone_are_compiled_once() -> None:

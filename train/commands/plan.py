@@ -60,8 +60,9 @@ def _plan_sweep(config: TrainConfig, devices: Sequence[Any], say: Callable[[str]
     say(f"{config.name}: {found[0].step.layout}\n")
     for one in found:
         say(f"{describe_members(one)}\n\n{describe(one.step)}")
-    if any(one.step.fits is False for one in found):
-        say("one member does not fit: plan it as a single run, without --sweep, for settings that do")
+    if too_large := [one.at_once for one in found if one.step.fits is False]:
+        single = "one member does not fit: plan it as a single run, without --sweep, for settings that do"
+        say(single if 1 in too_large else f"{too_large[0]} at once do not fit: pass fewer, or no, --sweep.at-once")
     if as_json:
         print(json.dumps([dataclasses.asdict(one) | {"step": one.step.to_json()} for one in found], indent=2))
 

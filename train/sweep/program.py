@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from train.compute.keys import random_key
 from train.compute.layouts import Mesh, placed
-from train.compute.memory import compile_or_measure, device_memory
+from train.compute.memory import bytes_on_device, compile_or_measure, device_memory
 from train.compute.optimizer import make_optimizer
 from train.compute.step import Metrics, TrainState, init_state, make_step
 from train.data.batches import Batch, batch_of, bucket_of, size, training_rows
@@ -144,8 +144,9 @@ class Program:
     @functools.cached_property
     def longest_step(self) -> tuple[Any, int]:
         """The step with the longest batch as from `train.compute.memory.compile_or_measure`; compiled once."""
-        batch, none = self.longest_batch(), np.zeros(len(self.jobs))
-        compiled, peak = compile_or_measure(self._lowered(self.state_like(), batch, self.settings(none, none)))
+        state, batch, none = self.state_like(), self.longest_batch(), np.zeros(len(self.jobs))
+        lowered = self._lowered(state, batch, self.settings(none, none))
+        compiled, peak = compile_or_measure(lowered, bytes_on_device((state, self.base, batch)))
         if compiled is not None:
             self._compiled[_shape(batch)] = compiled
         return compiled, peak

@@ -18,7 +18,7 @@ from train.compute.compiled import Compiled, ComputedArray
 from train.compute.layouts import Mesh, placed, planned_layout
 from train.compute.memory import bytes_on_device, compile_or_measure, device_memory, host_memory
 from train.compute.optimizer import make_optimizer
-from train.compute.step import init_state, make_step
+from train.compute.step import TrainState, init_state, make_step
 from train.compute.topology import CHIPS
 from train.config import TrainConfig
 from train.job import counted, plan_of, start_adapters, uses_of
@@ -115,45 +115,46 @@ def step_costs(config: TrainConfig, devices: Sequence[Any]) -> StepCosts:
         return init_state(tx, start_adapters(config, made.network, base, plan))
 
     state, lowered = layout.lower_step(step, make, base, made.batch)
-    given = {
-        "base_bytes": bytes_on_device(placed(base, layout.shardings(base))),
-        "adapters_bytes": bytes_on_device(state.adapters),
-        "optimizer_bytes": bytes_on_device(state.opt_state),
-        "batch_bytes": sum(math.prod(x.shape) * x.dtype.itemsize for x in made.batch.values()) // layout.parts,
-    }
+    batch_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in made.batch.values()) // layout.parts
+    given = given_bytes(placed(base, layout.shardings(base)), state, batch_bytes)
     began = time.perf_counter()
     program, peak = compile_or_measure(lowered, sum(given.values()))
-    return costs_of(
-        layout,
-        devices,
-        program,
-        peak,
-        given,
-        rows=config.fit.batch_size,
-        tokens=math.prod(made.batch["input_ids"].shape) if "input_ids" in made.batch else 0,
-        flops=work_of(made, plan),
-        compile_seconds=time.perf_counter() - began,
-        notes=made.notes,
-    )
+    seconds = time.perf_counter() - began
+    return costs_of(made, layout, devices, program, peak, given, flops=work_of(made, plan), compile_seconds=seconds)
+
+
+def given_bytes(base: Any, state: TrainState, batch_bytes: int) -> dict[str, int]:
+    """The bytes of a step's arguments on each device, by their fields in `StepCosts`.
+
+    Args:
+      base, state: shapes with shardings.
+    """
+    return {
+        "base_bytes": bytes_on_device(base),
+        "adapters_bytes": bytes_on_device(state.adapters),
+        "optimizer_bytes": bytes_on_device(state.opt_state),
+        "batch_bytes": batch_bytes,
+    }
 
 
 def costs_of(
+    made: StandIn,
     layout: Mesh,
     devices: Sequence[Any],
     program: Any,
     peak: int,
     given: Mapping[str, int],
     *,
-    notes: Sequence[str],
-    **counts: Any,
+    flops: float,
+    compile_seconds: float,
+    members: int = 1,
 ) -> StepCosts:
     """The costs of a step, from what the compiler says of it.
 
     Args:
       program, peak: as from `train.compute.memory.compile_or_measure`.
-      given: the bytes of its arguments, by their fields in `StepCosts`.
-      notes: what was assumed; more are added.
-      counts: other fields.
+      given: as from `given_bytes`.
+      members: how many trainings have a batch in the step.
     """
     memory = device_memory(devices)
     compiled = None if program is None else Compiled(program)
@@ -170,8 +171,11 @@ def costs_of(
         kernel_cycles=0 if compiled is None else _kernel_cycles(compiled, devices[0]),
         collectives={} if compiled is None else compiled.collectives,
         largest=() if compiled is None else compiled.largest(5),
-        notes=[*notes, *_memory_notes(devices), *_unknown_loops(compiled)],
-        **counts,
+        rows=members * made.config.fit.batch_size,
+        tokens=members * math.prod(made.batch["input_ids"].shape) if "input_ids" in made.batch else 0,
+        flops=flops,
+        compile_seconds=compile_seconds,
+        notes=[*made.notes, *_memory_notes(devices), *_unknown_loops(compiled)],
     )
 
 

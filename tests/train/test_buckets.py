@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -32,7 +33,8 @@ from tests import tiny
 from tests.bucket import NAME, Emulator, emulator
 from tests.runs import assert_same_run, free_port, program, records, start
 from train.__main__ import main
-from train.config import ConfigError
+from train.config import ConfigError, SaveConfig
+from train.loop import checkpoints
 from train.rundir import lock as locks
 from train.rundir.directory import RunDirectory
 from train.rundir.finished import open_run
@@ -287,6 +289,22 @@ def test_no_process_changes_a_folder_before_all_have_looked_at_it(cloud, tmp_pat
     jlora.save(folder, adapters)
     changed = "remove_folder" if place == "bucket" else "_replace"
     assert events.index("_check_savable") < events.index("_from_first_process") < events.index(changed)
+
+
+def test_no_checkpoint_is_deleted_before_all_have_listed_them(whole, tmp_path, monkeypatch):
+    """A process that misses one does not take part in its deletion, for which the others wait."""
+    folder = shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    there = sorted(one.name for one in folder.iterdir())
+
+    def late(what: str) -> None:
+        raise TimeoutError(what)
+
+    monkeypatch.setattr(checkpoints, "wait_for_all", late)
+    found = checkpoints.Checkpoints(folder, SaveConfig(), keep_best=False)
+    with pytest.raises(TimeoutError):
+        found.begin(0)
+    assert found.steps() and sorted(one.name for one in folder.iterdir()) == there
+    found.close()
 
 
 # The lock

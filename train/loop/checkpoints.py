@@ -31,7 +31,7 @@ from jlora.files.checksums import check_sums, files_in, write_sums
 from jlora.messages import one_line
 from jlora.models import TensorError
 from train.compute.layouts import Layout
-from train.compute.processes import first_decides
+from train.compute.processes import first_decides, wait_for_all
 from train.compute.step import TrainState
 from train.config import SaveConfig
 from train.loop.state import LoopState
@@ -107,6 +107,7 @@ class Checkpoints:
         """
         self.close()
         self._manager = self._open(read_only=False)
+        wait_for_all("listed")  # a process that missed a deleted one would not delete it with the others
         for later in [one for one in self.steps() if one > step]:
             if is_in_bucket(self.folder):  # where a killed process may leave a part of it
                 (self.folder / str(later) / COMMITTED).unlink(missing_ok=True)

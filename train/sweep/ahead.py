@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.ahead import StepCosts, costs_of, work_of
+from train.ahead import StepCosts, costs_of, given_bytes, work_of
 from train.compute.layouts import Mesh, placed, planned_layout
 from train.compute.memory import bytes_on_device
 from train.config import TrainConfig
@@ -72,14 +71,14 @@ def sweep_costs(config: TrainConfig, devices: Sequence[Any], report: Callable[[s
 
     alike: list[tuple[Any, list[list[int]]]] = []
     for group in groups_of(jobs):
-        compiled = _compiled_in([jobs[i] for i in group])
-        same = next((groups for other, groups in alike if other == compiled), None)
-        alike.append((compiled, [group])) if same is None else same.append(group)
+        program = _determining([jobs[i] for i in group])
+        same = next((groups for other, groups in alike if other == program), None)
+        alike.append((program, [group])) if same is None else same.append(group)
     return [costs(groups) for _, groups in alike]
 
 
-def _compiled_in(jobs: Sequence[Job]) -> list[Any]:
-    """What the program of a group depends on: of seeds and data, only which members share them."""
+def _determining(jobs: Sequence[Job]) -> list[Any]:
+    """What determines the program of a group: of seeds and data, only which members share them."""
     sources = [(id(job.examples), job.config.seed) for job in jobs]
     configs = [dataclasses.replace(job.config, seed=0, data=jobs[0].config.data) for job in jobs]
     return [(config, sources.index(source)) for config, source in zip(configs, sources, strict=True)]
@@ -106,23 +105,16 @@ def _jobs(made: StandIn, found: Sequence[Member], layout: Mesh) -> list[Job]:
 def _step_costs(
     made: StandIn, program: Program, layout: Mesh, devices: Sequence[Any], *, compile_seconds: float
 ) -> StepCosts:
-    count, state = len(program.jobs), program.state_like()
-    given = {
-        "base_bytes": bytes_on_device(program.base),
-        "adapters_bytes": bytes_on_device(state.adapters),
-        "optimizer_bytes": bytes_on_device(state.opt_state),
-        "batch_bytes": bytes_on_device(program.longest_batch()),
-    }
+    given = given_bytes(program.base, program.state_like(), bytes_on_device(program.longest_batch()))
     plans = {str(job.plan): job.plan for job in program.jobs}  # members of one rank have one plan
     work = {text: work_of(made, plan) for text, plan in plans.items()}
     return costs_of(
+        made,
         layout,
         devices,
         *program.longest_step,
         given,
-        rows=count * made.config.fit.batch_size,
-        tokens=count * math.prod(made.batch["input_ids"].shape) if "input_ids" in made.batch else 0,
         flops=sum(work[str(job.plan)] for job in program.jobs),
         compile_seconds=compile_seconds,
-        notes=made.notes,
+        members=len(program.jobs),
     )
